@@ -1,0 +1,1 @@
+"""Torch engines without any transport: building contexts, decoding text, drawing pictures."""

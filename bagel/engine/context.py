@@ -1,0 +1,162 @@
+"""Building contexts: the K/V of a chain, segment by segment, each computed at most once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bagel.engine.layout import latent_rows, text_rows, vit_rows
+from bagel.engine.segments import Chain, Segment
+from bagel.images import pixel_digest
+from bagel.kv.digests import SegmentKind
+from bagel.model.attention import KvSlab, Rows
+from bagel.model.bagel import Bagel
+from bagel.model.flow import latent_patchify
+from bagel.model.layers import grid_position_ids
+from bagel.model.pixels import to_pixels
+from bagel.model.vit import vit_patchify
+
+OnKv = Callable[[Segment, int, Tensor, Tensor], None]
+"""Called as soon as a layer of a segment is computed: (segment, layer, k, v), k and v [length, kv_heads, head_dim]."""
+
+DEFAULT_CACHE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class SegmentKv:
+    """K/V of one segment, k and v [layers, length, kv_heads, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+@dataclass(frozen=True)
+class Context:
+    """A chain with its K/V, ready to go on from or to draw from."""
+
+    chain: Chain = field(default_factory=Chain)
+    kv: tuple[SegmentKv, ...] = ()
+
+    @property
+    def length(self) -> int:
+        return self.chain.length
+
+    @property
+    def rope(self) -> int:
+        return self.chain.rope
+
+    def copy_to(self, slab: KvSlab, start: int) -> None:
+        """Write all of it to a slab from token `start` on."""
+        for segment in self.kv:
+            stop = start + segment.k.shape[1]
+            slab.k[:, start:stop] = segment.k
+            slab.v[:, start:stop] = segment.v
+            start = stop
+
+
+class SegmentCache:
+    """Segments by digest, bounded in bytes; the least recently used goes first."""
+
+    def __init__(self, max_bytes: int = DEFAULT_CACHE_BYTES) -> None:
+        self.max_bytes, self.nbytes = max_bytes, 0
+        self._entries: OrderedDict[bytes, SegmentKv] = OrderedDict()
+
+    def get(self, digest: bytes) -> SegmentKv | None:
+        entry = self._entries.get(digest)
+        if entry is not None:
+            self._entries.move_to_end(digest)
+        return entry
+
+    def put(self, digest: bytes, entry: SegmentKv) -> None:
+        if digest in self._entries or entry.nbytes > self.max_bytes:
+            return
+        self._entries[digest] = entry
+        self.nbytes += entry.nbytes
+        while self.nbytes > self.max_bytes:
+            _, evicted = self._entries.popitem(last=False)
+            self.nbytes -= evicted.nbytes
+
+
+class ContextBuilder:
+    """Computes contexts on one model. segments_computed counts those that no cache had."""
+
+    def __init__(self, model: Bagel, cache: SegmentCache | None = None) -> None:
+        self.model = model
+        self.cache = cache if cache is not None else SegmentCache()
+        self.segments_computed = 0
+        self._delimiters = model.delimiter_embeddings()
+
+    @torch.inference_mode()
+    def build(self, chain: Chain, on_kv: OnKv | None = None) -> Context:
+        """The context of a chain. on_kv sees each layer of each segment that is computed, as it is computed."""
+        known = [self.cache.get(segment.digest) for segment in chain.segments]
+        if all(kv is not None for kv in known):
+            return Context(chain, tuple(kv for kv in known if kv is not None))
+        slab = KvSlab(self.model.config.llm, chain.length, dtype=self.model.dtype, device=self.model.device)
+        kvs, past = [], 0
+        for segment, kv in zip(chain.segments, known, strict=True):
+            span = slice(past, past + segment.length)
+            if kv is None:
+                self._compute(segment, past, slab, on_kv)
+                kv = SegmentKv(slab.k[:, span].clone(), slab.v[:, span].clone())
+                self.cache.put(segment.digest, kv)
+            else:
+                slab.k[:, span], slab.v[:, span] = kv.k, kv.v
+            kvs.append(kv)
+            past = span.stop
+        return Context(chain, tuple(kvs))
+
+    def _compute(self, segment: Segment, past: int, slab: KvSlab, on_kv: OnKv | None) -> None:
+        """Run one segment through the decoder; its K/V go to the slab behind `past` rows of context."""
+        self.segments_computed += 1
+        span = slice(past, past + segment.length)
+
+        def on_layer(layer: int) -> None:
+            if on_kv is not None:
+                on_kv(segment, layer, slab.k[layer, span], slab.v[layer, span])
+
+        und, gen, rows = _INPUTS[segment.kind](self, segment, past)
+        self.model.language_model(und, gen, rows, slab, on_layer)
+
+    def _text(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
+        ids = torch.tensor([segment.token_ids], device=self.model.device)
+        rows = text_rows(self.model.language_model, [0], [past], [segment.rope], segment.length)
+        return self.model.embed(ids), None, rows
+
+    def _vit(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
+        assert segment.image is not None
+        patches = vit_patchify(to_pixels(segment.image), self.model.config.vit.patch_size)
+        start, end = self._delimiters[:, None]
+        inputs = torch.cat((start, self.model.embed_vit(patches, *segment.grid), end))
+        return inputs[None], None, vit_rows(self.model.language_model, past, segment.rope, len(patches))
+
+    def _vae(self, segment: Segment, past: int) -> tuple[Tensor, Tensor, Rows]:
+        tokens = latent_patchify(self._latent(segment), self.model.config.latent_patch_size)
+        ids = grid_position_ids(*segment.grid, self.model.config.max_latent_size).to(self.model.device)
+        clean = torch.zeros(1, device=self.model.device)
+        count = len(tokens)
+        rows = latent_rows(self.model.language_model, [0], [past], [segment.rope], [count], count)
+        return self._delimiters[None], self.model.embed_latents(tokens[None], clean, ids), rows
+
+    def _latent(self, segment: Segment) -> Tensor:
+        """The clean latent of an image, [z, h, w], sampled with the segment's posterior noise."""
+        assert segment.image is not None and segment.posterior is not None
+        vae = self.model.autoencoder()
+        mean, logvar = vae.encode(to_pixels(segment.image)[None].to(self.model.device))
+        noise = segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image))
+        return vae.sample(mean, logvar, noise.to(mean.device))[0]
+
+
+_INPUTS = {
+    SegmentKind.TEXT: ContextBuilder._text,
+    SegmentKind.VIT: ContextBuilder._vit,
+    SegmentKind.VAE: ContextBuilder._vae,
+}

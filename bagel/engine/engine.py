@@ -1,0 +1,261 @@
+"""The whole of BAGEL in one process: contexts, text and pictures of a batch of requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from bagel.engine.context import Context, ContextBuilder, SegmentCache
+from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket, needed_branches
+from bagel.engine.noise import initial_noise
+from bagel.engine.segments import Chain, ChainPlanner, InputImage
+from bagel.engine.text import TextDecoder, TextRun
+from bagel.errors import InvalidRequest
+from bagel.events import OnEvent, Result, StepDone, TextDelta
+from bagel.kv.digests import fingerprint
+from bagel.model.bagel import Bagel
+from bagel.model.checkpoint import Checkpoint
+from bagel.model.pixels import to_image
+from bagel.model.roles import Role
+from bagel.model.tokenizer import BagelTokenizer, TextStream, load_tokenizer
+from bagel.model.weights import load_model
+from bagel.prompts import (
+    Branch,
+    BranchName,
+    collect_cfg_kv_caches,
+    expand_cfg_prompts,
+    expand_cfg_prompts_think,
+    text_prompt,
+)
+from bagel.request import PosteriorMode, Request, text_settings
+
+TOKEN_BUDGET = 24_576
+"""Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
+TEXT_BATCH = 16
+"""Texts that are decoded in one batch."""
+
+
+@dataclass
+class _Job:
+    """One request on its way. branches is empty for a text answer."""
+
+    index: int
+    request: Request
+    images: dict[int, InputImage]
+    chain: Chain
+    branches: tuple[Branch, ...] = ()
+    size: tuple[int, int] = (0, 0)
+    contexts: dict[BranchName, Context] = field(default_factory=dict)
+    run: TextRun | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class BagelEngine:
+    """Serves batches of requests on one model of role full; see `load`.
+
+    Results do not depend on how requests are batched, beyond rounding.
+    """
+
+    def __init__(
+        self, model: Bagel, tokenizer: BagelTokenizer, model_fingerprint: bytes, *, cache: SegmentCache | None = None
+    ) -> None:
+        kv_dtype = str(model.dtype).removeprefix("torch.")
+        self.model, self.tokenizer = model, tokenizer
+        self.planner = ChainPlanner(model.config, tokenizer, fingerprint(model_fingerprint, kv_dtype))
+        self.contexts = ContextBuilder(model, cache)
+        self.texts = TextDecoder(model, tokenizer)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> BagelEngine:
+        """The engine of a checkpoint; raises CheckpointError if its files do not fit."""
+        tokenizer = load_tokenizer(checkpoint.folder)
+        delimiters = (tokenizer.image_start, tokenizer.image_end)
+        model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
+        return cls(model, tokenizer, checkpoint.fingerprint)
+
+    def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
+        """Serve requests together; results in their order, each also an event as soon as it is there.
+
+        Raises InvalidRequest or InvalidImage before anything is computed if one of them cannot be served.
+        """
+        emit = on_event or (lambda event: None)
+        jobs = [self._admit(index, request) for index, request in enumerate(requests)]
+        for job in jobs:
+            with _timed(job, "context"):
+                self._build(job)
+        speaking = [job for job in jobs if job.run is not None]
+        for at in range(0, len(speaking), TEXT_BATCH):
+            self._decode_texts(speaking[at : at + TEXT_BATCH], emit)
+        results = [self._answer(job, emit) for job in jobs if not job.branches]
+        for group, padded in self._packs([job for job in jobs if job.branches]):
+            results += self._draw(group, padded, emit)
+        return sorted(results, key=lambda result: result.index)
+
+    def _admit(self, index: int, request: Request) -> _Job:
+        """Check a request against the model and plan it; nothing is computed."""
+        images = self.planner.prepare_images(request.prompt, request.posterior, request.seed)
+        if request.modality.reads_image and not images:
+            raise InvalidRequest("image", f"{request.modality} needs an input image")
+        if not request.modality.makes_image:
+            chain = self.planner.chain(text_prompt(request.prompt, think=request.think), images)
+            job = _Job(index, request, images, chain)
+        else:
+            branches = _expand(request)
+            job = _Job(index, request, images, self.planner.chain(branches[0].parts, images), branches)
+            job.size = self._picture_size(request, images)
+        self._check_positions(job)
+        return job
+
+    def _picture_size(self, request: Request, images: dict[int, InputImage]) -> tuple[int, int]:
+        """(height, width): the user's, an edit's resized input's, or the model's default; rounded down to the grid."""
+        default = self.model.config.default_image_size
+        if images:
+            width, height = list(images.values())[-1].prepared.size
+            default = (height, width)
+        stride, largest = self.model.config.latent_stride, self.model.config.max_image_size
+        size = []
+        for name, value, fallback in zip(
+            ("height", "width"), (request.image.height, request.image.width), default, strict=True
+        ):
+            pixels = fallback if value is None else value
+            if not stride <= pixels < largest + stride:
+                raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
+            size.append(pixels // stride * stride)
+        return size[0], size[1]
+
+    def _check_positions(self, job: _Job) -> None:
+        """Refuse a prompt and text limit that together pass the decoder's last position."""
+        writes = text_settings(job.request).max_tokens if not job.branches or job.request.think else 0
+        limit = self.model.config.llm.max_position_embeddings
+        if job.chain.rope + writes > limit:
+            raise InvalidRequest(
+                "max_tokens" if writes else "prompt",
+                f"the prompt takes {job.chain.rope} positions and the text up to {writes}; the model has {limit}",
+            )
+
+    def _build(self, job: _Job) -> None:
+        """Compute the contexts that the request's text, or its picture without one, goes on from."""
+        if not job.branches or job.request.think:
+            prompt = self.contexts.build(job.chain)
+            job.run = TextRun(prompt, text_settings(job.request), job.request.seed)
+        if job.branches:
+            needed = needed_branches(job.request.image)
+            for branch in job.branches:
+                if branch.name in needed and not (branch.name is BranchName.GEN and job.run):
+                    chain = self.planner.chain(branch.parts, job.images)
+                    job.contexts[branch.name] = self.contexts.build(chain)
+
+    def _decode_texts(self, jobs: Sequence[_Job], emit: OnEvent) -> None:
+        """Decode replies and think texts; a think text then becomes the last segment of gen."""
+        streams = [TextStream(self.tokenizer) for _ in jobs]
+
+        def show(at: int, text: str) -> None:
+            if text:
+                emit(TextDelta(jobs[at].index, text, think=bool(jobs[at].branches)))
+
+        with _timed_all(jobs, "text"):
+            runs = [job.run for job in jobs if job.run is not None]
+            self.texts.decode(runs, lambda at, token: show(at, streams[at].push(token)))
+            for at, stream in enumerate(streams):
+                show(at, stream.end())
+        for job in jobs:
+            if job.branches and job.run is not None:
+                with _timed(job, "context"):
+                    chain = self.planner.append_text(job.chain, self.texts.reply(job.run))
+                    job.contexts[BranchName.GEN] = self.contexts.build(chain)
+
+    def _packs(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[_Job], int]]:
+        """Groups of pictures that are drawn together: one bucket of latents, at most TOKEN_BUDGET over all branches."""
+        groups: dict[int, list[list[_Job]]] = {}
+        for job in jobs:
+            padded = self._bucket(job)
+            packs = groups.setdefault(padded, [[]])
+            rows = sum(len(other.contexts) for other in packs[-1]) + len(job.contexts)
+            if packs[-1] and rows * padded > TOKEN_BUDGET:
+                packs.append([])
+            packs[-1].append(job)
+        for padded, packs in groups.items():
+            for pack in packs:
+                yield pack, padded
+
+    def _bucket(self, job: _Job) -> int:
+        """Latents a row is padded to. On a CPU nothing is compiled or captured, so there it is the picture's own."""
+        rows, columns = self._grid(job)
+        tokens = rows * columns
+        return latent_bucket(tokens) if self.model.device.type == "cuda" else tokens
+
+    def _grid(self, job: _Job) -> tuple[int, int]:
+        stride = self.model.config.latent_stride
+        return job.size[0] // stride, job.size[1] // stride
+
+    def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent) -> list[Result]:
+        """Denoise a pack together; each picture is decoded and given out as soon as its last step is done."""
+        canvas = Canvas(self.model, [self._picture(job) for job in jobs], padded)
+        gate = StepGate(self.model.device)
+        results = []
+        active = list(range(len(jobs)))
+        while active:
+            with _timed_all([jobs[i] for i in active], "denoise"):
+                canvas.step(active)
+                gate.passed()
+            for i in active:
+                emit(StepDone(jobs[i].index, canvas.pictures[i].step, canvas.pictures[i].steps))
+            for i in [i for i in active if canvas.pictures[i].finished]:
+                results.append(self._finish(jobs[i], canvas.latents(i), emit))
+            active = [i for i in active if not canvas.pictures[i].finished]
+        return results
+
+    def _picture(self, job: _Job) -> Picture:
+        """The picture of a job whose contexts are built."""
+        request = job.request
+        grid = self._grid(job)
+        shapes = [self.planner.latent_shape(image.prepared.vae) for image in job.images.values() if image.prepared.vae]
+        drawn_first = shapes if request.posterior is PosteriorMode.SEED else []
+        noise = initial_noise(request.seed, grid[0] * grid[1], self.model.config.latent_features, drawn_first)
+        contexts = collect_cfg_kv_caches(job.branches, job.contexts, needed_branches(request.image))
+        return Picture(request.image, grid, noise, contexts)
+
+    def _finish(self, job: _Job, latents: torch.Tensor, emit: OnEvent) -> Result:
+        with _timed(job, "decode"):
+            image = to_image(decode_picture(self.model, latents, self._grid(job)))
+        tokens = tuple(job.run.tokens) if job.run else ()
+        text = self.texts.reply(job.run) if job.run else ""
+        result = Result(job.index, image, text, tokens, job.request.seed, job.timings)
+        emit(result)
+        return result
+
+    def _answer(self, job: _Job, emit: OnEvent) -> Result:
+        assert job.run is not None
+        text = self.texts.reply(job.run)
+        result = Result(job.index, None, text, tuple(job.run.tokens), job.request.seed, job.timings)
+        emit(result)
+        return result
+
+
+def _expand(request: Request) -> tuple[Branch, ...]:
+    if request.think:
+        return expand_cfg_prompts_think(
+            request.prompt, negative_prompt=request.negative_prompt, max_think_tokens=request.max_think_tokens
+        )
+    return expand_cfg_prompts(request.prompt, negative_prompt=request.negative_prompt)
+
+
+@contextmanager
+def _timed(job: _Job, stage: str) -> Iterator[None]:
+    with _timed_all([job], stage):
+        yield
+
+
+@contextmanager
+def _timed_all(jobs: Sequence[_Job], stage: str) -> Iterator[None]:
+    """Add the block's duration in seconds to a stage of every job: what each waited for it."""
+    start = time.perf_counter()
+    yield
+    for job in jobs:
+        job.timings[stage] = job.timings.get(stage, 0.0) + time.perf_counter() - start

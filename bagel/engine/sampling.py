@@ -1,0 +1,37 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bagel.request import TextSettings
+
+
+def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform: float) -> Tensor:
+    """The next token's id (0-d) from logits [vocab]; greedy unless settings.do_sample with a temperature above 0.
+
+    seen: ids of the prompt and the text so far, which the repetition penalty (Keskar et al. 2019) divides down;
+    uniform in [0, 1) picks from the cumulative distribution, so that a seed gives the same text on any device.
+    """
+    logits = _penalise(logits.float(), seen, settings.repetition_penalty)
+    if not settings.do_sample or settings.temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = (logits / settings.temperature).softmax(-1).sort(descending=True, stable=True)
+    cumulative = probabilities.cumsum(-1)
+    keep = cumulative - probabilities < settings.top_p
+    if settings.top_k:
+        keep[settings.top_k :] = False
+    allowed = (probabilities * keep).cumsum(-1)
+    place = torch.searchsorted(allowed, (uniform * allowed[-1]).reshape(1), right=True)
+    return ids[torch.minimum(place, keep.sum() - 1)][0]  # rounding may point behind the last allowed token
+
+
+def _penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    if penalty == 1.0 or not seen:
+        return logits
+    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    values = logits[ids]
+    return logits.index_copy(0, ids, torch.where(values > 0, values / penalty, values * penalty))

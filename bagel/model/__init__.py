@@ -1,0 +1,1 @@
+"""The network: Mixture-of-Transformers decoder, ViT, VAE, flow matching, tokenizer and weights."""

@@ -1,0 +1,110 @@
+"""Flow matching as pure functions: schedule, guidance, and the token layout of latents.
+
+Formulas: the reference's `Bagel.generate_image` and `_forward_flow` (ByteDance-Seed/Bagel).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bagel.model.layers import linear
+from bagel.prompts import BranchName
+from bagel.request import ImageSettings, RenormType
+
+SINUSOID_WIDTH = 256
+MAX_PERIOD = 10_000.0
+
+
+def timesteps(num_timesteps: int, shift: float) -> Tensor:
+    """Times of the steps and their end, [num_timesteps] float32 from 1 to 0: t = s u / (1 + (s - 1) u)."""
+    u = torch.linspace(1, 0, num_timesteps, dtype=torch.float32)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def guided_steps(t: Tensor, interval: tuple[float, float]) -> list[bool]:
+    """For each step starting at t, whether guidance is on: lo < t <= hi, compared in float32."""
+    lo, hi = torch.tensor(interval, dtype=torch.float32)
+    return [bool(on) for on in (t > lo) & (t <= hi)]
+
+
+def guiding_branches(settings: ImageSettings) -> frozenset[BranchName]:
+    """Branches that a guided step needs beside gen.
+
+    With cfg_text_scale <= 1 there is none: the reference then drops the image branch's velocity too.
+    """
+    if settings.cfg_text_scale <= 1:
+        return frozenset()
+    if settings.cfg_img_scale <= 1:
+        return frozenset({BranchName.CFG_TEXT})
+    return frozenset({BranchName.CFG_TEXT, BranchName.CFG_IMG})
+
+
+def guide(velocities: Mapping[BranchName, Tensor], settings: ImageSettings) -> Tensor:
+    """Guided velocity of one picture from its branches' velocities, each [tokens, features] float32.
+
+    Without cfg_text (guidance off at this step) it is gen's velocity itself.
+    """
+    c = velocities[BranchName.GEN]
+    if BranchName.CFG_TEXT not in velocities:
+        return c
+    text = velocities[BranchName.CFG_TEXT]
+    image = velocities.get(BranchName.CFG_IMG)
+    g = text + settings.cfg_text_scale * (c - text)
+    if settings.cfg_renorm_type is RenormType.TEXT_CHANNEL:
+        return _guide_image(_renorm(c, g, settings.cfg_renorm_min, per_token=True), image, settings)
+    h = _guide_image(g, image, settings)
+    return _renorm(c, h, settings.cfg_renorm_min, per_token=settings.cfg_renorm_type is RenormType.CHANNEL)
+
+
+def _guide_image(g: Tensor, image: Tensor | None, settings: ImageSettings) -> Tensor:
+    """image + scale (g - image); g itself without an image branch."""
+    return g if image is None else image + settings.cfg_img_scale * (g - image)
+
+
+def _renorm(c: Tensor, v: Tensor, smallest: float, *, per_token: bool) -> Tensor:
+    """v * min(1, max(smallest, |c| / (|v| + 1e-8))), norms per token or over everything."""
+    dim = (-1,) if per_token else (-2, -1)
+    ratio = torch.linalg.vector_norm(c, dim=dim, keepdim=True) / (
+        torch.linalg.vector_norm(v, dim=dim, keepdim=True) + 1e-8
+    )
+    return v * ratio.clamp(min=smallest, max=1.0)
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] -> [hidden]: sinusoid (cosines first), linear, SiLU, linear (as in DiT, Peebles & Xie 2022)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            linear(SINUSOID_WIDTH, hidden, bias=True), nn.SiLU(), linear(hidden, hidden, bias=True)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [b] float32 -> [b, hidden]."""
+        dtype = self.mlp[0].weight.dtype
+        return self.mlp(sinusoid(t).to(dtype))  # type: ignore[no-any-return, arg-type]
+
+
+def sinusoid(t: Tensor) -> Tensor:
+    """t [b] float32 -> [b, 256] float32, of t itself (not of t * 1000)."""
+    half = SINUSOID_WIDTH // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * k / half)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def latent_patchify(latent: Tensor, patch: int) -> Tensor:
+    """latent [c, h, w] -> tokens [n, patch * patch * c], row-major, features ordered (row, column, channel)."""
+    c, h, w = latent.shape
+    grid = latent.view(c, h // patch, patch, w // patch, patch)
+    return torch.einsum("chpwq->hwpqc", grid).reshape(-1, patch * patch * c)
+
+
+def latent_unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """Inverse of latent_patchify: tokens [rows * columns, patch * patch * c] -> latent [c, h, w]."""
+    grid = tokens.view(rows, columns, patch, patch, -1)
+    return torch.einsum("hwpqc->chpwq", grid).reshape(-1, rows * patch, columns * patch)

@@ -1,0 +1,122 @@
+"""The Mixture-of-Transformers decoder: every layer has an understanding and a generation expert.
+
+Text, ViT tokens and all image delimiters take the understanding expert; VAE latents, clean or noisy, take the
+generation expert. Attention is shared. Each expert's tokens lie contiguously, so that each runs as plain matrix
+products over its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel.model.attention import KvSlab, Rope, Rows, attend
+from bagel.model.config import LlmConfig
+from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear, rotate
+
+OnLayer = Callable[[int], None]
+
+
+class Expert(nn.Module):
+    """One full set of a layer's weights."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        hidden = config.hidden_size
+        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.qkv_proj = linear(hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=True)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.o_proj = linear(self.heads * self.head_dim, hidden, bias=False)
+        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
+        self.mlp = GatedMlp(hidden, config.intermediate_size)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x [rows, n, hidden] -> q [rows, n, heads, head_dim], k and v [rows, n, kv_heads, head_dim]."""
+        qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        return _norm_rotate(q, self.q_norm, rope), _norm_rotate(k, self.k_norm, rope), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add attention's output [rows, n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
+        x = x + self.o_proj(attended.flatten(-2))
+        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+
+
+def _norm_rotate(x: Tensor, norm: RMSNorm, rope: Rope) -> Tensor:
+    """Norm per head, then rotary embedding, both in float32; back in x's type."""
+    normed = F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps)
+    return rotate(normed, *rope).to(x.dtype)
+
+
+class MoTLayer(nn.Module):
+    """One decoder layer: both experts around one attention."""
+
+    def __init__(self, config: LlmConfig, *, generation: bool) -> None:
+        super().__init__()
+        self.und = Expert(config)
+        self.gen = Expert(config) if generation else None
+
+    def forward(
+        self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the slab."""
+        q, k, v = self.und.project(und, rows.und_rope)
+        slab.write(layer, rows.und_slots, k, v)
+        if gen is None:
+            return self.und.finish(und, attend(q, slab.k[layer], slab.v[layer], rows)), None
+        assert self.gen is not None and rows.gen_slots is not None and rows.gen_rope is not None
+        gen_q, k, v = self.gen.project(gen, rows.gen_rope)
+        slab.write(layer, rows.gen_slots, k, v)
+        attended = attend(torch.cat((q, gen_q), dim=1), slab.k[layer], slab.v[layer], rows)
+        return self.und.finish(und, attended[:, : rows.und]), self.gen.finish(gen, attended[:, rows.und :])
+
+
+class MoTDecoder(nn.Module):
+    """The language model.
+
+    embedding_rows: rows of the embedding that are kept (a fed DiT keeps the two image delimiters');
+    generation: whether the generation expert is there; text: whether the parts that write text are.
+    """
+
+    def __init__(self, config: LlmConfig, *, embedding_rows: int, generation: bool, denoising: bool, text: bool):
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.embed_tokens = nn.Embedding(embedding_rows, config.hidden_size)
+        self.layers = nn.ModuleList(MoTLayer(config, generation=generation) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if text else None
+        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps) if denoising else None
+        self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False) if text else None
+
+    def forward(
+        self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, on_layer: OnLayer | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run all layers on embedded tokens; hidden states before the last norm, in und's and gen's shapes.
+
+        on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
+        """
+        for i, layer in enumerate(self.layers):
+            und, gen = layer(und, gen, rows, slab, i)
+            if on_layer is not None:
+                on_layer(i)
+        return und, gen
+
+    def rope(self, position_ids: Tensor) -> Rope:
+        """position_ids [rows, n] -> cos and sin [rows, n, 1, head_dim] float32."""
+        cos, sin = self.rotary(position_ids)
+        return cos[..., None, :], sin[..., None, :]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last norm and LM head: hidden [..., hidden] -> [..., vocab]."""
+        assert self.norm is not None and self.lm_head is not None
+        return cast(Tensor, self.lm_head(self.norm(hidden)))

@@ -1,0 +1,20 @@
+"""Pictures to tensors and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB image -> [3, H, W] float32 in [-1, 1]: (u8 / 255 - 0.5) / 0.5, for ViT and VAE alike."""
+    u8 = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return (u8.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+
+
+def to_image(decoded: Tensor) -> Image.Image:
+    """Decoder output [3, H, W] -> RGB image: clamp(x / 2 + 0.5) * 255, truncated as the reference does."""
+    u8 = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    return Image.fromarray(u8.permute(1, 2, 0).cpu().numpy())

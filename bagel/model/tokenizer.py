@@ -1,0 +1,109 @@
+"""Text to ids and back, with the checkpoint's own Qwen2 byte-level BPE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import Qwen2TokenizerFast
+
+from bagel.errors import CheckpointError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class BagelTokenizer:
+    """Encodes what a user writes as plain text: control tokens in it are characters, not tokens.
+
+    Attributes bos, eos, image_start and image_end are the ids that delimit text and image segments.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer files of a checkpoint folder; raises CheckpointError if they are missing or odd."""
+        try:
+            loaded = Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            self._control: FastTokenizer = loaded.backend_tokenizer
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {reason}") from None
+        self._plain = _without_added_tokens(self._control)
+        self.bos, self.eos = self._id(folder, IM_START), self._id(folder, IM_END)
+        self.image_start, self.image_end = self._id(folder, VISION_START), self._id(folder, VISION_END)
+
+    def __len__(self) -> int:
+        return int(self._control.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, allow_control: bool = False) -> list[int]:
+        """Ids of a text, nothing added. allow_control lets control words become their tokens, as the reference does."""
+        tokenizer = self._control if allow_control else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def segment(self, text: str) -> list[int]:
+        """A text segment: <|im_start|> text <|im_end|>."""
+        return [self.bos, *self.encode(text), self.eos]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, control tokens kept."""
+        return str(self._control.decode(list(ids), skip_special_tokens=False))
+
+    def reply(self, ids: Sequence[int]) -> str:
+        """A generated reply as the reference reads it.
+
+        Cut before the first <|im_end|>, then what lies after the first <|im_start|>, and before a second one. ids
+        begin with the start token that generation was begun with.
+        """
+        text = self.decode(ids).split(IM_END)[0]
+        pieces = text.split(IM_START)
+        return pieces[1] if len(pieces) > 1 else text
+
+    def _id(self, folder: Path, token: str) -> int:
+        number = self._control.token_to_id(token)
+        if number is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no {token}")
+        return int(number)
+
+
+class TextStream:
+    """Decodes a growing list of ids piece by piece; a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, tokenizer: BagelTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # ids before this one have been given out
+        self._window = 0  # decoding starts here: enough context to know how the next piece joins
+
+    def push(self, token: int) -> str:
+        """Add an id; the text that became certain."""
+        self._ids.append(token)
+        return self._take(final=False)
+
+    def end(self) -> str:
+        """What is left, incomplete characters included."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._window : self._shown])
+        text = self._tokenizer.decode(self._ids[self._window :])
+        if len(text) <= len(before) or (text.endswith(REPLACEMENT) and not final):
+            return ""
+        self._window, self._shown = self._shown, len(self._ids)
+        return text[len(before) :]
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: Path) -> BagelTokenizer:
+    """The tokenizer of a checkpoint folder; the last few are kept."""
+    return BagelTokenizer(folder)
+
+
+def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
+    """The same BPE with no token that text could name: all added tokens are control words."""
+    description = json.loads(tokenizer.to_str())
+    description["added_tokens"] = []
+    description["post_processor"] = None
+    return FastTokenizer.from_str(json.dumps(description))

@@ -1,0 +1,90 @@
+"""The FLUX autoencoder: diffusers' AutoencoderKL, filled from the checkpoint's own names, always in float32."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from bagel.model.config import VaeConfig
+
+# The checkpoint's (BFL) names on the left, diffusers' on the right.
+_RENAMES = (
+    (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+
+
+class Vae(nn.Module):
+    """Pixels to latents and back; holds the encoder, the decoder or both.
+
+    Latents are the model's: scale * (z - shift).
+    """
+
+    def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.autoencoder = AutoencoderKL(
+            in_channels=config.in_channels,
+            out_channels=config.out_ch,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=tuple(widths),
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.z_channels,
+            norm_num_groups=32,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        if not encoder:
+            self.autoencoder.encoder = None
+        if not decoder:
+            self.autoencoder.decoder = None
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
+        with exact_convolutions():
+            moments = self.autoencoder.encoder(pixels)
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean, logvar
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """Latent of a posterior sample: scale * (mean + exp(logvar / 2) * noise - shift)."""
+        z = mean + torch.exp(0.5 * logvar) * noise
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent [1, z, h, w] -> pixels [1, 3, 8 h, 8 w], about [-1, 1], not clamped."""
+        with exact_convolutions():
+            decoded: Tensor = self.autoencoder.decode(
+                latent / self.config.scale_factor + self.config.shift_factor, return_dict=False
+            )[0]
+        return decoded
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """Convolutions in full float32: PyTorch lets cuDNN round their inputs to TF32 unless told otherwise."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-untyped-call]
+    return flags
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """diffusers' name of a tensor of ae.safetensors; levels is len(ch_mult)."""
+
+    def up_block(match: re.Match[str]) -> str:
+        kind = {"block": "resnets", "upsample": "upsamplers.0"}[match[2]]
+        return f".up_blocks.{levels - 1 - int(match[1])}.{kind}."  # the checkpoint counts levels from the pixels
+
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+    return re.sub(r"\.up\.(\d+)\.(block|upsample)\.", up_block, name)

@@ -1,0 +1,80 @@
+"""The SigLIP vision encoder, as BAGEL runs it: linear patch embedding, no rotary, no pooling head."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel.model.config import VitConfig
+from bagel.model.layers import Mlp, linear
+
+
+class VitAttention(nn.Module):
+    """Full attention within one image."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.qkv_proj = linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.out_proj = linear(config.hidden_size, config.hidden_size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, hidden] -> [n, hidden]."""
+        n, hidden = x.shape
+        q, k, v = self.qkv_proj(x).view(n, 3, self.heads, -1).permute(1, 2, 0, 3)
+        y = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        return cast(Tensor, self.out_proj(y.transpose(0, 1).reshape(n, hidden)))
+
+
+class VitLayer(nn.Module):
+    """Pre-norm transformer layer with LayerNorm and a gelu-tanh MLP."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = VitAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return cast(Tensor, x + self.mlp(self.layer_norm2(x)))
+
+
+class VitEmbeddings(nn.Module):
+    """Patch embedding plus a learned position per place in the grid."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.patch_embedding = linear(config.patch_features, config.hidden_size, bias=True)
+        self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
+
+    def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
+        return cast(Tensor, self.patch_embedding(pixel_tokens) + self.position_embedding(position_ids))
+
+
+class Vit(nn.Module):
+    """pixel tokens [n, patch features] -> features [n, hidden]."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.embeddings = VitEmbeddings(config)
+        self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """position_ids [n]: row * positions per side + column, from the grid's corner."""
+        x = self.embeddings(pixel_tokens, position_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return cast(Tensor, self.post_layernorm(x))
+
+
+def vit_patchify(pixels: Tensor, patch_size: int) -> Tensor:
+    """pixels [c, H, W] -> tokens [n, patch * patch * c], row-major, features ordered (row, column, colour)."""
+    c, height, width = pixels.shape
+    grid = pixels.view(c, height // patch_size, patch_size, width // patch_size, patch_size)
+    return torch.einsum("chpwq->hwpqc", grid).reshape(-1, patch_size * patch_size * c)

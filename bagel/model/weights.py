@@ -1,0 +1,194 @@
+"""Filling a model: from a checkpoint, or with random weights in place.
+
+python -m bagel.model.weights FOLDER          what each role would load of a checkpoint, and its bytes
+python -m bagel.model.weights tensors.json    the same from a list of names and shapes, for BAGEL-7B-MoT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bagel.errors import BagelError, CheckpointError
+from bagel.model.bagel import Bagel
+from bagel.model.checkpoint import AE, EMA, Checkpoint
+from bagel.model.config import BAGEL_7B_MOT, ModelConfig
+from bagel.model.naming import Slot, slots
+from bagel.model.roles import Role
+
+logger = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    role: Role = Role.FULL,
+    *,
+    delimiter_ids: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Bagel:
+    """The model of a role, its weights read from the checkpoint; the autoencoder in float32, the rest in dtype.
+
+    delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
+    Raises CheckpointError naming every missing or misshapen tensor (the first few of many).
+    """
+    model = empty_model(checkpoint.config, role, dtype=dtype, device=device, delimiter_ids=delimiter_ids)
+    needed = list(slots(model))
+    check_tensors({file: _shapes(checkpoint, file) for file in (EMA, AE)}, needed, str(checkpoint.folder))
+    _warn_unknown(checkpoint)
+    for file in (EMA, AE):
+        _fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
+    return model.eval()
+
+
+def empty_model(
+    config: ModelConfig,
+    role: Role,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    delimiter_ids: tuple[int, int] = (0, 1),
+) -> Bagel:
+    """A model without values, on any device (meta takes no memory)."""
+    with torch.device("meta"):
+        model = Bagel(config, role, delimiter_ids)
+    model.to(dtype)
+    if model.vae is not None:
+        model.vae.to(torch.float32)
+    model.requires_grad_(False)
+    model.to_empty(device=device)
+    model.language_model.rotary.to(torch.float32).reset()
+    return model
+
+
+def random_model(
+    config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Bagel:
+    """A model with random weights made in place, scaled so that activations stay of order one; for benches and tests."""
+    model = empty_model(config, role, dtype=dtype, device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name.split(".")[-2] and name.endswith("weight"):
+            parameter.fill_(1.0)
+        elif parameter.dim() == 1:
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+    return model.eval()
+
+
+def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: str) -> None:
+    """Compare what a model needs with what the files hold; raises CheckpointError with every difference."""
+    problems = []
+    for slot in needed:
+        found = files[slot.file].get(slot.name)
+        if found is None:
+            problems.append(f"{slot.file} lacks {slot.name} {list(slot.shape)}")
+        elif tuple(found) != slot.shape:
+            problems.append(f"{slot.file}: {slot.name} is {list(found)}, the configuration makes it {list(slot.shape)}")
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems[:5])}{more}")
+
+
+def bytes_by_component(model: Bagel) -> dict[str, int]:
+    """Bytes of the weights, by top-level part of the model."""
+    sizes: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        if part == "language_model" and ".layers." in name:
+            part = "generation expert" if ".gen." in name else "understanding expert"
+        elif part == "language_model":
+            part = "embedding and head"
+        sizes[part] = sizes.get(part, 0) + parameter.nbytes
+    return sizes
+
+
+def _shapes(checkpoint: Checkpoint, file: str) -> Shapes:
+    return {name: info.shape for name, info in checkpoint.tensors(file).items()}
+
+
+def _warn_unknown(checkpoint: Checkpoint) -> None:
+    """Say which tensors of the files no role uses: a sign of another architecture."""
+    known = {slot.name for slot in slots(_meta(checkpoint.config, Role.FULL))}
+    unknown = sorted(name for file in (EMA, AE) for name in checkpoint.tensors(file) if name not in known)
+    if unknown:
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
+
+
+def _meta(config: ModelConfig, role: Role, dtype: torch.dtype = torch.bfloat16) -> Bagel:
+    return empty_model(config, role, dtype=dtype, device="meta")
+
+
+def _fill(path: Path, needed: Sequence[Slot], delimiter_ids: tuple[int, int]) -> None:
+    if not needed:
+        return
+    with safe_open(path, framework="pt") as file:
+        for slot in needed:
+            slot.target.copy_(_read(file, slot, delimiter_ids).view(slot.target.shape))
+
+
+def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor:
+    if not slot.embedding or slot.stop == slot.shape[0]:
+        tensor: Tensor = file.get_tensor(slot.name)
+    else:
+        rows = file.get_slice(slot.name)
+        tensor = torch.cat([rows[token : token + 1] for token in delimiter_ids])
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{slot.file}: {slot.name} is {tensor.dtype}; a floating-point tensor was expected")
+    return tensor
+
+
+def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> list[str]:
+    """One line per role: tensors, parameters and bytes at bfloat16 (the autoencoder at float32), after checking them."""
+    lines = []
+    for role in Role:
+        model = _meta(config, role)
+        needed = list(slots(model))
+        check_tensors(files, needed, where)
+        count = sum(slot.target.numel() for slot in needed)
+        size = sum(slot.nbytes for slot in needed)
+        lines.append(
+            f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters {size:>15,} bytes {size / 2**30:>7.2f} GiB"
+        )
+    known = {slot.name for slot in slots(_meta(config, Role.FULL))}
+    unknown = sorted(name for shapes in files.values() for name in shapes if name not in known)
+    if unknown:
+        raise CheckpointError(f"{where} holds tensors that BAGEL does not have: {', '.join(unknown[:5])}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bagel.model.weights", description="What each role loads, and its bytes."
+    )
+    parser.add_argument("source", type=Path, help="a checkpoint folder, or tensors.json of BAGEL-7B-MoT")
+    source: Path = parser.parse_args(argv).source
+    try:
+        if source.is_dir():
+            checkpoint = Checkpoint(source)
+            files, config = {file: _shapes(checkpoint, file) for file in (EMA, AE)}, checkpoint.config
+        else:
+            listed = json.loads(source.read_text())
+            files = {file: {name: tuple(shape) for name, shape in listed[file].items()} for file in (EMA, AE)}
+            config = BAGEL_7B_MOT
+        print("\n".join(inventory(files, config, str(source))))
+    except BagelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

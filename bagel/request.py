@@ -1,0 +1,247 @@
+"""What a user asks for: one request, its settings, their defaults and limits. No torch here.
+
+Precedence (FEATURES of the project, docs/options.md): the user's value, the deploy file's
+default_sampling_params, the tables below. Where the reference's default depends on the modality,
+`resolve` fills it in.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from bagel.errors import InvalidRequest
+from bagel.prompts import Prompt
+
+MAX_SEED = 2**63 - 1
+SIZE_STRIDE = 16
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class Modality(StrEnum):
+    """What goes in and what comes out."""
+
+    TEXT2IMG = "text2img"
+    IMG2IMG = "img2img"
+    IMG2TEXT = "img2text"
+    TEXT2TEXT = "text2text"
+
+    @property
+    def makes_image(self) -> bool:
+        return self in (Modality.TEXT2IMG, Modality.IMG2IMG)
+
+    @property
+    def reads_image(self) -> bool:
+        return self in (Modality.IMG2IMG, Modality.IMG2TEXT)
+
+
+class RenormType(StrEnum):
+    """How a guided velocity is scaled back to the norm of the unguided one."""
+
+    GLOBAL = "global"
+    TEXT_CHANNEL = "text_channel"
+    CHANNEL = "channel"
+
+
+class PosteriorMode(StrEnum):
+    """Where the noise of an input image's VAE posterior comes from.
+
+    content: a generator seeded by the digest of the resized pixels; seed: the request's generator,
+    before the initial noise (the reference's order); mean: no noise.
+    """
+
+    CONTENT = "content"
+    SEED = "seed"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings:
+    """How text is decoded. Limits count visible tokens."""
+
+    do_sample: bool = False
+    temperature: float = 0.3
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_tokens: int = 1000
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _finite("temperature", self.temperature, above=0.0)
+        _finite("top_p", self.top_p, above=0.0, at_most=1.0)
+        _whole("top_k", self.top_k, at_least=0)
+        _finite("repetition_penalty", self.repetition_penalty, above=0.0)
+        _whole("max_tokens", self.max_tokens, at_least=1)
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """How a picture is drawn. Scales of 1 and below switch their guidance off.
+
+    height and width are pixels, None for the model's default (an edit: the resized input's size).
+    cfg_interval is (lo, hi): guidance is on for lo < t <= hi of the shifted schedule.
+    """
+
+    steps: int = 50
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    cfg_renorm_type: RenormType = RenormType.GLOBAL
+    cfg_renorm_min: float = 0.0
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole("steps", self.steps, at_least=2, hint=" (n timesteps are n - 1 Euler steps)")
+        _finite("timestep_shift", self.timestep_shift, above=0.0)
+        _finite("cfg_text_scale", self.cfg_text_scale, at_least=0.0)
+        _finite("cfg_img_scale", self.cfg_img_scale, at_least=0.0)
+        _finite("cfg_renorm_min", self.cfg_renorm_min, at_least=0.0, at_most=1.0)
+        lo, hi = self.cfg_interval
+        _finite("cfg_interval", lo, at_least=0.0, at_most=1.0)
+        _finite("cfg_interval", hi, at_least=0.0, at_most=1.0)
+        if lo > hi:
+            raise InvalidRequest("cfg_interval", f"cfg_interval is {lo} {hi}; it must rise, like 0.4 1.0")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None:
+                _whole(name, size, at_least=SIZE_STRIDE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture or one answer. Every setting has its final value; `resolve` makes it from a user's options."""
+
+    modality: Modality
+    prompt: Prompt
+    seed: int
+    think: bool = False
+    max_think_tokens: int = 1000
+    negative_prompt: str = ""
+    posterior: PosteriorMode = PosteriorMode.CONTENT
+    text: TextSettings = field(default_factory=TextSettings)
+    image: ImageSettings = field(default_factory=ImageSettings)
+
+    def __post_init__(self) -> None:
+        _whole("seed", self.seed, at_least=0, at_most=MAX_SEED)
+        _whole("max_think_tokens", self.max_think_tokens, at_least=1)
+        if not self.prompt:
+            raise InvalidRequest("prompt", "the prompt is empty; give a text, like --prompts 'a red cube'")
+
+
+REFERENCE_EDIT = {"cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": RenormType.TEXT_CHANNEL}
+"""Where an edit's defaults differ from text-to-image's: the reference's interval and renorm, FEATURES' scale."""
+
+
+def resolve(
+    modality: Modality,
+    prompt: Prompt,
+    options: Mapping[str, Any],
+    deploy_defaults: Mapping[str, Any] | None = None,
+) -> Request:
+    """Fill a request from a user's options (names of the dataclasses' fields; None means not given).
+
+    deploy_defaults is the deploy file's default_sampling_params. An unknown option, or a value out of
+    range, raises InvalidRequest. A seed that nobody gave is drawn.
+    """
+    given = {**_present(deploy_defaults or {}), **_present(options)}
+    given.pop("detokenize", None)  # text is always given back as text; the deploy parser accepts nothing else
+    known = _names(TextSettings) | _names(ImageSettings) | (_names(Request) - {"modality", "prompt", "text", "image"})
+    for name in given:
+        if name not in known:
+            raise InvalidRequest(name, f"unknown option {name!r}; known: {', '.join(sorted(known))}")
+    image_defaults = REFERENCE_EDIT if modality is Modality.IMG2IMG else {}
+    image = {**image_defaults, **_pick(given, ImageSettings)}
+    image["cfg_renorm_type"] = _choice("cfg_renorm_type", image.get("cfg_renorm_type", RenormType.GLOBAL), RenormType)
+    if "cfg_interval" in image:
+        image["cfg_interval"] = _pair("cfg_interval", image["cfg_interval"])
+    text = _pick(given, TextSettings)
+    if "stop_token_ids" in text:
+        text["stop_token_ids"] = tuple(text["stop_token_ids"])
+    rest = {name: given[name] for name in ("think", "max_think_tokens", "negative_prompt") if name in given}
+    text["max_tokens"] = _reply_limit(modality, given)
+    return Request(
+        modality=modality,
+        prompt=prompt,
+        seed=given["seed"] if "seed" in given else secrets.randbits(31),
+        posterior=_choice("posterior", given.get("posterior", PosteriorMode.CONTENT), PosteriorMode),
+        text=TextSettings(**text),
+        image=ImageSettings(**image),
+        **rest,
+    )
+
+
+def text_settings(request: Request) -> TextSettings:
+    """Settings of the text run of this request: the think text before a picture, else the reply."""
+    if request.modality.makes_image:
+        return replace(request.text, max_tokens=request.max_think_tokens)
+    return request.text
+
+
+def _reply_limit(modality: Modality, given: Mapping[str, Any]) -> int:
+    """Visible tokens of a reply. The reference has one limit for think text and answer together, so
+    max_think_tokens alone bounds both; a max_tokens beside it is the answer's own."""
+    think_limit, limit = given.get("max_think_tokens"), given.get("max_tokens")
+    if limit is None:
+        return think_limit if think_limit is not None else TextSettings.max_tokens
+    if given.get("think") and think_limit is not None and not modality.makes_image:
+        return int(limit) + int(think_limit)
+    return int(limit)
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in fields(cls)}
+
+
+def _present(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _pick(given: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    return {name: given[name] for name in _names(cls) if name in given}
+
+
+def _choice(name: str, value: object, kind: type[E]) -> E:
+    try:
+        return kind(str(value))
+    except ValueError:
+        choices = ", ".join(kind)
+        raise InvalidRequest(name, f"{name} is {str(value)!r}; it must be one of {choices}") from None
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    try:
+        lo, hi = value
+        return float(lo), float(hi)
+    except (TypeError, ValueError):
+        raise InvalidRequest(name, f"{name} is {value!r}; it must be two numbers, like 0.4 1.0") from None
+
+
+def _finite(
+    name: str, value: float, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
+) -> None:
+    """Check a real number; raises InvalidRequest with the allowed range."""
+    limits = [f"above {above}" if above is not None else "", f"at least {at_least}" if at_least is not None else ""]
+    limits.append(f"at most {at_most}" if at_most is not None else "")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    too_low = number and ((above is not None and value <= above) or (at_least is not None and value < at_least))
+    if not number or too_low or (at_most is not None and value > at_most):
+        wanted = " and ".join(filter(None, limits)) or "finite"
+        raise InvalidRequest(name, f"{name} is {value}; it must be a number {wanted}")
+
+
+def _whole(name: str, value: int, *, at_least: int, at_most: int | None = None, hint: str = "") -> None:
+    """Check a whole number; raises InvalidRequest with the allowed range."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        wanted = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise InvalidRequest(name, f"{name} is {value}; it must be a whole number {wanted}{hint}")
