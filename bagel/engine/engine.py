@@ -35,8 +35,7 @@ from bagel.request import PosteriorMode, Request, text_settings
 
 TOKEN_BUDGET = 24_576
 """Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
-TEXT_BATCH = 16
-"""Texts that are decoded in one batch."""
+DEFAULT_MAX_NUM_SEQS = 16
 
 
 @dataclass
@@ -61,23 +60,48 @@ class BagelEngine:
     """
 
     def __init__(
-        self, model: Bagel, tokenizer: BagelTokenizer, model_fingerprint: bytes, *, cache: SegmentCache | None = None
+        self,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        model_fingerprint: bytes,
+        *,
+        cache: SegmentCache | None = None,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
     ) -> None:
+        """max_num_seqs: requests in one batch of text or pictures; max_model_len: positions of prompt and text."""
         kv_dtype = str(model.dtype).removeprefix("torch.")
         self.model, self.tokenizer = model, tokenizer
         self.planner = ChainPlanner(model.config, tokenizer, fingerprint(model_fingerprint, kv_dtype))
         self.contexts = ContextBuilder(model, cache)
         self.texts = TextDecoder(model, tokenizer)
+        self.max_num_seqs = max_num_seqs or DEFAULT_MAX_NUM_SEQS
+        positions = model.config.llm.max_position_embeddings
+        self.max_model_len = min(max_model_len or positions, positions)
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        vae_use_tiling: bool = False,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
     ) -> BagelEngine:
-        """The engine of a checkpoint; raises CheckpointError if its files do not fit."""
+        """The engine of a checkpoint; raises CheckpointError if its files do not fit.
+
+        vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
+        """
         tokenizer = load_tokenizer(checkpoint.folder)
         delimiters = (tokenizer.image_start, tokenizer.image_end)
         model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
-        return cls(model, tokenizer, checkpoint.fingerprint)
+        if vae_use_tiling:
+            model.autoencoder().use_tiling()
+        return cls(
+            model, tokenizer, checkpoint.fingerprint, max_num_seqs=max_num_seqs, max_model_len=max_model_len
+        )
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
         """Serve requests together; results in their order, each also an event as soon as it is there.
@@ -90,8 +114,8 @@ class BagelEngine:
             with _timed(job, "context"):
                 self._build(job)
         speaking = [job for job in jobs if job.run is not None]
-        for at in range(0, len(speaking), TEXT_BATCH):
-            self._decode_texts(speaking[at : at + TEXT_BATCH], emit)
+        for at in range(0, len(speaking), self.max_num_seqs):
+            self._decode_texts(speaking[at : at + self.max_num_seqs], emit)
         results = [self._answer(job, emit) for job in jobs if not job.branches]
         for group, padded in self._packs([job for job in jobs if job.branches]):
             results += self._draw(group, padded, emit)
@@ -130,13 +154,13 @@ class BagelEngine:
         return size[0], size[1]
 
     def _check_positions(self, job: _Job) -> None:
-        """Refuse a prompt and text limit that together pass the decoder's last position."""
+        """Refuse a prompt and text limit that together pass the last position (an image takes one or two)."""
         writes = text_settings(job.request).max_tokens if not job.branches or job.request.think else 0
-        limit = self.model.config.llm.max_position_embeddings
+        limit = self.max_model_len
         if job.chain.rope + writes > limit:
             raise InvalidRequest(
                 "max_tokens" if writes else "prompt",
-                f"the prompt takes {job.chain.rope} positions and the text up to {writes}; the model has {limit}",
+                f"the prompt takes {job.chain.rope} positions and the text up to {writes}; the limit is {limit}",
             )
 
     def _build(self, job: _Job) -> None:
@@ -171,13 +195,13 @@ class BagelEngine:
                     job.contexts[BranchName.GEN] = self.contexts.build(chain)
 
     def _packs(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[_Job], int]]:
-        """Groups of pictures that are drawn together: one bucket of latents, at most TOKEN_BUDGET over all branches."""
+        """Groups of pictures that are drawn together: one bucket of latents, within the limits."""
         groups: dict[int, list[list[_Job]]] = {}
         for job in jobs:
             padded = self._bucket(job)
             packs = groups.setdefault(padded, [[]])
             rows = sum(len(other.contexts) for other in packs[-1]) + len(job.contexts)
-            if packs[-1] and rows * padded > TOKEN_BUDGET:
+            if packs[-1] and (rows * padded > TOKEN_BUDGET or len(packs[-1]) == self.max_num_seqs):
                 packs.append([])
             packs[-1].append(job)
         for padded, packs in groups.items():

@@ -68,7 +68,7 @@ def _guide_image(g: Tensor, image: Tensor | None, settings: ImageSettings) -> Te
 def _renorm(c: Tensor, v: Tensor, smallest: float, *, per_token: bool) -> Tensor:
     """v * min(1, max(smallest, |c| / (|v| + 1e-8))), norms per token or over everything."""
     dim = (-1,) if per_token else (-2, -1)
-    ratio = torch.linalg.vector_norm(c, dim=dim, keepdim=True) / (
+    ratio: Tensor = torch.linalg.vector_norm(c, dim=dim, keepdim=True) / (
         torch.linalg.vector_norm(v, dim=dim, keepdim=True) + 1e-8
     )
     return v * ratio.clamp(min=smallest, max=1.0)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
-from transformers import Qwen2TokenizerFast
+from transformers import Qwen2Tokenizer
 
 from bagel.errors import CheckpointError
 
@@ -26,7 +26,7 @@ class BagelTokenizer:
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer files of a checkpoint folder; raises CheckpointError if they are missing or odd."""
         try:
-            loaded = Qwen2TokenizerFast.from_pretrained(str(folder), local_files_only=True)
+            loaded = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
             self._control: FastTokenizer = loaded.backend_tokenizer
         except (OSError, ValueError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -34,7 +35,7 @@ class Vae(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.ch * mult for mult in config.ch_mult]
-        self.autoencoder = AutoencoderKL(
+        self.autoencoder: Any = AutoencoderKL(
             in_channels=config.in_channels,
             out_channels=config.out_ch,
             down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -50,6 +51,10 @@ class Vae(nn.Module):
             self.autoencoder.encoder = None
         if not decoder:
             self.autoencoder.decoder = None
+
+    def use_tiling(self) -> None:
+        """Decode in overlapping, blended tiles from now on: less memory, not exactly the same picture."""
+        self.autoencoder.enable_tiling()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
@@ -74,7 +79,7 @@ class Vae(nn.Module):
 
 def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions in full float32: PyTorch lets cuDNN round their inputs to TF32 unless told otherwise."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-untyped-call]
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     return flags
 
 
@@ -86,5 +91,5 @@ def diffusers_name(name: str, levels: int) -> str:
         return f".up_blocks.{levels - 1 - int(match[1])}.{kind}."  # the checkpoint counts levels from the pixels
 
     for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)  # type: ignore[arg-type]
+        name = re.sub(pattern, replacement, name)
     return re.sub(r"\.up\.(\d+)\.(block|upsample)\.", up_block, name)

@@ -1,0 +1,95 @@
+"""Run every recorded case through the engine and say how far each tensor is off.
+
+    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4]
+
+One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more than is
+allowed or was not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from bagel.engine.engine import BagelEngine
+from bagel.errors import BagelError
+from bagel.parity.bf16 import compare_bf16
+from bagel.parity.golden import Case, Golden
+from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
+from bagel.parity.prompts import with_transforms
+from bagel.parity.report import Comparison, Judge, absolute
+from bagel.parity.runs import compare_picture, compare_prefill, compare_text
+
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path, help="recordings: checkpoint/, inputs/, fp32/, tables/, README.md")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--tolerance", type=float, help="largest absolute error in float32 (cpu 1e-4, cuda 1e-3)")
+    args = parser.parse_args(argv)
+    try:
+        golden = Golden(args.folder)
+        tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
+        return _run(golden, args.device, tolerance)
+    except BagelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(golden: Golden, device: str, tolerance: float) -> int:
+    start = time.perf_counter()
+    failed, count, largest = [], 0, 0.0
+    for report, seconds in _reports(golden, device, tolerance):
+        print(report.line(seconds=round(seconds, 2)), flush=True)
+        count += 1
+        largest = max([largest, *(error for name, error in report.errors.items() if not name.startswith("u8 "))])
+        failed += [report.case] if report.failures else []
+    missing = sorted(golden.promised_cases - {case.name for case in golden.cases("fp32")})
+    failed += [f"{name} (listed but not there)" for name in missing]
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
+    return 1 if failed or not count else 0
+
+
+def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Comparison, float]]:
+    start = time.perf_counter()
+    engine = BagelEngine.load(golden.checkpoint, device=device)
+    for name, table in golden.tables().items():
+        if name not in NOT_RESULTS:
+            yield compare_table(name, table, engine.tokenizer), time.perf_counter() - start
+            start = time.perf_counter()
+    for case in golden.cases("fp32"):
+        yield compare_case(engine, case, golden.checkpoint.fingerprint, absolute(tolerance)), time.perf_counter() - start
+        start = time.perf_counter()
+    for report in compare_bf16(golden, device):
+        yield report, time.perf_counter() - start
+        start = time.perf_counter()
+
+
+def compare_case(engine: BagelEngine, case: Case, fingerprint: bytes, judge: Judge) -> Comparison:
+    """Repeat one recorded case and compare everything that it recorded."""
+    report = Comparison(case.name, case.tensors, judge)
+    if "transforms" in case.data:
+        engine = with_transforms(engine, case, fingerprint)
+    if case.name == "components":
+        compare_components(engine.model, report)
+    elif "turns" in case.data:
+        compare_prefill(engine, case, report)
+    elif "num_timesteps" in case.settings:
+        compare_picture(engine, case, report)
+    else:
+        compare_text(engine, case, report)
+    report.finish()
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What the network computes inside, seen through module hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bagel.model.bagel import Bagel
+
+
+class Recorder:
+    """Inputs and outputs of the network's modules while it is entered, by name, one list entry a call.
+
+    Names: `<module>.in`, `<module>.out`, where a module's several inputs or outputs are a tuple.
+    """
+
+    def __init__(self, model: Bagel) -> None:
+        self.model = model
+        self.calls: dict[str, list[Any]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        for name, module in _watched(self.model).items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            self.calls.setdefault(f"{name}.in", []).append(inputs[0] if len(inputs) == 1 else inputs)
+            self.calls.setdefault(f"{name}.out", []).append(outputs)
+
+        return hook
+
+    def last(self, name: str) -> Any:
+        return self.calls[name][-1]
+
+    def all(self, name: str) -> list[Any]:
+        return self.calls[name]
+
+    def decoder_inputs(self) -> Tensor:
+        """LLM inputs of the last forward's first row, in the order of its K/V, [tokens, hidden]."""
+        und, gen = self.last("decoder.in")[:2]
+        return in_order(und, gen)
+
+    def decoder_layer(self, layer: int) -> Tensor:
+        """Hidden states after a decoder layer, as decoder_inputs."""
+        return in_order(*self.last(f"decoder.{layer}.out"))
+
+    def decoder_hidden(self) -> Tensor:
+        """Hidden states after the last norm, each expert's own, as decoder_inputs."""
+        und, gen = self.last("decoder.out")
+        llm = self.model.language_model
+        assert llm.norm is not None and llm.norm_moe_gen is not None
+        with torch.inference_mode():
+            return in_order(llm.norm(und), None if gen is None else llm.norm_moe_gen(gen))
+
+
+def in_order(und: Tensor, gen: Tensor | None) -> Tensor:
+    """First row's tokens in the order of their K/V: latents stand between the two delimiters."""
+    return und[0] if gen is None else torch.cat((und[0, :1], gen[0], und[0, 1:]))
+
+
+def _watched(model: Bagel) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module | None] = {
+        "decoder": model.language_model,
+        "rotary": model.language_model.rotary,
+        "lm_head": model.language_model.lm_head,
+        "vit": model.vit_model,
+        "connector": model.connector,
+        "vae2llm": model.vae2llm,
+        "latent_pos_embed": model.latent_pos_embed,
+        "time_embedder": model.time_embedder,
+        "encoder": model.vae.autoencoder.encoder if model.vae else None,
+    }
+    modules |= {f"decoder.{i}": layer for i, layer in enumerate(model.language_model.layers)}
+    if model.vit_model is not None:
+        modules["vit.embeddings"] = model.vit_model.embeddings
+        modules |= {f"vit.{i}": layer for i, layer in enumerate(model.vit_model.layers)}
+    return {name: module for name, module in modules.items() if module is not None}

@@ -1,0 +1,119 @@
+"""What was compared with what, and how far apart it lies."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+LARGEST_U8_STEP = 1
+
+Judge = Callable[[str, Tensor, Tensor], str | None]
+"""(name, ours, wanted), both float32 on the CPU -> why it fails, or None."""
+
+
+def absolute(tolerance: float) -> Judge:
+    """Fail beyond an absolute error."""
+
+    def judge(name: str, ours: Tensor, wanted: Tensor) -> str | None:
+        error = float((ours - wanted).abs().max())
+        return None if error <= tolerance else f"{name}: off by {error:.3g}, allowed {tolerance:g}"
+
+    return judge
+
+
+def family(name: str) -> str:
+    """Name of a tensor without its layer, turn, image or step number."""
+    name = re.sub(r"\.\d+\.[kv]$", "", name)
+    return re.sub(r"(layer|turn|image|step)\d+", r"\1", name)
+
+
+@dataclass
+class Comparison:
+    """Everything compared in one case."""
+
+    case: str
+    tensors: Mapping[str, Tensor]
+    judge: Judge
+    errors: dict[str, float] = field(default_factory=dict)
+    exact: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    compared: set[str] = field(default_factory=set)
+
+    def wants(self, name: str) -> bool:
+        return name in self.tensors
+
+    def tensor(self, name: str, ours: Callable[[], Tensor] | Tensor) -> None:
+        """Compare a tensor if the case has it; integers exactly, the rest as the judge says."""
+        if name not in self.tensors:
+            return
+        wanted = self.tensors[name]
+        value = (ours() if callable(ours) else ours).detach().cpu()
+        self.compared.add(name)
+        if value.shape != wanted.shape:
+            self.failures.append(f"{name}: shape {list(value.shape)}, wanted {list(wanted.shape)}")
+        elif not wanted.is_floating_point():
+            self.equal(name, value.tolist(), wanted.tolist())
+        else:
+            value, wanted = value.float(), wanted.float()
+            error = float((value - wanted).abs().max()) if value.numel() else 0.0
+            group = family(name)
+            self.errors[group] = max(self.errors.get(group, 0.0), error)
+            if not torch.isfinite(value).all():
+                self.failures.append(f"{name}: holds values that are not finite")
+            elif (reason := self.judge(name, value, wanted)) is not None:
+                self.failures.append(reason)
+
+    def input(self, name: str) -> Tensor:
+        """A recorded tensor that is an input; it counts as used."""
+        self.compared.add(name)
+        return self.tensors[name]
+
+    def equal(self, name: str, ours: Any, wanted: Any) -> None:
+        """Compare ids, texts, lengths, positions, sizes: exactly."""
+        self.exact.append(family(name))
+        if ours != wanted:
+            self.failures.append(f"{name}: {_short(ours)}, wanted {_short(wanted)}")
+
+    def picture(self, name: str, ours: Image.Image, path: Path) -> None:
+        """Compare a u8 picture; one step a value is allowed."""
+        wanted = Image.open(path).convert("RGB")
+        if ours.size != wanted.size:
+            self.failures.append(f"{name}: {ours.size}, wanted {wanted.size}")
+            return
+        difference = np.abs(np.asarray(ours, dtype=np.int16) - np.asarray(wanted, dtype=np.int16))
+        self.errors[f"u8 {name}"] = float(difference.max())
+        if difference.max() > LARGEST_U8_STEP:
+            self.failures.append(f"{name}: off by {difference.max()} u8 steps, allowed {LARGEST_U8_STEP}")
+
+    def finish(self) -> None:
+        """Fail for every recorded tensor that nothing was compared with."""
+        left = sorted(set(self.tensors) - self.compared)
+        if left:
+            self.failures.append(f"not compared: {', '.join(left)}")
+
+    def line(self, **extra: Any) -> str:
+        """One JSON line."""
+        return json.dumps(
+            {
+                "case": self.case,
+                **extra,
+                "ok": not self.failures,
+                "max_abs_error": {name: float(f"{error:.3g}") for name, error in sorted(self.errors.items())},
+                "equal": sorted(set(self.exact)),
+                "failures": self.failures,
+            }
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

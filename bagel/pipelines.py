@@ -1,0 +1,214 @@
+"""The three frozen pipelines: which stages a deployment has, and how K/V passes between them. No torch, no I/O.
+
+The values are vllm-omni's. Services read them here and decide nothing of it again: who expands a prompt into its
+guidance branches, when K/V may leave, who collects it, what each stage gives back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from bagel.errors import ConfigError
+from bagel.prompts import (
+    Branch,
+    BranchName,
+    collect_cfg_kv_caches,
+    expand_cfg_prompts,
+    expand_cfg_prompts_think,
+)
+
+F = TypeVar("F")
+
+PromptExpander = Callable[..., tuple[Branch, ...]]
+"""(prompt, *, negative_prompt) -> the branches; expand_cfg_prompts_think takes max_think_tokens too."""
+KvCollector = Callable[[tuple[Branch, ...], Mapping[BranchName, Any], frozenset[BranchName]], dict[BranchName, Any]]
+"""(branches, contexts by branch, branches needed) -> the needed contexts; IncompleteContext if one is missing."""
+
+
+class StageExecutionType(StrEnum):
+    """How a stage computes."""
+
+    LLM_AR = "llm_ar"
+    DIFFUSION = "diffusion"
+
+
+@dataclass(frozen=True)
+class KvTransferCriteria:
+    """When K/V may leave before the sequence ends. prefill_finished: each page as prefill computes it."""
+
+    type: str
+
+
+@dataclass(frozen=True)
+class OmniKvConfig:
+    """A stage's part in the K/V hand-over. A sender without criteria hands over after the end of the sequence."""
+
+    need_send_cache: bool = False
+    need_recv_cache: bool = False
+    kv_transfer_criteria: KvTransferCriteria | None = None
+
+
+@dataclass(frozen=True)
+class SamplingConstraints:
+    """Sampling settings that the topology fixes. detokenize: text leaves the stage as text, never as ids alone."""
+
+    detokenize: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: a service, or (single stage) the whole model.
+
+    input_sources are the stage_ids it is fed by; final_output is what it gives the user, "text" or "image".
+    The functions are named here and found by `prompt_expander` and `kv_collector`; None: the stage has none.
+    """
+
+    stage_id: int
+    model_stage: str
+    execution_type: StageExecutionType
+    input_sources: tuple[int, ...]
+    final_output: str
+    owns_tokenizer: bool = False
+    requires_multimodal_data: bool = False
+    model_arch: str | None = None
+    engine_output_type: str | None = None
+    sampling_constraints: SamplingConstraints | None = None
+    prompt_expand_func: str | None = None
+    cfg_kv_collect_func: str | None = None
+    omni_kv_config: OmniKvConfig = OmniKvConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """A frozen topology; hf_architectures are the checkpoint architectures that choose it by themselves."""
+
+    model_type: str
+    model_arch: str
+    hf_architectures: tuple[str, ...]
+    stages: tuple[StageConfig, ...]
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether a think text comes before the picture; None where one topology serves both (single stage)."""
+        expand = self.stages[0].prompt_expand_func
+        return None if expand is None else expand == expand_cfg_prompts_think.__name__
+
+    def stage(self, model_stage: str) -> StageConfig:
+        """The stage of that role, "thinker" or "dit"; ConfigError if this pipeline has none."""
+        for stage in self.stages:
+            if stage.model_stage == model_stage:
+                return stage
+        roles = ", ".join(stage.model_stage for stage in self.stages)
+        raise ConfigError(f"the pipeline {self.model_type} has no stage {model_stage!r}; it has {roles}")
+
+
+def _two_stages(model_type: str, architectures: tuple[str, ...], expand: str, send: OmniKvConfig) -> PipelineConfig:
+    """Thinker, then DiT. The two such pipelines differ in these arguments alone."""
+    model_arch = "OmniBagelForConditionalGeneration"
+    thinker = StageConfig(
+        stage_id=0,
+        model_stage="thinker",
+        execution_type=StageExecutionType.LLM_AR,
+        input_sources=(),
+        final_output="text",
+        owns_tokenizer=True,
+        requires_multimodal_data=True,
+        model_arch=model_arch,
+        engine_output_type="text",
+        sampling_constraints=SamplingConstraints(detokenize=True),
+        prompt_expand_func=expand,
+        omni_kv_config=send,
+    )
+    dit = StageConfig(
+        stage_id=1,
+        model_stage="dit",
+        execution_type=StageExecutionType.DIFFUSION,
+        input_sources=(0,),
+        final_output="image",
+        cfg_kv_collect_func="collect_cfg_kv_caches",
+        omni_kv_config=OmniKvConfig(need_recv_cache=True),
+    )
+    return PipelineConfig(
+        model_type=model_type, model_arch=model_arch, hf_architectures=architectures, stages=(thinker, dit)
+    )
+
+
+BAGEL = _two_stages(
+    "bagel",
+    ("BagelForConditionalGeneration",),
+    "expand_cfg_prompts",
+    OmniKvConfig(need_send_cache=True, kv_transfer_criteria=KvTransferCriteria("prefill_finished")),
+)
+BAGEL_THINK = _two_stages("bagel_think", (), "expand_cfg_prompts_think", OmniKvConfig(need_send_cache=True))
+BAGEL_SINGLE_STAGE = PipelineConfig(
+    model_type="bagel_single_stage",
+    model_arch="BagelForConditionalGeneration",
+    hf_architectures=(),
+    stages=(
+        StageConfig(
+            stage_id=0,
+            model_stage="dit",
+            execution_type=StageExecutionType.DIFFUSION,
+            input_sources=(),
+            final_output="image",
+        ),
+    ),
+)
+
+PIPELINES: Mapping[str, PipelineConfig] = MappingProxyType(
+    {spec.model_type: spec for spec in (BAGEL, BAGEL_THINK, BAGEL_SINGLE_STAGE)}
+)
+_EXPANDERS: Mapping[str, PromptExpander] = MappingProxyType(
+    {f.__name__: f for f in (expand_cfg_prompts, expand_cfg_prompts_think)}
+)
+_COLLECTORS: Mapping[str, KvCollector] = MappingProxyType({"collect_cfg_kv_caches": collect_cfg_kv_caches})
+
+
+def pipeline(name: str) -> PipelineConfig:
+    """The frozen pipeline of that name; ConfigError listing the known ones."""
+    if name not in PIPELINES:
+        raise ConfigError(f"unknown pipeline {name!r}; known: {', '.join(PIPELINES)}")
+    return PIPELINES[name]
+
+
+def pipeline_for_architecture(architectures: Iterable[str]) -> PipelineConfig:
+    """The pipeline that a checkpoint's `architectures` (its config.json) choose by themselves; else ConfigError."""
+    seen = tuple(architectures)
+    for spec in PIPELINES.values():
+        if not set(seen).isdisjoint(spec.hf_architectures):
+            return spec
+    known = ", ".join(name for spec in PIPELINES.values() for name in spec.hf_architectures)
+    raise ConfigError(
+        f"no pipeline for a checkpoint of architectures {', '.join(seen) or '(none)'}; known: {known}. "
+        "Give a BAGEL checkpoint, or name the pipeline in a deploy file"
+    )
+
+
+def pipeline_for_request(deployed: PipelineConfig, *, think: bool | None) -> PipelineConfig:
+    """The frozen pipeline that serves one request of a deployment; think None means as deployed."""
+    if think is None or deployed.thinks in (None, think):
+        return deployed
+    return next(spec for spec in PIPELINES.values() if spec.model_arch == deployed.model_arch and spec.thinks is think)
+
+
+def prompt_expander(stage: StageConfig) -> PromptExpander:
+    """The function of bagel.prompts that the stage names as prompt_expand_func; ConfigError if it names none."""
+    return _named(_EXPANDERS, stage, "prompt_expand_func")
+
+
+def kv_collector(stage: StageConfig) -> KvCollector:
+    """The function of bagel.prompts that the stage names as cfg_kv_collect_func; ConfigError if it names none."""
+    return _named(_COLLECTORS, stage, "cfg_kv_collect_func")
+
+
+def _named(functions: Mapping[str, F], stage: StageConfig, field: str) -> F:
+    name = getattr(stage, field)
+    if name not in functions:
+        raise ConfigError(
+            f"stage {stage.stage_id} ({stage.model_stage}) has {field} {name!r}; known: {', '.join(functions)}"
+        )
+    return functions[name]
