@@ -99,9 +99,7 @@ class BagelEngine:
         model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
         if vae_use_tiling:
             model.autoencoder().use_tiling()
-        return cls(
-            model, tokenizer, checkpoint.fingerprint, max_num_seqs=max_num_seqs, max_model_len=max_model_len
-        )
+        return cls(model, tokenizer, checkpoint.fingerprint, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
         """Serve requests together; results in their order, each also an event as soon as it is there.

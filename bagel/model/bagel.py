@@ -20,7 +20,8 @@ from bagel.model.vit import Vit
 class Bagel(nn.Module):
     """Modules named as in the checkpoint; one that the role does not need is None.
 
-    The decoder, ViT and embeddings compute in one type; the autoencoder always in float32.
+    The decoder's and ViT's matrix products, embeddings and K/V are of one type; norms, the time embedder, vae2llm, llm2vae
+    and the autoencoder are always in float32.
     """
 
     def __init__(self, config: ModelConfig, role: Role = Role.FULL, delimiter_ids: tuple[int, int] = (0, 1)) -> None:
@@ -53,7 +54,7 @@ class Bagel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute type of everything but the autoencoder; also the type of K/V."""
+        """The type of the decoder's matrix products, embeddings and K/V."""
         return self.language_model.embed_tokens.weight.dtype
 
     @property
@@ -62,34 +63,34 @@ class Bagel(nn.Module):
         return self.delimiter_ids if self.role.parts.text else (0, 1)
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """token_ids [...] -> [..., hidden]."""
+        """token_ids [...] -> [..., hidden] float32."""
         if not self.role.parts.text:
             raise NotSupported(f"role {self.role} reads no text; load the model with role understand, context or full")
-        return cast(Tensor, self.language_model.embed_tokens(token_ids))
+        return cast(Tensor, self.language_model.embed_tokens(token_ids)).float()
 
     def delimiter_embeddings(self) -> Tensor:
-        """Embeddings of the image delimiters, start and end, [2, hidden]."""
+        """Embeddings of the image delimiters, start and end, [2, hidden] float32."""
         rows = torch.tensor(self.delimiter_rows, device=self.device)
-        return cast(Tensor, self.language_model.embed_tokens(rows))
+        return cast(Tensor, self.language_model.embed_tokens(rows)).float()
 
     def embed_vit(self, pixel_tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Patches [rows * columns, patch features] of one image -> LLM inputs [rows * columns, hidden]."""
+        """Patches [rows * columns, patch features] of one image -> LLM inputs [rows * columns, hidden] float32."""
         if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
             raise NotSupported(f"role {self.role} has no ViT; load the model with role understand, context or full")
         vit_ids = self._grid(rows, columns, self.config.vit.positions_per_side)
-        features = self.connector(self.vit_model(pixel_tokens.to(self.device, self.dtype), vit_ids))
+        features = self.connector(self.vit_model(pixel_tokens.to(self.device), vit_ids))
         table_ids = self._grid(rows, columns, self.vit_pos_embed.side)
-        return cast(Tensor, features + self.vit_pos_embed(table_ids))
+        return cast(Tensor, features.float() + self.vit_pos_embed(table_ids))
 
     def embed_latents(self, tokens: Tensor, t: Tensor, position_ids: Tensor) -> Tensor:
-        """Latent tokens [..., n, features] at times t [...] -> LLM inputs [..., n, hidden].
+        """Latent tokens [..., n, features] at times t [...] -> LLM inputs [..., n, hidden] float32.
 
         Clean latents of a context have t = 0, whose embedding is added too.
         """
         if self.vae2llm is None or self.time_embedder is None or self.latent_pos_embed is None:
             raise NotSupported(f"role {self.role} has no generation expert; use role context, denoise or full")
         time = self.time_embedder(t.flatten()).view(*t.shape, 1, -1)
-        return cast(Tensor, self.vae2llm(tokens.to(self.dtype)) + time + self.latent_pos_embed(position_ids))
+        return cast(Tensor, self.vae2llm(tokens).float() + time + self.latent_pos_embed(position_ids))
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Hidden states of latent rows, before the last norm [..., hidden] -> velocity [..., features] float32."""

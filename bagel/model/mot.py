@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.model.attention import KvSlab, Rope, Rows, attend
@@ -41,7 +40,7 @@ class Expert(nn.Module):
         self.mlp = GatedMlp(hidden, config.intermediate_size)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, n, hidden] -> q [rows, n, heads, head_dim], k and v [rows, n, kv_heads, head_dim]."""
+        """x [rows, n, hidden] float32 -> q [rows, n, heads, head_dim], k and v [rows, n, kv_heads, head_dim]."""
         qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         return _norm_rotate(q, self.q_norm, rope), _norm_rotate(k, self.k_norm, rope), v
@@ -54,8 +53,7 @@ class Expert(nn.Module):
 
 def _norm_rotate(x: Tensor, norm: RMSNorm, rope: Rope) -> Tensor:
     """Norm per head, then rotary embedding, both in float32; back in x's type."""
-    normed = F.rms_norm(x.float(), norm.weight.shape, norm.weight.float(), norm.eps)
-    return rotate(normed, *rope).to(x.dtype)
+    return rotate(norm(x.float()), *rope).to(x.dtype)
 
 
 class MoTLayer(nn.Module):
@@ -101,7 +99,7 @@ class MoTDecoder(nn.Module):
     def forward(
         self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, on_layer: OnLayer | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Run all layers on embedded tokens; hidden states before the last norm, in und's and gen's shapes.
+        """Run all layers on embedded tokens (float32); hidden states before the last norm, in und's and gen's shapes.
 
         on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
         """

@@ -53,7 +53,7 @@ class VitEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
-        return cast(Tensor, self.patch_embedding(pixel_tokens) + self.position_embedding(position_ids))
+        return cast(Tensor, self.patch_embedding(pixel_tokens).float() + self.position_embedding(position_ids))
 
 
 class Vit(nn.Module):

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel.errors import BagelError, CheckpointError
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import AE, EMA, Checkpoint
 from bagel.model.config import BAGEL_7B_MOT, ModelConfig
+from bagel.model.flow import TimestepEmbedder
+from bagel.model.layers import RMSNorm
 from bagel.model.naming import Slot, slots
 from bagel.model.roles import Role
+from bagel.model.vae import Vae
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Bagel:
-    """The model of a role, its weights read from the checkpoint; the autoencoder in float32, the rest in dtype.
+    """The model of a role, its weights read from the checkpoint; decoder, ViT and embeddings in dtype, norms and what stands around latents in float32.
 
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
     Raises CheckpointError naming every missing or misshapen tensor (the first few of many).
@@ -63,8 +66,12 @@ def empty_model(
     with torch.device("meta"):
         model = Bagel(config, role, delimiter_ids)
     model.to(dtype)
-    if model.vae is not None:
-        model.vae.to(torch.float32)
+    for module in model.modules():
+        if isinstance(module, RMSNorm | nn.LayerNorm | TimestepEmbedder | Vae) or module in (
+            model.vae2llm,
+            model.llm2vae,
+        ):
+            module.to(torch.float32)
     model.requires_grad_(False)
     model.to_empty(device=device)
     model.language_model.rotary.to(torch.float32).reset()
@@ -151,7 +158,7 @@ def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor
 
 
 def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> list[str]:
-    """One line per role: tensors, parameters and bytes at bfloat16 (the autoencoder at float32), after checking them."""
+    """One line per role: tensors, parameters and bytes at bfloat16 (norms and what stands around latents at float32), after checking them."""
     lines = []
     for role in Role:
         model = _meta(config, role)

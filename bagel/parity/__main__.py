@@ -23,14 +23,16 @@ from bagel.parity.bf16 import compare_bf16
 from bagel.parity.golden import Case, Golden
 from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
 from bagel.parity.prompts import with_transforms
-from bagel.parity.report import Comparison, Judge, absolute
+from bagel.parity.report import Comparison, absolute
 from bagel.parity.runs import compare_picture, compare_prefill, compare_text
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None
+    )
     parser.add_argument("folder", type=Path, help="recordings: checkpoint/, inputs/, fp32/, tables/, README.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--tolerance", type=float, help="largest absolute error in float32 (cpu 1e-4, cuda 1e-3)")
@@ -66,19 +68,23 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Co
         if name not in NOT_RESULTS:
             yield compare_table(name, table, engine.tokenizer), time.perf_counter() - start
             start = time.perf_counter()
+    fingerprint = golden.checkpoint.fingerprint
+
+    def run(engine: BagelEngine, case: Case, report: Comparison) -> None:
+        compare_case(with_transforms(engine, case, fingerprint), case, report)
+
     for case in golden.cases("fp32"):
-        yield compare_case(engine, case, golden.checkpoint.fingerprint, absolute(tolerance)), time.perf_counter() - start
+        report = Comparison(case.name, case.tensors, absolute(tolerance))
+        run(engine, case, report)
+        yield report, time.perf_counter() - start
         start = time.perf_counter()
-    for report in compare_bf16(golden, device):
+    for report in compare_bf16(golden, device, run):
         yield report, time.perf_counter() - start
         start = time.perf_counter()
 
 
-def compare_case(engine: BagelEngine, case: Case, fingerprint: bytes, judge: Judge) -> Comparison:
+def compare_case(engine: BagelEngine, case: Case, report: Comparison) -> None:
     """Repeat one recorded case and compare everything that it recorded."""
-    report = Comparison(case.name, case.tensors, judge)
-    if "transforms" in case.data:
-        engine = with_transforms(engine, case, fingerprint)
     if case.name == "components":
         compare_components(engine.model, report)
     elif "turns" in case.data:
@@ -88,7 +94,6 @@ def compare_case(engine: BagelEngine, case: Case, fingerprint: bytes, judge: Jud
     else:
         compare_text(engine, case, report)
     report.finish()
-    return report
 
 
 if __name__ == "__main__":

@@ -1,7 +1,71 @@
-"""The bfloat16 set."""
+"""The bfloat16 set: our bfloat16 must lie no farther from the float32 recordings than the reference's own does."""
+
 from __future__ import annotations
-from collections.abc import Iterator
-from bagel.parity.golden import Golden
-from bagel.parity.report import Comparison
-def compare_bf16(golden: Golden, device: str) -> Iterator[Comparison]:
-    return iter(())
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.engine.engine import BagelEngine
+from bagel.parity.golden import Case, Golden
+from bagel.parity.report import Comparison, Judge
+
+FLOAT32_NOISE = 1e-5
+"""Relative distance that float32 alone makes: the autoencoder is float32 on both sides."""
+SLACK = 1.001
+"""The recorded distances are rounded to four digits."""
+
+Run = Callable[[BagelEngine, Case, Comparison], None]
+"""Repeats a case through an engine and compares what it recorded."""
+
+
+@dataclass
+class Bf16Comparison(Comparison):
+    """Compares pictures by their mean distance, which must not exceed the reference's."""
+
+    recorded: Mapping[str, Path] = field(default_factory=dict)
+
+    def picture(self, name: str, ours: Image.Image, path: Path) -> None:
+        wanted = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+        reference = np.asarray(Image.open(self.recorded[name]).convert("RGB"), dtype=np.int16)
+        distance = float(np.abs(np.asarray(ours, dtype=np.int16) - wanted).mean())
+        allowed = float(np.abs(reference - wanted).mean())
+        self.errors[f"u8 mean {name}"] = distance
+        if distance > allowed * SLACK + 1e-3:
+            self.failures.append(
+                f"{name}: mean distance {distance:.3f} u8 steps, the reference's bfloat16 has {allowed:.3f}"
+            )
+
+
+def compare_bf16(golden: Golden, device: str, run: Run) -> Iterator[Comparison]:
+    """Every case of bf16/, run in bfloat16 and judged against its float32 twin."""
+    cases = golden.cases("bf16")
+    if not cases:
+        return
+    engine = BagelEngine.load(golden.checkpoint, dtype=torch.bfloat16, device=device)
+    for case in cases:
+        distances = golden.bf16_distances[case.name]
+        twin = Case(golden.root, golden.root / "fp32", case.name)
+        tensors = {name: twin.tensors[name] for name in case.tensors}
+        report = Bf16Comparison(f"bf16/{case.name}", tensors, within(distances), recorded=case.pictures)
+        run(engine, twin, report)
+        yield report
+
+
+def within(distances: Mapping[str, Any]) -> Judge:
+    """Fail beyond the relative L2 distance that the reference's bfloat16 has."""
+
+    def judge(name: str, ours: Tensor, wanted: Tensor) -> str | None:
+        distance = float((ours - wanted).norm() / wanted.norm().clamp(min=1e-12))
+        allowed = float(distances[name]["rel_l2"])
+        if distance <= allowed * SLACK + FLOAT32_NOISE:
+            return None
+        return f"{name}: relative L2 {distance:.3g} from float32, the reference's bfloat16 has {allowed:.3g}"
+
+    return judge

@@ -93,7 +93,9 @@ class Golden:
 
     def tables(self) -> dict[str, Any]:
         """Contents of tables/*.json by name."""
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob("tables/*.json"))}
+        return {
+            path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob("tables/*.json"))
+        }
 
     @property
     def bf16_distances(self) -> Mapping[str, Mapping[str, Any]]:

@@ -25,7 +25,9 @@ def compare_components(model: Bagel, case: Comparison) -> None:
     tokens = latent_patchify(latent, config.latent_patch_size)
     case.tensor("latent_patchify.tokens", tokens)
     rows, columns = latent.shape[1] // config.latent_patch_size, latent.shape[2] // config.latent_patch_size
-    case.equal("latent_unpatchify", latent_unpatchify(tokens, rows, columns, config.latent_patch_size).equal(latent), True)
+    case.equal(
+        "latent_unpatchify", latent_unpatchify(tokens, rows, columns, config.latent_patch_size).equal(latent), True
+    )
     case.tensor("vit_patchify.tokens", vit_patchify(case.input("vit_patchify.image"), config.vit.patch_size))
     assert model.latent_pos_embed is not None and model.time_embedder is not None
     case.tensor("latent_pos.out", model.latent_pos_embed(case.input("latent_pos.ids").to(device)))

@@ -89,9 +89,7 @@ class PromptRun:
         mean, logvar = record.last("encoder.out").chunk(2, dim=1)
         report.tensor(f"{name}.posterior_mean", mean)
         report.tensor(f"{name}.posterior_logvar", logvar)
-        report.tensor(
-            f"{name}.posterior_noise", segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image))
-        )
+        report.tensor(f"{name}.posterior_noise", segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image)))
         tokens, patch = record.last("vae2llm.in")[0], self.engine.model.config.latent_patch_size
         report.tensor(f"{name}.latent", latent_unpatchify(tokens, *segment.grid, patch)[None])
         report.tensor(f"{name}.latent_position_ids", record.last("latent_pos_embed.in"))

@@ -1,0 +1,93 @@
+"""The command `bagel`: arguments in, an exit code out, and every error of a user's in one line.
+
+Exit codes: 0; 1 something failed; 2 the request, a flag or a file is wrong; 130 Ctrl-C; 141 the reader of our output
+has gone. Torch is never imported here, so that --help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from bagel import __version__
+from bagel.commands.flags import Parser, add_generate_flags, complain_of_unknown
+from bagel.errors import BagelError, ConfigError
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `bagel ARGV` (sys.argv without it) and return its exit code."""
+    _make_printable()
+    try:
+        _run(argv)
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is told below and not at exit
+        return 0
+    except SystemExit as exit:  # argparse's --help and --version
+        return _flushed(int(exit.code or 0))
+    except BagelError as error:
+        return _flushed(_fail(str(error), error.exit_code))
+    except KeyboardInterrupt:
+        return _flushed(_fail("interrupted", INTERRUPTED))
+    except BrokenPipeError:
+        return _silenced(BROKEN_PIPE)
+    except OSError as error:
+        what = repr(error.filename) if error.filename else "a read or write"
+        return _silenced(_fail(f"{what} failed: {error.strerror or error}", 1))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="bagel", description="Serve BAGEL, one model that understands and generates images.")
+    parser.add_argument("--version", action="version", version=f"bagel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    generate = commands.add_parser(
+        "generate",
+        help="make pictures or text in this process",
+        description="Make pictures or text with the model loaded into this process. Pictures' paths and answers go "
+        "to stdout, everything else to stderr.",
+    )
+    add_generate_flags(generate)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        complain_of_unknown(unknown, generate if args.command else parser)
+    if args.command is None:
+        raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
+    from bagel.commands.generate import generate as run
+
+    run(args)
+
+
+def _make_printable() -> None:
+    """Let no character that the terminal's encoding lacks cost the user a result: it is shown as an escape."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _fail(message: str, code: int) -> int:
+    kind = "" if code == INTERRUPTED else "error: "
+    with contextlib.suppress(OSError):
+        print(f"bagel: {kind}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _flushed(code: int) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return _silenced(code or BROKEN_PIPE)
+    return code
+
+
+def _silenced(code: int) -> int:
+    """Point stdout at nothing, so that Python does not fail once more when it flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stdout without a file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

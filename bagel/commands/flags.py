@@ -1,0 +1,169 @@
+"""The flags of the command line. Standard library alone, so that --help answers at once.
+
+No flag has a default here: what the user did not give is None, so that the deploy file and then the tables of
+bagel.request fill it in. What the help calls the default is tested against those tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from bagel.errors import ConfigError
+
+MODALITIES = ("text2img", "img2img", "img2text", "text2text")
+RENORM_TYPES = ("global", "text_channel", "channel")
+POSTERIOR_MODES = ("content", "seed", "mean")
+WORKER_BACKENDS = ("process", "ray")
+DTYPES = ("auto", "bfloat16", "float32")
+
+INIT_TIMEOUT_S = 300
+OUTPUT = "."
+
+PICTURE_FLAGS = (
+    "height",
+    "width",
+    "steps",
+    "timestep_shift",
+    "cfg_text_scale",
+    "cfg_img_scale",
+    "cfg_interval",
+    "cfg_renorm_type",
+    "cfg_renorm_min",
+    "negative_prompt",
+)
+SAMPLING_FLAGS = ("do_sample", "text_temperature", "top_p", "top_k", "repetition_penalty")
+REQUEST_FLAGS = (
+    "seed",
+    "think",
+    "max_think_tokens",
+    "max_tokens",
+    "posterior",
+    *SAMPLING_FLAGS,
+    *PICTURE_FLAGS,
+)
+"""Flags that are a request's options, as argparse's names; `request_option` has the name in bagel.request."""
+
+Group = argparse._ArgumentGroup
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ConfigErrors of one line, and which never guesses what a flag's beginning means."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def request_option(flag: str) -> str:
+    """The field of bagel.request that a flag (argparse's name) sets."""
+    return "temperature" if flag == "text_temperature" else flag
+
+
+def flag_name(flag: str) -> str:
+    """argparse's name of a flag as the user types it."""
+    return "--" + flag.replace("_", "-")
+
+
+def complain_of_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """Raise ConfigError for arguments that no flag takes, with what may have been meant."""
+    first = unknown[0]
+    if not first.startswith("-"):
+        raise ConfigError(f"{first!r} belongs to no flag; a prompt goes behind --prompts")
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = get_close_matches(first.split("=")[0], known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(f"unknown flag {first!r}; {hint}see {parser.prog} --help")
+
+
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of `bagel generate`."""
+    _add_task(parser.add_argument_group("what to make"))
+    _add_text(parser.add_argument_group("text"))
+    _add_picture(parser.add_argument_group("pictures"))
+    _add_engine(parser.add_argument_group("model and engine"))
+    _add_reports(parser.add_argument_group("reports"))
+
+
+def _add_task(group: Group) -> None:
+    _add(group, "--modality", "text2img", "what goes in and what comes out", choices=MODALITIES)
+    _add(group, "--prompts", "none", "one or several prompts", nargs="+", action="extend", metavar="TEXT")
+    _add(group, "--txt-prompts", "none", "a UTF-8 text file, one prompt a line", type=_given, metavar="FILE")
+    _add(group, "--image-path", "none", "input image, for img2img and img2text", type=_given, metavar="FILE")
+    _add(group, "--output", OUTPUT, "folder for the pictures, made if missing", type=_given, metavar="FOLDER")
+    _add(group, "--seed", "none, each prompt draws its own", "reproducible run", type=int, metavar="N")
+    _add(group, "--think", "off", "<think> ... </think> before the answer or the picture", action="store_true")
+
+
+def _add_text(group: Group) -> None:
+    _add(group, "--max-think-tokens", 1000, "limit of the think text", type=int, metavar="N")
+    _add(group, "--max-tokens", 1000, "limit of an answer", type=int, metavar="N")
+    _add(group, "--do-sample", "off", "sample instead of greedy", action="store_true")
+    _add(group, "--text-temperature", 0.3, "sampling temperature", type=float, metavar="X")
+    _add(group, "--top-p", 1.0, "sample from the likeliest tokens of this probability", type=float, metavar="X")
+    _add(group, "--top-k", "0, all", "sample from this many likeliest tokens", type=int, metavar="N")
+    _add(group, "--repetition-penalty", 1.0, "above 1 discourages repeating tokens", type=float, metavar="X")
+
+
+def _add_picture(group: Group) -> None:
+    size = "the model's; an edit: the resized input's"
+    _add(group, "--height", size, "pixels, rounded down to 16", type=int, metavar="N")
+    _add(group, "--width", size, "pixels, rounded down to 16", type=int, metavar="N")
+    _add(group, "--steps", 50, "diffusion timesteps, one more than Euler steps", type=int, metavar="N")
+    _add(group, "--timestep-shift", 3.0, "above 1 spends more steps at high noise", type=float, metavar="X")
+    _add(group, "--cfg-text-scale", 4.0, "text guidance, 1 is none", type=float, metavar="X")
+    _add(group, "--cfg-img-scale", "1.5 for edits, else 1.0", "image guidance, 1 is none", type=float, metavar="X")
+    _add(group, "--negative-prompt", "none", "text to steer away from", type=_given, metavar="TEXT")
+    interval = "guidance is on for LO < t <= HI"
+    _add(group, "--cfg-interval", "0.4 1.0; edits 0.0 1.0", interval, nargs=2, type=float, metavar=("LO", "HI"))
+    _add(group, "--cfg-renorm-type", "global; edits text_channel", "norm that guidance keeps", choices=RENORM_TYPES)
+    _add(group, "--cfg-renorm-min", 0.0, "lower bound of the renorm factor", type=float, metavar="X")
+    _add(group, "--posterior", "content", "noise of an edit's input: see docs/options.md", choices=POSTERIOR_MODES)
+
+
+def _add_engine(group: Group) -> None:
+    model = "BAGEL_MODEL of the environment, else the tests' tiny random model"
+    _add(group, "--model", model, "checkpoint folder or hub name", type=_given, metavar="MODEL")
+    _add(group, "--device", "auto, cuda if there is one", "auto, cpu, cuda or cuda:N", type=_device, metavar="DEVICE")
+    _add(group, "--dtype", "auto, bfloat16 on cuda, float32 on cpu", "number type of the model", choices=DTYPES)
+    deploy = "the shipped bagel_single_stage.yaml"
+    _add(group, "--deploy-config", deploy, "deploy file", type=_given, metavar="FILE")
+    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=int, metavar="N")
+    _add(group, "--worker-backend", "process", "only process works", choices=WORKER_BACKENDS)
+    _add(group, "--ray-address", "none", "Ray cluster; not built yet", type=_given, metavar="ADDRESS")
+    _add(group, "--quantization", "none", "like fp8; not built yet", type=_given, metavar="NAME")
+    _add(group, "--endpoint", "none", "a running gateway; comes with the services", type=_given, metavar="ADDRESS")
+    _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds for loading the model", type=_count, metavar="S")
+    _add(group, "--batch-timeout", 5, "seconds to be admitted; in one process none waits", type=_count, metavar="S")
+
+
+def _add_reports(group: Group) -> None:
+    _add(group, "--log-stats", "off", "seconds, tokens and steps of each request, on stderr", action="store_true")
+    profiler = "durations of the diffusion stages, on stderr"
+    _add(group, "--enable-diffusion-pipeline-profiler", "off", profiler, action="store_true")
+
+
+def _add(group: Group, name: str, default: object, meaning: str, **how: Any) -> None:
+    group.add_argument(name, default=None, help=f"{meaning} (default: {default})", **how)
+
+
+def _given(value: str) -> str:
+    if not value.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a value or leave the flag out")
+    return value
+
+
+def _count(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number of seconds from 1 on")
+    return int(value)
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+    return value

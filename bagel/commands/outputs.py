@@ -1,0 +1,112 @@
+"""What the user gets: pictures as files with what made them inside, their paths and answers on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from PIL.Image import Image
+
+from bagel import __version__
+from bagel.commands.inputs import prompt_text
+from bagel.commands.progress import Progress
+from bagel.errors import InvalidRequest
+from bagel.events import Event, Result, StepDone, TextDelta
+from bagel.images import free_path, picture_name, save_png
+from bagel.request import Request
+
+
+class Output:
+    """Called with each event of a run: writes what is finished, shows the rest as progress.
+
+    engine: what the pictures' text chunks say of it (model, fingerprint, dtype). folder is None for answers.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], folder: Path | None, engine: Mapping[str, str], progress: Progress
+    ) -> None:
+        self._requests, self._folder, self._engine, self._progress = requests, folder, engine, progress
+
+    def __call__(self, event: Event) -> None:
+        """Handle one event; raises InvalidRequest if a picture cannot be written."""
+        match event:
+            case TextDelta(think=True):
+                self._progress.think(event)
+            case TextDelta():
+                if len(self._requests) == 1:
+                    write_out(event.text)
+            case StepDone():
+                self._progress.step(event)
+            case Result():
+                self._finish(event)
+
+    def _finish(self, result: Result) -> None:
+        request = self._requests[result.index]
+        if result.image is not None and self._folder is not None:
+            with self._progress.finish(result):
+                path = save_picture(self._folder, result.image, picture_settings(request, result, self._engine))
+                write_out(f"{path}\n")
+        elif len(self._requests) == 1:
+            write_out("\n")  # the text itself has been written as it came
+        else:
+            write_answer(prompt_text(request), result)
+
+
+def make_folder(path: str) -> Path:
+    """The folder for pictures, created if missing; InvalidRequest if nothing can be written into it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # tried, as permissions alone do not tell (root, read-only mounts)
+            pass
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+        raise InvalidRequest(
+            "output", f"--output {path!r} cannot be written: {reason}; choose another folder"
+        ) from None
+    return folder
+
+
+def save_picture(folder: Path, image: Image, settings: Mapping[str, str]) -> Path:
+    """Write a picture under a name of its own, with what made it in its text chunks."""
+    path = free_path(folder, picture_name(settings["prompt"], int(settings["seed"])))
+    save_png(image, path, settings)
+    return path
+
+
+def picture_settings(request: Request, result: Result, engine: Mapping[str, str]) -> dict[str, str]:
+    """Text chunks of a picture: everything that made it. engine: model, fingerprint, dtype and the like."""
+    assert result.image is not None
+    drawing = asdict(request.image) | {"width": result.image.width, "height": result.image.height}
+    drawing["cfg_interval"] = " ".join(map(str, request.image.cfg_interval))
+    settings: dict[str, object] = {
+        "prompt": prompt_text(request),
+        "negative_prompt": request.negative_prompt,
+        "modality": request.modality,
+        "seed": request.seed,
+        **drawing,
+        "think": str(request.think).lower(),
+    }
+    if request.modality.reads_image:
+        settings["posterior"] = request.posterior
+    if request.think:
+        settings |= {"think_text": result.text, "max_think_tokens": request.max_think_tokens}
+        settings |= {name: getattr(request.text, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
+        settings["repetition_penalty"] = request.text.repetition_penalty
+    return {name: str(value) for name, value in {**settings, **engine, "bagel_version": __version__}.items()}
+
+
+def write_out(text: str) -> None:
+    """Put text on stdout now: a reader of a pipe sees it as it comes."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_answer(prompt: str, result: Result) -> None:
+    """One of several answers on stdout, as one line of JSON: answers may hold line breaks and colons themselves."""
+    line = {"prompt": prompt, "answer": result.text, "seed": result.seed}
+    write_out(json.dumps(line, ensure_ascii=False) + "\n")

@@ -1,0 +1,123 @@
+"""How a run is shown on stderr: think text as it comes, and how far each picture is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bagel.events import Result, StepDone, TextDelta
+
+LABEL_CHARACTERS = 40
+
+
+def say(message: str) -> None:
+    """One line of the command's own on stderr."""
+    print(f"bagel: {message}", file=sys.stderr, flush=True)
+
+
+def short(text: str, characters: int) -> str:
+    """A text as one line of at most so many characters, without anything that moves a terminal's cursor."""
+    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+    return line if len(line) <= characters else line[: characters - 1] + "…"
+
+
+class Progress:
+    """Plain lines, for a stderr that is a file or a pipe: one when a picture is done.
+
+    The think text of a single prompt is written as it comes; several are written together, so each is shown when its
+    picture is begun.
+    """
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        self._labels = [short(prompt, LABEL_CHARACTERS) for prompt in prompts]
+        self._thoughts = [""] * len(prompts)
+        self._begun: set[int] = set()
+
+    def think(self, delta: TextDelta) -> None:
+        """Some more think text."""
+        self._thoughts[delta.index] += delta.text
+        if len(self._labels) == 1:
+            self.write_thought(delta.text)
+
+    def step(self, done: StepDone) -> None:
+        """One Euler step of a picture; the first one ends its think text."""
+        if done.index not in self._begun:
+            self._begun.add(done.index)
+            self._end_thought(done.index)
+
+    @contextmanager
+    def finish(self, result: Result) -> Iterator[None]:
+        """Around the output of a picture that is done, which may go to the same terminal."""
+        yield
+        seconds = sum(result.timings.values())
+        say(f"{self.label(result.index)} is done, {seconds:.1f} s")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+    def label(self, index: int) -> str:
+        """What a picture is called."""
+        return f"picture {index + 1} of {len(self._labels)}, {self._labels[index]!r}"
+
+    def write_thought(self, text: str) -> None:
+        """Think text, as it is."""
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+    def _end_thought(self, index: int) -> None:
+        if not self._thoughts[index]:
+            return
+        if len(self._labels) > 1:
+            self.write_thought(f"{self.label(index)}: {self._thoughts[index]}")
+        self.write_thought("\n")
+
+
+class TerminalProgress(Progress):
+    """A bar for each picture that is being drawn; think text is dim."""
+
+    def __init__(self, prompts: Sequence[str]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        super().__init__(prompts)
+        self._console = Console(stderr=True, highlight=False)
+        # Prompts are no markup. Bars vanish when they stop: the path on stdout is what remains.
+        label = TextColumn("{task.description}", markup=False)
+        columns = (label, BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn())
+        self._bars = Bars(*columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._tasks: dict[int, TaskID] = {}
+
+    def step(self, done: StepDone) -> None:
+        super().step(done)
+        if done.index not in self._tasks:
+            self._tasks[done.index] = self._bars.add_task(self.label(done.index), total=done.steps)
+        self._bars.update(self._tasks[done.index], completed=done.step)
+        self._bars.start()
+
+    @contextmanager
+    def finish(self, result: Result) -> Iterator[None]:
+        self._bars.stop()
+        self._bars.remove_task(self._tasks.pop(result.index))
+        yield
+        if self._tasks:
+            self._bars.start()
+
+    def close(self) -> None:
+        self._bars.stop()
+
+    def write_thought(self, text: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(text, style="dim"), end="", soft_wrap=True)
+
+
+@contextmanager
+def shown(prompts: Sequence[str]) -> Iterator[Progress]:
+    """The display that fits stderr, closed at the end whatever happens."""
+    progress = TerminalProgress(prompts) if sys.stderr.isatty() else Progress(prompts)
+    try:
+        yield progress
+    finally:
+        progress.close()
