@@ -100,11 +100,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """Flash attention with lengths on the device: one launch for all rows, whatever their lengths."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Flash attention with lengths on the device: one launch for all rows, whatever their lengths.
 
+    The operator behind torch.nn.attention.varlen, which takes grouped heads and used lengths itself only from torch 2.13.
+    """
     query_starts, starts, lengths = rows.on_device
-    out = varlen_attn(
+    out: Tensor = torch.ops.aten._flash_attention_forward(
         q.flatten(0, 1),
         k,
         v,
@@ -112,11 +113,12 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         starts,
         rows.queries,
         rows.max_length,
-        window_size=(-1, 0) if rows.causal else (-1, -1),
-        enable_gqa=q.shape[2] != k.shape[1],
+        0.0,
+        rows.causal,
+        False,
         seqused_k=lengths,
-    )
-    return out.view(q.shape)  # type: ignore[union-attr]
+    )[0]
+    return out.view(q.shape)
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
