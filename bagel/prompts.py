@@ -40,7 +40,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One image (RGB), entered as VAE tokens (for_generation), ViT tokens (for_understanding) or both, in that order."""
+    """One RGB image, entered as VAE tokens (for_generation), ViT tokens (for_understanding) or both, in that order."""
 
     image: Image
     for_generation: bool

@@ -1,4 +1,4 @@
-"""Prompts as chains of segments: what is computed, in which order, and under which digests. Nothing is computed here."""
+"""Prompts as chains of segments: what is to be computed, in which order, and under which digests."""
 
 from __future__ import annotations
 

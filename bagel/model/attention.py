@@ -102,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Flash attention with lengths on the device: one launch for all rows, whatever their lengths.
 
-    The operator behind torch.nn.attention.varlen, which takes grouped heads and used lengths itself only from torch 2.13.
+    The operator behind torch.nn.attention.varlen, which hands on grouped heads and used lengths only from torch 2.13.
     """
     query_starts, starts, lengths = rows.on_device
     out: Tensor = torch.ops.aten._flash_attention_forward(

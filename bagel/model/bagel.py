@@ -20,8 +20,8 @@ from bagel.model.vit import Vit
 class Bagel(nn.Module):
     """Modules named as in the checkpoint; one that the role does not need is None.
 
-    The decoder's and ViT's matrix products, embeddings and K/V are of one type; norms, the time embedder, vae2llm, llm2vae
-    and the autoencoder are always in float32.
+    The decoder's and ViT's matrix products, embeddings and K/V are of one type; norms, the time embedder, vae2llm,
+    llm2vae and the autoencoder are always in float32.
     """
 
     def __init__(self, config: ModelConfig, role: Role = Role.FULL, delimiter_ids: tuple[int, int] = (0, 1)) -> None:

@@ -40,7 +40,9 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Bagel:
-    """The model of a role, its weights read from the checkpoint; decoder, ViT and embeddings in dtype, norms and what stands around latents in float32.
+    """The model of a role, its weights read from the checkpoint.
+
+    dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
 
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
     Raises CheckpointError naming every missing or misshapen tensor (the first few of many).
@@ -81,7 +83,7 @@ def empty_model(
 def random_model(
     config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Bagel:
-    """A model with random weights made in place, scaled so that activations stay of order one; for benches and tests."""
+    """A model with random weights made in place, scaled so that activations stay of order one; for benches."""
     model = empty_model(config, role, dtype=dtype, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -158,7 +160,7 @@ def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor
 
 
 def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> list[str]:
-    """One line per role: tensors, parameters and bytes at bfloat16 (norms and what stands around latents at float32), after checking them."""
+    """One line per role: tensors, parameters and bytes in bfloat16, after checking that the files fit."""
     lines = []
     for role in Role:
         model = _meta(config, role)
@@ -167,7 +169,8 @@ def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> l
         count = sum(slot.target.numel() for slot in needed)
         size = sum(slot.nbytes for slot in needed)
         lines.append(
-            f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters {size:>15,} bytes {size / 2**30:>7.2f} GiB"
+            f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters"
+            f" {size:>15,} bytes {size / 2**30:>7.2f} GiB"
         )
     known = {slot.name for slot in slots(_meta(config, Role.FULL))}
     unknown = sorted(name for shapes in files.values() for name in shapes if name not in known)
@@ -177,6 +180,7 @@ def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> l
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the inventory of a checkpoint or of a list of tensors; the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bagel.model.weights", description="What each role loads, and its bytes."
     )

@@ -2,8 +2,8 @@
 
     python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4]
 
-One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more than is
-allowed or was not compared.
+One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more
+than is allowed or was not compared.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Compare everything in a folder; 0 if it all agrees, 1 if not, 2 for a folder that is none."""
     parser = argparse.ArgumentParser(
         prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None
     )

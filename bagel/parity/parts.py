@@ -62,7 +62,7 @@ def _resize(table: Any, case: Comparison) -> None:
             continue
         vae, vit = ImageTransform.from_list(part["vae"]), ImageTransform.from_list(part["vit"])
         for row in part["rows"]:
-            size = tuple(row["in"])
+            size = (row["in"][0], row["in"][1])
             first = resized_size(*size, vae)
             ours = {
                 "vae": first,

@@ -1,0 +1,69 @@
+# The front door. `make` alone lists what there is.
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Pinned so that CI and laptops take one known build; for another: make setup TORCH_VERSION=2.12.0
+TORCH_VERSION ?= 2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Named by what goes in, not dated: a fresh checkout's pyproject.toml is newer than an environment that fits it.
+STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
+PROTOS := $(shell find protos -name '*.proto')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo format lint check test bench protos clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create the environment (.venv) and install everything into it
+	@:
+
+run: setup ## bagel generate with ARGS, like ARGS="--prompts 'a red cube'"
+	$(BIN)/bagel generate $(ARGS)
+
+demo: setup ## every modality once, on the small model
+	$(BIN)/python -m examples.demo $(ARGS)
+
+format: setup ## rewrite the sources as ruff wants them
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lint: setup ## ruff, mypy strict and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+check: lint ## lint and the quick tests, under two minutes
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test: setup ## all tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+bench: setup ## the benchmarks
+	$(BIN)/python -m bench $(ARGS)
+
+protos: setup ## generate the gRPC stubs
+ifeq ($(PROTOS),)
+	@echo "nothing to generate: protos/ holds no .proto files yet"
+else
+	npx --yes @bufbuild/buf generate protos
+endif
+
+clean: ## remove caches and build output; the environment stays
+	rm -rf build dist demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find $(wildcard bagel services gateway bench examples tests) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A torch version that was asked for is always installed, over whatever is there.
+ifneq ($(origin TORCH_VERSION),file)
+.PHONY: $(STAMP)
+endif
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install "torch==$(TORCH_VERSION)"
+	$(BIN)/python -m pip install -e ".[all,dev]"
+	@rm -f $(VENV)/.setup-*
+	@touch $@

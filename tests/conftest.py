@@ -1,0 +1,46 @@
+"""What tests share: the recordings' tiny checkpoint and what is loaded from it, once for all tests.
+
+torch is imported where it is needed: most tests do without it, and it takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from bagel.engine.engine import BagelEngine
+    from bagel.model.checkpoint import Checkpoint
+    from bagel.model.tokenizer import BagelTokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# A shared machine may take its time over an example, the first above all.
+settings.register_profile("bagel", deadline=None)
+settings.load_profile("bagel")
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Checkpoint:
+    """The tiny checkpoint of random weights."""
+    from bagel.model.checkpoint import Checkpoint
+
+    return Checkpoint(GOLDEN / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint: Checkpoint) -> BagelTokenizer:
+    from bagel.model.tokenizer import load_tokenizer
+
+    return load_tokenizer(checkpoint.folder)
+
+
+@pytest.fixture(scope="session")
+def engine(checkpoint: Checkpoint) -> BagelEngine:
+    """The whole model in float32 on the CPU. Its cache of contexts is shared: count no computations on it."""
+    from bagel.engine.engine import BagelEngine
+
+    return BagelEngine.load(checkpoint)

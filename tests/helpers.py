@@ -1,0 +1,52 @@
+"""What several tests need."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from bagel.engine.engine import BagelEngine
+from bagel.images import ImageTransform
+from bagel.prompts import ImagePart, Prompt, TextPart
+from bagel.request import Modality, Request, resolve
+
+FINGERPRINT = b"tests"
+
+
+def small_images(
+    engine: BagelEngine,
+    vae: ImageTransform = ImageTransform(128, 64, 16),  # noqa: B008 - frozen
+    vit: ImageTransform = ImageTransform(140, 56, 14),  # noqa: B008 - frozen
+    **limits: Any,
+) -> BagelEngine:
+    """The engine's model, with images resized to few tokens, and an empty cache."""
+    model = copy(engine.model)
+    model.config = replace(model.config, vae_transform=vae, vit_transform=vit)
+    return BagelEngine(model, engine.tokenizer, FINGERPRINT, **limits)
+
+
+def sketch(width: int = 112, height: int = 80, colour: str = "crimson") -> Image.Image:
+    """A small picture."""
+    image = Image.new("RGB", (width, height), "beige")
+    ImageDraw.Draw(image).ellipse((width // 4, height // 4, width // 2, height // 2), fill=colour)
+    return image
+
+
+def request(modality: str, text: str = "a red cup", image: Image.Image | None = None, **options: Any) -> Request:
+    """A request of few steps and tokens."""
+    kind = Modality(modality)
+    parts: Prompt = (TextPart(text),)
+    if kind.reads_image:
+        parts = (ImagePart(image or sketch(), for_generation=kind.makes_image), *parts)
+    size = {"height": 64, "width": 64} if kind is Modality.TEXT2IMG else {}
+    return resolve(kind, parts, {"steps": 5, "seed": 7, "max_think_tokens": 8, **size, **options})
+
+
+def agree(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures agree within one u8 step in at most 0.1% of their values."""
+    difference = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
+    return bool(one.size == other.size and difference.max() <= 1 and (difference > 0).mean() <= 1e-3)

@@ -1,0 +1,50 @@
+"""What must stay light loads no torch, also where an import is made at run time and import-linter cannot see it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "transformers", "diffusers"}
+
+# `python -m` of its arguments; when all is done it writes the names of all loaded modules as its last line.
+PROBE = """
+import atexit, runpy, sys
+atexit.register(lambda: print("\\n" + " ".join(sys.modules)))
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def torch_free_modules() -> list[str]:
+    """The modules of the import contract `torch-free`."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    modules: list[str] = next(c["source_modules"] for c in contracts if c["id"] == "torch-free")
+    return modules
+
+
+def fresh_python(*args: str) -> list[str]:
+    """The lines that a fresh `python ARGS` prints."""
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("module", [*torch_free_modules(), "bagel.commands.generate"])
+def test_import_loads_no_torch(module: str) -> None:
+    [loaded] = fresh_python("-c", f"import sys, {module}; print(*sys.modules)")
+    assert module in loaded.split()
+    assert not HEAVY & set(loaded.split())
+
+
+@pytest.mark.parametrize("command", [["--help"], ["generate", "--help"]], ids=" ".join)
+def test_help_loads_no_torch(command: list[str]) -> None:
+    *shown, loaded = fresh_python("-c", PROBE, "bagel.cli", *command)
+    assert "usage: bagel" in "\n".join(shown)
+    assert "bagel.errors" in loaded.split()
+    assert not HEAVY & set(loaded.split())
