@@ -13,13 +13,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from bagel.errors import ConfigError, InvalidRequest, NotSupported
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType, pipeline
 from bagel.request import MAX_SEED, TextSettings
+from bagel.yaml_files import merge, read_yaml
 
 UNBUILT: Mapping[str, object] = {
     "tensor_parallel_size": 1,
@@ -446,42 +446,13 @@ def _suggest(key: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML where a key that is there twice is an error: the last would win without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            problem = f"the key {twice[0]} is there twice"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping; ConfigError if it cannot be read."""
-    remedy = f"correct base_config in {heirs[-1]}" if heirs else "give the path of a deploy file"
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path} is no valid YAML{line}: {problem}; mend it or start from a shipped file") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {data!r:.40}; it must hold keys and values, like pipeline: bagel")
-    return data
-
-
 def _inherit(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
     """The file's data over that of its base_config; ConfigError for anything wrong in either, or for a circle."""
     here = path.resolve()
     if here in heirs:
         circle = " -> ".join(file.name for file in (*heirs, here))
         raise ConfigError(f"{heirs[-1]}: base_config goes in a circle, {circle}; remove one")
-    data = _read(path, heirs)
+    data = read_yaml(path, f"correct base_config in {heirs[-1]}" if heirs else "give the path of a deploy file")
     _validate(data, str(path))  # each file by itself, so that a message names the file that holds the key
     base = data.pop("base_config", None)
     if base is None:
@@ -489,14 +460,5 @@ def _inherit(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
     inherited = _inherit(path.parent / base, (*heirs, here))
     stages = {stage["stage_id"]: stage for stage in inherited.get("stages", ())}
     for stage in data.get("stages", ()):
-        stages[stage["stage_id"]] = _merge(stages.get(stage["stage_id"], {}), stage)
-    return {**_merge(inherited, data), "stages": list(stages.values())}
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, mapping by mapping; any other value replaces the base's."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+        stages[stage["stage_id"]] = merge(stages.get(stage["stage_id"], {}), stage)
+    return {**merge(inherited, data), "stages": list(stages.values())}

@@ -62,7 +62,7 @@ class PosteriorMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings:
-    """How text is decoded. Limits count visible tokens."""
+    """How text is decoded. Limits count visible tokens. A temperature of 0 is greedy."""
 
     do_sample: bool = False
     temperature: float = 0.3
@@ -73,7 +73,7 @@ class TextSettings:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _finite("temperature", self.temperature, above=0.0)
+        _finite("temperature", self.temperature, at_least=0.0)
         _finite("top_p", self.top_p, above=0.0, at_most=1.0)
         _whole("top_k", self.top_k, at_least=0)
         _finite("repetition_penalty", self.repetition_penalty, above=0.0)

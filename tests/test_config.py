@@ -172,7 +172,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({"parallel_config": {"cfg_parallel_size": 4}}, "parallel_config.cfg_parallel_size is 4; it must be at most 3"),
         ({"default_sampling_params": {"seed": -1}}, "default_sampling_params.seed is -1; it must be at least 0"),
         ({"default_sampling_params": {"temperature": "hot"}}, "temperature is 'hot'; it must be a number"),
-        ({"default_sampling_params": {"temperature": 0.0}}, "temperature is 0.0; it must be a number above 0.0"),
+        ({"default_sampling_params": {"temperature": -0.1}}, "temperature is -0.1; it must be a number at least 0.0"),
         ({"default_sampling_params": {"detokenize": False}}, "detokenize is False; it must be true"),
     ],
 )

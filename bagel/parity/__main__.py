@@ -72,7 +72,11 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Co
     fingerprint = golden.checkpoint.fingerprint
 
     def run(engine: BagelEngine, case: Case, report: Comparison) -> None:
-        compare_case(with_transforms(engine, case, fingerprint), case, report)
+        try:
+            compare_case(with_transforms(engine, case, fingerprint), case, report)
+        except Exception as error:  # a case that cannot be repeated is one failure, not the end of the rest
+            report.failures.append(f"{type(error).__name__}: {error}")
+        report.finish()
 
     for case in golden.cases("fp32"):
         report = Comparison(case.name, case.tensors, absolute(tolerance))
@@ -94,7 +98,6 @@ def compare_case(engine: BagelEngine, case: Case, report: Comparison) -> None:
         compare_picture(engine, case, report)
     else:
         compare_text(engine, case, report)
-    report.finish()
 
 
 if __name__ == "__main__":

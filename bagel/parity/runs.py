@@ -201,7 +201,8 @@ def _size(run: PromptRun, settings: ImageSettings) -> tuple[int, int]:
         width, height = list(run.images.values())[-1].prepared.size
         return height, width
     assert settings.height is not None and settings.width is not None
-    return settings.height // 16 * 16, settings.width // 16 * 16
+    stride = run.engine.model.config.latent_stride
+    return settings.height // stride * stride, settings.width // stride * stride
 
 
 def _modality(run: PromptRun, *, picture: bool) -> Modality:
