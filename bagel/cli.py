@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from bagel import __version__
-from bagel.commands.flags import Parser, add_generate_flags, complain_of_unknown
+from bagel.commands.flags import INTERRUPTED, Parser, add_generate_flags, complain_of_unknown
 from bagel.errors import BagelError, ConfigError
 
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
@@ -62,7 +61,10 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _make_printable() -> None:
-    """Let no character that the terminal's encoding lacks cost the user a result: it is shown as an escape."""
+    """Let neither a closed stream nor a character that its encoding lacks cost the user a result."""
+    # Python sets a stream to None that was closed before it started (`bagel ... >&-`).
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (needed until the process ends)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -7,11 +7,12 @@ default_sampling_params, the tables below. Where the reference's default depends
 
 from __future__ import annotations
 
-import math
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from types import UnionType
 from typing import Any, TypeVar
 
 from bagel.errors import InvalidRequest
@@ -78,6 +79,7 @@ class TextSettings:
         _whole("top_k", self.top_k, at_least=0)
         _finite("repetition_penalty", self.repetition_penalty, above=0.0)
         _whole("max_tokens", self.max_tokens, at_least=1)
+        _kind("do_sample", self.do_sample, bool, "true or false")
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, at_least=0)
 
@@ -134,6 +136,8 @@ class Request:
     def __post_init__(self) -> None:
         _whole("seed", self.seed, at_least=0, at_most=MAX_SEED)
         _whole("max_think_tokens", self.max_think_tokens, at_least=1)
+        _kind("think", self.think, bool, "true or false")
+        _kind("negative_prompt", self.negative_prompt, str, "a text")
         if not self.prompt:
             raise InvalidRequest("prompt", "the prompt is empty; give a text, like --prompts 'a red cube'")
 
@@ -166,6 +170,7 @@ def resolve(
         image["cfg_interval"] = _pair("cfg_interval", image["cfg_interval"])
     text = _pick(given, TextSettings)
     if "stop_token_ids" in text:
+        _kind("stop_token_ids", text["stop_token_ids"], list | tuple, "a list of token ids")
         text["stop_token_ids"] = tuple(text["stop_token_ids"])
     rest = {name: given[name] for name in ("think", "max_think_tokens", "negative_prompt") if name in given}
     text["max_tokens"] = _reply_limit(modality, given)
@@ -190,12 +195,15 @@ def text_settings(request: Request) -> TextSettings:
 def _reply_limit(modality: Modality, given: Mapping[str, Any]) -> int:
     """Visible tokens of a reply. The reference has one limit for think text and answer together, so
     max_think_tokens alone bounds both; a max_tokens beside it is the answer's own."""
-    think_limit, limit = given.get("max_think_tokens"), given.get("max_tokens")
+    limits: dict[str, int] = {name: given[name] for name in ("max_think_tokens", "max_tokens") if name in given}
+    for name, value in limits.items():
+        _whole(name, value, at_least=1)
+    think_limit, limit = limits.get("max_think_tokens"), limits.get("max_tokens")
     if limit is None:
-        return think_limit if think_limit is not None else TextSettings.max_tokens
+        return think_limit or TextSettings.max_tokens
     if given.get("think") and think_limit is not None and not modality.makes_image:
-        return int(limit) + int(think_limit)
-    return int(limit)
+        return limit + think_limit
+    return limit
 
 
 def _names(cls: type) -> set[str]:
@@ -232,11 +240,17 @@ def _finite(
     """Check a real number; raises InvalidRequest with the allowed range."""
     limits = [f"above {above}" if above is not None else "", f"at least {at_least}" if at_least is not None else ""]
     limits.append(f"at most {at_most}" if at_most is not None else "")
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     too_low = number and ((above is not None and value <= above) or (at_least is not None and value < at_least))
     if not number or too_low or (at_most is not None and value > at_most):
         wanted = " and ".join(filter(None, limits)) or "finite"
         raise InvalidRequest(name, f"{name} is {value}; it must be a number {wanted}")
+
+
+def _kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:
+    """Check a value's type; raises InvalidRequest with what it must be."""
+    if not isinstance(value, kind):
+        raise InvalidRequest(name, f"{name} is {value!r}; it must be {wanted}")
 
 
 def _whole(name: str, value: int, *, at_least: int, at_most: int | None = None, hint: str = "") -> None:

@@ -21,6 +21,8 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 INIT_TIMEOUT_S = 300
 OUTPUT = "."
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 PICTURE_FLAGS = (
     "height",
@@ -95,33 +97,33 @@ def _add_task(group: Group) -> None:
     _add(group, "--txt-prompts", "none", "a UTF-8 text file, one prompt a line", type=_given, metavar="FILE")
     _add(group, "--image-path", "none", "input image, for img2img and img2text", type=_given, metavar="FILE")
     _add(group, "--output", OUTPUT, "folder for the pictures, made if missing", type=_given, metavar="FOLDER")
-    _add(group, "--seed", "none, each prompt draws its own", "reproducible run", type=int, metavar="N")
+    _add(group, "--seed", "none, each prompt draws its own", "reproducible run", type=_whole, metavar="N")
     _add(group, "--think", "off", "<think> ... </think> before the answer or the picture", action="store_true")
 
 
 def _add_text(group: Group) -> None:
-    _add(group, "--max-think-tokens", 1000, "limit of the think text", type=int, metavar="N")
-    _add(group, "--max-tokens", 1000, "limit of an answer", type=int, metavar="N")
+    _add(group, "--max-think-tokens", 1000, "limit of the think text", type=_whole, metavar="N")
+    _add(group, "--max-tokens", 1000, "limit of an answer", type=_whole, metavar="N")
     _add(group, "--do-sample", "off", "sample instead of greedy", action="store_true")
-    _add(group, "--text-temperature", 0.3, "sampling temperature", type=float, metavar="X")
-    _add(group, "--top-p", 1.0, "sample from the likeliest tokens of this probability", type=float, metavar="X")
-    _add(group, "--top-k", "0, all", "sample from this many likeliest tokens", type=int, metavar="N")
-    _add(group, "--repetition-penalty", 1.0, "above 1 discourages repeating tokens", type=float, metavar="X")
+    _add(group, "--text-temperature", 0.3, "sampling temperature", type=_number, metavar="X")
+    _add(group, "--top-p", 1.0, "sample from the likeliest tokens of this probability", type=_number, metavar="X")
+    _add(group, "--top-k", "0, all", "sample from this many likeliest tokens", type=_whole, metavar="N")
+    _add(group, "--repetition-penalty", 1.0, "above 1 discourages repeating tokens", type=_number, metavar="X")
 
 
 def _add_picture(group: Group) -> None:
     size = "the model's; an edit: the resized input's"
-    _add(group, "--height", size, "pixels, rounded down to 16", type=int, metavar="N")
-    _add(group, "--width", size, "pixels, rounded down to 16", type=int, metavar="N")
-    _add(group, "--steps", 50, "diffusion timesteps, one more than Euler steps", type=int, metavar="N")
-    _add(group, "--timestep-shift", 3.0, "above 1 spends more steps at high noise", type=float, metavar="X")
-    _add(group, "--cfg-text-scale", 4.0, "text guidance, 1 is none", type=float, metavar="X")
-    _add(group, "--cfg-img-scale", "1.5 for edits, else 1.0", "image guidance, 1 is none", type=float, metavar="X")
+    _add(group, "--height", size, "pixels, rounded down to 16", type=_whole, metavar="N")
+    _add(group, "--width", size, "pixels, rounded down to 16", type=_whole, metavar="N")
+    _add(group, "--steps", 50, "diffusion timesteps, one more than Euler steps", type=_whole, metavar="N")
+    _add(group, "--timestep-shift", 3.0, "above 1 spends more steps at high noise", type=_number, metavar="X")
+    _add(group, "--cfg-text-scale", 4.0, "text guidance, 1 is none", type=_number, metavar="X")
+    _add(group, "--cfg-img-scale", "1.5 for edits, else 1.0", "image guidance, 1 is none", type=_number, metavar="X")
     _add(group, "--negative-prompt", "none", "text to steer away from", type=_given, metavar="TEXT")
     interval = "guidance is on for LO < t <= HI"
-    _add(group, "--cfg-interval", "0.4 1.0; edits 0.0 1.0", interval, nargs=2, type=float, metavar=("LO", "HI"))
+    _add(group, "--cfg-interval", "0.4 1.0; edits 0.0 1.0", interval, nargs=2, type=_number, metavar=("LO", "HI"))
     _add(group, "--cfg-renorm-type", "global; edits text_channel", "norm that guidance keeps", choices=RENORM_TYPES)
-    _add(group, "--cfg-renorm-min", 0.0, "lower bound of the renorm factor", type=float, metavar="X")
+    _add(group, "--cfg-renorm-min", 0.0, "lower bound of the renorm factor", type=_number, metavar="X")
     _add(group, "--posterior", "content", "noise of an edit's input: see docs/options.md", choices=POSTERIOR_MODES)
 
 
@@ -132,7 +134,7 @@ def _add_engine(group: Group) -> None:
     _add(group, "--dtype", "auto, bfloat16 on cuda, float32 on cpu", "number type of the model", choices=DTYPES)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file", type=_given, metavar="FILE")
-    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=int, metavar="N")
+    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=_whole, metavar="N")
     _add(group, "--worker-backend", "process", "only process works", choices=WORKER_BACKENDS)
     _add(group, "--ray-address", "none", "Ray cluster; not built yet", type=_given, metavar="ADDRESS")
     _add(group, "--quantization", "none", "like fp8; not built yet", type=_given, metavar="NAME")
@@ -155,6 +157,20 @@ def _given(value: str) -> str:
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; give a value or leave the flag out")
     return value
+
+
+def _whole(value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r:.80} is no whole number") from None
+
+
+def _number(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r:.80} is no number") from None
 
 
 def _count(value: str) -> int:

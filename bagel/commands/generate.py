@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from importlib import import_module
 from pathlib import Path
 from threading import TIMEOUT_MAX, Thread
 from typing import ClassVar, Protocol, TypeVar, cast
 
 import bagel
-from bagel.commands.flags import INIT_TIMEOUT_S, OUTPUT, flag_name
+from bagel.commands.flags import INIT_TIMEOUT_S, INTERRUPTED, OUTPUT, flag_name
 from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
@@ -68,9 +69,10 @@ def generate(args: argparse.Namespace) -> None:
         say(f"note: {note}")
     model, checkpoint = find_model(args.model)
     draws = requests[0].modality.makes_image
+    about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
     folder = make_folder(args.output or OUTPUT) if draws else None
     engine = _load(args, config, model, checkpoint)
-    about = {"model": model, "fingerprint": checkpoint.fingerprint.hex(), "dtype": engine.dtype}
+    about["dtype"] = engine.dtype
     with shown([prompt_text(request) for request in requests]) as progress:
         results = engine.generate(requests, Output(requests, folder, about, progress))
     if args.log_stats:
@@ -86,7 +88,8 @@ def find_model(name: str | None) -> tuple[str, Checkpoint]:
     """
     name = name or os.environ.get("BAGEL_MODEL")
     if name:
-        return name, find_checkpoint(name)
+        with _missing_install_told():  # a name on the hub needs its client
+            return name, find_checkpoint(name)
     if not TEST_MODEL.is_dir():
         raise CheckpointError("no model is given; use --model FOLDER, or set BAGEL_MODEL in the environment")
     say("no --model given: using the tests' tiny random model, whose pictures and answers mean nothing")
@@ -104,7 +107,9 @@ def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
     if branches is not None and not 1 <= branches <= 3:
         raise ConfigError(f"--cfg-parallel-size is {branches}; it must be 1, 2 or 3, of which only 1 is built yet")
     if branches in (2, 3):
-        raise NotSupported(f"--cfg-parallel-size {branches} is not built yet; only 1 works, guidance batched on one GPU")
+        raise NotSupported(
+            f"--cfg-parallel-size {branches} is not built yet; only 1 works, guidance batched on one GPU"
+        )
 
 
 def _deployment(path: str | None) -> DeployConfig:
@@ -127,29 +132,32 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
     say(f"loading {model}")
 
     def load() -> Engine:
-        try:
+        with _missing_install_told():
             local = import_module(LOCAL_ENGINE)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"the model cannot run in this process: {error}; install bagel-serving[engine]"
-            ) from error
         return cast(Engine, local.load(checkpoint, stage, device=args.device or "auto", dtype=args.dtype or "auto"))
 
-    try:
-        engine = within(seconds, load)
-    except TimeoutError:
-        raise InitTimeout(
-            f"stage {spec.stage_id} ({spec.model_stage}) was not ready after {seconds} s of loading {model}; "
-            "give it longer with --init-timeout"
-        ) from None
+    late = InitTimeout(
+        f"stage {spec.stage_id} ({spec.model_stage}) was not ready after {seconds} s of loading {model}; "
+        "give it longer with --init-timeout"
+    )
+    engine = within(seconds, load, late)
     say(f"{effective_settings(stage)}, device {engine.device}, dtype {engine.dtype}")
     return engine
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
-    """The result of work, done in a thread of its own; TimeoutError if it takes longer.
+@contextlib.contextmanager
+def _missing_install_told() -> Iterator[None]:
+    """What only the engine needs is not part of the smallest installation."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the model cannot run in this process: {error}; install bagel-serving[engine]") from error
 
-    A thread cannot be stopped. If the work is left behind, by a timeout or by Ctrl-C, this process ends without
+
+def within(seconds: float, work: Callable[[], T], late: BagelError) -> T:
+    """The result of work, done in a thread of its own; raises late if it takes longer than that.
+
+    A thread cannot be stopped. If this one is left behind, by the time or by Ctrl-C, the process will end without
     Python's tidying up, which can crash under a thread that is still inside torch.
     """
     future: Future[T] = Future()
@@ -162,7 +170,18 @@ def within(seconds: float, work: Callable[[], T]) -> T:
 
     Thread(target=run, name="loading", daemon=True).start()
     try:
-        return future.result(min(seconds, TIMEOUT_MAX))
-    finally:
-        if not future.done():
-            atexit.register(_leave_at_once)
+        wait([future], min(seconds, TIMEOUT_MAX))
+    except KeyboardInterrupt:
+        atexit.register(_leave_at_once, INTERRUPTED)
+        raise
+    if not future.done():
+        atexit.register(_leave_at_once, late.exit_code)
+        raise late
+    return future.result()
+
+
+def _leave_at_once(code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -89,7 +89,7 @@ def picture_settings(request: Request, result: Result, engine: Mapping[str, str]
         "modality": request.modality,
         "seed": request.seed,
         **drawing,
-        "think": str(request.think).lower(),
+        "think": request.think,
     }
     if request.modality.reads_image:
         settings["posterior"] = request.posterior
@@ -97,7 +97,8 @@ def picture_settings(request: Request, result: Result, engine: Mapping[str, str]
         settings |= {"think_text": result.text, "max_think_tokens": request.max_think_tokens}
         settings |= {name: getattr(request.text, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
         settings["repetition_penalty"] = request.text.repetition_penalty
-    return {name: str(value) for name, value in {**settings, **engine, "bagel_version": __version__}.items()}
+    settings |= {**engine, "bagel_version": __version__}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
 
 
 def write_out(text: str) -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from bagel.events import Result, StepDone, TextDelta
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 LABEL_CHARACTERS = 40
 
@@ -66,11 +72,9 @@ class Progress:
         sys.stderr.flush()
 
     def _end_thought(self, index: int) -> None:
-        if not self._thoughts[index]:
-            return
-        if len(self._labels) > 1:
-            self.write_thought(f"{self.label(index)}: {self._thoughts[index]}")
-        self.write_thought("\n")
+        if self._thoughts[index]:
+            # In one piece: what is written while bars are live must be whole lines.
+            self.write_thought("\n" if len(self._labels) == 1 else f"{self.label(index)}: {self._thoughts[index]}\n")
 
 
 class TerminalProgress(Progress):
@@ -78,39 +82,49 @@ class TerminalProgress(Progress):
 
     def __init__(self, prompts: Sequence[str]) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
 
         super().__init__(prompts)
         self._console = Console(stderr=True, highlight=False)
-        # Prompts are no markup. Bars vanish when they stop: the path on stdout is what remains.
-        label = TextColumn("{task.description}", markup=False)
-        columns = (label, BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn())
-        self._bars = Bars(*columns, console=self._console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._drawing: dict[int, StepDone] = {}
+        self._bars: Bars | None = None
         self._tasks: dict[int, TaskID] = {}
 
     def step(self, done: StepDone) -> None:
         super().step(done)
-        if done.index not in self._tasks:
-            self._tasks[done.index] = self._bars.add_task(self.label(done.index), total=done.steps)
-        self._bars.update(self._tasks[done.index], completed=done.step)
+        self._drawing[done.index] = done
+        if self._bars is None:
+            self._bars, self._tasks = _new_bars(self._console), {}
+        for index, last in self._drawing.items():
+            if index not in self._tasks:
+                self._tasks[index] = self._bars.add_task(self.label(index), total=last.steps)
+            self._bars.update(self._tasks[index], completed=last.step)
         self._bars.start()
 
     @contextmanager
     def finish(self, result: Result) -> Iterator[None]:
-        self._bars.stop()
-        self._bars.remove_task(self._tasks.pop(result.index))
+        self.close()
+        self._drawing.pop(result.index, None)
         yield
-        if self._tasks:
-            self._bars.start()
 
     def close(self) -> None:
-        self._bars.stop()
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
 
     def write_thought(self, text: str) -> None:
         from rich.text import Text
 
         self._console.print(Text(text, style="dim"), end="", soft_wrap=True)
+
+
+def _new_bars(console: Console) -> Bars:
+    """Bars that vanish when they stop. They cannot start again: rich would go up over what was written meanwhile."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    label = TextColumn("{task.description}", markup=False)  # a prompt is no markup
+    columns = (label, BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    return Bars(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 @contextmanager

@@ -18,7 +18,9 @@ def stats_table(requests: Sequence[Request], results: Sequence[Result]) -> str:
     for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
         seconds = [f"{result.timings[stage]:.3f}" if stage in result.timings else "-" for stage in STAGES]
         steps = str(request.image.steps - 1) if result.image else "-"
-        rows.append([str(number), *seconds, str(len(result.token_ids)), steps, short(prompt_text(request), LABEL_CHARACTERS)])
+        rows.append(
+            [str(number), *seconds, str(len(result.token_ids)), steps, short(prompt_text(request), LABEL_CHARACTERS)]
+        )
     return _aligned(rows)
 
 

@@ -19,7 +19,8 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     logits = _penalise(logits.float(), seen, settings.repetition_penalty)
     if not settings.do_sample or settings.temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits / settings.temperature).softmax(-1).sort(descending=True, stable=True)
+    # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
+    probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     keep = cumulative - probabilities < settings.top_p
     if settings.top_k:

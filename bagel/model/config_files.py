@@ -27,16 +27,19 @@ def read_model_config(folder: Path) -> ModelConfig:
     _require(folder, vit, "hidden_act", "gelu_pytorch_tanh")
     _require(folder, llm, "hidden_act", "silu")
     _require(folder, llm, "use_sliding_window", False)
-    _require(folder, config.get("llm_config") or {}, "qk_norm", True)
-    _require(folder, config.get("llm_config") or {}, "layer_module", "Qwen2MoTDecoderLayer")
-    transforms = config.get("image_transforms") or {}
+    repeated = _section(folder, config, "llm_config")
+    _require(folder, repeated, "qk_norm", True)
+    _require(folder, repeated, "layer_module", "Qwen2MoTDecoderLayer")
+    transforms, sizes = _section(folder, config, "image_transforms"), folder / "config.json"
     return ModelConfig(
         llm=LlmConfig(**_fields(folder / "llm_config.json", llm, LlmConfig)),
         vit=_vit_config(folder / "vit_config.json", vit),
-        vae=_vae_config(folder / "config.json", config.get("vae_config") or {}),
-        latent_patch_size=int(config.get("latent_patch_size", 2)),
-        max_latent_size=int(config.get("max_latent_size", 64)),
-        vit_max_num_patch_per_side=int(config.get("vit_max_num_patch_per_side", 70)),
+        vae=_vae_config(folder / "config.json", _section(folder, config, "vae_config")),
+        latent_patch_size=_number(sizes, "latent_patch_size", config.get("latent_patch_size", 2), int),
+        max_latent_size=_number(sizes, "max_latent_size", config.get("max_latent_size", 64), int),
+        vit_max_num_patch_per_side=_number(
+            sizes, "vit_max_num_patch_per_side", config.get("vit_max_num_patch_per_side", 70), int
+        ),
         vae_transform=_transform(folder, transforms, "vae", VAE_TRANSFORM),
         vit_transform=_transform(folder, transforms, "vit", VIT_TRANSFORM),
         default_image_size=_size(folder, config.get("default_image_size", [1024, 1024])),
@@ -61,6 +64,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds {type(data).__name__}; a JSON object was expected")
     return data
+
+
+def _section(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object within config.json; empty where there is none."""
+    section = config.get(name) or {}
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: {name} is {section!r}; a JSON object was expected")
+    return section
 
 
 def _fields(path: Path, data: Mapping[str, Any], cls: type) -> dict[str, Any]:
@@ -94,7 +105,10 @@ def _vae_config(path: Path, data: Mapping[str, Any]) -> VaeConfig:
     plain = {name: value for name, value in data.items() if name != "ch_mult"}
     values = _fields(path, plain, VaeConfig)
     if "ch_mult" in data:
-        values["ch_mult"] = tuple(_number(path, "ch_mult", value, int) for value in data["ch_mult"])
+        mults = data["ch_mult"]
+        if not isinstance(mults, list) or not mults:
+            raise CheckpointError(f"{path}: vae_config.ch_mult is {mults!r}; a list like [1, 2, 4, 4] was expected")
+        values["ch_mult"] = tuple(_number(path, "ch_mult", value, int) for value in mults)
     config = VaeConfig(**values)
     if "downsample" in data and data["downsample"] != config.downsample:
         raise CheckpointError(f"{path}: downsample is {data['downsample']}; ch_mult makes it {config.downsample}")

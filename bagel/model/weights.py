@@ -179,6 +179,15 @@ def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> l
     return lines
 
 
+def _listed(path: Path) -> dict[str, Shapes]:
+    """Names and shapes by file, from a JSON list of them."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        return {file: {name: tuple(shape) for name, shape in listed[file].items()} for file in (EMA, AE)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no checkpoint folder and no list of tensors: {error!r}") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the inventory of a checkpoint or of a list of tensors; the exit code."""
     parser = argparse.ArgumentParser(
@@ -191,9 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint = Checkpoint(source)
             files, config = {file: _shapes(checkpoint, file) for file in (EMA, AE)}, checkpoint.config
         else:
-            listed = json.loads(source.read_text())
-            files = {file: {name: tuple(shape) for name, shape in listed[file].items()} for file in (EMA, AE)}
-            config = BAGEL_7B_MOT
+            files, config = _listed(source), BAGEL_7B_MOT
         print("\n".join(inventory(files, config, str(source))))
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)

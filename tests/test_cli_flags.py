@@ -1,0 +1,121 @@
+"""The flags: their names, what the help calls their defaults, and docs/options.md saying the same."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from bagel.commands import flags
+from bagel.prompts import TextPart
+from bagel.request import (
+    ImageSettings,
+    Modality,
+    PosteriorMode,
+    RenormType,
+    Request,
+    TextSettings,
+    resolve,
+)
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("pydantic", "yaml", "rich", "numpy", "PIL", "torch", "transformers", "diffusers", "bagel.config")
+
+
+def actions() -> Iterator[argparse.Action]:
+    parser = flags.Parser()
+    flags.add_generate_flags(parser)
+    return (action for action in parser._actions if action.dest != "help")
+
+
+def shown_defaults() -> dict[str, str]:
+    """What the help calls each flag's default."""
+    found = {action.option_strings[0]: re.search(r"\(default: (.*)\)$", action.help or "") for action in actions()}
+    return {flag: match[1] for flag, match in found.items() if match}
+
+
+# Of vllm-omni's BAGEL example and this project's feature list: users find their command lines again.
+PROMISED = {
+    "--modality": "text2img",
+    "--prompts": "none",
+    "--txt-prompts": "none",
+    "--image-path": "none",
+    "--output": ".",
+    "--height": "the model's; an edit: the resized input's",
+    "--width": "the model's; an edit: the resized input's",
+    "--steps": "50",
+    "--seed": "none, each prompt draws its own",
+    "--think": "off",
+    "--max-think-tokens": "1000",
+    "--do-sample": "off",
+    "--text-temperature": "0.3",
+    "--cfg-text-scale": "4.0",
+    "--cfg-img-scale": "1.5 for edits, else 1.0",
+    "--negative-prompt": "none",
+    "--cfg-parallel-size": "1",
+    "--cfg-interval": "0.4 1.0; edits 0.0 1.0",
+    "--cfg-renorm-type": "global; edits text_channel",
+    "--cfg-renorm-min": "0.0",
+    "--deploy-config": "the shipped bagel_single_stage.yaml",
+    "--worker-backend": "process",
+    "--ray-address": "none",
+    "--quantization": "none",
+    "--log-stats": "off",
+    "--init-timeout": "300",
+    "--batch-timeout": "5",
+    "--enable-diffusion-pipeline-profiler": "off",
+}
+
+
+def test_promised_flags_have_their_names_and_defaults() -> None:
+    assert PROMISED.items() <= shown_defaults().items()
+
+
+def test_shown_defaults_are_those_of_a_request() -> None:
+    shown = shown_defaults()
+    for cls in (TextSettings, ImageSettings, Request):
+        for field in fields(cls):
+            flag = {"temperature": "--text-temperature"}.get(field.name, flags.flag_name(field.name))
+            if flag in shown and isinstance(field.default, int | float) and not isinstance(field.default, bool):
+                assert re.split("[ ,]", shown[flag].removeprefix("1.5 for edits, else "))[0] == str(field.default), flag
+    drawn, edited = (resolve(kind, (TextPart("x"),), {}).image for kind in (Modality.TEXT2IMG, Modality.IMG2IMG))
+    assert shown["--cfg-interval"] == "{} {}; edits {} {}".format(*drawn.cfg_interval, *edited.cfg_interval)
+    assert shown["--cfg-renorm-type"] == f"{drawn.cfg_renorm_type}; edits {edited.cfg_renorm_type}"
+    assert shown["--cfg-img-scale"] == f"{edited.cfg_img_scale} for edits, else {drawn.cfg_img_scale}"
+
+
+def test_choices_are_those_of_a_request() -> None:
+    assert tuple(Modality) == flags.MODALITIES
+    assert tuple(RenormType) == flags.RENORM_TYPES
+    assert tuple(PosteriorMode) == flags.POSTERIOR_MODES
+
+
+def test_no_flag_has_a_default_that_hides_the_deploy_files() -> None:
+    assert {action.default for action in actions()} == {None}
+
+
+def test_documentation_lists_every_flag_with_its_default() -> None:
+    rows = re.findall(r"^\| `(--[a-z-]+)` \| [^|]+ \| ([^|]+) \|", (ROOT / "docs/options.md").read_text(), re.M)
+    assert dict(rows) == shown_defaults()
+
+
+@pytest.mark.parametrize("command", ["--help", "generate --help", "--version"])
+def test_help_loads_nothing_slow(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "bagel.cli", *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    loaded = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in loaded
+    assert not loaded & set(HEAVY)
+    assert "bagel" in done.stdout

@@ -1,0 +1,112 @@
+"""Choosing tokens: what is greedy, what the settings allow, and that a seed's numbers give the right distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from bagel.engine.sampling import choose
+from bagel.request import TextSettings
+
+LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0])
+BEST = 1
+EVEN = [(i + 0.5) / 1000 for i in range(1000)]
+ANY = [0.0, 0.3, 0.7, 0.99999994]
+
+
+def sampling(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> TextSettings:
+    return TextSettings(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+
+
+def shares(settings: TextSettings, logits: torch.Tensor = LOGITS) -> dict[int, float]:
+    """How often each id is chosen over numbers that fill [0, 1) evenly."""
+    counts = Counter(int(choose(logits, settings, (), uniform)) for uniform in EVEN)
+    return {token: count / len(EVEN) for token, count in counts.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TextSettings(),
+        TextSettings(do_sample=False, temperature=5.0, top_k=3, top_p=0.5),
+        sampling(temperature=0),
+        sampling(temperature=1e-6),
+        sampling(top_k=1),
+        sampling(top_p=1e-6),
+        sampling(temperature=50.0, top_k=1),
+    ],
+)
+@pytest.mark.parametrize("uniform", ANY)
+def test_greedy(settings: TextSettings, uniform: float) -> None:
+    assert choose(LOGITS, settings, (), uniform) == BEST
+    assert choose(LOGITS.bfloat16(), settings, (), uniform) == BEST
+
+
+def test_the_smallest_temperatures_are_greedy_too() -> None:
+    assert choose(LOGITS, sampling(temperature=1e-40), (), 0.5) == BEST
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_samples_are_distributed_as_softmax(temperature: float) -> None:
+    found = shares(sampling(temperature))
+    for token, probability in enumerate((LOGITS / temperature).softmax(-1).tolist()):
+        assert found.get(token, 0.0) == pytest.approx(probability, abs=1.5 / len(EVEN))
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_top_k_keeps_the_likeliest(top_k: int) -> None:
+    allowed = LOGITS.topk(top_k)
+    found = shares(sampling(top_k=top_k))
+    assert found == pytest.approx(
+        dict(zip(allowed.indices.tolist(), allowed.values.softmax(-1).tolist(), strict=True)), abs=1.5 / len(EVEN)
+    )
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.3, {0}), (0.5, {0}), (0.51, {0, 1}), (0.8, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+)
+def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: set[int]) -> None:
+    logits = torch.tensor([0.5001, 0.3, 0.15, 0.0499]).log()
+    assert set(shares(sampling(top_p=top_p), logits)) == kept
+
+
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=20), uniform=st.floats(0, 1, exclude_max=True)
+)
+@example(logits=[0.0, 1.0, 2.0], uniform=1 - 2**-53)
+def test_a_choice_is_always_an_allowed_one(logits: list[float], uniform: float) -> None:
+    values = torch.tensor(logits)
+    probabilities = values.softmax(-1)
+    chosen = choose(values, sampling(top_k=2), (), uniform)
+    assert probabilities[chosen] >= probabilities.topk(min(2, len(logits))).values[-1]
+
+
+@pytest.mark.parametrize(
+    ("logits", "seen", "penalty", "best"),
+    [
+        # Above 0 a logit is divided, below it multiplied: both make it smaller.
+        ([2.0, 1.1], [0], 1.8, 0),
+        ([2.0, 1.1], [0], 2.0, 1),
+        ([-1.0, -1.9], [0], 1.8, 0),
+        ([-1.0, -1.9], [0], 2.0, 1),
+        # How often a token was seen does not matter.
+        ([2.0, 1.1], [0, 0, 0], 1.5, 0),
+        ([2.0, 1.1], [], 2.0, 0),
+        ([2.0, 1.1], [0], 1.0, 0),
+        # Below 1 it encourages.
+        ([1.1, 2.0], [0], 0.5, 0),
+    ],
+)
+def test_repetition_penalty(logits: list[float], seen: list[int], penalty: float, best: int) -> None:
+    values = torch.tensor(logits)
+    assert choose(values, TextSettings(repetition_penalty=penalty), seen, 0.5) == best
+    assert values.tolist() == pytest.approx(logits)
+
+
+def test_the_penalty_applies_to_sampling_too() -> None:
+    settings = TextSettings(do_sample=True, temperature=0.01, repetition_penalty=2.0)
+    assert choose(torch.tensor([2.0, 1.1]), settings, [0], 0.5) == 1
