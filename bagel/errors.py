@@ -6,7 +6,10 @@
     ├── ConfigError                 a deploy file, flag or setting of the server that is wrong
     ├── CheckpointError             model files that are missing, odd or do not fit the configuration
     ├── NotSupported                a known option that does not exist in this version
-    └── IncompleteContext           K/V that a picture needs is not there
+    ├── IncompleteContext           K/V that a picture needs is not there
+    ├── NotFinite                   a result that overflowed
+    ├── InitTimeout                 a stage that was not ready in time
+    └── OutOfMemory                 a device without memory for what was asked
 
 Each message says what was wrong, the value seen and what would be right, in one line.
 """
@@ -73,3 +76,21 @@ class IncompleteContext(BagelError):
 
     grpc_status = "DATA_LOSS"
     http_status = 500
+
+
+class NotFinite(BagelError):
+    """A result with infinite or undefined values, which is never passed on as a picture."""
+
+
+class InitTimeout(BagelError):
+    """A stage that was not ready within --init-timeout."""
+
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class OutOfMemory(BagelError):
+    """The device has no memory left for what was asked."""
+
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 503

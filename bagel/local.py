@@ -7,25 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import ClassVar
 
 import torch
 
 from bagel.config import StageDeploy
 from bagel.engine.engine import BagelEngine
-from bagel.errors import BagelError, ConfigError
+from bagel.errors import ConfigError, OutOfMemory
 from bagel.events import OnEvent, Result
 from bagel.model.checkpoint import Checkpoint
 from bagel.request import Request
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-class OutOfMemory(BagelError):
-    """The device has no memory left for what was asked."""
-
-    grpc_status: ClassVar[str] = "RESOURCE_EXHAUSTED"
-    http_status: ClassVar[int] = 503
 
 
 class LocalEngine:

@@ -20,6 +20,8 @@ from bagel.prompts import Prompt
 
 MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
+MAX_STEPS = 1000
+MAX_SCALE = 100.0
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -103,10 +105,10 @@ class ImageSettings:
     width: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("steps", self.steps, at_least=2, hint=" (n timesteps are n - 1 Euler steps)")
-        _finite("timestep_shift", self.timestep_shift, above=0.0)
-        _finite("cfg_text_scale", self.cfg_text_scale, at_least=0.0)
-        _finite("cfg_img_scale", self.cfg_img_scale, at_least=0.0)
+        _whole("steps", self.steps, at_least=2, at_most=MAX_STEPS, hint=" (n timesteps are n - 1 Euler steps)")
+        _finite("timestep_shift", self.timestep_shift, above=0.0, at_most=MAX_SCALE)
+        _finite("cfg_text_scale", self.cfg_text_scale, at_least=0.0, at_most=MAX_SCALE)
+        _finite("cfg_img_scale", self.cfg_img_scale, at_least=0.0, at_most=MAX_SCALE)
         _finite("cfg_renorm_min", self.cfg_renorm_min, at_least=0.0, at_most=1.0)
         lo, hi = self.cfg_interval
         _finite("cfg_interval", lo, at_least=0.0, at_most=1.0)

@@ -108,6 +108,7 @@ def test_a_step_writes_only_the_latents_rows(engine: BagelEngine) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_never_waits_inside_a_step() -> None:
     from bagel.model.config import BAGEL_7B_MOT

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
+
 import numpy as np
 import pytest
 
 from bagel.engine.engine import BagelEngine
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import Event, Result, StepDone, TextDelta
 from tests.helpers import agree, request, sketch, small_images
 
@@ -125,3 +127,14 @@ def test_a_negative_prompt_and_guidance_change_the_picture(engine: BagelEngine) 
     )
     pictures = [result.image.tobytes() for result in (plain, negative, free) if result.image is not None]
     assert len(set(pictures)) == 3
+
+
+def test_a_picture_that_overflowed_is_an_error_and_not_a_picture(engine: BagelEngine) -> None:
+    model = copy(engine.model)
+    model._modules = dict(model._modules)
+    model.llm2vae = deepcopy(model.llm2vae)
+    assert model.llm2vae is not None
+    model.llm2vae.bias[0] = float("inf")
+    broken = BagelEngine(model, engine.tokenizer, b"tests")
+    with pytest.raises(NotFinite, match="smaller"):
+        broken.generate([request("text2img")])

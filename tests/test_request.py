@@ -147,7 +147,9 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_an_error_says_the_value_seen_in_one_line() -> None:
-    with pytest.raises(InvalidRequest, match=re.escape("steps is 1; it must be a whole number at least 2")) as caught:
+    with pytest.raises(
+        InvalidRequest, match=re.escape("steps is 1; it must be a whole number from 2 to 1000")
+    ) as caught:
         request(steps=1)
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from importlib import import_module
 from pathlib import Path
 from threading import TIMEOUT_MAX, Thread
-from typing import ClassVar, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import bagel
 from bagel.commands.flags import INIT_TIMEOUT_S, INTERRUPTED, OUTPUT, flag_name
@@ -24,9 +24,10 @@ from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
 from bagel.commands.tables import profile_table, stats_table
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
-from bagel.errors import BagelError, CheckpointError, ConfigError, NotSupported
+from bagel.errors import BagelError, CheckpointError, ConfigError, InitTimeout, NotSupported
 from bagel.events import OnEvent, Result
 from bagel.model.checkpoint import Checkpoint, find_checkpoint
+from bagel.model.sizes import picture_size
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.request import Request
 
@@ -41,13 +42,6 @@ UNBUILT = {
     "endpoint": "it comes with the services; leave it out to run the model in this process",
 }
 """Flags without any value that works yet, each with what to do instead."""
-
-
-class InitTimeout(BagelError):
-    """A stage was not ready within --init-timeout."""
-
-    grpc_status: ClassVar[str] = "DEADLINE_EXCEEDED"
-    http_status: ClassVar[int] = 504
 
 
 class Engine(Protocol):
@@ -70,6 +64,9 @@ def generate(args: argparse.Namespace) -> None:
     model, checkpoint = find_model(args.model)
     draws = requests[0].modality.makes_image
     about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
+    if draws:
+        for request in requests:
+            picture_size(request, checkpoint.config)  # tells of a size that the model has no positions for
     folder = make_folder(args.output or OUTPUT) if draws else None
     engine = _load(args, config, model, checkpoint)
     about["dtype"] = engine.dtype

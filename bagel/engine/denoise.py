@@ -202,15 +202,14 @@ class StepGate:
     """Lets the host run at most one step ahead of the device, so that progress is true and a cancel is quick."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._before: torch.cuda.Event | None = None
 
     def passed(self) -> None:
         """Called after a step was launched: waits until the one before it is done."""
-        if not self._cuda:
+        if self._device.type != "cuda":
             return
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(self._device).record_event()
         if self._before is not None:
             self._before.synchronize()
         self._before = event

@@ -14,13 +14,14 @@ from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, late
 from bagel.engine.noise import initial_noise
 from bagel.engine.segments import Chain, ChainPlanner, InputImage
 from bagel.engine.text import TextDecoder, TextRun
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import OnEvent, Result, StepDone, TextDelta
 from bagel.kv.digests import fingerprint
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
+from bagel.model.sizes import picture_size
 from bagel.model.tokenizer import BagelTokenizer, TextStream, load_tokenizer
 from bagel.model.weights import load_model
 from bagel.prompts import (
@@ -130,26 +131,9 @@ class BagelEngine:
         else:
             branches = _expand(request)
             job = _Job(index, request, images, self.planner.chain(branches[0].parts, images), branches)
-            job.size = self._picture_size(request, images)
+            job.size = picture_size(request, self.model.config)
         self._check_positions(job)
         return job
-
-    def _picture_size(self, request: Request, images: dict[int, InputImage]) -> tuple[int, int]:
-        """(height, width): the user's, an edit's resized input's, or the model's default; rounded down to the grid."""
-        default = self.model.config.default_image_size
-        if images:
-            width, height = list(images.values())[-1].prepared.size
-            default = (height, width)
-        stride, largest = self.model.config.latent_stride, self.model.config.max_image_size
-        size = []
-        for name, value, fallback in zip(
-            ("height", "width"), (request.image.height, request.image.width), default, strict=True
-        ):
-            pixels = fallback if value is None else value
-            if not stride <= pixels < largest + stride:
-                raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
-            size.append(pixels // stride * stride)
-        return size[0], size[1]
 
     def _check_positions(self, job: _Job) -> None:
         """Refuse a prompt and text limit that together pass the last position (an image takes one or two)."""
@@ -245,7 +229,10 @@ class BagelEngine:
 
     def _finish(self, job: _Job, latents: torch.Tensor, emit: OnEvent) -> Result:
         with _timed(job, "decode"):
-            image = to_image(decode_picture(self.model, latents, self._grid(job)))
+            decoded = decode_picture(self.model, latents, self._grid(job))
+            if not decoded.isfinite().all():
+                raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
+            image = to_image(decoded)
         tokens = tuple(job.run.tokens) if job.run else ()
         text = self.texts.reply(job.run) if job.run else ""
         result = Result(job.index, image, text, tokens, job.request.seed, job.timings)

@@ -120,7 +120,7 @@ def find_checkpoint(model: str) -> Checkpoint:
 
     Raises CheckpointError if there is neither.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return Checkpoint(folder)
     if model.count("/") != 1 or model.startswith((".", "/", "~")):

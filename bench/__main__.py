@@ -1,0 +1,79 @@
+"""`python -m bench [cpu|gpu]`: prints tables; with --json FILE also writes their rows as JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bagel.errors import BagelError, ConfigError
+from bench import cpu, gpu
+from bench.report import Table, machine, write_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark; 0, 1 if a part of it failed, 2 if it cannot run here."""
+    options = _parser().parse_args(argv)
+    try:
+        device = _device(options)
+        return _run(options, device)
+    except BagelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace, device: torch.device) -> int:
+    torch.set_num_threads(options.threads)
+    on = machine(device)
+    print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
+    tables: list[Table] = []
+    if options.part == "cpu":
+        results = cpu.run(options.only, options.repeats)
+    else:
+        results = gpu.run(device, options.only, tiny=options.tiny)
+    for table in results:
+        print(table.render(), flush=True)
+        tables.append(table)
+        if options.json:  # after every table, so that a run cut short leaves what it has
+            write_json(options.json, tables, on)
+    return 1 if any(table.failed for table in tables) else 0
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    """The device to measure; raises ConfigError for one that is not there."""
+    if options.part == "cpu":
+        if options.device or options.tiny:
+            raise ConfigError("--device and --tiny belong to the GPU benchmark; run python -m bench gpu")
+        return torch.device("cpu")
+    device: torch.device = options.device or torch.device("cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("PyTorch sees no CUDA device; run this on a GPU, or check the code with --tiny --device cpu")
+    if device.type != "cuda" and not options.tiny:
+        raise ConfigError(f"the full-size model on {device} takes hours; add --tiny")
+    return device
+
+
+def _device_name(name: str) -> torch.device:
+    if name not in ("cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is no device; it must be cuda, cuda:N or cpu")
+    return torch.device("cuda:0" if name == "cuda" else name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
+    parser.add_argument("part", nargs="?", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
+    parser.add_argument("--repeats", type=int, default=5, help="cpu: samples of each side (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads (default 2)")
+    parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

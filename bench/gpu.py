@@ -1,0 +1,46 @@
+"""The GPU benchmark: the full-size model with random weights on one H100 or H200 (see README.md).
+
+On a CPU, with --tiny, the same code runs and every figure that only a CUDA device gives is "not measured".
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bagel.errors import ConfigError
+from bench.gpu_drawing import denoise, full, profile
+from bench.gpu_reading import context, understand
+from bench.lab import FULL, SMALL, Lab
+from bench.report import Table
+
+SECTIONS: dict[str, Callable[[Lab], Iterator[Table]]] = {
+    "denoise": denoise,
+    "understand": understand,
+    "context": context,
+    "full": full,
+    "profile": profile,
+}
+
+
+def run(device: torch.device, only: str, *, tiny: bool) -> Iterator[Table]:
+    """Measure every section whose name contains `only`; yields tables, memory and summary last.
+
+    A section that fails is printed and marked; the others still run, as time on a GPU is dear.
+    """
+    chosen = {name: section for name, section in SECTIONS.items() if only in name}
+    if not chosen:
+        raise ConfigError(f"--only {only!r} names no section; the sections are: {', '.join(SECTIONS)}")
+    lab = Lab(device, SMALL if tiny else FULL)
+    yield lab.measure_ceilings()
+    for name, section in chosen.items():
+        try:
+            yield from section(lab)
+        except Exception as error:
+            traceback.print_exc()
+            reason = (str(error) or repr(error)).splitlines()[0]
+            yield Table(f"gpu {name} FAILED", reason, failed=True)
+    yield lab.memory
+    yield lab.summary

@@ -1,0 +1,146 @@
+"""Drawing on a GPU: single steps, a whole picture without a wait of the host inside its steps, and all in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+from PIL.Image import Image
+
+from bagel.engine.context import ContextBuilder
+from bagel.engine.denoise import Canvas, StepGate, decode_picture
+from bagel.engine.segments import Chain
+from bagel.kv.digests import SegmentKind
+from bagel.model.bagel import Bagel
+from bagel.model.pixels import to_image
+from bagel.model.roles import Role
+from bagel.prompts import BranchName
+from bench import cases, flops
+from bench.lab import Lab
+from bench.meter import Meter, top_kernels
+from bench.report import Table
+
+FEW_TIMESTEPS = 4
+TOP_KERNELS = 12
+
+
+def denoise(lab: Lab) -> Iterator[Table]:
+    """Role denoise: single steps, then a whole picture."""
+    with lab.model(Role.DENOISE) as model:
+        table = Table("gpu steps", "one step of one picture; host_ms: until the call returns, the device idle before")
+        for side in lab.sizes.sides:
+            with lab.track(Role.DENOISE, f"steps of {side}, up to 3 branches, {lab.sizes.contexts[-1]} tokens"):
+                for tokens in lab.sizes.contexts:
+                    for branches in cases.SETTINGS:
+                        _step(lab, table, model, side, tokens, branches)
+        yield table
+        yield _picture(lab, model)
+
+
+def profile(lab: Lab) -> Iterator[Table]:
+    """Role denoise: which kernels a step of the largest and of the smallest picture spends its time in."""
+    with lab.model(Role.DENOISE) as model:
+        for side, branches in ((lab.sizes.sides[-1], 2), (lab.sizes.sides[0], 1)):
+            canvas = cases.draw(model, side, cases.branch_contexts(model, cases.PROMPT, branches))
+            table = Table("gpu profile", f"kernels of one step of {side}, {branches} branches, longest first")
+            for name, launches, ms in top_kernels(lab.meter, cases.first_step(canvas), TOP_KERNELS):
+                table.add(kernel=name[:70], launches=launches, ms=ms)
+            yield table
+
+
+def full(lab: Lab) -> Iterator[Table]:
+    """Role full: a short picture from a text and a short edit, from their prompts to pixels."""
+    side, config = lab.sizes.sides[-1], lab.sizes.config
+    text = cases.text_chain(cases.PROMPT)
+    image = cases.image_chain(config, side, SegmentKind.VAE, SegmentKind.VIT)
+    requests = {
+        "text-to-image": (text, Chain()),
+        "edit": (cases.text_chain(cases.PROMPT, after=image), image, text),
+    }
+    note = f"{side}x{side}: contexts, {FEW_TIMESTEPS} timesteps and VAE decode on one model; wall time, second run"
+    table = Table("gpu full", note)
+    with lab.model(Role.FULL) as model:
+        for name, chains in requests.items():
+            work = _request(lab.meter, model, side, chains)
+            with lab.track(Role.FULL, f"{name} {side}, {len(chains)} branches"):
+                work()
+            table.add(request=name, branches=len(chains), seconds=lab.meter.seconds(work))
+    yield table
+
+
+def _step(lab: Lab, table: Table, model: Bagel, side: int, tokens: int, branches: int) -> None:
+    lengths = cases.branch_lengths(tokens, branches)
+    contexts = "+".join(map(str, lengths))
+    canvas = cases.draw(model, side, cases.branch_contexts(model, tokens, branches))
+    work = cases.first_step(canvas)
+    ms, host = lab.meter.median_ms(work), lab.meter.host_ms(work)
+    flop = flops.denoise_step(lab.sizes.config, lengths, canvas.pictures[0].tokens)
+    rate = lab.rate(flop, ms)
+    table.add(size=side, branches=branches, contexts=contexts, ms=ms, host_ms=host, tflop=flop / 1e12, **rate)
+    if side == lab.sizes.sides[-1]:
+        lab.headline(f"step {side}, contexts {contexts}", ms, "ms")
+        lab.headline("  of the matrix peak", rate["percent_of_peak"], "%")
+
+
+def _picture(lab: Lab, model: Bagel) -> Table:
+    """A whole text-to-image picture; each of its steps may not make the host wait."""
+    side, steps, meter = lab.sizes.sides[-1], lab.sizes.steps, lab.meter
+    _decode(model, _draw(meter, _canvas(model, side, FEW_TIMESTEPS), guarded=False))
+    with lab.track(Role.DENOISE, f"drawing {side}, {steps} timesteps, 2 branches"):
+        canvas = _canvas(model, side, steps)
+        waits = _host_waits(meter, canvas)
+        seconds = meter.seconds(lambda: _draw(meter, canvas, guarded=not waits))
+    with lab.track(Role.DENOISE, f"VAE decode {side}, float32"):
+        decode = meter.seconds(lambda: _decode(model, canvas))
+    total = None if seconds is None or decode is None else seconds + decode
+    table = Table("gpu picture", f"text-to-image {side}x{side}, {steps} timesteps, guided for 0.4 < t <= 1; wall time")
+    guided = sum(canvas.pictures[0].guided)
+    times = {"denoise_s": seconds, "vae_decode_s": decode, "total_s": total}
+    host = {"host_waits_in_a_step": (waits or "none") if meter.cuda else None}
+    table.add(steps=canvas.pictures[0].steps, guided=guided, **times, **host)
+    lab.headline(f"picture {side}, {steps} timesteps, VAE decode included", total, "s")
+    return table
+
+
+def _canvas(model: Bagel, side: int, steps: int) -> Canvas:
+    contexts = cases.branch_contexts(model, cases.PROMPT, branches=2)
+    return cases.draw(model, side, contexts, replace(cases.GUIDED, steps=steps))
+
+
+def _host_waits(meter: Meter, canvas: Canvas) -> str:
+    """What in a whole drawing makes the host wait for the device, as PyTorch names it; empty if nothing does."""
+    try:
+        _draw(meter, canvas, guarded=True)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _draw(meter: Meter, canvas: Canvas, *, guarded: bool) -> Canvas:
+    """All steps as the engine runs them; guarded: an operation inside a step that waits for the device raises."""
+    gate, picture = StepGate(meter.device), canvas.pictures[0]
+    picture.step = 0
+    while not picture.finished:
+        with meter.no_host_wait() if guarded else nullcontext():
+            canvas.step([0])
+        gate.passed()
+    return canvas
+
+
+def _decode(model: Bagel, canvas: Canvas) -> Image:
+    return to_image(decode_picture(model, canvas.latents(0), canvas.pictures[0].grid))
+
+
+def _request(meter: Meter, model: Bagel, side: int, chains: tuple[Chain, ...]) -> Callable[[], Image]:
+    """A request from its branches' chains to a picture."""
+
+    def work() -> Image:
+        builder = ContextBuilder(model)
+        contexts = {name: builder.build(chain) for name, chain in zip(BranchName, chains, strict=False)}
+        settings = replace(cases.SETTINGS[len(chains)], steps=FEW_TIMESTEPS)
+        return _decode(model, _draw(meter, cases.draw(model, side, contexts, settings), guarded=False))
+
+    return work

@@ -1,0 +1,33 @@
+"""Shapes of the models that are measured. All weights are random: speed does not depend on them."""
+
+from __future__ import annotations
+
+from bagel.model.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+
+MID = ModelConfig(
+    llm=LlmConfig(
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=2816,
+        vocab_size=8192,
+    ),
+    vit=VitConfig(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=1536),
+    vae=VaeConfig(ch=32, ch_mult=(1, 2, 2, 2)),
+)
+"""Large enough that matrix products dominate a step on a CPU, small enough for seconds a row."""
+
+TINY = ModelConfig(
+    llm=LlmConfig(
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        vocab_size=1000,
+    ),
+    vit=VitConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160),
+    vae=VaeConfig(ch=32, ch_mult=(1, 2, 2, 2)),
+)
+"""The shapes of the tests' tiny checkpoint, where calls cost more than what they compute."""
