@@ -33,9 +33,9 @@ def main() -> int:
     scenes = demo_scenes(folder, draw_input(folder))
     for number, (title, arguments) in enumerate(scenes, 1):
         print(f"\n[{number}/{len(scenes)}] {title}", flush=True)
-        if code := run(arguments):
+        if code := run(arguments, folder / f"answer-{number}.txt"):
             return code
-    print(f"\nAll of it took {time.perf_counter() - started:.0f} s. The pictures are in {folder}.")
+    print(f"\nAll of it took {time.perf_counter() - started:.0f} s. Pictures and answers are in {folder}.")
     return 0
 
 
@@ -69,14 +69,18 @@ def demo_scenes(folder: Path, image: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run(arguments: list[str]) -> int:
-    """Show a command, run it, say what it gave; its exit code."""
+def run(arguments: list[str], answer: Path) -> int:
+    """Show a command, run it, say what it gave and where; its exit code. answer: the file for a text answer."""
     print(f"$ bagel generate {shlex.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "bagel.cli", "generate", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode == 0:
         made = done.stdout.strip()
-        print(f"The picture: {made}" if "--output" in arguments else f"The answer: {made}", flush=True)
+        if "--output" in arguments:
+            print(f"The picture: {made}", flush=True)
+        else:
+            answer.write_text(done.stdout, encoding="utf-8")
+            print(f"The answer, in {answer}: {made}", flush=True)
     return done.returncode
 
 

@@ -71,10 +71,10 @@ def test_a_seed_is_drawn_when_nobody_gives_one() -> None:
 
 
 BAD: list[tuple[str, list[Any]]] = [
-    ("steps", [1, 0, -3, 2.0, True, "50"]),
-    ("timestep_shift", [0, -1.0, float("inf"), float("nan"), "3"]),
-    ("cfg_text_scale", [-0.1, float("nan"), "4"]),
-    ("cfg_img_scale", [-0.1, float("inf")]),
+    ("steps", [1, 0, 1001, 2.0, True, "50"]),
+    ("timestep_shift", [0, -1.0, 100.5, float("inf"), float("nan"), "3"]),
+    ("cfg_text_scale", [-0.1, 100.5, float("nan"), "4"]),
+    ("cfg_img_scale", [-0.1, 100.5, float("inf")]),
     ("cfg_renorm_min", [-0.1, 1.1]),
     ("cfg_renorm_type", ["local", "", 3]),
     ("cfg_interval", [(0.9, 0.4), (-0.1, 1.0), (0.0, 1.1), (0.4,), 0.4, ("a", "b"), (0.0, 0.5, 1.0)]),
@@ -123,6 +123,7 @@ def test_what_is_no_value_at_all_is_refused_by_name(name: str, value: Any) -> No
     "options",
     [
         {"steps": 2, "timestep_shift": 0.01, "cfg_text_scale": 0, "cfg_img_scale": 0, "cfg_renorm_min": 1},
+        {"steps": 1000, "timestep_shift": 100, "cfg_text_scale": 100, "cfg_img_scale": 100, "cfg_renorm_min": 0},
         {"cfg_interval": [0, 0], "height": 16, "width": 16, "seed": 0},
         {"cfg_interval": (1.0, 1.0), "seed": 2**63 - 1, "max_tokens": 1, "max_think_tokens": 1},
         {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 0.5, "stop_token_ids": [0]},

@@ -66,13 +66,12 @@ def test_a_control_word_in_a_users_text_stays_text(tokenizer: BagelTokenizer, wo
     assert tokenizer.encode(text, allow_control=True).count(tokenizer.encode(word, allow_control=True)[0]) == 2
 
 
-@given(text=st.text())
-def test_text_comes_back_and_holds_no_control_token(tokenizer: BagelTokenizer, text: str) -> None:
+@given(pieces=st.lists(st.sampled_from([*CONTROL, "<|", "im_end", "|>", "<", "a cat", "\n", " ", "café", "猫"])))
+def test_text_comes_back_and_holds_no_control_token(tokenizer: BagelTokenizer, pieces: list[str]) -> None:
+    text = "".join(pieces)
     ids = tokenizer.encode(text)
     assert all(token < PLAIN for token in ids)
-    # The tokenizer normalises (NFC); what it has made of a text it leaves alone.
-    normal = tokenizer.decode(ids)
-    assert tokenizer.decode(tokenizer.encode(normal)) == normal
+    assert tokenizer.decode(ids) == text
 
 
 @given(text=st.text(st.characters(max_codepoint=0x2FF)))
