@@ -49,7 +49,7 @@ class Rows:
     starts, lengths: each row's interval of visible K/V in the slab, its own tokens included. They are known to
     the host (the loop over rows) and lie on the device (the kernel that takes lengths there).
     und, gen: tokens a row of each expert; slots [rows * und] and [rows * gen] are their places in the slab.
-    rope: cos and sin, [rows, und or 1, 1, head_dim] and [rows, gen or 1, 1, head_dim], float32.
+    rope: rotary factors (MoTDecoder.rope), [rows, und or 1, 1, head_dim] and [rows, gen or 1, 1, head_dim], float32.
     """
 
     starts: tuple[int, ...]
@@ -122,17 +122,12 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """One row: q [queries, heads, head_dim], k and v [length, kv_heads, head_dim].
-
-    The query heads of one kv head are laid behind one another as more queries of that head, so that K/V
-    are read once and never repeated.
-    """
-    queries, heads, head_dim = q.shape
-    length, kv_heads, _ = k.shape
-    group = heads // kv_heads
-    folded = q.view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, head_dim)
+    """One row: q [queries, heads, head_dim], k and v [length, kv_heads, head_dim]."""
+    queries, length = len(q), len(k)
+    first = causal and queries == length  # without context, PyTorch's own causal order is ours
     mask = None
-    if causal and queries > 1:
-        mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries).repeat(group, 1)
-    out = F.scaled_dot_product_attention(folded, k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=mask)
-    return out.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3).reshape(queries, heads, head_dim)
+    if causal and 1 < queries < length:
+        mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)

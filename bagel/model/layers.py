@@ -34,7 +34,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # On a CPU rms_norm is five passes over x; this is three.
+        normed: Tensor = (x * rms_scale(x, self.eps)).mul_(self.weight)
+        return normed
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays as 1."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class Rotary(nn.Module):
@@ -60,10 +70,21 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary embedding to x [..., heads, head_dim]; cos, sin broadcast against it."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+def rope_factors(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., head_dim] -> factors of x and of x with its halves swapped: x cos + swap(x) (-sin | sin)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """RMS norm per head, then rotary embedding, in float32: x [..., heads, head_dim], weight [heads, head_dim].
+
+    The norm's weight goes into the factors (see rope_factors) and its scale comes last, which commutes.
+    """
+    half = x.shape[-1] // 2
+    direct, swapped = factors
+    y = (x * (direct * weight)).addcmul_(x.roll(half, -1), swapped * weight.roll(half, -1))
+    return y.mul_(rms_scale(x, eps))
 
 
 class GatedMlp(nn.Module):

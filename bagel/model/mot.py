@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bagel.model.attention import KvSlab, Rope, Rows, attend
 from bagel.model.config import LlmConfig
-from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear, rotate
+from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear, norm_and_rotate, rope_factors
 
 OnLayer = Callable[[int], None]
 
@@ -42,18 +42,18 @@ class Expert(nn.Module):
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """x [rows, n, hidden] float32 -> q [rows, n, heads, head_dim], k and v [rows, n, kv_heads, head_dim]."""
         qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
-        return _norm_rotate(q, self.q_norm, rope), _norm_rotate(k, self.k_norm, rope), v
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
+        weight = torch.cat(
+            (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
+        )  # q and k take the same way, so they take it together
+        qk = norm_and_rotate(qk.float(), weight, self.q_norm.eps, rope).to(v.dtype)
+        q, k = qk.split((self.heads, self.kv_heads), dim=-2)
+        return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add attention's output [rows, n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
         x = x + self.o_proj(attended.flatten(-2))
-        return cast(Tensor, x + self.mlp(self.post_attention_layernorm(x)))
-
-
-def _norm_rotate(x: Tensor, norm: RMSNorm, rope: Rope) -> Tensor:
-    """Norm per head, then rotary embedding, both in float32; back in x's type."""
-    return rotate(norm(x.float()), *rope).to(x.dtype)
+        return x.add_(self.mlp(self.post_attention_layernorm(x)))
 
 
 class MoTLayer(nn.Module):
@@ -110,9 +110,9 @@ class MoTDecoder(nn.Module):
         return und, gen
 
     def rope(self, position_ids: Tensor) -> Rope:
-        """position_ids [rows, n] -> cos and sin [rows, n, 1, head_dim] float32."""
-        cos, sin = self.rotary(position_ids)
-        return cos[..., None, :], sin[..., None, :]
+        """position_ids [rows, n] -> rotary factors, each [rows, n, 1, head_dim] float32."""
+        direct, swapped = rope_factors(*self.rotary(position_ids))
+        return direct[..., None, :], swapped[..., None, :]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last norm and LM head: hidden [..., hidden] -> [..., vocab]."""
