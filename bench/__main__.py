@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, device: torch.device) -> int:
-    torch.set_num_threads(options.threads)
+    if options.part == "cpu":
+        torch.set_num_threads(options.threads)
     on = machine(device)
     print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
     tables: list[Table] = []
@@ -68,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", nargs="?", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
-    parser.add_argument("--repeats", type=int, default=5, help="cpu: samples of each side (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads (default 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="cpu: least samples of each side (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")
     return parser

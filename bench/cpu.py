@@ -27,20 +27,25 @@ NOTE = "float32; medians of interleaved samples; ratios of wall time (with quart
 
 
 def run(only: str, repeats: int) -> Iterator[Table]:
-    """Measure every case whose name contains `only`; yields one table. Raises ConfigError if there is none."""
+    """Measure every case whose name contains `only`; yields a table for each model.
+
+    Raises ConfigError if no case is named so, or for fewer than two repeats.
+    """
     if not any(only in name for name in case_names()):
         raise ConfigError(f"--only {only!r} names no row; the rows are: {'; '.join(case_names())}")
-    table = Table("cpu", NOTE)
-    for config, chosen in _cases(only):
+    if repeats < 2:
+        raise ConfigError(f"--repeats is {repeats}; quartiles need at least 2")
+    for title, config, chosen in _cases(only):
+        table = Table(f"cpu, {title}", NOTE)
         model = random_model(config, Role.FULL, dtype=torch.float32, device="cpu", seed=0)
         for name, case in chosen.items():
             _measure(table, name, case(model), repeats)
-    yield table
+        yield table
 
 
 def case_names() -> list[str]:
     """Names of all cases."""
-    return [name for _, chosen in _cases("") for name in chosen]
+    return [name for _, _, chosen in _cases("") for name in chosen]
 
 
 def _measure(table: Table, name: str, pair: Pair, repeats: int) -> None:
@@ -57,8 +62,8 @@ def _measure(table: Table, name: str, pair: Pair, repeats: int) -> None:
     )
 
 
-def _cases(only: str) -> Iterator[tuple[ModelConfig, Mapping[str, Case]]]:
-    """The cases of each model, by name."""
+def _cases(only: str) -> Iterator[tuple[str, ModelConfig, Mapping[str, Case]]]:
+    """Name, shape and cases of each model that has a case whose name contains `only`."""
     mid: dict[str, Case] = {
         "mid step, text-to-image 512, 1 branch": partial(_step, side=512, tokens=30, branches=1),
         "mid step, text-to-image 512, 2 branches": partial(_step, side=512, tokens=30, branches=2),
@@ -73,10 +78,10 @@ def _cases(only: str) -> Iterator[tuple[ModelConfig, Mapping[str, Case]]]:
         "tiny step, edit 128, 300 tokens, 3 branches": partial(_step, side=128, tokens=300, branches=3),
         "tiny context, text of 32 tokens": partial(_text_context, tokens=32),
     }
-    for config, chosen in ((MID, mid), (TINY, tiny)):
+    for title, config, chosen in (("mid-size model", MID, mid), ("tiny model", TINY, tiny)):
         picked = {name: case for name, case in chosen.items() if only in name}
         if picked:
-            yield config, picked
+            yield title, config, picked
 
 
 def _step(model: Bagel, *, side: int, tokens: int, branches: int) -> Pair:

@@ -38,9 +38,8 @@ def understand(lab: Lab) -> Iterator[Table]:
             _prefill(lab, table, f"text of {tokens}", tokens, flop, cases.build(model, cases.text_chain(tokens)))
         chain = cases.image_chain(config, side, SegmentKind.VIT)
         patches = chain.length - 2
-        _prefill(
-            lab, table, f"ViT block of {side}", patches, flops.vit_block(config, 0, patches), cases.build(model, chain)
-        )
+        flop = flops.vit_block(config, 0, patches)
+        _prefill(lab, table, f"ViT block of {side}", patches, flop, cases.build(model, chain))
         yield table
         table = Table("gpu decode", f"{lab.sizes.reply} tokens of greedy text after {lab.sizes.past}; wall time")
         for batch in (1, lab.sizes.batch):
