@@ -33,9 +33,20 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class TextPart:
-    """One text; it becomes a segment of its own, <|im_start|> text <|im_end|>."""
+    """One text; it becomes a segment of its own, <|im_start|> text <|im_end|>.
+
+    Raises InvalidRequest if it is no Unicode text (a lone surrogate, as bytes that are not UTF-8 become).
+    """
 
     text: str
+
+    def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "prompt", f"the prompt {self.text!r:.80} is no UTF-8 text at character {error.start + 1}; send UTF-8"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -126,8 +137,9 @@ def collect_cfg_kv_caches(
 
     Raises IncompleteContext if one is missing: a lost cache must never turn into a wrong picture.
     """
-    names = [branch.name for branch in branches if branch.name in needed]
-    missing = [name for name in [*names, *(needed - set(names))] if name not in contexts]
+    expanded = {branch.name for branch in branches}
+    names = [name for name in BranchName if name in needed]
+    missing = [name for name in names if name not in expanded or name not in contexts]
     if missing:
         raise IncompleteContext(f"no K/V for the branch {', '.join(missing)}; the picture was not drawn")
     return {name: contexts[name] for name in names}

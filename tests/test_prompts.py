@@ -110,3 +110,8 @@ def test_a_needed_branch_that_was_never_made_is_an_error() -> None:
     gen, *_ = expand_cfg_prompts((X, A))
     with pytest.raises(IncompleteContext, match="cfg_text"):
         collect_cfg_kv_caches((gen,), {GEN: "kv"}, frozenset({GEN, CFG_TEXT}))
+
+
+def test_a_text_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="UTF-8 text at character 3"):
+        TextPart("ab\udcff")

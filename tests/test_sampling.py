@@ -46,8 +46,9 @@ def test_greedy(settings: TextSettings, uniform: float) -> None:
     assert choose(LOGITS.bfloat16(), settings, (), uniform) == BEST
 
 
-def test_the_smallest_temperatures_are_greedy_too() -> None:
-    assert choose(LOGITS, sampling(temperature=1e-40), (), 0.5) == BEST
+@pytest.mark.parametrize("temperature", [1e-40, 1e-60])
+def test_the_smallest_temperatures_are_greedy_too(temperature: float) -> None:
+    assert choose(LOGITS, sampling(temperature), (), 0.5) == BEST
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])

@@ -17,7 +17,7 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     uniform in [0, 1) picks from the cumulative distribution, so that a seed gives the same text on any device.
     """
     logits = _penalise(logits.float(), seen, settings.repetition_penalty)
-    if not settings.do_sample or settings.temperature == 0:
+    if not settings.do_sample or settings.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
     # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
     probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)

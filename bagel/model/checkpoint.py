@@ -104,10 +104,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         infos = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
             for name, entry in header.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     end = 8 + length + max((info.end for info in infos.values()), default=0)
     if os.path.getsize(path) < end:

@@ -90,7 +90,8 @@ def _has_default(spec: Any) -> bool:
 
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not number or kind(value) != value:
         raise CheckpointError(f"{path}: {name} is {value!r}; a positive {kind.__name__} was expected")
     return kind(value)
 

@@ -14,6 +14,7 @@ from bagel.errors import CheckpointError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -25,6 +26,10 @@ class BagelTokenizer:
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer files of a checkpoint folder; raises CheckpointError if they are missing or odd."""
+        if not any(all((folder / name).is_file() for name in names) for names in _FILES):
+            raise CheckpointError(
+                f"{folder} has no tokenizer; a BAGEL checkpoint has tokenizer.json, or vocab.json and merges.txt"
+            )
         try:
             loaded = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
             self._control: FastTokenizer = loaded.backend_tokenizer
