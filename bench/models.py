@@ -1,4 +1,4 @@
-"""Shapes of the models that are measured. All weights are random: speed does not depend on them."""
+"""Shapes of the models that are measured. Their weights are random."""
 
 from __future__ import annotations
 
