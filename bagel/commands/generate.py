@@ -36,6 +36,7 @@ T = TypeVar("T")
 LOCAL_ENGINE = "bagel.local"
 """The torch side, by name: an import statement would bring torch into the command line."""
 TEST_MODEL = Path(bagel.__file__).resolve().parents[1] / "tests" / "golden" / "checkpoint"
+TEST_MODEL_NAME = "tests/golden/checkpoint"
 UNBUILT = {
     "quantization": "leave it out",
     "ray_address": "leave it out",
@@ -59,8 +60,6 @@ def generate(args: argparse.Namespace) -> None:
     config = _deployment(args.deploy_config)
     defaults = config.sampling_defaults()
     requests = make_requests(args, defaults)
-    for note in (*config.notes(), *notes_on_flags(args, requests[0], defaults)):
-        say(f"note: {note}")
     model, checkpoint = find_model(args.model)
     draws = requests[0].modality.makes_image
     about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
@@ -68,6 +67,10 @@ def generate(args: argparse.Namespace) -> None:
         for request in requests:
             picture_size(request, checkpoint.config)  # tells of a size that the model has no positions for
     folder = make_folder(args.output or OUTPUT) if draws else None
+    for note in (*config.notes(), *notes_on_flags(args, requests[0], defaults)):  # an error stands alone
+        say(f"note: {note}")
+    if not _named_model(args.model):
+        say("no --model given: using the tests' tiny random model, whose pictures and answers mean nothing")
     engine = _load(args, config, model, checkpoint)
     about["dtype"] = engine.dtype
     with shown([prompt_text(request) for request in requests]) as progress:
@@ -79,18 +82,21 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def find_model(name: str | None) -> tuple[str, Checkpoint]:
-    """A model and what to call it: the one named, BAGEL_MODEL's, or the tests' own, which is said.
+    """A model and what to call it: the one named, BAGEL_MODEL's, or the tests' own.
 
     Raises CheckpointError if it is not there.
     """
-    name = name or os.environ.get("BAGEL_MODEL")
+    name = _named_model(name)
     if name:
         with _missing_install_told():  # a name on the hub needs its client
             return name, find_checkpoint(name)
     if not TEST_MODEL.is_dir():
         raise CheckpointError("no model is given; use --model FOLDER, or set BAGEL_MODEL in the environment")
-    say("no --model given: using the tests' tiny random model, whose pictures and answers mean nothing")
-    return "tests/golden/checkpoint", find_checkpoint(str(TEST_MODEL))
+    return TEST_MODEL_NAME, find_checkpoint(str(TEST_MODEL))
+
+
+def _named_model(flag: str | None) -> str | None:
+    return flag or os.environ.get("BAGEL_MODEL")
 
 
 def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
