@@ -19,7 +19,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Request `index` finished Euler step `step` (from 1) of `steps`."""
+    """Euler step `step` (from 1) of `steps` of request `index` is under way on the device; all before it are done."""
 
     index: int
     step: int

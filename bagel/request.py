@@ -1,6 +1,6 @@
 """What a user asks for: one request, its settings, their defaults and limits. No torch here.
 
-Precedence (FEATURES of the project, docs/options.md): the user's value, the deploy file's
+Precedence (docs/options.md): the user's value, the deploy file's
 default_sampling_params, the tables below. Where the reference's default depends on the modality,
 `resolve` fills it in.
 """
@@ -106,7 +106,7 @@ class ImageSettings:
 
     def __post_init__(self) -> None:
         _whole("steps", self.steps, at_least=2, at_most=MAX_STEPS, hint=" (n timesteps are n - 1 Euler steps)")
-        _finite("timestep_shift", self.timestep_shift, above=0.0, at_most=MAX_SCALE)
+        _finite("timestep_shift", self.timestep_shift, at_least=0.001, at_most=MAX_SCALE)
         _finite("cfg_text_scale", self.cfg_text_scale, at_least=0.0, at_most=MAX_SCALE)
         _finite("cfg_img_scale", self.cfg_img_scale, at_least=0.0, at_most=MAX_SCALE)
         _finite("cfg_renorm_min", self.cfg_renorm_min, at_least=0.0, at_most=1.0)
@@ -145,7 +145,7 @@ class Request:
 
 
 REFERENCE_EDIT = {"cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": RenormType.TEXT_CHANNEL}
-"""Where an edit's defaults differ from text-to-image's: the reference's interval and renorm, FEATURES' scale."""
+"""Where an edit's defaults differ from text-to-image's: the reference's interval and renorm, vllm-omni's scale."""
 
 
 def resolve(

@@ -33,9 +33,9 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def tokenizer(checkpoint: Checkpoint) -> BagelTokenizer:
-    from bagel.model.tokenizer import load_tokenizer
+    from bagel.model.tokenizer import BagelTokenizer
 
-    return load_tokenizer(checkpoint.folder)
+    return BagelTokenizer(checkpoint.folder)
 
 
 @pytest.fixture(scope="session")

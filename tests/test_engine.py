@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from bagel.engine.engine import BagelEngine
 from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import Event, Result, StepDone, TextDelta
+from bagel.model.checkpoint import Checkpoint
+from bagel.prompts import ImagePart, TextPart
+from bagel.request import Modality, resolve
 from tests.helpers import agree, request, sketch, small_images
 
 
@@ -138,3 +142,49 @@ def test_a_picture_that_overflowed_is_an_error_and_not_a_picture(engine: BagelEn
     broken = BagelEngine(model, engine.tokenizer, b"tests")
     with pytest.raises(NotFinite, match="smaller"):
         broken.generate([request("text2img")])
+
+
+def test_an_overflow_leaves_the_others_their_pictures(engine: BagelEngine) -> None:
+    events: list[Event] = []
+    broken = small_images(engine)
+    finish, calls = broken._finish, []
+
+    def overflow_first(*args: Any) -> Result:
+        calls.append(args)
+        if len(calls) == 1:
+            raise NotFinite("overflow")
+        return finish(*args)
+
+    broken._finish = overflow_first  # type: ignore[method-assign, assignment]
+    with pytest.raises(NotFinite):
+        broken.generate([request("text2img", seed=1), request("text2img", seed=2)], events.append)
+    assert [event.index for event in events if isinstance(event, Result)] == [1]
+
+
+def test_one_image_standing_twice_is_two_images(engine: BagelEngine) -> None:
+    small = small_images(engine)
+    part = ImagePart(sketch(), for_generation=True)
+    again = ImagePart(sketch(), for_generation=True)
+    text = TextPart("put them together")
+    options = {"steps": 4, "seed": 3, "posterior": "seed"}
+    same, equal = small.generate(
+        [resolve(Modality.IMG2IMG, prompt, options) for prompt in ((part, part, text), (part, again, text))]
+    )
+    assert same.image is not None and equal.image is not None
+    assert agree(same.image, equal.image)
+
+
+def test_a_long_negative_prompt_is_refused_too(engine: BagelEngine) -> None:
+    small = small_images(engine, max_model_len=64)
+    with pytest.raises(InvalidRequest, match="the limit is 64"):
+        small.generate([request("text2img", negative_prompt="blue " * 100)])
+
+
+def test_tiling_leaves_small_pictures_as_they_are(checkpoint: Checkpoint, engine: BagelEngine) -> None:
+    tiled = BagelEngine.load(checkpoint, vae_use_tiling=True)
+    asked = [request("text2img"), request("text2img", height=528, width=640, steps=2)]
+    for one, other in zip(tiled.generate(asked), engine.generate(asked), strict=True):
+        assert one.image is not None and other.image is not None
+        difference = np.abs(np.asarray(one.image, dtype=int) - np.asarray(other.image, dtype=int))
+        assert difference.mean() < 3
+        assert bool(difference.max()) is (one.index == 1)

@@ -123,11 +123,6 @@ class Canvas:
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._plans: dict[tuple[int, ...], _Plan] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the K/V slab."""
-        return self._slab.nbytes
-
     def latents(self, i: int) -> Tensor:
         """Latent tokens of picture i now, [tokens, features] float32."""
         return self.x[i, : self.pictures[i].tokens]

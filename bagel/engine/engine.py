@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,7 +22,7 @@ from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
 from bagel.model.sizes import picture_size
-from bagel.model.tokenizer import BagelTokenizer, TextStream, load_tokenizer
+from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
 from bagel.prompts import (
     Branch,
@@ -36,18 +36,24 @@ from bagel.request import PosteriorMode, Request, text_settings
 
 TOKEN_BUDGET = 24_576
 """Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
+SLAB_BUDGET = 131_072
+"""Tokens of K/V, contexts and latents, that one pack of pictures holds: 7 GiB of the 7B in bfloat16."""
 DEFAULT_MAX_NUM_SEQS = 16
 
 
 @dataclass
 class _Job:
-    """One request on its way. branches is empty for a text answer."""
+    """One request on its way. branches and chains (of the branches it needs) are empty for a text answer.
+
+    chain: what text is decoded after, or a picture's gen.
+    """
 
     index: int
     request: Request
     images: dict[int, InputImage]
     chain: Chain
     branches: tuple[Branch, ...] = ()
+    chains: dict[BranchName, Chain] = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
     contexts: dict[BranchName, Context] = field(default_factory=dict)
     run: TextRun | None = None
@@ -95,7 +101,7 @@ class BagelEngine:
 
         vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
         """
-        tokenizer = load_tokenizer(checkpoint.folder)
+        tokenizer = BagelTokenizer(checkpoint.folder)
         delimiters = (tokenizer.image_start, tokenizer.image_end)
         model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
         if vae_use_tiling:
@@ -105,23 +111,29 @@ class BagelEngine:
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
         """Serve requests together; results in their order, each also an event as soon as it is there.
 
-        Raises InvalidRequest or InvalidImage before anything is computed if one of them cannot be served.
+        Raises InvalidRequest or InvalidImage before anything is computed if one of them cannot be served, and
+        NotFinite, after all others are served, if a picture overflowed.
         """
         emit = on_event or (lambda event: None)
         jobs = [self._admit(index, request) for index, request in enumerate(requests)]
         for job in jobs:
-            with _timed(job, "context"):
+            with self._timed([job], "context"):
                 self._build(job)
         speaking = [job for job in jobs if job.run is not None]
         for at in range(0, len(speaking), self.max_num_seqs):
             self._decode_texts(speaking[at : at + self.max_num_seqs], emit)
         results = [self._answer(job, emit) for job in jobs if not job.branches]
+        overflown: list[NotFinite] = []
         for group, padded in self._packs([job for job in jobs if job.branches]):
-            results += self._draw(group, padded, emit)
+            results += self._draw(group, padded, emit, overflown)
+        if overflown:
+            raise overflown[0]
         return sorted(results, key=lambda result: result.index)
 
     def _admit(self, index: int, request: Request) -> _Job:
         """Check a request against the model and plan it; nothing is computed."""
+        # A part that stands twice in a prompt is two images, each with noise of its own.
+        request = replace(request, prompt=tuple(replace(part) for part in request.prompt))
         images = self.planner.prepare_images(request.prompt, request.posterior, request.seed)
         if request.modality.reads_image and not images:
             raise InvalidRequest("image", f"{request.modality} needs an input image")
@@ -129,20 +141,24 @@ class BagelEngine:
             chain = self.planner.chain(text_prompt(request.prompt, think=request.think), images)
             job = _Job(index, request, images, chain)
         else:
-            branches = _expand(request)
-            job = _Job(index, request, images, self.planner.chain(branches[0].parts, images), branches)
-            job.size = picture_size(request, self.model.config)
-        self._check_positions(job)
+            branches, needed = _expand(request), needed_branches(request.image)
+            chains = {
+                branch.name: self.planner.chain(branch.parts, images) for branch in branches if branch.name in needed
+            }
+            size = picture_size(request, self.model.config)
+            job = _Job(index, request, images, chains[BranchName.GEN], branches, chains, size)
+        writes = text_settings(request).max_tokens if not job.branches or request.think else 0
+        for chain in (job.chain, *job.chains.values()):
+            self._check_positions(chain, writes if chain is job.chain else 0)
         return job
 
-    def _check_positions(self, job: _Job) -> None:
-        """Refuse a prompt and text limit that together pass the last position (an image takes one or two)."""
-        writes = text_settings(job.request).max_tokens if not job.branches or job.request.think else 0
-        limit = self.max_model_len
-        if job.chain.rope + writes > limit:
+    def _check_positions(self, chain: Chain, writes: int) -> None:
+        """Refuse a chain that, with the text written after it, passes the last position (an image takes one)."""
+        if chain.rope + writes > self.max_model_len:
             raise InvalidRequest(
                 "max_tokens" if writes else "prompt",
-                f"the prompt takes {job.chain.rope} positions and the text up to {writes}; the limit is {limit}",
+                f"the prompt takes {chain.rope} positions and the text after it up to {writes}; "
+                f"the limit is {self.max_model_len}",
             )
 
     def _build(self, job: _Job) -> None:
@@ -150,12 +166,9 @@ class BagelEngine:
         if not job.branches or job.request.think:
             prompt = self.contexts.build(job.chain)
             job.run = TextRun(prompt, text_settings(job.request), job.request.seed)
-        if job.branches:
-            needed = needed_branches(job.request.image)
-            for branch in job.branches:
-                if branch.name in needed and not (branch.name is BranchName.GEN and job.run):
-                    chain = self.planner.chain(branch.parts, job.images)
-                    job.contexts[branch.name] = self.contexts.build(chain)
+        for name, chain in job.chains.items():
+            if name is not BranchName.GEN or not job.run:
+                job.contexts[name] = self.contexts.build(chain)
 
     def _decode_texts(self, jobs: Sequence[_Job], emit: OnEvent) -> None:
         """Decode replies and think texts; a think text then becomes the last segment of gen."""
@@ -165,15 +178,16 @@ class BagelEngine:
             if text:
                 emit(TextDelta(jobs[at].index, text, think=bool(jobs[at].branches)))
 
-        with _timed_all(jobs, "text"):
+        with self._timed(jobs, "text"):
             runs = [job.run for job in jobs if job.run is not None]
             self.texts.decode(runs, lambda at, token: show(at, streams[at].push(token)))
             for at, stream in enumerate(streams):
                 show(at, stream.end())
         for job in jobs:
             if job.branches and job.run is not None:
-                with _timed(job, "context"):
+                with self._timed([job], "context"):
                     chain = self.planner.append_text(job.chain, self.texts.reply(job.run))
+                    self._check_positions(chain, 0)
                     job.contexts[BranchName.GEN] = self.contexts.build(chain)
 
     def _packs(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[_Job], int]]:
@@ -182,8 +196,10 @@ class BagelEngine:
         for job in jobs:
             padded = self._bucket(job)
             packs = groups.setdefault(padded, [[]])
-            rows = sum(len(other.contexts) for other in packs[-1]) + len(job.contexts)
-            if packs[-1] and (rows * padded > TOKEN_BUDGET or len(packs[-1]) == self.max_num_seqs):
+            together = [context for other in (*packs[-1], job) for context in other.contexts.values()]
+            held = sum(context.length + padded for context in together)
+            full = len(together) * padded > TOKEN_BUDGET or held > SLAB_BUDGET or len(packs[-1]) == self.max_num_seqs
+            if packs[-1] and full:
                 packs.append([])
             packs[-1].append(job)
         for padded, packs in groups.items():
@@ -200,20 +216,24 @@ class BagelEngine:
         stride = self.model.config.latent_stride
         return job.size[0] // stride, job.size[1] // stride
 
-    def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent) -> list[Result]:
+    def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent, overflown: list[NotFinite]) -> list[Result]:
         """Denoise a pack together; each picture is decoded and given out as soon as its last step is done."""
         canvas = Canvas(self.model, [self._picture(job) for job in jobs], padded)
         gate = StepGate(self.model.device)
         results = []
         active = list(range(len(jobs)))
         while active:
-            with _timed_all([jobs[i] for i in active], "denoise"):
+            last = any(canvas.pictures[i].step + 1 == canvas.pictures[i].steps for i in active)
+            with self._timed([jobs[i] for i in active], "denoise", settle=last):
                 canvas.step(active)
                 gate.passed()
             for i in active:
                 emit(StepDone(jobs[i].index, canvas.pictures[i].step, canvas.pictures[i].steps))
             for i in [i for i in active if canvas.pictures[i].finished]:
-                results.append(self._finish(jobs[i], canvas.latents(i), emit))
+                try:
+                    results.append(self._finish(jobs[i], canvas.latents(i), emit))
+                except NotFinite as error:
+                    overflown.append(error)
             active = [i for i in active if not canvas.pictures[i].finished]
         return results
 
@@ -225,10 +245,11 @@ class BagelEngine:
         drawn_first = shapes if request.posterior is PosteriorMode.SEED else []
         noise = initial_noise(request.seed, grid[0] * grid[1], self.model.config.latent_features, drawn_first)
         contexts = collect_cfg_kv_caches(job.branches, job.contexts, needed_branches(request.image))
+        job.contexts = {}  # the canvas has its own copy
         return Picture(request.image, grid, noise, contexts)
 
     def _finish(self, job: _Job, latents: torch.Tensor, emit: OnEvent) -> Result:
-        with _timed(job, "decode"):
+        with self._timed([job], "decode"):
             decoded = decode_picture(self.model, latents, self._grid(job))
             if not decoded.isfinite().all():
                 raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
@@ -238,6 +259,19 @@ class BagelEngine:
         result = Result(job.index, image, text, tokens, job.request.seed, job.timings)
         emit(result)
         return result
+
+    @contextmanager
+    def _timed(self, jobs: Sequence[_Job], stage: str, *, settle: bool = True) -> Iterator[None]:
+        """Add the block's duration in seconds to a stage of every job: what each waited for it.
+
+        settle: wait for the device, so that the work launched here is not counted in the next stage.
+        """
+        start = time.perf_counter()
+        yield
+        if settle and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        for job in jobs:
+            job.timings[stage] = job.timings.get(stage, 0.0) + time.perf_counter() - start
 
     def _answer(self, job: _Job, emit: OnEvent) -> Result:
         assert job.run is not None
@@ -253,18 +287,3 @@ def _expand(request: Request) -> tuple[Branch, ...]:
             request.prompt, negative_prompt=request.negative_prompt, max_think_tokens=request.max_think_tokens
         )
     return expand_cfg_prompts(request.prompt, negative_prompt=request.negative_prompt)
-
-
-@contextmanager
-def _timed(job: _Job, stage: str) -> Iterator[None]:
-    with _timed_all([job], stage):
-        yield
-
-
-@contextmanager
-def _timed_all(jobs: Sequence[_Job], stage: str) -> Iterator[None]:
-    """Add the block's duration in seconds to a stage of every job: what each waited for it."""
-    start = time.perf_counter()
-    yield
-    for job in jobs:
-        job.timings[stage] = job.timings.get(stage, 0.0) + time.perf_counter() - start

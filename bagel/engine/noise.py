@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -31,7 +30,7 @@ class Posterior:
         """What a digest must cover, beside the pixels, for two noises to be the same."""
         if self.mode is not PosteriorMode.SEED:
             return self.mode.encode()
-        return f"{self.mode}:{self.seed}:{sum(math.prod(shape) for shape in self.earlier)}".encode()
+        return f"{self.mode}:{self.seed}:{self.earlier}".encode()
 
     def draw(self, shape: Shape, pixel_digest: bytes) -> Tensor:
         """Noise of the given shape, float32 on the CPU."""

@@ -106,7 +106,7 @@ class ChainPlanner:
         return chain
 
     def append_text(self, chain: Chain, text: str) -> Chain:
-        """The chain with one more text segment; raises InvalidRequest if the model has no positions for it."""
+        """The chain with one more text segment."""
         return self.append_ids(chain, self.tokenizer.segment(text))
 
     def append_ids(self, chain: Chain, token_ids: Sequence[int]) -> Chain:

@@ -12,6 +12,7 @@ from bagel.engine.layout import text_rows
 from bagel.engine.noise import text_uniforms
 from bagel.engine.sampling import choose
 from bagel.engine.segments import Chain
+from bagel.errors import NotFinite
 from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
 from bagel.model.tokenizer import BagelTokenizer
@@ -54,7 +55,10 @@ class TextDecoder:
                 choose(row, runs[i].settings, _seen(runs[i]), float(uniforms[i][len(runs[i].tokens)]))
                 for i, row in zip(active, logits, strict=True)
             ]
-            for i, token in zip(active, torch.stack(chosen).tolist(), strict=True):
+            *tokens, finite = torch.stack([*chosen, logits.isfinite().all().long()]).tolist()
+            if not finite:
+                raise NotFinite("the text overflowed: its logits are not finite; use float32")
+            for i, token in zip(active, tokens, strict=True):
                 if self._take(runs[i], token) and on_token is not None:
                     on_token(i, token)
 

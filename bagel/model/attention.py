@@ -28,14 +28,6 @@ class KvSlab:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
 
-    @property
-    def tokens(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write K/V [..., kv_heads, head_dim] of one layer to the given token places (int64, as many)."""
         self.k[layer].index_copy_(0, slots, k.flatten(0, -3))

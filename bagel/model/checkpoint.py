@@ -44,11 +44,17 @@ class Checkpoint:
         config = read_model_config(self.folder)
         rows = {name: info.shape[0] for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
         sides = {name: table_side(f"{EMA}: {name}", count) for name, count in rows.items()}
-        return replace(
+        config = replace(
             config,
             max_latent_size=sides.get("latent_pos_embed.pos_embed", config.max_latent_size),
             vit_max_num_patch_per_side=sides.get("vit_pos_embed.pos_embed", config.vit_max_num_patch_per_side),
         )
+        if max(config.default_image_size) > config.max_image_size:
+            raise CheckpointError(
+                f"{self.folder}: default_image_size is {list(config.default_image_size)}; "
+                f"the latent position table ends at {config.max_image_size}"
+            )
+        return config
 
     def path(self, file: str) -> Path:
         """Path of one of its files; raises CheckpointError if it is missing."""

@@ -84,7 +84,7 @@ class ModelConfig:
     """Everything that shapes the network and what enters it.
 
     max_latent_size: rows (and columns) of the latent position table; a checkpoint's weight overrides what
-    config.json says, as the published file has carried a wrong one (`with_table_sizes`).
+    config.json says, as the published file has carried a wrong one (`Checkpoint.config`).
     """
 
     llm: LlmConfig
@@ -96,6 +96,10 @@ class ModelConfig:
     vae_transform: ImageTransform = VAE_TRANSFORM
     vit_transform: ImageTransform = VIT_TRANSFORM
     default_image_size: tuple[int, int] = (1024, 1024)
+
+    def __post_init__(self) -> None:
+        _divides("the VAE transform's stride", self.vae_transform.stride, "a latent token's", self.latent_stride)
+        _divides("the ViT transform's stride", self.vit_transform.stride, "patch_size", self.vit.patch_size)
 
     @property
     def latent_features(self) -> int:
@@ -111,10 +115,6 @@ class ModelConfig:
     def max_image_size(self) -> int:
         """The largest side that the latent position table has rows for, in pixels."""
         return self.max_latent_size * self.latent_stride
-
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return 2 * self.llm.num_hidden_layers * self.llm.num_key_value_heads * self.llm.head_dim * itemsize
 
 
 BAGEL_7B_MOT = ModelConfig(

@@ -15,7 +15,7 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import AE, EMA
 from bagel.model.vae import diffusers_name
 
-_EXPERT = re.compile(r"(language_model)\.(layers\.\d+)\.(und|gen)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"language_model\.(layers\.\d+)\.(und|gen)\.(.+)\.(weight|bias)")
 _VIT_LAYER = re.compile(r"vit_model\.layers\.(\d+)\.(.+)")
 
 
@@ -23,8 +23,7 @@ _VIT_LAYER = re.compile(r"vit_model\.layers\.(\d+)\.(.+)")
 class Slot:
     """One tensor of the checkpoint and where it goes: rows [start, stop) of a parameter.
 
-    shape is what the file must have. file_rows, where set, picks rows of a larger tensor (the embedding's two
-    delimiter rows of a fed DiT), whose own first dimension is file_size.
+    shape is what the file must have. embedding: of that tensor a role without text keeps two rows.
     """
 
     file: str
@@ -66,8 +65,8 @@ def _pieces(model: Bagel, name: str, parameter: Tensor) -> list[tuple[str, int]]
     """Names in the file of one parameter, with the rows that each fills."""
     llm, rows = model.config.llm, parameter.shape[0]
     if match := _EXPERT.fullmatch(name):
-        prefix = f"language_model.model.{match[2]}"
-        suffix, module, kind = "" if match[3] == "und" else "_moe_gen", match[4], match[5]
+        prefix = f"language_model.model.{match[1]}"
+        suffix, module, kind = "" if match[2] == "und" else "_moe_gen", match[3], match[4]
         if module == "qkv_proj":
             kv = llm.num_key_value_heads * llm.head_dim
             sizes = (("q", rows - 2 * kv), ("k", kv), ("v", kv))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -74,16 +73,23 @@ class BagelTokenizer:
 
 
 class TextStream:
-    """Decodes a growing list of ids piece by piece; a character whose bytes are not all there yet is held back."""
+    """Decodes a growing list of ids piece by piece; a character whose bytes are not all there yet is held back.
+
+    As in `BagelTokenizer.reply`, a start or end token among them ends the text.
+    """
 
     def __init__(self, tokenizer: BagelTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        self._ended = False
         self._shown = 0  # ids before this one have been given out
         self._window = 0  # decoding starts here: enough context to know how the next piece joins
 
     def push(self, token: int) -> str:
         """Add an id; the text that became certain."""
+        self._ended = self._ended or token in (self._tokenizer.bos, self._tokenizer.eos)
+        if self._ended:
+            return ""
         self._ids.append(token)
         return self._take(final=False)
 
@@ -98,12 +104,6 @@ class TextStream:
             return ""
         self._window, self._shown = self._shown, len(self._ids)
         return text[len(before) :]
-
-
-@lru_cache(maxsize=4)
-def load_tokenizer(folder: Path) -> BagelTokenizer:
-    """The tokenizer of a checkpoint folder; the last few are kept."""
-    return BagelTokenizer(folder)
 
 
 def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from bagel.model.config import VaeConfig
 
+TILE_SIZE = 512
+"""Pixels a side of a tile, where tiling is on; a picture up to that size is decoded whole."""
+
 # The checkpoint's (BFL) names on the left, diffusers' on the right.
 _RENAMES = (
     (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
@@ -44,6 +47,7 @@ class Vae(nn.Module):
             layers_per_block=config.num_res_blocks,
             latent_channels=config.z_channels,
             norm_num_groups=32,
+            sample_size=TILE_SIZE,
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
@@ -53,7 +57,7 @@ class Vae(nn.Module):
             self.autoencoder.decoder = None
 
     def use_tiling(self) -> None:
-        """Decode in overlapping, blended tiles from now on: less memory, not exactly the same picture."""
+        """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not exactly the same picture."""
         self.autoencoder.enable_tiling()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,11 @@ def load_model(
     """
     model = empty_model(checkpoint.config, role, dtype=dtype, device=device, delimiter_ids=delimiter_ids)
     needed = list(slots(model))
-    check_tensors({file: _shapes(checkpoint, file) for file in (EMA, AE)}, needed, str(checkpoint.folder))
-    _warn_unknown(checkpoint)
+    files = {file: _shapes(checkpoint, file) for file in (EMA, AE)}
+    check_tensors(files, needed, str(checkpoint.folder))
+    if unknown := unknown_tensors(files, checkpoint.config):
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
     for file in (EMA, AE):
         _fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
     return model.eval()
@@ -110,30 +113,14 @@ def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: st
         raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems[:5])}{more}")
 
 
-def bytes_by_component(model: Bagel) -> dict[str, int]:
-    """Bytes of the weights, by top-level part of the model."""
-    sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
-        if part == "language_model" and ".layers." in name:
-            part = "generation expert" if ".gen." in name else "understanding expert"
-        elif part == "language_model":
-            part = "embedding and head"
-        sizes[part] = sizes.get(part, 0) + parameter.nbytes
-    return sizes
-
-
 def _shapes(checkpoint: Checkpoint, file: str) -> Shapes:
     return {name: info.shape for name, info in checkpoint.tensors(file).items()}
 
 
-def _warn_unknown(checkpoint: Checkpoint) -> None:
-    """Say which tensors of the files no role uses: a sign of another architecture."""
-    known = {slot.name for slot in slots(_meta(checkpoint.config, Role.FULL))}
-    unknown = sorted(name for file in (EMA, AE) for name in checkpoint.tensors(file) if name not in known)
-    if unknown:
-        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
+def unknown_tensors(files: Mapping[str, Shapes], config: ModelConfig) -> list[str]:
+    """Names that no role uses: a sign of another architecture."""
+    known = {slot.name for slot in slots(_meta(config, Role.FULL))}
+    return sorted(name for shapes in files.values() for name in shapes if name not in known)
 
 
 def _meta(config: ModelConfig, role: Role, dtype: torch.dtype = torch.bfloat16) -> Bagel:
@@ -172,9 +159,7 @@ def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> l
             f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters"
             f" {size:>15,} bytes {size / 2**30:>7.2f} GiB"
         )
-    known = {slot.name for slot in slots(_meta(config, Role.FULL))}
-    unknown = sorted(name for shapes in files.values() for name in shapes if name not in known)
-    if unknown:
+    if unknown := unknown_tensors(files, config):
         raise CheckpointError(f"{where} holds tensors that BAGEL does not have: {', '.join(unknown[:5])}")
     return lines
 

@@ -49,11 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(golden: Golden, device: str, tolerance: float) -> int:
     start = time.perf_counter()
-    failed, count, largest = [], 0, 0.0
+    failed, count = [], 0
     for report, seconds in _reports(golden, device, tolerance):
         print(report.line(seconds=round(seconds, 2)), flush=True)
         count += 1
-        largest = max([largest, *(error for name, error in report.errors.items() if not name.startswith("u8 "))])
         failed += [report.case] if report.failures else []
     missing = sorted(golden.promised_cases - {case.name for case in golden.cases("fp32")})
     failed += [f"{name} (listed but not there)" for name in missing]
