@@ -55,7 +55,7 @@ def _run(golden: Golden, device: str, tolerance: float) -> int:
         count += 1
         failed += [report.case] if report.failures else []
     missing = sorted(golden.promised_cases - {case.name for case in golden.cases("fp32")})
-    failed += [f"{name} (listed but not there)" for name in missing]
+    failed += [f"{name} (listed but not there)" for name in [*missing, *golden.missing_files()]]
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
     return 1 if failed or not count else 0
@@ -76,6 +76,8 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Co
         except Exception as error:  # a case that cannot be repeated is one failure, not the end of the rest
             report.failures.append(f"{type(error).__name__}: {error}")
         report.finish()
+        if gone := sorted(set(case.data.get("tensors", {})) - set(case.tensors)):
+            report.failures.append(f"listed but not recorded: {', '.join(gone)}")
 
     for case in golden.cases("fp32"):
         report = Comparison(case.name, case.tensors, absolute(tolerance))

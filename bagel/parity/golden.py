@@ -91,6 +91,13 @@ class Golden:
             names |= {Path(file).stem for file in files if re.fullmatch(r"fp32/[^/]+\.json", file)}
         return frozenset(names)
 
+    def missing_files(self) -> list[str]:
+        """Files that the manifest lists and the folder lacks; none without a manifest."""
+        manifest = self.root / "manifest.json"
+        if not manifest.is_file():
+            return []
+        return sorted(name for name in json.loads(manifest.read_text())["files"] if not (self.root / name).is_file())
+
     def tables(self) -> dict[str, Any]:
         """Contents of tables/*.json by name."""
         return {
