@@ -89,3 +89,30 @@ def test_an_unknown_table_and_a_changed_id_are_failures(few: Path, capsys: pytes
 def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_listed_tensors_that_are_gone_are_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = few / "fp32" / "text2text.safetensors"
+    save_file({"gen.ids": load_file(path)["gen.ids"]}, path)
+    code, cases, failed = run(few, capsys)
+    assert (code, failed) == (1, ["text2text"])
+    assert "listed but not recorded" in str(cases["text2text"]["failures"])
+
+
+def test_a_file_of_the_manifest_that_is_gone_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (few / "manifest.json").write_text(json.dumps({"files": {"tables/gone.json": {}}}))
+    code, _, failed = run(few, capsys)
+    assert (code, failed) == (1, ["tables/gone.json (listed but not there)"])
+
+
+def test_an_empty_table_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (few / "tables" / "timesteps.json").write_text("[]")
+    code, _, failed = run(few, capsys)
+    assert (code, failed) == (1, ["tables/timesteps"])
+
+
+def test_a_damaged_file_is_one_failure_and_the_rest_goes_on(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (few / "fp32" / "t2i_64x64_nocfg.safetensors").write_bytes(b"no")
+    code, cases, failed = run(few, capsys)
+    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
+    assert cases["text2text"]["ok"]

@@ -80,8 +80,13 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Co
             report.failures.append(f"listed but not recorded: {', '.join(gone)}")
 
     for case in golden.cases("fp32"):
-        report = Comparison(case.name, case.tensors, absolute(tolerance))
-        run(engine, case, report)
+        try:
+            report = Comparison(case.name, case.tensors, absolute(tolerance))
+        except Exception as error:  # a damaged file is one failure too
+            report = Comparison(case.name, {}, absolute(tolerance))
+            report.failures.append(f"{type(error).__name__}: {error}")
+        else:
+            run(engine, case, report)
         yield report, time.perf_counter() - start
         start = time.perf_counter()
     for report in compare_bf16(golden, device, run):

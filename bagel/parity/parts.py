@@ -53,6 +53,8 @@ def compare_table(name: str, rows: Any, tokenizer: BagelTokenizer) -> Comparison
         _tokenizer(rows, tokenizer, case)
     else:
         case.failures.append(f"nothing compares the table {name!r}")
+    if not case.exact and not case.failures:
+        case.failures.append("the table is empty: nothing was compared")
     return case
 
 
