@@ -73,7 +73,7 @@ def test_a_listed_case_that_is_not_there_is_a_failure(few: Path, capsys: pytest.
     for path in (few / "fp32").glob("text2text.*"):
         path.unlink()
     code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["text2text (listed but not there)"])
+    assert (code, failed) == (1, ["fp32/text2text.json (listed but not there)"])
 
 
 def test_an_unknown_table_and_a_changed_id_are_failures(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,13 +96,62 @@ def test_listed_tensors_that_are_gone_are_a_failure(few: Path, capsys: pytest.Ca
     save_file({"gen.ids": load_file(path)["gen.ids"]}, path)
     code, cases, failed = run(few, capsys)
     assert (code, failed) == (1, ["text2text"])
-    assert "listed but not recorded" in str(cases["text2text"]["failures"])
+    assert "gen.logits: not recorded" in str(cases["text2text"]["failures"])
 
 
 def test_a_file_of_the_manifest_that_is_gone_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (few / "manifest.json").write_text(json.dumps({"files": {"tables/gone.json": {}}}))
     code, _, failed = run(few, capsys)
     assert (code, failed) == (1, ["tables/gone.json (listed but not there)"])
+
+
+def test_a_table_that_is_gone_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (few / "tables" / "resize.json").unlink()
+    code, _, failed = run(few, capsys)
+    assert (code, failed) == (1, ["tables/resize.json (listed but not there)"])
+
+
+@pytest.mark.parametrize("key", ["call_order", "result", "tensors", "images", "settings", "inputs"])
+def test_a_case_without_one_of_its_parts_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    path = few / "fp32" / "t2i_64x64_nocfg.json"
+    data = json.loads(path.read_text())
+    del data[key]
+    path.write_text(json.dumps(data))
+    code, _cases, failed = run(few, capsys)
+    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
+
+
+@pytest.mark.parametrize("field", ["n_past", "first_position"])
+def test_a_length_or_position_of_a_call_that_differs_is_a_failure(
+    few: Path, capsys: pytest.CaptureFixture[str], field: str
+) -> None:
+    path = few / "fp32" / "t2i_64x64_nocfg.json"
+    data = json.loads(path.read_text())
+    next(call for call in data["call_order"] if call["call"].endswith("forward_inference"))[field] += 1
+    path.write_text(json.dumps(data))
+    code, cases, failed = run(few, capsys)
+    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
+    assert "call_order.forwards" in str(cases["t2i_64x64_nocfg"]["failures"])
+
+
+@pytest.mark.parametrize("damage", ["case", "comparison", "twin", "distance"])
+def test_a_bfloat16_set_with_a_hole_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    shutil.copytree(GOLDEN / "bf16", few / "bf16")
+    comparison = few / "bf16" / "comparison.json"
+    data = json.loads(comparison.read_text())
+    if damage == "case":
+        (few / "bf16" / "t2i_64x64_nocfg.safetensors").unlink()
+    elif damage == "comparison":
+        comparison.unlink()
+    elif damage == "twin":
+        (few / "fp32" / "t2i_64x64_nocfg.safetensors").unlink()
+    else:
+        data["cases"]["t2i_64x64_nocfg"].pop("v_guided")
+        comparison.write_text(json.dumps(data))
+    code, cases, failed = run(few, capsys)
+    assert code == 1
+    assert "bf16/t2i_64x64_nocfg" in failed
+    assert cases["text2text"]["ok"]
 
 
 def test_an_empty_table_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:

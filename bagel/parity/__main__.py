@@ -12,7 +12,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,8 +55,7 @@ def _run(golden: Golden, device: str, tolerance: float) -> int:
         print(report.line(seconds=round(seconds, 2)), flush=True)
         count += 1
         failed += [report.case] if report.failures else []
-    missing = sorted(golden.promised_cases - {case.name for case in golden.cases("fp32")})
-    failed += [f"{name} (listed but not there)" for name in [*missing, *golden.missing_files()]]
+    failed += [f"{name} (listed but not there)" for name in golden.missing()]
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
     return 1 if failed or not count else 0
@@ -64,34 +64,39 @@ def _run(golden: Golden, device: str, tolerance: float) -> int:
 def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Comparison, float]]:
     start = time.perf_counter()
     engine = BagelEngine.load(golden.checkpoint, device=device)
-    for name, table in golden.tables().items():
-        if name not in NOT_RESULTS:
-            yield compare_table(name, table, engine.tokenizer), time.perf_counter() - start
+    for path in golden.tables():
+        if path.stem not in NOT_RESULTS:
+            yield compare_table(path, engine.tokenizer), time.perf_counter() - start
             start = time.perf_counter()
     fingerprint = golden.checkpoint.fingerprint
 
-    def run(engine: BagelEngine, case: Case, report: Comparison) -> None:
+    def run(engine: BagelEngine, case: Case, name: str, make: Callable[[], Comparison]) -> Comparison:
+        try:
+            report = make()
+        except Exception as error:  # a damaged or missing file is one failure, not the end of the rest
+            return Comparison(name, {}, absolute(tolerance), failures=[_one_line(error)])
         try:
             compare_case(with_transforms(engine, case, fingerprint), case, report)
-        except Exception as error:  # a case that cannot be repeated is one failure, not the end of the rest
-            report.failures.append(f"{type(error).__name__}: {error}")
-        report.finish()
-        if gone := sorted(set(case.data.get("tensors", {})) - set(case.tensors)):
-            report.failures.append(f"listed but not recorded: {', '.join(gone)}")
+            report.finish(case.data["images"])
+        except Exception as error:  # nor is a case that cannot be repeated
+            report.failures.append(_one_line(error))
+        return report
+
+    def recorded(case: Case) -> Comparison:
+        report = Comparison(case.name, case.tensors, absolute(tolerance))
+        report.require(*case.data["tensors"])
+        return report
 
     for case in golden.cases("fp32"):
-        try:
-            report = Comparison(case.name, case.tensors, absolute(tolerance))
-        except Exception as error:  # a damaged file is one failure too
-            report = Comparison(case.name, {}, absolute(tolerance))
-            report.failures.append(f"{type(error).__name__}: {error}")
-        else:
-            run(engine, case, report)
-        yield report, time.perf_counter() - start
+        yield run(engine, case, case.name, partial(recorded, case)), time.perf_counter() - start
         start = time.perf_counter()
     for report in compare_bf16(golden, device, run):
         yield report, time.perf_counter() - start
         start = time.perf_counter()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def compare_case(engine: BagelEngine, case: Case, report: Comparison) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ FLOAT32_NOISE = 1e-5
 SLACK = 1.001
 """The recorded distances are rounded to four digits."""
 
-Run = Callable[[BagelEngine, Case, Comparison], None]
-"""Repeats a case through an engine and compares what it recorded."""
+Run = Callable[[BagelEngine, Case, str, Callable[[], Comparison]], Comparison]
+"""Repeats a case through an engine, under a name, and fills the comparison that is made for it."""
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Bf16Comparison(Comparison):
     recorded: Mapping[str, Path] = field(default_factory=dict)
 
     def picture(self, name: str, ours: Image.Image, path: Path) -> None:
+        self.compared.add(path.name)
         wanted = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
         reference = np.asarray(Image.open(self.recorded[name]).convert("RGB"), dtype=np.int16)
         distance = float(np.abs(np.asarray(ours, dtype=np.int16) - wanted).mean())
@@ -50,12 +52,16 @@ def compare_bf16(golden: Golden, device: str, run: Run) -> Iterator[Comparison]:
         return
     engine = BagelEngine.load(golden.checkpoint, dtype=torch.bfloat16, device=device)
     for case in cases:
-        distances = golden.bf16_distances[case.name]
         twin = Case(golden.root, golden.root / "fp32", case.name)
-        tensors = {name: twin.tensors[name] for name in case.tensors}
-        report = Bf16Comparison(f"bf16/{case.name}", tensors, within(distances), recorded=case.pictures)
-        run(engine, twin, report)
-        yield report
+        yield run(engine, twin, f"bf16/{case.name}", partial(_report, golden, case, twin))
+
+
+def _report(golden: Golden, case: Case, twin: Case) -> Comparison:
+    distances = golden.bf16_distances[case.name]
+    wanted = {name: twin.tensors[name] for name in case.tensors}
+    report = Bf16Comparison(f"bf16/{case.name}", wanted, within(distances), recorded=case.pictures)
+    report.require(*case.data["tensors"], *distances)
+    return report
 
 
 def within(distances: Mapping[str, Any]) -> Judge:

@@ -18,7 +18,18 @@ from bagel.errors import ConfigError
 from bagel.images import load_image
 from bagel.model.checkpoint import Checkpoint
 
+TABLES = ("resize", "timesteps", "tokenizer")
+"""Tables that every folder has."""
+_DISTANCES = "comparison"
 _CASE_ROW = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
+
+
+def read_json(path: Path) -> Any:
+    """A recorded JSON file; raises ConfigError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Case:
 
     @cached_property
     def data(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+        data: dict[str, Any] = read_json(self.folder / f"{self.name}.json")
         return data
 
     @cached_property
@@ -76,39 +87,35 @@ class Golden:
     def cases(self, numerics: str) -> list[Case]:
         """Cases of fp32 or bf16, by name."""
         folder = self.root / numerics
-        names = sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".safetensors").exists())
-        return [Case(self.root, folder, name) for name in names]
+        files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+        return [Case(self.root, folder, name) for name in sorted({path.stem for path in files} - {_DISTANCES})]
 
-    @cached_property
-    def promised_cases(self) -> frozenset[str]:
-        """Names in the case table of the README, and in the manifest if there is one."""
+    def missing(self) -> list[str]:
+        """What the README, the manifest or the bfloat16 distances list and the folder lacks."""
+        cases = {f"fp32/{name}.json" for name in self._readme_cases()}
+        cases |= {f"bf16/{name}.json" for name in self.bf16_distances}
+        files = cases | {f"tables/{name}.json" for name in TABLES} | set(self._manifest())
+        return sorted(name for name in files if not (self.root / name).is_file())
+
+    def _readme_cases(self) -> list[str]:
         text = (self.root / "README.md").read_text(encoding="utf-8")
         section = re.search(r"^## 3\. Cases.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-        names = set(_CASE_ROW.findall(section[0])) if section else set()
-        manifest = self.root / "manifest.json"
-        if manifest.is_file():
-            files = json.loads(manifest.read_text())["files"]
-            names |= {Path(file).stem for file in files if re.fullmatch(r"fp32/[^/]+\.json", file)}
-        return frozenset(names)
+        return _CASE_ROW.findall(section[0]) if section else []
 
-    def missing_files(self) -> list[str]:
-        """Files that the manifest lists and the folder lacks; none without a manifest."""
-        manifest = self.root / "manifest.json"
-        if not manifest.is_file():
-            return []
-        return sorted(name for name in json.loads(manifest.read_text())["files"] if not (self.root / name).is_file())
+    def _manifest(self) -> Mapping[str, Any]:
+        path = self.root / "manifest.json"
+        files: Mapping[str, Any] = read_json(path)["files"] if path.is_file() else {}
+        return files
 
-    def tables(self) -> dict[str, Any]:
-        """Contents of tables/*.json by name."""
-        return {
-            path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob("tables/*.json"))
-        }
+    def tables(self) -> list[Path]:
+        """tables/*.json, by name."""
+        return sorted(self.root.glob("tables/*.json"))
 
     @property
     def bf16_distances(self) -> Mapping[str, Mapping[str, Any]]:
         """Per case and tensor, how far the reference's bfloat16 lies from its float32; empty without a bf16 set."""
-        path = self.root / "bf16" / "comparison.json"
+        path = self.root / "bf16" / f"{_DISTANCES}.json"
         if not path.is_file():
             return {}
-        cases: Mapping[str, Mapping[str, Any]] = json.loads(path.read_text())["cases"]
+        cases: Mapping[str, Mapping[str, Any]] = read_json(path)["cases"]
         return cases

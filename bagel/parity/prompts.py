@@ -14,6 +14,7 @@ from bagel.engine.segments import Chain, Segment
 from bagel.images import ImageTransform, pixel_digest, prepare
 from bagel.kv.digests import SegmentKind
 from bagel.model.flow import latent_unpatchify
+from bagel.parity.calls import Calls
 from bagel.parity.golden import Case
 from bagel.parity.record import Recorder
 from bagel.parity.report import Comparison
@@ -27,7 +28,7 @@ class PromptRun:
     def __init__(self, engine: BagelEngine, case: Case, report: Comparison) -> None:
         """engine: already under the case's transforms, see `with_transforms`."""
         self.case, self.report, self.engine = case, report, engine
-        self.planner = self.engine.planner
+        self.planner, self.calls = self.engine.planner, Calls()
         self.builder = ContextBuilder(self.engine.model)  # a cache of its own: every segment is computed
         self.understands = bool(case.settings.get("understanding_output")) or "image" not in case.pictures
         self.prompt: Prompt = tuple(
@@ -54,6 +55,8 @@ class PromptRun:
                 context = self.builder.build(Chain(chain.segments[:end]))
             if not record.calls:
                 continue  # another branch computed it before
+            self.calls.add_segment(segment, context.length - segment.length, record)
+            self._compare_block_sizes(segment)
             if segment.kind is SegmentKind.VIT:
                 self._compare_vit(segment, record, context)
             elif segment.kind is SegmentKind.VAE:
@@ -101,6 +104,24 @@ class PromptRun:
         for i in range(self.engine.model.config.llm.num_hidden_layers):
             self.report.tensor(f"{name}.llm_layer{i}", lambda i=i: record.decoder_layer(i))  # type: ignore[misc]
         self.report.tensor(f"{name}.llm_hidden", record.decoder_hidden)
+
+    def _compare_block_sizes(self, segment: Segment) -> None:
+        recorded = self.case.result.get("image") or self.case.data.get("image") or {}
+        kind = segment.kind.name.lower()
+        if segment.image is None or kind not in recorded:
+            return
+        rows, columns = segment.grid
+        side = self.engine.model.config.vit_max_num_patch_per_side
+        ours = {
+            "n_query": segment.length,
+            "rope": segment.rope,
+            "n_patches": rows * columns,
+            "token_grid_hw": [rows, columns],
+            "pixel_shape": [1, 3, segment.image.height, segment.image.width],
+            "position_id_min_max": [0, (rows - 1) * side + columns - 1],
+        }
+        for name, value in recorded[kind].items():
+            self.report.equal(f"image.{kind}.{name}", ours.get(name), value)
 
     def _compare_sizes(self) -> None:
         recorded = self.case.data.get("sizes_wh") or []

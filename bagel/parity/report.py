@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ class Comparison:
     failures: list[str] = field(default_factory=list)
     compared: set[str] = field(default_factory=set)
 
-    def wants(self, name: str) -> bool:
-        return name in self.tensors
+    def require(self, *names: str) -> None:
+        """Fail for tensors that every case of this kind records and this one lacks."""
+        self.failures += [f"{name}: not recorded" for name in names if name not in self.tensors]
 
     def tensor(self, name: str, ours: Callable[[], Tensor] | Tensor) -> None:
         """Compare a tensor if the case has it; integers exactly, the rest as the judge says."""
@@ -85,6 +86,7 @@ class Comparison:
 
     def picture(self, name: str, ours: Image.Image, path: Path) -> None:
         """Compare a u8 picture; one step a value is allowed."""
+        self.compared.add(path.name)
         wanted = Image.open(path).convert("RGB")
         if ours.size != wanted.size:
             self.failures.append(f"{name}: {ours.size}, wanted {wanted.size}")
@@ -94,9 +96,9 @@ class Comparison:
         if difference.max() > LARGEST_U8_STEP:
             self.failures.append(f"{name}: off by {difference.max()} u8 steps, allowed {LARGEST_U8_STEP}")
 
-    def finish(self) -> None:
-        """Fail for every recorded tensor that nothing was compared with."""
-        left = sorted(set(self.tensors) - self.compared)
+    def finish(self, promised: Iterable[str]) -> None:
+        """Fail for every tensor and file that is recorded or promised and that nothing was compared with."""
+        left = sorted({*self.tensors, *promised} - self.compared)
         if left:
             self.failures.append(f"not compared: {', '.join(left)}")
 
