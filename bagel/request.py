@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from bagel.errors import InvalidRequest
-from bagel.prompts import Prompt
+from bagel.prompts import ImagePart, Prompt, TextPart
 
 MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
@@ -140,12 +140,19 @@ class Request:
         _whole("max_think_tokens", self.max_think_tokens, at_least=1)
         _kind("think", self.think, bool, "true or false")
         _kind("negative_prompt", self.negative_prompt, str, "a text")
+        _kind("modality", self.modality, Modality, f"one of {', '.join(Modality)}")
+        _kind("prompt", self.prompt, tuple, "a tuple of TextPart and ImagePart")
+        for part in self.prompt:
+            _kind("prompt", part, TextPart | ImagePart, "a TextPart or an ImagePart")
         if not self.prompt:
             raise InvalidRequest("prompt", "the prompt is empty; give a text, like --prompts 'a red cube'")
 
 
 REFERENCE_EDIT = {"cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": RenormType.TEXT_CHANNEL}
 """Where an edit's defaults differ from text-to-image's: the reference's interval and renorm, vllm-omni's scale."""
+
+
+_LIMITS = ("max_think_tokens", "max_tokens")
 
 
 def resolve(
@@ -159,7 +166,11 @@ def resolve(
     deploy_defaults is the deploy file's default_sampling_params. An unknown option, or a value out of
     range, raises InvalidRequest. A seed that nobody gave is drawn.
     """
-    given = {**_present(deploy_defaults or {}), **_present(options)}
+    modality = _choice("modality", modality, Modality)
+    defaults, options = _present(deploy_defaults or {}), _present(options)
+    if not options.keys().isdisjoint(_LIMITS):  # the user's limits stand alone: no default may loosen them
+        defaults = {name: value for name, value in defaults.items() if name not in _LIMITS}
+    given = {**defaults, **options}
     given.pop("detokenize", None)  # text is always given back as text; the deploy parser accepts nothing else
     known = _names(TextSettings) | _names(ImageSettings) | (_names(Request) - {"modality", "prompt", "text", "image"})
     for name in given:
@@ -196,8 +207,8 @@ def text_settings(request: Request) -> TextSettings:
 
 def _reply_limit(modality: Modality, given: Mapping[str, Any]) -> int:
     """Visible tokens of a reply. The reference has one limit for think text and answer together, so
-    max_think_tokens alone bounds both; a max_tokens beside it is the answer's own."""
-    limits: dict[str, int] = {name: given[name] for name in ("max_think_tokens", "max_tokens") if name in given}
+    max_think_tokens alone bounds both; with a max_tokens beside it their sum does."""
+    limits: dict[str, int] = {name: given[name] for name in _LIMITS if name in given}
     for name, value in limits.items():
         _whole(name, value, at_least=1)
     think_limit, limit = limits.get("max_think_tokens"), limits.get("max_tokens")

@@ -98,6 +98,29 @@ def test_deploy_stage_device_and_dtype_reach_the_engine(engine: FakeEngine, caps
     assert "vae_use_tiling true, device cpu, dtype float32" in err
 
 
+def test_what_only_the_model_could_refuse_is_refused_before_it_is_loaded(engine: FakeEngine, capsys: Captured) -> None:
+    assert main(["generate", "--modality", "text2text", "--prompts", "a", "--max-tokens", "9999999"]) == 2
+    assert "lower --max-tokens" in capsys.readouterr().err
+    assert engine.load_arguments == {}
+
+
+@pytest.mark.usefixtures("engine")
+def test_deploy_settings_without_effect_are_noted(capsys: Captured) -> None:
+    defaults = "default_sampling_params: {temperature: 0.9, top_k: 3}"
+    Path("d.yaml").write_text(f"pipeline: bagel_single_stage\nstages: [{{stage_id: 0, devices: '7', {defaults}}}]\n")
+    generate("--modality", "text2text", "--prompts", "a", "--deploy-config", "d.yaml")
+    err = capsys.readouterr().err
+    assert "no effect without --do-sample: temperature, top_k of the deploy file" in err
+    assert "devices '7' has no effect on a CPU" in err
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_blank_model_in_the_environment_is_none(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAGEL_MODEL", " ")
+    generate("--modality", "text2text", "--prompts", "a")
+    assert "no --model given" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("engine")
 def test_picture_is_saved_with_what_made_it(capsys: Captured) -> None:
     arguments = "--seed 4 --think --height 32 --width 48 --cfg-text-scale 2".split()

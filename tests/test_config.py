@@ -479,3 +479,10 @@ def test_a_wrong_override_is_named(deploy: DeployConfig, override: dict[str, Any
     with pytest.raises((ConfigError, NotSupported)) as caught:
         deploy.with_overrides(**override)
     assert message in str(caught.value) and f"bagel.yaml with {name}={value!r}" in str(caught.value)
+
+
+def test_yaml_nested_too_deeply_is_told_in_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "stages: " + "[" * 5000)
+    with pytest.raises(ConfigError) as caught:
+        load_deploy_config(path)
+    assert "\n" not in str(caught.value)

@@ -178,7 +178,32 @@ def test_the_deploy_file_may_limit_replies() -> None:
     deploy = {"max_tokens": 2048}
     assert text_run_settings(request(Modality.IMG2TEXT, deploy)).max_tokens == 2048
     assert text_run_settings(request(Modality.IMG2TEXT, deploy, max_tokens=5)).max_tokens == 5
-    assert text_run_settings(request(Modality.IMG2TEXT, deploy, think=True, max_think_tokens=7)).max_tokens == 2055
+    assert text_run_settings(request(Modality.IMG2TEXT, deploy, think=True)).max_tokens == 2048
+
+
+def test_no_default_loosens_a_users_limit() -> None:
+    made = request(Modality.IMG2TEXT, {"max_tokens": 2048}, think=True, max_think_tokens=7)
+    assert text_run_settings(made).max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("modality", "prompt", "field"),
+    [
+        ("text2img", "a cat", "prompt"),
+        ("text2img", ("a cat",), "prompt"),
+        ("text2img", [TextPart("a cat")], "prompt"),
+        ("text2video", (TextPart("a cat"),), "modality"),
+    ],
+)
+def test_a_prompt_or_modality_of_another_kind_is_refused(modality: Any, prompt: Any, field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolve(modality, prompt, {})
+    assert caught.value.field == field
+
+
+def test_a_modality_may_be_given_by_its_name() -> None:
+    modality: Any = "img2img"
+    assert resolve(modality, (TextPart("a cat"),), {}).image.cfg_img_scale == 1.5
 
 
 @pytest.mark.parametrize("modality", PICTURES)

@@ -27,8 +27,9 @@ from bagel.config import DeployConfig, effective_settings, load_deploy_config, s
 from bagel.errors import BagelError, CheckpointError, ConfigError, InitTimeout, NotSupported
 from bagel.events import OnEvent, Result
 from bagel.model.checkpoint import Checkpoint, find_checkpoint
-from bagel.model.sizes import picture_size
+from bagel.model.sizes import check_positions, picture_size, position_limit, text_positions
 from bagel.pipelines import BAGEL_SINGLE_STAGE
+from bagel.prompts import TextPart
 from bagel.request import Request
 
 T = TypeVar("T")
@@ -63,9 +64,11 @@ def generate(args: argparse.Namespace) -> None:
     model, checkpoint = find_model(args.model)
     draws = requests[0].modality.makes_image
     about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
-    if draws:
-        for request in requests:
-            picture_size(request, checkpoint.config)  # tells of a size that the model has no positions for
+    limit = position_limit(checkpoint.config, config.stage(config.spec.stage("dit").stage_id).max_model_len)
+    for request in requests:  # tells of sizes and lengths that the model has no positions for
+        if draws:
+            picture_size(request, checkpoint.config)
+        check_positions(_fewest_positions(request), text_positions(request), limit)
     folder = make_folder(args.output or OUTPUT) if draws else None
     for note in (*config.notes(), *notes_on_flags(args, requests[0], defaults)):  # an error stands alone
         say(f"note: {note}")
@@ -95,8 +98,13 @@ def find_model(name: str | None) -> tuple[str, Checkpoint]:
     return TEST_MODEL_NAME, find_checkpoint(str(TEST_MODEL))
 
 
+def _fewest_positions(request: Request) -> int:
+    """Positions that the parts of a prompt take at least: two delimiters of a text, one of an image's blocks."""
+    return sum(2 if isinstance(part, TextPart) else 1 for part in request.prompt)
+
+
 def _named_model(flag: str | None) -> str | None:
-    return flag or os.environ.get("BAGEL_MODEL")
+    return flag or os.environ.get("BAGEL_MODEL", "").strip() or None
 
 
 def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
@@ -144,6 +152,8 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
         "give it longer with --init-timeout"
     )
     engine = within(seconds, load, late)
+    if engine.device == "cpu" and any(stage.device_ids):  # the default, GPU 0, is nobody's wish
+        say(f"note: {stage.where}: devices {stage.devices!r} has no effect on a CPU")
     say(f"{effective_settings(stage)}, device {engine.device}, dtype {engine.dtype}")
     return engine
 

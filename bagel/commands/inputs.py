@@ -62,7 +62,10 @@ def notes_on_flags(args: argparse.Namespace, request: Request, deploy_defaults: 
         note("on a picture without --think", ("max_think_tokens", *SAMPLING_FLAGS))
     elif not request.text.do_sample:
         note("without --do-sample", ("text_temperature", "top_p", "top_k"))
-    limited = args.max_tokens is not None or deploy_defaults.get("max_tokens") is not None
+        if unused := sorted(_SAMPLED & deploy_defaults.keys()):
+            notes.append(f"no effect without --do-sample: {', '.join(unused)} of the deploy file")
+    by_file = args.max_think_tokens is None and deploy_defaults.get("max_tokens") is not None
+    limited = args.max_tokens is not None or by_file
     if not picture and not think and limited:
         note("without --think, as max_tokens limits the answer", ("max_think_tokens",))
     if picture and request.image.cfg_text_scale <= 1:
@@ -71,6 +74,7 @@ def notes_on_flags(args: argparse.Namespace, request: Request, deploy_defaults: 
     return notes
 
 
+_SAMPLED = {"temperature", "top_p", "top_k"}
 _GUIDANCE_FLAGS = ("negative_prompt", "cfg_img_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
 
 

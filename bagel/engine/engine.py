@@ -21,7 +21,7 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
-from bagel.model.sizes import picture_size
+from bagel.model.sizes import check_positions, picture_size, position_limit, text_positions
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
 from bagel.prompts import (
@@ -83,8 +83,7 @@ class BagelEngine:
         self.contexts = ContextBuilder(model, cache)
         self.texts = TextDecoder(model, tokenizer)
         self.max_num_seqs = max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        positions = model.config.llm.max_position_embeddings
-        self.max_model_len = min(max_model_len or positions, positions)
+        self.max_model_len = position_limit(model.config, max_model_len)
 
     @classmethod
     def load(
@@ -147,19 +146,10 @@ class BagelEngine:
             }
             size = picture_size(request, self.model.config)
             job = _Job(index, request, images, chains[BranchName.GEN], branches, chains, size)
-        writes = text_settings(request).max_tokens if not job.branches or request.think else 0
         for chain in (job.chain, *job.chains.values()):
-            self._check_positions(chain, writes if chain is job.chain else 0)
+            written = text_positions(request) if chain is job.chain else 0
+            check_positions(chain.rope, written, self.max_model_len)
         return job
-
-    def _check_positions(self, chain: Chain, writes: int) -> None:
-        """Refuse a chain that, with the text written after it, passes the last position (an image takes one)."""
-        if chain.rope + writes > self.max_model_len:
-            raise InvalidRequest(
-                "max_tokens" if writes else "prompt",
-                f"the prompt takes {chain.rope} positions and the text after it up to {writes}; "
-                f"the limit is {self.max_model_len}",
-            )
 
     def _build(self, job: _Job) -> None:
         """Compute the contexts that the request's text, or its picture without one, goes on from."""
@@ -187,7 +177,7 @@ class BagelEngine:
             if job.branches and job.run is not None:
                 with self._timed([job], "context"):
                     chain = self.planner.append_text(job.chain, self.texts.reply(job.run))
-                    self._check_positions(chain, 0)
+                    check_positions(chain.rope, 0, self.max_model_len)
                     job.contexts[BranchName.GEN] = self.contexts.build(chain)
 
     def _packs(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[_Job], int]]:

@@ -1,4 +1,4 @@
-"""The size of the picture that a request gets. No torch here, so that it is known before a model is loaded."""
+"""Sizes that a model allows: of pictures, of prompts and texts. No torch here: checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bagel.errors import InvalidRequest
 from bagel.images import resized_size
 from bagel.model.config import ModelConfig
 from bagel.prompts import ImagePart
-from bagel.request import Request
+from bagel.request import Request, text_settings
 
 
 def picture_size(request: Request, config: ModelConfig) -> tuple[int, int]:
@@ -29,3 +29,26 @@ def _side(name: str, given: int | None, default: int, config: ModelConfig) -> in
     if not stride <= pixels < largest + stride:
         raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
     return pixels // stride * stride
+
+
+def text_positions(request: Request) -> int:
+    """Positions that the request's text may take: that of an answer or a think text, 0 if there is none."""
+    return text_settings(request).max_tokens if request.think or not request.modality.makes_image else 0
+
+
+def check_positions(prompt: int, text: int, limit: int) -> None:
+    """Refuse a prompt of so many positions with so much text after it; raises InvalidRequest naming the remedy."""
+    if prompt + text <= limit:
+        return
+    raise InvalidRequest(
+        "max_tokens" if text else "prompt",
+        f"the prompt takes {prompt} positions and the text after it up to {text}; the limit is {limit} "
+        "(max_model_len of the deploy file, at most the model's max_position_embeddings): "
+        + ("shorten the prompt, or lower --max-tokens or --max-think-tokens" if text else "shorten the prompt"),
+    )
+
+
+def position_limit(config: ModelConfig, max_model_len: int | None) -> int:
+    """Positions of prompt and text together."""
+    positions = config.llm.max_position_embeddings
+    return min(max_model_len or positions, positions)
