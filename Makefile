@@ -8,13 +8,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 # Named by what goes in, not dated: a fresh checkout's pyproject.toml is newer than an environment that fits it.
 STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
-PROTOS := $(shell find protos -name '*.proto')
+PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
+BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test bench protos clean
+.PHONY: help setup run demo format lint check test bench protos protos-check clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create the environment (.venv) and install everything into it
 	@:
@@ -44,12 +45,13 @@ test: setup ## all tests
 bench: setup ## the benchmarks
 	$(BIN)/python -m bench $(ARGS)
 
-protos: setup ## generate the gRPC stubs
-ifeq ($(PROTOS),)
-	@echo "nothing to generate: protos/ holds no .proto files yet"
-else
-	npx --yes @bufbuild/buf generate protos
-endif
+protos: setup ## generate bagel/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --plugin=$(BIN)/protoc-gen-mypy --plugin=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. $(PROTOS)
+
+protos-check: ## lint protos/, and compare them with the wire contract of the last release
+	$(BUF) lint protos
+	$(BUF) breaking protos --against protos/released.binpb
 
 clean: ## remove caches and build output; the environment stays
 	rm -rf build dist demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
