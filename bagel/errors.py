@@ -7,16 +7,24 @@
     ├── CheckpointError             model files that are missing, odd or do not fit the configuration
     ├── NotSupported                a known option that does not exist in this version
     ├── IncompleteContext           K/V that a picture needs is not there
+    │   └── UnknownSegment          K/V that a peer asks for and that is not held here
+    ├── ContextRefused              K/V that its holder does not give
+    │   ├── ForeignContext          it belongs to another model, type or layout
+    │   └── LeaseLapsed             its lease has run out
+    ├── KvTimeout                   K/V that did not arrive in time
+    ├── SourceUnavailable           the peer that holds K/V cannot be reached
+    ├── StoreFull                   a K/V store without room for what was asked
     ├── NotFinite                   a result that overflowed
     ├── InitTimeout                 a stage that was not ready in time
+    ├── Busy                        no room for the request now (says when to try again)
+    ├── Draining                    a service that is shutting down
+    ├── RemoteError                 an error of a peer that has no name here (keeps its status)
     └── OutOfMemory                 a device without memory for what was asked
 
 Each message says what was wrong, the value seen and what would be right, in one line.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 
 class BagelError(Exception):
@@ -26,9 +34,9 @@ class BagelError(Exception):
     exit_code is the command line's.
     """
 
-    grpc_status: ClassVar[str] = "INTERNAL"
-    http_status: ClassVar[int] = 500
-    exit_code: ClassVar[int] = 1
+    grpc_status: str = "INTERNAL"
+    http_status: int = 500
+    exit_code: int = 1
 
 
 class InvalidRequest(BagelError):
@@ -78,6 +86,48 @@ class IncompleteContext(BagelError):
     http_status = 500
 
 
+class UnknownSegment(IncompleteContext):
+    """K/V that is not held here: never asked for, evicted, or failed."""
+
+    grpc_status = "NOT_FOUND"
+
+
+class ContextRefused(BagelError):
+    """K/V that its holder does not give."""
+
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 503
+
+
+class ForeignContext(ContextRefused):
+    """K/V of another checkpoint, K/V type, tokenizer, image transform or layout."""
+
+
+class LeaseLapsed(ContextRefused):
+    """The lease that kept K/V alive has run out, and what it held may be gone."""
+
+
+class KvTimeout(BagelError):
+    """No page of K/V arrived for the configured time."""
+
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 504
+
+
+class SourceUnavailable(BagelError):
+    """The peer that holds K/V cannot be reached, or went away while it sent them."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class StoreFull(BagelError):
+    """The K/V store has no room: all of it is held by requests that run."""
+
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 503
+
+
 class NotFinite(BagelError):
     """A result with infinite or undefined values, which is never passed on as a picture."""
 
@@ -89,8 +139,47 @@ class InitTimeout(BagelError):
     http_status = 504
 
 
+class Busy(BagelError):
+    """No room for the request now; retry_after_s says when to try again."""
+
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(BagelError):
+    """A service that takes no new requests, as it is shutting down."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class RemoteError(BagelError):
+    """An error of a peer that this tree has no class for; it keeps the peer's gRPC status."""
+
+    def __init__(self, message: str, grpc_status: str) -> None:
+        super().__init__(message)
+        self.grpc_status = grpc_status
+        self.http_status = _HTTP.get(grpc_status, 500)
+
+
 class OutOfMemory(BagelError):
     """The device has no memory left for what was asked."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 503
+
+
+_HTTP = {
+    "CANCELLED": 499,
+    "INVALID_ARGUMENT": 400,
+    "DEADLINE_EXCEEDED": 504,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+}
+"""HTTP codes of gRPC statuses, as google.rpc.Code has them."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from bagel.errors import InvalidRequest
-from bagel.images import resized_size
+from bagel.images import ImageTransform, resized_size
 from bagel.model.config import ModelConfig
 from bagel.prompts import ImagePart
 from bagel.request import Request, text_settings
 
 
-def picture_size(request: Request, config: ModelConfig) -> tuple[int, int]:
+@dataclass(frozen=True)
+class PictureLimits:
+    """What a picture's size depends on. default_image_size: (height, width); the rest in pixels a side."""
+
+    default_image_size: tuple[int, int]
+    max_image_size: int
+    latent_stride: int
+    vae_transform: ImageTransform
+
+
+def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple[int, int]:
     """(height, width): the user's, an edit's resized input's, or the model's default; rounded down to the grid.
 
     Raises InvalidRequest for a side that the latent position table has no rows for.
@@ -23,7 +35,7 @@ def picture_size(request: Request, config: ModelConfig) -> tuple[int, int]:
     return height, _side("width", request.image.width, default[1], config)
 
 
-def _side(name: str, given: int | None, default: int, config: ModelConfig) -> int:
+def _side(name: str, given: int | None, default: int, config: ModelConfig | PictureLimits) -> int:
     stride, largest = config.latent_stride, config.max_image_size
     pixels = default if given is None else given
     if not stride <= pixels < largest + stride:

@@ -1,0 +1,141 @@
+"""Errors on the wire: a BagelError to a gRPC status with google.rpc details, and back. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2
+from grpc.aio import AioRpcError, Metadata, ServicerContext
+from grpc_status import rpc_status
+
+from bagel import errors
+from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
+from bagel.telemetry import Log, adopt_request_id
+
+DOMAIN = "bagel-serving"
+_DETAILS = "grpc-status-details-bin"
+
+log = Log("bagel.status")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+def rpc_status_of(error: BagelError) -> status_pb2.Status:
+    """The google.rpc.Status of an error: its code, its message, its class as ErrorInfo, fields, retry delay."""
+    code: int = grpc.StatusCode[error.grpc_status].value[0]
+    status = status_pb2.Status(code=code, message=str(error))
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
+    details: list[Any] = [info]
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Busy):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
+        details.append(retry)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
+    """End a call with an error's status; does not return."""
+    status = rpc_status_of(error)
+    context.set_trailing_metadata(Metadata((_DETAILS, status.SerializeToString())))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str) -> BagelError:
+    """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status."""
+    code, message = _code(error), _message(error)
+    status = _status(error)
+    if status is None:
+        return RemoteError(f"{peer}: {message or code.name}", code.name)
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for message_of in (info, bad, retry):
+            detail.Unpack(message_of)
+    kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None
+    if not (isinstance(kind, type) and issubclass(kind, BagelError)):
+        return RemoteError(f"{peer}: {status.message}", code.name)
+    if issubclass(kind, InvalidRequest):
+        return kind(bad.field_violations[0].field if bad.field_violations else "request", status.message)
+    if issubclass(kind, Busy):
+        return kind(status.message, retry.retry_delay.ToMilliseconds() / 1000)
+    return RemoteError(status.message, code.name) if kind is RemoteError else kind(status.message)
+
+
+def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, Any], Awaitable[R]]:
+    """A servicer's unary method whose errors become statuses, under the call's request id."""
+
+    @wraps(handler)
+    async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> R:
+        adopt_request_id(context)
+        try:
+            return await handler(self, request, context)
+        except Exception as error:
+            await abort(context, _told(error))
+            raise
+
+    return handle
+
+
+def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[Any, Q, Any], AsyncIterator[R]]:
+    """As `unary`, for a method that streams its responses."""
+
+    @wraps(handler)
+    async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> AsyncIterator[R]:
+        adopt_request_id(context)
+        responses = handler(self, request, context)
+        try:
+            async for response in responses:
+                yield response
+        except Exception as error:
+            await abort(context, _told(error))
+        finally:
+            await responses.aclose()  # type: ignore[attr-defined]
+
+    return handle
+
+
+def _told(error: Exception) -> BagelError:
+    """The error to tell the caller. What is no BagelError is a bug: logged whole, told in general."""
+    if isinstance(error, BagelError):
+        log.info("refused" if error.grpc_status == "INVALID_ARGUMENT" else "failed", error=str(error))
+        return error
+    if isinstance(error, grpc.RpcError):
+        return from_rpc_error(error, "a peer")
+    if isinstance(error, asyncio.TimeoutError):
+        return RemoteError("the deadline passed", "DEADLINE_EXCEEDED")
+    log.error("internal error", exc_info=True)
+    return BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode:
+    code = error.code()
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def _message(error: grpc.RpcError) -> str:
+    return str(error.details() or "")
+
+
+def _status(error: grpc.RpcError) -> status_pb2.Status | None:
+    if isinstance(error, AioRpcError):
+        metadata = error.trailing_metadata() or ()
+        for key, value in metadata:
+            if key == _DETAILS:
+                return status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
+        return None
+    try:
+        return rpc_status.from_call(error)
+    except ValueError:
+        return None

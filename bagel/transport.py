@@ -1,0 +1,162 @@
+"""One way to make a channel and one way to run a server, for every hop. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from bagel.errors import ConfigError
+from bagel.telemetry import Log
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""A prompt's images and a picture fit; K/V pages are far smaller."""
+DRAIN_S = 30.0
+_PING = 10_000
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", _PING),
+    ("grpc.keepalive_timeout_ms", _PING // 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Channels of one process to one address would share a connection, and with it its flow control.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", _PING),
+    ("grpc.keepalive_timeout_ms", _PING // 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", _PING // 2),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+)
+
+log = Log("bagel.transport")
+
+
+@dataclass(frozen=True)
+class Security:
+    """TLS of one service: PEM files. None of them: plaintext, for loopback and private networks.
+
+    certificate and key are this service's own; ca is what the other side is checked against (and asked for, by a
+    server that has one: mutual TLS).
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ConfigError("TLS needs both a certificate and its key; give --tls-certificate and --tls-key")
+
+    def channel_credentials(self) -> grpc.ChannelCredentials | None:
+        """What a client shows and checks; None for plaintext."""
+        if self.ca is None and self.certificate is None:
+            return None
+        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
+
+    def server_credentials(self) -> grpc.ServerCredentials | None:
+        """What a server shows and checks; None for plaintext."""
+        key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
+        if key is None or certificate is None:
+            return None
+        return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
+
+
+PLAINTEXT = Security()
+
+
+def channel(target: str, security: Security = PLAINTEXT) -> aio.Channel:
+    """A channel to a service's host:port."""
+    credentials = security.channel_credentials()
+    if credentials is None:
+        return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+def sync_channel(target: str, security: Security = PLAINTEXT) -> grpc.Channel:
+    """As `channel`, for threads."""
+    credentials = security.channel_credentials()
+    if credentials is None:
+        return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+
+
+class Host:
+    """A gRPC server with health (NOT_SERVING while loading and draining) and reflection.
+
+    Servicers are added to `server` before `start`; services are their full names.
+    """
+
+    def __init__(self, address: str, services: Sequence[str], security: Security = PLAINTEXT) -> None:
+        self.server = aio.server(options=SERVER_OPTIONS)
+        self.draining = asyncio.Event()
+        self._services = tuple(services)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.server)
+        credentials = security.server_credentials()
+        try:
+            if credentials is None:
+                self.port = self.server.add_insecure_port(address)
+            else:
+                self.port = self.server.add_secure_port(address, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --listen") from None
+
+    async def start(self) -> None:
+        """Listen; health says NOT_SERVING until `ready`."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.server.start()
+
+    async def ready(self) -> None:
+        """Health says SERVING."""
+        await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def not_ready(self) -> None:
+        """Health says NOT_SERVING, as after the loss of what serves."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def until_stopped(self, drain_s: float = DRAIN_S) -> None:
+        """Serve until SIGTERM or SIGINT, then drain: no new requests, drain_s for those under way."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, stop.set)
+        await stop.wait()
+        await self.drain(drain_s)
+
+    async def drain(self, drain_s: float = DRAIN_S) -> None:
+        """Refuse new requests, wait for those under way, end those that take longer."""
+        log.info("draining", seconds=drain_s)
+        self.draining.set()
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(drain_s)
+
+    async def _set(self, status: int) -> None:
+        for name in ("", *self._services):
+            await self._health.set(name, status)
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"the TLS file {path} cannot be read: {error.strerror}") from None
