@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +54,10 @@ class Context:
     def rope(self) -> int:
         return self.chain.rope
 
+    @property
+    def digest(self) -> bytes:
+        return self.chain.digest
+
     def copy_to(self, slab: KvSlab, start: int) -> None:
         """Write all of it to a slab from token `start` on."""
         for segment in self.kv:
@@ -60,6 +65,14 @@ class Context:
             slab.k[:, start:stop] = segment.k
             slab.v[:, start:stop] = segment.v
             start = stop
+
+
+class Cache(Protocol):
+    """Where a builder finds segments and keeps them."""
+
+    def get(self, digest: bytes) -> SegmentKv | None: ...
+
+    def put(self, digest: bytes, entry: SegmentKv) -> None: ...
 
 
 class SegmentCache:
@@ -88,15 +101,25 @@ class SegmentCache:
 class ContextBuilder:
     """Computes contexts on one model. segments_computed counts those that no cache had."""
 
-    def __init__(self, model: Bagel, cache: SegmentCache | None = None) -> None:
+    def __init__(self, model: Bagel, cache: Cache | None = None) -> None:
         self.model = model
-        self.cache = cache if cache is not None else SegmentCache()
+        self.cache: Cache = cache if cache is not None else SegmentCache()
         self.segments_computed = 0
         self._delimiters = model.delimiter_embeddings()
 
-    @torch.inference_mode()
     def build(self, chain: Chain, on_kv: OnKv | None = None) -> Context:
         """The context of a chain. on_kv sees each layer of each segment that is computed, as it is computed."""
+        steps = self.steps(chain, on_kv)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                context: Context = done.value
+                return context
+
+    @torch.inference_mode()
+    def steps(self, chain: Chain, on_kv: OnKv | None = None) -> Generator[Segment, None, Context]:
+        """As `build`, pausing before each segment that is to be computed, so that other work can go between."""
         known = [self.cache.get(segment.digest) for segment in chain.segments]
         if all(kv is not None for kv in known):
             return Context(chain, tuple(kv for kv in known if kv is not None))
@@ -104,6 +127,9 @@ class ContextBuilder:
         kvs, past = [], 0
         for segment, kv in zip(chain.segments, known, strict=True):
             span = slice(past, past + segment.length)
+            if kv is None:
+                yield segment
+                kv = self.cache.get(segment.digest)  # another build may have made it meanwhile
             if kv is None:
                 self._compute(segment, past, slab, on_kv)
                 kv = SegmentKv(slab.k[:, span].clone(), slab.v[:, span].clone())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bagel.engine.context import Context
 from bagel.engine.layout import latent_rows
+from bagel.engine.slab import SharedSlab
 from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
@@ -27,6 +29,21 @@ OnVelocity = Callable[[int, int, Velocities, Tensor], None]
 """Called with (picture, step, velocities by branch, guided velocity), each velocity [tokens, features] float32."""
 
 SMALLEST_BUCKET = 16
+
+
+class ContextKv(Protocol):
+    """A context that a picture is drawn from: engine.context.Context, or one whose K/V land later."""
+
+    @property
+    def digest(self) -> bytes: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def rope(self) -> int: ...
+
+    def copy_to(self, slab: KvSlab, start: int) -> None: ...
 
 
 def latent_bucket(tokens: int) -> int:
@@ -53,7 +70,7 @@ class Picture:
     settings: ImageSettings
     grid: tuple[int, int]
     noise: Tensor
-    contexts: Mapping[BranchName, Context]
+    contexts: Mapping[BranchName, ContextKv]
     step: int = 0
     times: list[float] = field(init=False)
     deltas: list[float] = field(init=False)
@@ -88,44 +105,84 @@ class _Row:
     """One distinct context of one picture and where its K/V lie."""
 
     picture: int
-    context: Context
+    context: ContextKv
     start: int
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The rows of one step. picture_index and position_ids are on the device."""
+    """The layout of a step. position_ids are on the device."""
 
     rows: Rows
-    picture_index: Tensor
+    pictures: tuple[int, ...]
     position_ids: Tensor
 
 
 class Canvas:
-    """Pictures being drawn together: their latents, their K/V slab, and the steps.
+    """Pictures being drawn together: their latents, their K/V, and the steps. They join and leave between steps.
 
-    pictures must fit one bucket: `padded` latents at least as many as each has.
+    All fit one bucket: `padded` latents, at least as many as each has.
     """
 
     def __init__(self, model: Bagel, pictures: Sequence[Picture], padded: int) -> None:
-        self.model, self.pictures, self.padded = model, pictures, padded
-        device, features = model.device, model.config.latent_features
-        self._rows: list[_Row] = []
+        """The first pictures are numbered from 0 in their order."""
+        self.model, self.padded = model, padded
+        self.pictures: dict[int, Picture] = {}
+        self._added = count()
+        self._rows: dict[int, _Row] = {}
+        self._rows_made = count()
         self._row_of: dict[tuple[int, BranchName], int] = {}
-        size = sum(self._place(i, picture) for i, picture in enumerate(pictures))
-        self._slab = KvSlab(model.config.llm, size, dtype=model.dtype, device=device)
-        for row in self._rows:
-            row.context.copy_to(self._slab, row.start)
-        self.x = torch.zeros(len(pictures), padded, features, device=device)
-        for i, picture in enumerate(pictures):
-            self.x[i, : picture.tokens] = picture.noise.to(device)
-        self._position_ids = torch.stack([self._padded_ids(picture) for picture in pictures]).to(device)
+        self._x: dict[int, Tensor] = {}
+        self._position_ids: dict[int, Tensor] = {}
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._plans: dict[tuple[int, ...], _Plan] = {}
+        room = sum(self._room(context) for picture in pictures for context in _distinct(picture).values())
+        self._space = SharedSlab(model.config.llm, dtype=model.dtype, device=model.device, tokens=room)
+        for picture in pictures:
+            self.add(picture)
 
-    def latents(self, i: int) -> Tensor:
-        """Latent tokens of picture i now, [tokens, features] float32."""
-        return self.x[i, : self.pictures[i].tokens]
+    @property
+    def slab(self) -> KvSlab:
+        """K/V of all pictures; another one after `add`."""
+        return self._space.slab
+
+    @torch.inference_mode()
+    def add(self, picture: Picture) -> int:
+        """Let a picture take part; its number. Its contexts are written to the slab."""
+        if picture.tokens > self.padded:
+            raise ValueError(f"a picture of {picture.tokens} latents does not fit a bucket of {self.padded}")
+        number = next(self._added)
+        rows = {}
+        for digest, context in _distinct(picture).items():
+            rows[digest] = next(self._rows_made)
+            self._rows[rows[digest]] = _Row(number, context, self._space.take(self._room(context)))
+            context.copy_to(self.slab, self._rows[rows[digest]].start)
+        for name, context in picture.contexts.items():
+            self._row_of[number, name] = rows[context.digest]
+        device = self.model.device
+        x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
+        x[: picture.tokens] = picture.noise.to(device)
+        self.pictures[number], self._x[number] = picture, x
+        self._position_ids[number] = self._padded_ids(picture).to(device)
+        return number
+
+    def remove(self, number: int) -> None:
+        """Let a picture leave."""
+        left = {row for row, entry in self._rows.items() if entry.picture == number}
+        for row in left:
+            self._space.give(self._rows.pop(row).start)
+        self._row_of = {key: row for key, row in self._row_of.items() if row not in left}
+        self._plans = {rows: plan for rows, plan in self._plans.items() if left.isdisjoint(rows)}
+        for entries in (self.pictures, self._x, self._position_ids):
+            entries.pop(number)
+
+    def place(self, number: int, branch: BranchName) -> int:
+        """Where in the slab a branch's context begins."""
+        return self._rows[self._row_of[number, branch]].start
+
+    def latents(self, number: int) -> Tensor:
+        """Latent tokens of a picture now, [tokens, features] float32."""
+        return self._x[number][: self.pictures[number].tokens]
 
     @torch.inference_mode()
     def step(self, active: Sequence[int], on_velocity: OnVelocity | None = None) -> None:
@@ -146,12 +203,12 @@ class Canvas:
         names = [(i, name) for i, branches in wanted.items() for name in sorted(branches)]
         rows = sorted({self._row_of[key] for key in names})
         plan = self._plan(tuple(rows))
-        times = [self.pictures[self._rows[row].picture].times for row in rows]
-        steps = [self.pictures[self._rows[row].picture].step for row in rows]
-        t = upload([series[step] for series, step in zip(times, steps, strict=True)], torch.float32, self.model.device)
-        latents = self.model.embed_latents(self.x[plan.picture_index], t, plan.position_ids)
+        times = [self.pictures[i].times[self.pictures[i].step] for i in plan.pictures]
+        t = upload(times, torch.float32, self.model.device)
+        x = torch.stack([self._x[i] for i in plan.pictures])
+        latents = self.model.embed_latents(x, t, plan.position_ids)
         delimiters = self._delimiters.expand(len(rows), -1, -1)
-        _, hidden = self.model.language_model(delimiters, latents, plan.rows, self._slab)
+        _, hidden = self.model.language_model(delimiters, latents, plan.rows, self.slab)
         v = self.model.velocity(hidden)
         place = {row: at for at, row in enumerate(rows)}
         result: dict[int, dict[BranchName, Tensor]] = {i: {} for i in wanted}
@@ -159,17 +216,8 @@ class Canvas:
             result[i][name] = v[place[self._row_of[i, name]], : self.pictures[i].tokens]
         return result
 
-    def _place(self, i: int, picture: Picture) -> int:
-        """Give each distinct context of a picture an interval of the slab; the tokens they take."""
-        start = sum(row.context.length + self.padded + 2 for row in self._rows)
-        begin, known = start, {}
-        for name, context in picture.contexts.items():
-            if context.chain.digest not in known:
-                known[context.chain.digest] = len(self._rows)
-                self._rows.append(_Row(i, context, start))
-                start += context.length + self.padded + 2
-            self._row_of[i, name] = known[context.chain.digest]
-        return start - begin
+    def _room(self, context: ContextKv) -> int:
+        return context.length + self.padded + 2
 
     def _padded_ids(self, picture: Picture) -> Tensor:
         ids = torch.zeros(self.padded, dtype=torch.int64)
@@ -180,17 +228,22 @@ class Canvas:
         """The layout of a step over these rows; made once, as most steps run the same rows."""
         if rows not in self._plans:
             chosen = [self._rows[row] for row in rows]
-            index = upload([row.picture for row in chosen], torch.int64, self.model.device)
+            pictures = tuple(row.picture for row in chosen)
             layout = latent_rows(
                 self.model.language_model,
                 [row.start for row in chosen],
                 [row.context.length for row in chosen],
                 [row.context.rope for row in chosen],
-                [self.pictures[row.picture].tokens for row in chosen],
+                [self.pictures[i].tokens for i in pictures],
                 self.padded,
             )
-            self._plans[rows] = _Plan(layout, index, self._position_ids[index])
+            self._plans[rows] = _Plan(layout, pictures, torch.stack([self._position_ids[i] for i in pictures]))
         return self._plans[rows]
+
+
+def _distinct(picture: Picture) -> dict[bytes, ContextKv]:
+    """A picture's contexts by digest: equal branches share one row."""
+    return {context.digest: context for context in picture.contexts.values()}
 
 
 class StepGate:

@@ -12,8 +12,8 @@ from bagel.engine.layout import text_rows
 from bagel.engine.noise import text_uniforms
 from bagel.engine.sampling import choose
 from bagel.engine.segments import Chain
+from bagel.engine.slab import SharedSlab
 from bagel.errors import NotFinite
-from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.request import TextSettings
@@ -33,47 +33,68 @@ class TextRun:
     finished: bool = False
 
 
-class TextDecoder:
-    """Writes text after contexts, beginning with a fresh <|im_start|> as the reference does."""
+class TextBatch:
+    """Texts being decoded together, one token each a step; they join and leave between steps.
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer) -> None:
+    Each begins with a fresh <|im_start|>, as the reference does.
+    """
+
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, room: int = 0) -> None:
+        """room: tokens of K/V to begin with."""
         self.model, self.tokenizer = model, tokenizer
+        self._space = SharedSlab(model.config.llm, dtype=model.dtype, device=model.device, tokens=room)
+        self._entries: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     @torch.inference_mode()
-    def decode(self, runs: Sequence[TextRun], on_token: OnToken | None = None) -> None:
-        """Fill every run's tokens until its limit or a stop token, which is not kept."""
-        device = self.model.device
-        capacities = [run.context.length + run.settings.max_tokens for run in runs]
-        starts = [sum(capacities[:i]) for i in range(len(runs))]
-        slab = KvSlab(self.model.config.llm, sum(capacities), dtype=self.model.dtype, device=device)
-        uniforms = [text_uniforms(run.seed, run.settings.max_tokens) for run in runs]
-        for run, start in zip(runs, starts, strict=True):
-            run.context.copy_to(slab, start)
-        while active := [i for i, run in enumerate(runs) if not run.finished]:
-            logits = self._forward([runs[i] for i in active], [starts[i] for i in active], slab)
-            chosen = [
-                choose(row, runs[i].settings, _seen(runs[i]), float(uniforms[i][len(runs[i].tokens)]))
-                for i, row in zip(active, logits, strict=True)
-            ]
-            *tokens, finite = torch.stack([*chosen, logits.isfinite().all().long()]).tolist()
-            if not finite:
-                raise NotFinite("the text overflowed: its logits are not finite; use float32")
-            for i, token in zip(active, tokens, strict=True):
-                if self._take(runs[i], token) and on_token is not None:
-                    on_token(i, token)
+    def add(self, run: TextRun) -> None:
+        """Let a text take part from the next step on."""
+        start = self._space.take(run.context.length + run.settings.max_tokens)
+        run.context.copy_to(self._space.slab, start)
+        self._entries.append(_Entry(run, start, text_uniforms(run.seed, run.settings.max_tokens).tolist()))
 
-    def _forward(self, runs: Sequence[TextRun], starts: Sequence[int], slab: KvSlab) -> torch.Tensor:
-        """Feed each run's last token (the start token first); logits [runs, vocab]."""
+    def remove(self, run: TextRun) -> None:
+        """Let a text leave; nothing if it has left, as a finished one has."""
+        for entry in self._entries:
+            if entry.run is run:
+                self._space.give(entry.start)
+                self._entries.remove(entry)
+                return
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[TextRun, int]]:
+        """One token of each text; the visible ones, with their texts. Finished texts leave."""
+        entries = self._entries
+        logits = self._forward()
+        chosen = [
+            choose(row, entry.run.settings, _seen(entry.run), entry.uniforms[len(entry.run.tokens)])
+            for entry, row in zip(entries, logits, strict=True)
+        ]
+        *tokens, finite = torch.stack([*chosen, logits.isfinite().all().long()]).tolist()
+        if not finite:
+            raise NotFinite("the text overflowed: its logits are not finite; use float32")
+        shown = [
+            (entry.run, token) for entry, token in zip(entries, tokens, strict=True) if self._take(entry.run, token)
+        ]
+        for run in [entry.run for entry in entries if entry.run.finished]:
+            self.remove(run)
+        return shown
+
+    def _forward(self) -> torch.Tensor:
+        """Feed each text's last token (the start token first); logits [texts, vocab]."""
+        runs = [entry.run for entry in self._entries]
         last = [run.tokens[-1] if run.tokens else self.tokenizer.bos for run in runs]
         rows = text_rows(
             self.model.language_model,
-            starts,
+            [entry.start for entry in self._entries],
             [run.context.length + len(run.tokens) for run in runs],
             [run.context.rope + len(run.tokens) for run in runs],
             1,
         )
         embedded = self.model.embed(torch.tensor(last, device=self.model.device)[:, None])
-        hidden, _ = self.model.language_model(embedded, None, rows, slab)
+        hidden, _ = self.model.language_model(embedded, None, rows, self._space.slab)
         return self.model.language_model.logits(hidden[:, -1])
 
     def _take(self, run: TextRun, token: int) -> bool:
@@ -84,6 +105,34 @@ class TextDecoder:
         run.tokens.append(token)
         run.finished = len(run.tokens) == run.settings.max_tokens
         return True
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A text of a batch: where its K/V begin, and its random numbers."""
+
+    run: TextRun
+    start: int
+    uniforms: list[float]
+
+
+class TextDecoder:
+    """Decodes texts after contexts, several in one batch."""
+
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def decode(self, runs: Sequence[TextRun], on_token: OnToken | None = None) -> None:
+        """Fill every run's tokens until its limit or a stop token, which is not kept."""
+        room = sum(run.context.length + run.settings.max_tokens for run in runs)
+        batch = TextBatch(self.model, self.tokenizer, room)
+        index = {id(run): i for i, run in enumerate(runs)}
+        for run in runs:
+            batch.add(run)
+        while len(batch):
+            for run, token in batch.step():
+                if on_token is not None:
+                    on_token(index[id(run)], token)
 
     def reply(self, run: TextRun) -> str:
         """The text of a finished run."""
