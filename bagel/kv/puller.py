@@ -1,0 +1,337 @@
+"""Fetching contexts from the peers that hold them: each page once, each checked, nothing held afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from bagel.errors import (
+    BagelError,
+    ConfigError,
+    ContextRefused,
+    ForeignContext,
+    IncompleteContext,
+    KvTimeout,
+    RemoteError,
+    SourceUnavailable,
+)
+from bagel.kv.codec import DTYPES, Page, checksum, decode_page
+from bagel.kv.pages import PageKey
+from bagel.kv.service import SERVICE
+from bagel.kv.store import KvStore
+from bagel.status import from_rpc_error
+from bagel.v1 import kv_pb2
+from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
+
+CALL_TIMEOUT_S = 5.0
+"""Most seconds of a Renew or Release; a source that is gone forgets its leases by itself."""
+
+LOST = ("UNAVAILABLE", "CANCELLED")
+"""Statuses of a connection or a server that went away; only this side's task cancels without one."""
+
+
+@dataclass
+class _Wanted:
+    """Pages that a pull still waits for, with the cause where one came damaged."""
+
+    ends: dict[PageKey, int]
+    causes: dict[PageKey | None, str] = field(default_factory=dict)
+
+    def note(self, key: PageKey | None, cause: str) -> None:
+        """A page was damaged; the key is None if it cannot be told which."""
+        self.causes[key] = cause
+
+    def cause(self, key: PageKey) -> str:
+        """Why a page is not there."""
+        return self.causes.get(key) or self.causes.get(None) or "it was not sent"
+
+
+class KvPuller:
+    """Brings contexts into a store from `sources`, channels by the names of configured peers.
+
+    page_timeout_s: longest time without a page before a pull fails; lease_ttl_s: seconds of the local lease, which is
+    renewed meanwhile; head_begin: first head of the model that this store keeps.
+    """
+
+    def __init__(
+        self,
+        store: KvStore,
+        sources: Mapping[str, grpc.aio.Channel],
+        *,
+        page_timeout_s: float = 10.0,
+        lease_ttl_s: float = 30.0,
+        head_begin: int = 0,
+    ) -> None:
+        self.store = store
+        self.page_timeout_s, self.lease_ttl_s = page_timeout_s, lease_ttl_s
+        self.heads = (head_begin, head_begin + store.layout.kv_heads)
+        self._stubs = {name: KvBlocksServiceStub(channel) for name, channel in sources.items()}
+        # Without a deserializer: bytes that are damaged must not break the call, and protobuf would copy the payload.
+        self._pulls: dict[str, Any] = {
+            name: channel.unary_stream(
+                f"/{SERVICE}/Pull", request_serializer=kv_pb2.PullRequest.SerializeToString, response_deserializer=None
+            )
+            for name, channel in sources.items()
+        }
+        self._background: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def hold(self, refs: Iterable[kv_pb2.ContextRef]) -> AsyncIterator[HeldContexts]:
+        """Keep contexts: their sources' leases from now on until they are fetched, the local one until the end.
+
+        Raises ConfigError for an unknown source, ForeignContext for another fingerprint, StoreFull.
+        """
+        held = HeldContexts(self, list(refs))
+        try:
+            held._open()
+            yield held
+        finally:
+            held._close()
+
+    async def close(self) -> None:
+        """Wait until all leases are given back."""
+        await asyncio.gather(*self._background)
+
+    def _check(self, ref: kv_pb2.ContextRef) -> None:
+        if ref.source not in self._stubs:
+            known = ", ".join(sorted(self._stubs)) or "none"
+            raise ConfigError(f"K/V source {ref.source!r} is not configured; the sources here are: {known}")
+        if ref.fingerprint != self.store.fingerprint:
+            raise ForeignContext(
+                f"{ref.source} offers K/V of fingerprint {ref.fingerprint.hex()}, those here have "
+                f"{self.store.fingerprint.hex()}; run both with the same checkpoint and K/V type"
+            )
+
+    async def _fetch(self, ref: kv_pb2.ContextRef) -> None:
+        """Make all segments of a context complete; the caller holds leases on both sides."""
+        waiting = {segment.digest: segment.length for segment in ref.segments}
+        while waiting:
+            mine = [digest for digest in waiting if self.store.claim(digest)]
+            if mine:
+                with self._claimed(mine):
+                    await self._pull(ref, {digest: waiting[digest] for digest in mine})
+            for digest in list(waiting):
+                if not await self.store.wait_segment(digest):
+                    break  # who filled it gave up: claim it
+                del waiting[digest]
+
+    @contextmanager
+    def _claimed(self, digests: Sequence[bytes]) -> Iterator[None]:
+        """What happens to claims if the pull ends early.
+
+        A pull that was cancelled or refused says nothing about the context: another request goes on with its own lease.
+        Any other failure is the same for all who wait.
+        """
+        try:
+            yield
+        except ContextRefused:
+            raise
+        except BagelError as error:
+            for digest in digests:
+                self.store.fail(digest, error)
+            raise
+        finally:
+            for digest in digests:
+                self.store.unclaim(digest)
+
+    async def _pull(self, ref: kv_pb2.ContextRef, lengths: Mapping[bytes, int]) -> None:
+        """Fetch what is missing of segments; damaged or missing pages are asked for once more."""
+        wanted = _Wanted(
+            {
+                PageKey(digest, layer, begin): end
+                for digest, length in lengths.items()
+                for begin, end in self.store.layout.page_ranges(length)
+                for layer in range(self.store.layout.layers)
+            }
+        )
+        for digest in lengths:
+            for page in self.store.ready_pages(digest):  # of a pull that was cancelled
+                wanted.ends.pop(PageKey(digest, *page), None)
+        with self.store.pulling():
+            await self._receive(ref, wanted)
+            if wanted.ends:
+                self.store.count_retried(len(wanted.ends))
+                await self._receive(ref, wanted)
+        if wanted.ends:
+            key = next(iter(wanted.ends))
+            raise IncompleteContext(
+                f"K/V of segment {key.digest.hex()}, layer {key.layer}, token {key.token_begin} did not arrive from "
+                f"{ref.source}: {wanted.cause(key)}, asked for twice"
+            )
+
+    async def _receive(self, ref: kv_pb2.ContextRef, wanted: _Wanted) -> None:
+        """One Pull of what is wanted; stores good pages and strikes them off."""
+        lengths = {segment.digest: segment.length for segment in ref.segments}
+        call = self._pulls[ref.source](self._request(ref, wanted.ends))
+        try:
+            while wanted.ends:
+                data = await self._read(call, ref.source)
+                if data is None:
+                    return
+                self._accept(data, wanted, lengths)
+        finally:
+            call.cancel()
+
+    async def _read(self, call: Any, source: str) -> bytes | None:
+        """The next message; None at the end of the stream."""
+        try:
+            async with asyncio.timeout(self.page_timeout_s):
+                data = await call.read()
+        except TimeoutError:
+            raise KvTimeout(
+                f"no page of K/V came from {source} for {self.page_timeout_s:g} s; see whether it is alive and busy"
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise _source_error(error, source) from error
+        return None if data is grpc.aio.EOF else data
+
+    def _accept(self, data: bytes, wanted: _Wanted, lengths: Mapping[bytes, int]) -> None:
+        try:
+            page = decode_page(data)
+        except IncompleteContext as error:
+            wanted.note(None, str(error))
+            return
+        if page.key not in wanted.ends:  # a page twice, or one damaged in its header: then its own stays wanted
+            wanted.note(None, f"a page of segment {page.key.digest.hex()}, layer {page.key.layer} came unasked")
+        elif cause := self._damage(page, wanted.ends[page.key]):
+            wanted.note(page.key, cause)
+        else:
+            self.store.write_page(*page.key, page.payload)
+            del wanted.ends[page.key]
+
+    def _damage(self, page: Page, end: int) -> str:
+        """What is wrong with a page that ends at `end`; empty if nothing is."""
+        layout = self.store.layout
+        tokens = end - page.key.token_begin
+        facts = {
+            "token end": (page.token_end, end),
+            "heads": (page.heads, self.heads),
+            "head dim": (page.head_dim, layout.head_dim),
+            "type": (page.dtype, DTYPES[layout.dtype]),
+            "bytes": (len(page.payload), layout.layer_bytes(tokens)),
+        }
+        for name, (found, right) in facts.items():
+            if found != right:
+                return f"its {name} is {found}, not {right}"
+        found = checksum((page.payload,))
+        return "" if found == page.checksum else f"its checksum is {found:016x}, not {page.checksum:016x}"
+
+    def _request(self, ref: kv_pb2.ContextRef, ends: Collection[PageKey]) -> kv_pb2.PullRequest:
+        """Whole segments by digest, the rest page by page."""
+        lengths = {segment.digest: segment.length for segment in ref.segments}
+        keys: dict[bytes, list[PageKey]] = {}
+        for key in ends:
+            keys.setdefault(key.digest, []).append(key)
+        layout = self.store.layout
+        whole = [d for d, n in keys.items() if len(n) == layout.layers * len(layout.page_ranges(lengths[d]))]
+        parts = [key for digest, each in keys.items() if digest not in whole for key in each]
+        return kv_pb2.PullRequest(
+            digests=whole,
+            pages=[kv_pb2.PageRef(digest=d, layer=layer, token_begin=begin) for d, layer, begin in parts],
+            fingerprint=self.store.fingerprint,
+            lease_id=ref.lease_id,
+            head_begin=self.heads[0],
+            head_end=self.heads[1],
+        )
+
+    async def _keep(self, ref: kv_pb2.ContextRef) -> None:
+        """Renew a source's lease for ever. What goes wrong shows in the pull."""
+        while True:
+            await asyncio.sleep(max(ref.lease_seconds / 3, 0.01))
+            with suppress(grpc.aio.AioRpcError):
+                request = kv_pb2.RenewRequest(lease_ids=[ref.lease_id])
+                await self._stubs[ref.source].Renew(request, timeout=CALL_TIMEOUT_S)
+
+    async def _keep_own(self, lease_id: str) -> None:
+        while True:
+            await asyncio.sleep(self.lease_ttl_s / 3)
+            self.store.renew([lease_id])
+
+    def _release(self, ref: kv_pb2.ContextRef) -> None:
+        """Give a source's lease back, in the background: a request that was cancelled does not wait."""
+        stub = self._stubs.get(ref.source)
+        if stub is None:
+            return
+
+        async def release() -> None:
+            with suppress(grpc.aio.AioRpcError):
+                await stub.Release(kv_pb2.ReleaseRequest(lease_ids=[ref.lease_id]), timeout=CALL_TIMEOUT_S)
+
+        task = asyncio.create_task(release())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+class HeldContexts:
+    """Contexts of one request, made by `KvPuller.hold`. lease_id: the lease in the local store."""
+
+    def __init__(self, puller: KvPuller, refs: Sequence[kv_pb2.ContextRef]) -> None:
+        self._puller, self._refs = puller, refs
+        self._unfetched = list(range(len(refs)))
+        self._keepers: dict[tuple[str, str], asyncio.Task[None]] = {}  # by source and lease
+        self._own: asyncio.Task[None] | None = None
+        self.lease_id = ""
+
+    async def fetch(self) -> None:
+        """Make all segments of the contexts complete in the store; gives the sources' leases back.
+
+        Raises IncompleteContext, KvTimeout, SourceUnavailable, ContextRefused or StoreFull.
+        """
+        self._puller.store.extend(self.lease_id, self._segments())  # what failed for another request meanwhile
+        tasks = [asyncio.create_task(self._fetch(index)) for index in self._unfetched]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _fetch(self, index: int) -> None:
+        ref = self._refs[index]
+        await self._puller._fetch(ref)
+        self._unfetched.remove(index)
+        if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
+            self._let_go(ref)
+
+    def _open(self) -> None:
+        puller = self._puller
+        for ref in self._refs:
+            puller._check(ref)
+            if _lease(ref) not in self._keepers:
+                self._keepers[_lease(ref)] = asyncio.create_task(puller._keep(ref))
+        self.lease_id = puller.store.lease(self._segments(), puller.lease_ttl_s)
+        self._own = asyncio.create_task(puller._keep_own(self.lease_id))
+
+    def _segments(self) -> list[tuple[bytes, int]]:
+        return [(segment.digest, segment.length) for ref in self._refs for segment in ref.segments]
+
+    def _let_go(self, ref: kv_pb2.ContextRef) -> None:
+        """Give a source's lease back, once."""
+        if keeper := self._keepers.pop(_lease(ref), None):
+            keeper.cancel()
+            self._puller._release(ref)
+
+    def _close(self) -> None:
+        for ref in self._refs:
+            self._let_go(ref)
+        if self._own is not None:
+            self._own.cancel()
+            self._puller.store.release([self.lease_id])
+
+
+def _lease(ref: kv_pb2.ContextRef) -> tuple[str, str]:
+    return ref.source, ref.lease_id
+
+
+def _source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
+    """What the end of a call with a source means."""
+    found = from_rpc_error(error, source)
+    if isinstance(found, RemoteError) and error.code().name in LOST:
+        return SourceUnavailable(f"{source} went away while K/V were fetched from it: {error.details()}")
+    return found

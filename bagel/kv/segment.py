@@ -1,0 +1,97 @@
+"""What a store knows about one segment and one lease."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+from bagel.errors import BagelError
+from bagel.kv.pages import PageKey
+
+Waiter = tuple[asyncio.AbstractEventLoop, "asyncio.Future[None]"]
+
+
+class ReadyPage(NamedTuple):
+    """A page that is there: k and v are views of the store's memory, valid while the segment is pinned or leased."""
+
+    key: PageKey
+    token_end: int
+    k: memoryview
+    v: memoryview
+
+
+@dataclass(eq=False)
+class Segment:
+    """One segment: `nbytes` from `offset` of the arena.
+
+    log: its ready pages as (layer, token begin), in the order they became ready; error: why it is gone.
+    """
+
+    digest: bytes
+    length: int
+    offset: int
+    nbytes: int
+    page_count: int
+    leases: int = 0
+    pins: int = 0
+    claimed: bool = False
+    stored: bool = True
+    error: BagelError | None = None
+    log: list[tuple[int, int]] = field(default_factory=list)
+    ready: set[tuple[int, int]] = field(default_factory=set)
+    waiters: set[Waiter] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.log) == self.page_count
+
+    @property
+    def idle(self) -> bool:
+        return not self.leases and not self.pins
+
+    def wake(self) -> None:
+        """Let all who wait for a change look again."""
+        for loop, future in self.waiters:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_resolve, future)
+        self.waiters.clear()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+@dataclass(eq=False)
+class Lease:
+    """Segments kept until `deadline` of the store's clock."""
+
+    lease_id: str
+    ttl_s: float
+    deadline: float
+    segments: dict[bytes, Segment] = field(default_factory=dict)
+
+
+@dataclass
+class KvStats:
+    """Counters of a store; the fields of `GetStatsResponse`."""
+
+    computed_segments: int = 0
+    computed_pages: int = 0
+    computed_bytes: int = 0
+    reused_segments: int = 0
+    reused_bytes: int = 0
+    sent_pages: int = 0
+    sent_bytes: int = 0
+    received_pages: int = 0
+    received_bytes: int = 0
+    retried_pages: int = 0
+    held_bytes: int = 0
+    stored_bytes: int = 0
+    capacity_bytes: int = 0
+    leases: int = 0
+    pulls: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
