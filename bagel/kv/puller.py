@@ -255,13 +255,11 @@ class KvPuller:
 
     def _release(self, ref: kv_pb2.ContextRef) -> None:
         """Give a source's lease back, in the background: a request that was cancelled does not wait."""
-        stub = self._stubs.get(ref.source)
-        if stub is None:
-            return
 
         async def release() -> None:
             with suppress(grpc.aio.AioRpcError):
-                await stub.Release(kv_pb2.ReleaseRequest(lease_ids=[ref.lease_id]), timeout=CALL_TIMEOUT_S)
+                request = kv_pb2.ReleaseRequest(lease_ids=[ref.lease_id])
+                await self._stubs[ref.source].Release(request, timeout=CALL_TIMEOUT_S)
 
         task = asyncio.create_task(release())
         self._background.add(task)
@@ -302,9 +300,10 @@ class HeldContexts:
     def _open(self) -> None:
         puller = self._puller
         for ref in self._refs:
-            puller._check(ref)
-            if _lease(ref) not in self._keepers:
+            if ref.source in puller._stubs and _lease(ref) not in self._keepers:
                 self._keepers[_lease(ref)] = asyncio.create_task(puller._keep(ref))
+        for ref in self._refs:  # only now, so that the leases of all are given back
+            puller._check(ref)
         self.lease_id = puller.store.lease(self._segments(), puller.lease_ttl_s)
         self._own = asyncio.create_task(puller._keep_own(self.lease_id))
 

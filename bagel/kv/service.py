@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -51,7 +51,7 @@ class KvBlocksServicer:
         """Counters of the store."""
         return kv_pb2.GetStatsResponse(**self.store.stats().as_dict())
 
-    async def _pages(self, request: kv_pb2.PullRequest) -> AsyncIterator[bytes]:
+    async def _pages(self, request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:
         self._check_fingerprint(request.fingerprint)
         self.store.check_lease(request.lease_id)
         layout = self.store.layout
@@ -75,7 +75,7 @@ class KvBlocksServicer:
         layout = self.store.layout
         payload: Parts = (page.k, page.v)
         if heads != (0, layout.kv_heads):
-            payload = tuple(_pick_heads(part, heads, layout.kv_heads, layout.row_bytes) for part in payload)
+            payload = tuple(_pick_heads(part, heads, layout.kv_heads, layout.row_bytes) for part in (page.k, page.v))
         self.store.count_sent(sum(len(part) for part in payload))
         return encode_page(page.key, page.token_end, heads, layout.head_dim, layout.dtype, payload)
 

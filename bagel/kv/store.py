@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
@@ -257,7 +257,7 @@ class KvStore:
             ranges = self.layout.page_ranges(self._get(digest).length)
             return [PageKey(digest, layer, begin) for layer in layers for begin, _ in ranges]
 
-    async def pages(self, wanted: Iterable[PageKey], lease_id: str) -> AsyncIterator[ReadyPage]:
+    async def pages(self, wanted: Iterable[PageKey], lease_id: str) -> AsyncGenerator[ReadyPage, None]:
         """The pages wanted, each once, in whatever order they become ready. Pins their segments meanwhile.
 
         Raises a segment's error, or LeaseLapsed if the lease runs out while there is something to wait for.
