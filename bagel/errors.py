@@ -18,6 +18,9 @@
     ├── InitTimeout                 a stage that was not ready in time
     ├── Busy                        no room for the request now (says when to try again)
     ├── Draining                    a service that is shutting down
+    ├── Loading                     a service whose model is not loaded yet
+    ├── NoBackend                   no service of a stage that a request needs is ready
+    ├── RunnerDied                  a worker process that ended under its requests
     ├── RemoteError                 an error of a peer that has no name here (keeps its status)
     └── OutOfMemory                 a device without memory for what was asked
 
@@ -152,6 +155,27 @@ class Busy(BagelError):
 
 class Draining(BagelError):
     """A service that takes no new requests, as it is shutting down."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class NoBackend(BagelError):
+    """No service of a stage that the request needs is ready; the message names those configured."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class Loading(BagelError):
+    """A service that cannot serve yet, as it loads its model."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class RunnerDied(BagelError):
+    """A service's worker process ended while it served requests; a new one is started."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503

@@ -55,10 +55,16 @@ async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
 
 def from_rpc_error(error: grpc.RpcError, peer: str) -> BagelError:
     """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status."""
-    code, message = _code(error), _message(error)
     status = _status(error)
     if status is None:
-        return RemoteError(f"{peer}: {message or code.name}", code.name)
+        code = _code(error)
+        return RemoteError(f"{peer}: {_message(error) or code.name}", code.name)
+    return from_status(status, peer)
+
+
+def from_status(status: status_pb2.Status, peer: str) -> BagelError:
+    """The error that `rpc_status_of` told a peer's of; a RemoteError if this tree has no such class."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for message_of in (info, bad, retry):

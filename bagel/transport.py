@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 from grpc import aio
@@ -14,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from bagel.errors import ConfigError
+from bagel.errors import ConfigError, Loading
+from bagel.status import abort
 from bagel.telemetry import Log
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -97,14 +99,47 @@ def sync_channel(target: str, security: Security = PLAINTEXT) -> grpc.Channel:
     return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
 
 
+class LateMethods(grpc.GenericRpcHandler):
+    """What `add_…Servicer_to_server` is called with in place of a server; calls before that are UNAVAILABLE."""
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self._services = tuple(services)
+        self._handlers: list[grpc.GenericRpcHandler] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Take a servicer's handlers."""
+        self._handlers.extend(handlers)
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, object]) -> None:
+        """The same handlers once more, in the form that a server takes before it starts only."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The handler of a call."""
+        for handler in self._handlers:
+            if (found := handler.service(details)) is not None:
+                return found
+        service = str(details.method).strip("/").partition("/")[0]
+        if service in self._services and not self._handlers:
+            return grpc.unary_unary_rpc_method_handler(_loading)
+        return None
+
+
+async def _loading(request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
+    await abort(context, Loading("the service is loading its model; try again when grpc.health.v1 says SERVING"))
+    return b""
+
+
 class Host:
     """A gRPC server with health (NOT_SERVING while loading and draining) and reflection.
 
-    Servicers are added to `server` before `start`; services are their full names.
+    services: the full names of what is served. Servicers are added to `methods`, also after `start`: a model loads for
+    minutes, and its service's address and health are to be known meanwhile.
     """
 
     def __init__(self, address: str, services: Sequence[str], security: Security = PLAINTEXT) -> None:
         self.server = aio.server(options=SERVER_OPTIONS)
+        self._methods = LateMethods(services)
+        self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()
         self._services = tuple(services)
         self._health = health_aio.HealthServicer()
@@ -119,6 +154,11 @@ class Host:
                 self.port = self.server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --listen") from None
+
+    @property
+    def methods(self) -> aio.Server:
+        """What servicers are added to; of a server it has only what that takes."""
+        return cast(aio.Server, self._methods)
 
     async def start(self) -> None:
         """Listen; health says NOT_SERVING until `ready`."""

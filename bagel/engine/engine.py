@@ -5,34 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
-from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket, needed_branches
-from bagel.engine.noise import initial_noise
-from bagel.engine.segments import Chain, ChainPlanner, InputImage
+from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
+from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
+from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextDecoder, TextRun
-from bagel.errors import InvalidRequest, NotFinite
+from bagel.errors import NotFinite
 from bagel.events import OnEvent, Result, StepDone, TextDelta
 from bagel.kv.digests import fingerprint
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
-from bagel.model.sizes import check_positions, picture_size, position_limit, text_positions
+from bagel.model.sizes import check_positions, position_limit
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
-from bagel.prompts import (
-    Branch,
-    BranchName,
-    collect_cfg_kv_caches,
-    expand_cfg_prompts,
-    expand_cfg_prompts_think,
-    text_prompt,
-)
-from bagel.request import PosteriorMode, Request, text_settings
+from bagel.prompts import BranchName
+from bagel.request import Request, text_settings
 
 TOKEN_BUDGET = 24_576
 """Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
@@ -43,21 +36,17 @@ DEFAULT_MAX_NUM_SEQS = 16
 
 @dataclass
 class _Job:
-    """One request on its way. branches and chains (of the branches it needs) are empty for a text answer.
-
-    chain: what text is decoded after, or a picture's gen.
-    """
+    """One request on its way."""
 
     index: int
-    request: Request
-    images: dict[int, InputImage]
-    chain: Chain
-    branches: tuple[Branch, ...] = ()
-    chains: dict[BranchName, Chain] = field(default_factory=dict)
-    size: tuple[int, int] = (0, 0)
+    plan: RequestPlan
     contexts: dict[BranchName, Context] = field(default_factory=dict)
     run: TextRun | None = None
     timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def request(self) -> Request:
+        return self.plan.request
 
 
 class BagelEngine:
@@ -114,49 +103,28 @@ class BagelEngine:
         NotFinite, after all others are served, if a picture overflowed.
         """
         emit = on_event or (lambda event: None)
-        jobs = [self._admit(index, request) for index, request in enumerate(requests)]
+        plans = [plan_request(self.planner, request, self.max_model_len) for request in requests]
+        jobs = [_Job(index, plan) for index, plan in enumerate(plans)]
         for job in jobs:
             with self._timed([job], "context"):
                 self._build(job)
         speaking = [job for job in jobs if job.run is not None]
         for at in range(0, len(speaking), self.max_num_seqs):
             self._decode_texts(speaking[at : at + self.max_num_seqs], emit)
-        results = [self._answer(job, emit) for job in jobs if not job.branches]
+        results = [self._answer(job, emit) for job in jobs if not job.plan.draws]
         overflown: list[NotFinite] = []
-        for group, padded in self._packs([job for job in jobs if job.branches]):
+        for group, padded in self._packs([job for job in jobs if job.plan.draws]):
             results += self._draw(group, padded, emit, overflown)
         if overflown:
             raise overflown[0]
         return sorted(results, key=lambda result: result.index)
 
-    def _admit(self, index: int, request: Request) -> _Job:
-        """Check a request against the model and plan it; nothing is computed."""
-        # A part that stands twice in a prompt is two images, each with noise of its own.
-        request = replace(request, prompt=tuple(replace(part) for part in request.prompt))
-        images = self.planner.prepare_images(request.prompt, request.posterior, request.seed)
-        if request.modality.reads_image and not images:
-            raise InvalidRequest("image", f"{request.modality} needs an input image")
-        if not request.modality.makes_image:
-            chain = self.planner.chain(text_prompt(request.prompt, think=request.think), images)
-            job = _Job(index, request, images, chain)
-        else:
-            branches, needed = _expand(request), needed_branches(request.image)
-            chains = {
-                branch.name: self.planner.chain(branch.parts, images) for branch in branches if branch.name in needed
-            }
-            size = picture_size(request, self.model.config)
-            job = _Job(index, request, images, chains[BranchName.GEN], branches, chains, size)
-        for chain in (job.chain, *job.chains.values()):
-            written = text_positions(request) if chain is job.chain else 0
-            check_positions(chain.rope, written, self.max_model_len)
-        return job
-
     def _build(self, job: _Job) -> None:
         """Compute the contexts that the request's text, or its picture without one, goes on from."""
-        if not job.branches or job.request.think:
-            prompt = self.contexts.build(job.chain)
+        if job.plan.writes:
+            prompt = self.contexts.build(job.plan.chain)
             job.run = TextRun(prompt, text_settings(job.request), job.request.seed)
-        for name, chain in job.chains.items():
+        for name, chain in job.plan.chains.items():
             if name is not BranchName.GEN or not job.run:
                 job.contexts[name] = self.contexts.build(chain)
 
@@ -166,7 +134,7 @@ class BagelEngine:
 
         def show(at: int, text: str) -> None:
             if text:
-                emit(TextDelta(jobs[at].index, text, think=bool(jobs[at].branches)))
+                emit(TextDelta(jobs[at].index, text, think=jobs[at].plan.draws))
 
         with self._timed(jobs, "text"):
             runs = [job.run for job in jobs if job.run is not None]
@@ -174,9 +142,9 @@ class BagelEngine:
             for at, stream in enumerate(streams):
                 show(at, stream.end())
         for job in jobs:
-            if job.branches and job.run is not None:
+            if job.plan.draws and job.run is not None:
                 with self._timed([job], "context"):
-                    chain = self.planner.append_text(job.chain, self.texts.reply(job.run))
+                    chain = self.planner.append_text(job.plan.chain, self.texts.reply(job.run))
                     check_positions(chain.rope, 0, self.max_model_len)
                     job.contexts[BranchName.GEN] = self.contexts.build(chain)
 
@@ -198,13 +166,9 @@ class BagelEngine:
 
     def _bucket(self, job: _Job) -> int:
         """Latents a row is padded to. On a CPU nothing is compiled or captured, so there it is the picture's own."""
-        rows, columns = self._grid(job)
+        rows, columns = grid(self.planner, job.plan.size)
         tokens = rows * columns
         return latent_bucket(tokens) if self.model.device.type == "cuda" else tokens
-
-    def _grid(self, job: _Job) -> tuple[int, int]:
-        stride = self.model.config.latent_stride
-        return job.size[0] // stride, job.size[1] // stride
 
     def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent, overflown: list[NotFinite]) -> list[Result]:
         """Denoise a pack together; each picture is decoded and given out as soon as its last step is done."""
@@ -229,18 +193,13 @@ class BagelEngine:
 
     def _picture(self, job: _Job) -> Picture:
         """The picture of a job whose contexts are built."""
-        request = job.request
-        grid = self._grid(job)
-        shapes = [self.planner.latent_shape(image.prepared.vae) for image in job.images.values() if image.prepared.vae]
-        drawn_first = shapes if request.posterior is PosteriorMode.SEED else []
-        noise = initial_noise(request.seed, grid[0] * grid[1], self.model.config.latent_features, drawn_first)
-        contexts = collect_cfg_kv_caches(job.branches, job.contexts, needed_branches(request.image))
+        picture = plan_picture(self.planner, job.plan, job.contexts)
         job.contexts = {}  # the canvas has its own copy
-        return Picture(request.image, grid, noise, contexts)
+        return picture
 
     def _finish(self, job: _Job, latents: torch.Tensor, emit: OnEvent) -> Result:
         with self._timed([job], "decode"):
-            decoded = decode_picture(self.model, latents, self._grid(job))
+            decoded = decode_picture(self.model, latents, grid(self.planner, job.plan.size))
             if not decoded.isfinite().all():
                 raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
             image = to_image(decoded)
@@ -269,11 +228,3 @@ class BagelEngine:
         result = Result(job.index, None, text, tuple(job.run.tokens), job.request.seed, job.timings)
         emit(result)
         return result
-
-
-def _expand(request: Request) -> tuple[Branch, ...]:
-    if request.think:
-        return expand_cfg_prompts_think(
-            request.prompt, negative_prompt=request.negative_prompt, max_think_tokens=request.max_think_tokens
-        )
-    return expand_cfg_prompts(request.prompt, negative_prompt=request.negative_prompt)

@@ -1,1 +1,1 @@
-"""The Thinker service: reads prompts and images, writes text and gives out K/V. Arrives with the services."""
+"""The Thinker service: reads prompts and images, writes text and gives out the K/V that pictures are drawn from."""

@@ -1,0 +1,162 @@
+"""Reading prompts and writing text for many requests, fairly: a segment of one, then a token of every text."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+
+from bagel.engine.context import Context, ContextBuilder, OnKv
+from bagel.engine.segments import Chain, ChainPlanner, Segment
+from bagel.engine.text import TextBatch, TextRun
+from bagel.model.bagel import Bagel
+from bagel.model.sizes import check_positions
+from bagel.model.tokenizer import BagelTokenizer, TextStream
+from bagel.request import TextSettings
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a reading came to: its context (with the text appended, if it was to be), the text, its visible ids."""
+
+    context: Context
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Reading:
+    """One context to build, perhaps with a text to write after it, and who is told of it.
+
+    settings: how the text is decoded, None for none; append: the text becomes the last segment of the context, and
+    on_chain hears of the longer chain before it is computed.
+    """
+
+    chain: Chain
+    seed: int
+    on_done: Callable[[Written], None]
+    on_error: Callable[[Exception], None]
+    settings: TextSettings | None = None
+    append: bool = False
+    on_text: Callable[[str], None] = lambda text: None
+    on_chain: Callable[[Chain], None] = lambda chain: None
+    on_kv: OnKv | None = None
+    _steps: Generator[Segment, None, Context] | None = field(default=None, init=False)
+    _run: TextRun | None = field(default=None, init=False)
+    _stream: TextStream | None = field(default=None, init=False)
+
+
+class Reader:
+    """Works through readings in small units; `work` does one and is called as long as there is `busy`.
+
+    A long text holds up a short prompt by one token at most, a long prompt a text by one segment.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        planner: ChainPlanner,
+        builder: ContextBuilder,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+    ) -> None:
+        """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text."""
+        self.tokenizer, self.planner, self.builder = tokenizer, planner, builder
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self._texts = TextBatch(model, tokenizer)
+        self._building: deque[Reading] = deque()
+        self._waiting: deque[tuple[Reading, TextRun]] = deque()
+        self._writing: dict[int, Reading] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._building or self._waiting or self._writing)
+
+    def add(self, reading: Reading) -> None:
+        """Take a reading on."""
+        reading._steps = self.builder.steps(reading.chain, reading.on_kv)
+        self._building.append(reading)
+
+    def cancel(self, reading: Reading) -> None:
+        """Drop a reading; nobody is told. Nothing if it is over."""
+        if reading in self._building:
+            self._building.remove(reading)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not reading)
+        if reading._run is not None and self._writing.pop(id(reading._run), None) is not None:
+            self._texts.remove(reading._run)
+
+    def work(self) -> None:
+        """One segment of the reading whose turn it is, then one token of every text."""
+        if self._building:
+            self._build(self._building.popleft())
+        while self._waiting and len(self._texts) < self.max_num_seqs:
+            reading, run = self._waiting.popleft()
+            self._writing[id(run)] = reading
+            self._texts.add(run)
+        if len(self._texts):
+            self._write()
+
+    def _build(self, reading: Reading) -> None:
+        assert reading._steps is not None
+        try:
+            next(reading._steps)
+            self._building.append(reading)
+        except StopIteration as done:
+            self._built(reading, done.value)
+        except Exception as error:
+            reading.on_error(error)
+
+    def _built(self, reading: Reading, context: Context) -> None:
+        if reading._run is not None or reading.settings is None:
+            self._done(reading, context)
+            return
+        reading._run = TextRun(context, reading.settings, reading.seed)
+        reading._stream = TextStream(self.tokenizer)
+        self._waiting.append((reading, reading._run))
+
+    def _write(self) -> None:
+        try:
+            shown = self._texts.step()
+        except Exception as error:  # one forward for all: which text it was cannot be told
+            for reading in list(self._writing.values()):
+                self.cancel(reading)
+                reading.on_error(error)
+            return
+        for run, token in shown:
+            reading = self._writing[id(run)]
+            assert reading._stream is not None
+            if text := reading._stream.push(token):
+                reading.on_text(text)
+        for run_id, reading in list(self._writing.items()):
+            if reading._run is not None and reading._run.finished:
+                del self._writing[run_id]
+                self._written(reading)
+
+    def _written(self, reading: Reading) -> None:
+        assert reading._run is not None and reading._stream is not None
+        if text := reading._stream.end():
+            reading.on_text(text)
+        if not reading.append:
+            self._done(reading, reading._run.context)
+            return
+        try:
+            chain = self.planner.append_text(reading._run.context.chain, self._reply(reading))
+            check_positions(chain.rope, 0, self.max_model_len)
+            reading.on_chain(chain)
+        except Exception as error:
+            reading.on_error(error)
+            return
+        reading._steps = self.builder.steps(chain, reading.on_kv)
+        self._building.append(reading)
+
+    def _done(self, reading: Reading, context: Context) -> None:
+        tokens = tuple(reading._run.tokens) if reading._run else ()
+        reading.on_done(Written(context, self._reply(reading), tokens))
+
+    def _reply(self, reading: Reading) -> str:
+        if reading._run is None:
+            return ""
+        return self.tokenizer.reply([self.tokenizer.bos, *reading._run.tokens])

@@ -1,0 +1,94 @@
+"""What the three services' processes have in common: flags, start, end. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from bagel.commands.flags import Parser
+from bagel.errors import BagelError
+from bagel.telemetry import Log, set_up_logs
+from bagel.transport import DRAIN_S, Host, Security
+
+DEFAULT_KV_BYTES = 2 * 2**30
+LEASE_S = 10.0
+"""Seconds that K/V are kept for a holder who is not heard of."""
+
+log = Log("bagel.service")
+
+
+def parser(module: str, description: str, listen: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every service has."""
+    flags = Parser(prog=f"python -m {module}", description=description)
+    flags.add_argument(
+        "--listen", default=listen, metavar="HOST:PORT", help=f"port 0: any free one (default: {listen})"
+    )
+    flags.add_argument("--drain-timeout", type=float, default=DRAIN_S, metavar="S", help="for requests under way")
+    flags.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM; without it, plaintext")
+    flags.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
+    flags.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM; peers are checked against it, clients too")
+    flags.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return flags
+
+
+def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
+    """Flags of a service that loads the model."""
+    flags.add_argument("--model", required=True, help="checkpoint folder or hub name")
+    flags.add_argument("--name", default=name, help=f"name under which peers know this service (default: {name})")
+    flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    flags.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    flags.add_argument("--max-num-seqs", type=_count, metavar="N", help="requests worked on at once (default: 16)")
+    flags.add_argument("--max-model-len", type=_count, metavar="N", help="positions of prompt and text together")
+
+
+def security(args: argparse.Namespace) -> Security:
+    """TLS as the flags say."""
+    return Security(args.tls_certificate, args.tls_key, args.tls_ca)
+
+
+def named_address(text: str) -> tuple[str, str]:
+    """NAME=HOST:PORT as (name, address)."""
+    name, _, address = text.partition("=")
+    if not name or ":" not in address:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")
+    return name, address
+
+
+def announce(host: Host, listen: str) -> None:
+    """Say on stdout where the service listens, for who started it with port 0."""
+    address = f"{listen.rpartition(':')[0]}:{host.port}"
+    print(json.dumps({"event": "listening", "address": address}), flush=True)
+    log.info("listening", address=address)
+
+
+def run(
+    flags: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    main: Callable[[argparse.Namespace], Awaitable[None]],
+    service: str,
+) -> int:
+    """Run a service to its end; the process's exit code. A BagelError is one line on stderr."""
+    try:
+        args = flags.parse_args(argv)
+        set_up_logs(service, args.log_level)
+        asyncio.run(_as_coroutine(main(args)))
+    except BagelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _as_coroutine(work: Awaitable[None]) -> None:
+    await work
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)

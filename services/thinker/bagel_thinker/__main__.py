@@ -1,0 +1,75 @@
+"""python -m bagel_thinker: the Thinker service."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from bagel import service
+from bagel.model.checkpoint import find_checkpoint
+from bagel.telemetry import Log
+from bagel.transport import Host
+from bagel.v1 import kv_pb2, thinker_pb2
+from bagel.v1.thinker_pb2_grpc import add_ThinkerServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from bagel_thinker.engine import Engine
+
+log = Log("bagel.thinker")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM; the process's exit code."""
+    flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052")
+    service.add_model_flags(flags, "thinker-0")
+    flags.add_argument("--engine", choices=("torch",), default="torch", help="what computes")
+    flags.add_argument("--kv-store-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
+    flags.add_argument("--lease-seconds", type=float, default=service.LEASE_S, help="how long unrenewed K/V are kept")
+    return service.run(flags, argv, _serve, "thinker")
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
+    kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
+    host = Host(args.listen, [name, kv_name], service.security(args))
+    await host.start()
+    service.announce(host, args.listen)
+    log.info("configuration", **vars(args))
+    engine = await asyncio.to_thread(_load, args)
+    try:
+        _add_servicers(host, engine, args)
+        await host.ready()
+        log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
+        await host.until_stopped(args.drain_timeout)
+    finally:
+        engine.close()
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    """The engine, ready. It is imported here, as torch takes seconds and the address is to be known at once."""
+    from bagel_thinker.torch_engine import TorchEngine
+
+    return TorchEngine.load(
+        args.model,
+        find_checkpoint(args.model),
+        device=args.device,
+        dtype=args.dtype,
+        kv_store_bytes=args.kv_store_bytes,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+    )
+
+
+def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> None:
+    from bagel.kv.service import KvBlocksServicer, add_kv_blocks
+    from bagel_thinker.server import ThinkerServicer
+
+    add_ThinkerServiceServicer_to_server(ThinkerServicer(engine, args.name, args.lease_seconds), host.methods)
+    add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

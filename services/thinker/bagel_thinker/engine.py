@@ -1,0 +1,32 @@
+"""What the Thinker's server needs of an engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bagel.engine.reader import Reading
+from bagel.engine.segments import ChainPlanner
+from bagel.kv.store import KvStore
+from bagel.v1 import common_pb2
+
+
+class Engine(Protocol):
+    """Builds contexts, hands each layer's K/V to the store as it is computed, writes text if asked.
+
+    A reading's callbacks are called from the engine's own thread. K/V go to the segments of the store that a lease
+    has reserved; nothing is stored for the others.
+    """
+
+    name: str
+    store: KvStore
+    planner: ChainPlanner
+    info: common_pb2.ModelInfo
+
+    def submit(self, reading: Reading) -> None:
+        """Take a reading on."""
+
+    def cancel(self, reading: Reading) -> None:
+        """Drop a reading; nothing if it is over. It is not heard of again."""
+
+    def close(self) -> None:
+        """Stop; readings under way end with an error."""

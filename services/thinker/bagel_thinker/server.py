@@ -1,0 +1,177 @@
+"""ThinkerService: one context a call, told of first, then computed; text as it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpc.aio import ServicerContext
+
+from bagel.engine.reader import Reading, Written
+from bagel.engine.segments import Chain
+from bagel.kv.digests import SegmentKind
+from bagel.model.sizes import check_positions
+from bagel.request import TextSettings
+from bagel.status import streaming, unary
+from bagel.telemetry import Log
+from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
+from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
+from bagel.wire import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
+from bagel_thinker.engine import Engine
+
+Response = thinker_pb2.BuildContextResponse
+log = Log("bagel.thinker")
+
+
+@dataclass
+class _Build:
+    """One call: what the engine tells from its thread, and since when."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Chain | str | Written | Exception] = field(default_factory=asyncio.Queue)
+    started: float = field(default_factory=time.perf_counter)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def tell(self, event: Chain | str | Written | Exception) -> None:
+        """Pass an event on from the engine's thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody listens
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def lap(self, stage: str) -> None:
+        """The time since the last lap was spent on a stage."""
+        now = time.perf_counter()
+        self.timings[stage] = self.timings.get(stage, 0.0) + now - self.started
+        self.started = now
+
+
+class ThinkerServicer(ThinkerServiceServicer):
+    """Serves one engine. name: what peers call this service."""
+
+    def __init__(self, engine: Engine, name: str, lease_s: float) -> None:
+        self.engine, self.name, self.lease_s = engine, name, lease_s
+
+    @streaming
+    async def BuildContext(
+        self, request: thinker_pb2.BuildContextRequest, context: ServicerContext[Any, Any]
+    ) -> AsyncIterator[Response]:
+        """Build one context; its first event, before anything is computed, is the ContextRef."""
+        build = _Build(asyncio.get_running_loop())
+        chain = await asyncio.to_thread(self._plan, request)
+        lease = self._lease(chain) if request.send_kv else ""
+        reused = self._reused(chain)
+        reading = self._reading(request, chain, build)
+        finished = False
+        renewing = asyncio.create_task(self._keep(lease)) if lease else None
+        try:
+            yield Response(context=self._ref(chain, lease))
+            self.engine.submit(reading)
+            while not finished:
+                event = await build.events.get()
+                match event:
+                    case Exception():
+                        raise event
+                    case str():
+                        yield Response(text=common_pb2.TextDelta(text=event, think=reading.append))
+                    case Chain():
+                        if lease:
+                            self.engine.store.extend(lease, _lengths(event))
+                        build.lap("text")
+                        yield Response(context=self._ref(event, lease))
+                    case Written():
+                        finished = True
+                        build.lap("context" if reading.append or reading.settings is None else "text")
+                        yield Response(built=_built(event, request, reused, build))
+        finally:
+            if renewing is not None:
+                renewing.cancel()
+            if not finished:
+                self.engine.cancel(reading)
+                self.engine.store.release([lease] if lease else [])
+
+    @unary
+    async def Describe(
+        self, request: thinker_pb2.ThinkerServiceDescribeRequest, context: ServicerContext[Any, Any]
+    ) -> thinker_pb2.ThinkerServiceDescribeResponse:
+        """What this Thinker is."""
+        return thinker_pb2.ThinkerServiceDescribeResponse(
+            model=self.engine.info, engine=self.engine.name, name=self.name
+        )
+
+    def _plan(self, request: thinker_pb2.BuildContextRequest) -> Chain:
+        """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
+        prompt, planner = prompt_from_wire(request.parts), self.engine.planner
+        images = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
+        chain = planner.chain(prompt, images)
+        written = _settings(request).max_tokens if request.HasField("decode") else 0
+        check_positions(chain.rope, written, self.engine.info.max_positions)
+        return chain
+
+    def _reading(self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build) -> Reading:
+        return Reading(
+            chain,
+            request.seed,
+            on_done=build.tell,
+            on_error=build.tell,
+            settings=_settings(request) if request.HasField("decode") else None,
+            append=request.decode.append,
+            on_text=build.tell,
+            on_chain=build.tell,
+        )
+
+    def _lease(self, chain: Chain) -> str:
+        return self.engine.store.lease(_lengths(chain), self.lease_s)
+
+    def _reused(self, chain: Chain) -> int:
+        """Tokens of a chain that are there already."""
+        store = self.engine.store
+        return sum(segment.length for segment in chain.segments if store.is_complete(segment.digest))
+
+    async def _keep(self, lease: str) -> None:
+        """Renew a lease for as long as the call lasts: until its end the caller is the holder."""
+        while True:
+            await asyncio.sleep(self.lease_s / 3)
+            if self.engine.store.renew([lease]):
+                log.warning("a lease lapsed under its call", lease=lease)
+
+    def _ref(self, chain: Chain, lease: str) -> kv_pb2.ContextRef:
+        return kv_pb2.ContextRef(
+            segments=[kv_pb2.SegmentRef(digest=digest, length=length) for digest, length in _lengths(chain)],
+            next_rope=chain.rope,
+            source=self.name,
+            lease_id=lease,
+            lease_seconds=self.lease_s,
+            fingerprint=self.engine.store.fingerprint,
+        )
+
+
+def _lengths(chain: Chain) -> list[tuple[bytes, int]]:
+    return [(segment.digest, segment.length) for segment in chain.segments]
+
+
+def _settings(request: thinker_pb2.BuildContextRequest) -> TextSettings:
+    return text_settings_from_wire(request.decode.settings)
+
+
+def _built(
+    written: Written, request: thinker_pb2.BuildContextRequest, reused: int, build: _Build
+) -> thinker_pb2.ContextBuilt:
+    segments, think = written.context.chain.segments, request.decode.append
+    of_text = sum(segment.length for segment in segments if segment.kind is SegmentKind.TEXT)
+    tokens = len(written.token_ids)
+    return thinker_pb2.ContextBuilt(
+        text=written.text,
+        token_ids=written.token_ids,
+        usage=common_pb2.Usage(
+            prompt_tokens=of_text - (segments[-1].length if think else 0),
+            image_tokens=written.context.length - of_text,
+            completion_tokens=0 if think else tokens,
+            think_tokens=tokens if think else 0,
+            computed_tokens=written.context.length - reused,
+            reused_tokens=reused,
+        ),
+        timings=timings_to_wire(build.timings),
+    )

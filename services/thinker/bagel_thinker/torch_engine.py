@@ -1,0 +1,161 @@
+"""The exact engine: bagel.engine in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
+from bagel.engine.engine import DEFAULT_MAX_NUM_SEQS
+from bagel.engine.loading import LoadedModel, kv_layout, load_role
+from bagel.engine.reader import Reader, Reading
+from bagel.engine.segments import Segment
+from bagel.errors import UnknownSegment
+from bagel.kv.store import KvStore
+from bagel.local import DTYPES, choose_device
+from bagel.model.checkpoint import Checkpoint
+from bagel.model.roles import Role
+from bagel.telemetry import Log
+from bagel.wire import model_info
+
+NEAR_CACHE_BYTES = 2**28
+"""Segments kept on the device, to go on from without a copy out of shared memory."""
+
+log = Log("bagel.thinker")
+
+
+class StoreCache:
+    """The builder's view of the store: segments near by on the device first, then those in shared memory."""
+
+    def __init__(self, store: KvStore, device: torch.device) -> None:
+        self._store, self._device = store, device
+        self._near = SegmentCache(NEAR_CACHE_BYTES)
+
+    def get(self, digest: bytes) -> SegmentKv | None:
+        """A segment's K/V. What is near, but was reserved in the store, is written there: somebody will pull it."""
+        near = self._near.get(digest)
+        if near is not None:
+            if self._store.has(digest) and self._store.claim(digest):
+                for layer in range(near.k.shape[0]):
+                    self._store.write_layer(digest, layer, near.k[layer], near.v[layer])
+            return near
+        try:
+            self._store.pin(digest)
+        except UnknownSegment:
+            return None
+        try:
+            if not self._store.is_complete(digest):
+                return None
+            # A copy: what a build goes on from must not change under it when the store evicts.
+            k, v = (tensor.to(self._device, copy=True) for tensor in self._store.load(digest))
+        finally:
+            self._store.unpin(digest)
+        self._near.put(digest, SegmentKv(k, v))
+        return SegmentKv(k, v)
+
+    def put(self, digest: bytes, entry: SegmentKv) -> None:
+        """Keep a segment near by; the store has got it layer by layer."""
+        self._near.put(digest, entry)
+
+
+class TorchEngine:
+    """The torch engine behind the Engine protocol."""
+
+    name = "torch"
+
+    def __init__(self, loaded: LoadedModel, store: KvStore, *, model_name: str, max_num_seqs: int | None) -> None:
+        self.store, self.planner, self._loaded = store, loaded.planner, loaded
+        self._filling: bytes | None = None
+        self.info = model_info(
+            loaded.model.config,
+            name=model_name,
+            checkpoint_fingerprint=loaded.checkpoint.fingerprint,
+            kv_fingerprint=loaded.kv_fingerprint,
+            max_positions=loaded.max_model_len,
+            dtype=loaded.dtype,
+            device=str(loaded.model.device),
+        )
+        self._reader = Reader(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.planner,
+            ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
+            max_num_seqs=max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+            max_model_len=loaded.max_model_len,
+        )
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        model_name: str,
+        checkpoint: Checkpoint,
+        *,
+        device: str,
+        dtype: str,
+        kv_store_bytes: int,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
+    ) -> TorchEngine:
+        """Load a checkpoint; device and dtype as `bagel.local.load` takes them."""
+        place = choose_device(device, 0)
+        kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+        loaded = load_role(checkpoint, Role.CONTEXT, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
+        store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
+        log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
+        return cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs)
+
+    def submit(self, reading: Reading) -> None:
+        """Take a reading on."""
+        reading.on_kv = self._on_kv
+        told = reading.on_error
+
+        def on_error(error: Exception) -> None:
+            if self._filling is not None:  # others may want the segment that this one did not finish
+                self.store.unclaim(self._filling)
+            told(error)
+
+        reading.on_error = on_error
+        self._commands.put(lambda: self._reader.add(reading))
+
+    def cancel(self, reading: Reading) -> None:
+        """Drop a reading."""
+        self._commands.put(lambda: self._reader.cancel(reading))
+
+    def close(self) -> None:
+        """Stop the thread after the unit of work under way."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        if self._loaded.model.device.type == "cuda":
+            torch.cuda.set_device(self._loaded.model.device)
+        while self._take_commands():
+            self._reader.work()
+
+    def _take_commands(self) -> bool:
+        """Run what waits; blocks while there is nothing else to do. False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._reader.busy)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _on_kv(self, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write a layer of a segment to the store, if somebody reserved it there."""
+        if layer == 0:
+            reserved = self.store.has(segment.digest) and self.store.claim(segment.digest)
+            self._filling = segment.digest if reserved else None
+        if self._filling == segment.digest:
+            self.store.write_layer(segment.digest, layer, k, v)
+            if layer + 1 == self.store.layout.layers:
+                self._filling = None
