@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -50,10 +51,16 @@ class Segment:
     def idle(self) -> bool:
         return not self.leases and not self.pins
 
+    def alive(self) -> Segment:
+        """The segment; raises its error if it is gone."""
+        if self.error is not None:
+            raise self.error
+        return self
+
     def wake(self) -> None:
         """Let all who wait for a change look again."""
         for loop, future in self.waiters:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # a loop that is closed waits for nothing
                 loop.call_soon_threadsafe(_resolve, future)
         self.waiters.clear()
 
@@ -61,6 +68,19 @@ class Segment:
 def _resolve(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def name(digest: bytes) -> str:
+    """How messages name a segment."""
+    return f"segment {digest.hex()}"
+
+
+@dataclass
+class OpenPages:
+    """Pages of a segment, as (layer, token begin), that somebody still wants; seen: how much of its log was read."""
+
+    pages: set[tuple[int, int]] = field(default_factory=set)
+    seen: int = 0
 
 
 @dataclass(eq=False)

@@ -1,0 +1,154 @@
+"""The books of a store: which segment has which memory, and which lease keeps it. Not thread-safe, no I/O."""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from bagel.errors import BagelError, InvalidRequest, LeaseLapsed, StoreFull, UnknownSegment
+from bagel.kv.arena import Allocator
+from bagel.kv.digests import DIGEST_BYTES
+from bagel.kv.pages import KvLayout
+from bagel.kv.segment import Lease, Segment, name
+
+
+class Ledger:
+    """Segments and leases in `capacity_bytes`, and what of it was wanted again (reused)."""
+
+    def __init__(self, layout: KvLayout, capacity_bytes: int, clock: Callable[[], float]) -> None:
+        self.layout, self.capacity_bytes, self._clock = layout, capacity_bytes, clock
+        self.segments: OrderedDict[bytes, Segment] = OrderedDict()  # least recently used first
+        self.leases: dict[str, Lease] = {}
+        self.reused_segments = self.reused_bytes = 0
+        self._orphans: list[Segment] = []  # gone, but pinned
+        self._allocator = Allocator(capacity_bytes)
+
+    def open(self, segments: Sequence[tuple[bytes, int]], ttl_s: float) -> str:
+        """A new lease of segments; its id. Raises StoreFull."""
+        lease = Lease(secrets.token_hex(8), ttl_s, self._clock() + ttl_s)
+        self.hold(lease, segments)
+        self.leases[lease.lease_id] = lease
+        return lease.lease_id
+
+    def renew(self, lease_ids: Iterable[str]) -> list[str]:
+        """Start the time of leases anew; those that had run out."""
+        lapsed = []
+        for lease_id in lease_ids:
+            if lease := self.leases.get(lease_id):
+                lease.deadline = self._clock() + lease.ttl_s
+            else:
+                lapsed.append(lease_id)
+        return lapsed
+
+    def release(self, lease_ids: Iterable[str]) -> None:
+        """Give leases back; unknown ones are released already."""
+        for lease_id in lease_ids:
+            if lease := self.leases.pop(lease_id, None):
+                self._let_go(lease)
+
+    def expire(self) -> None:
+        """Release the leases that have run out."""
+        now = self._clock()
+        self.release([lease.lease_id for lease in self.leases.values() if lease.deadline <= now])
+
+    def pinned(self, digest: bytes) -> Segment | None:
+        """A segment with this digest that has pins, one that is gone first."""
+        candidates = (*self._orphans, *self.segments.values())
+        return next((each for each in candidates if each.digest == digest and each.pins), None)
+
+    def get(self, digest: bytes) -> Segment:
+        if (segment := self.segments.get(digest)) is None:
+            raise UnknownSegment(f"{name(digest)} is not held here: it was never leased, was evicted, or failed")
+        return segment
+
+    def lease(self, lease_id: str) -> Lease:
+        if (lease := self.leases.get(lease_id)) is None:
+            raise LeaseLapsed(f"lease {lease_id!r} has run out or was never given; send the request again")
+        return lease
+
+    def hold(self, lease: Lease, segments: Sequence[tuple[bytes, int]]) -> None:
+        """Add segments to a lease; all or none."""
+        wanted = {d: n for d, n in segments if (mine := lease.segments.get(d)) is None or not mine.stored}
+        for digest, length in wanted.items():
+            self._check(digest, length)
+        known = {digest: self.segments[digest] for digest in wanted if digest in self.segments}
+        for segment in known.values():  # first, so that they are not evicted for the others
+            segment.leases += 1
+        try:
+            new = self._reserve([(d, n) for d, n in wanted.items() if d not in known])
+        except StoreFull:
+            for segment in known.values():
+                segment.leases -= 1
+            raise
+        for segment in known.values():
+            self.reused_segments += 1
+            self.reused_bytes += segment.nbytes
+            self.segments.move_to_end(segment.digest)
+        lease.segments |= known | {segment.digest: segment for segment in new}
+
+    def _check(self, digest: bytes, length: int) -> None:
+        if len(digest) != DIGEST_BYTES or length < 1:
+            raise InvalidRequest("segments", f"{name(digest)} of {length} rows; digests have 16 bytes, rows are > 0")
+        if (known := self.segments.get(digest)) and known.length != length:
+            raise InvalidRequest("segments", f"{name(digest)} has {known.length} rows here; {length} were asked for")
+
+    def _reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[Segment]:
+        """New segments with one lease each; evicts what is needed for them."""
+        sizes = [self.layout.segment_bytes(length) for _, length in wanted]
+        idle = [segment for segment in self.segments.values() if segment.idle]
+        if sum(sizes) > self._allocator.free_bytes + sum(segment.nbytes for segment in idle):
+            raise self._full(sum(sizes))
+        reserved: list[Segment] = []
+        for (digest, length), nbytes in zip(wanted, sizes, strict=True):
+            while (offset := self._allocator.allocate(nbytes)) is None and idle:
+                self.discard(idle.pop(0), None)
+            if offset is None:
+                for segment in reserved:
+                    self.discard(segment, None)
+                raise self._full(sum(sizes))
+            pages = self.layout.layers * len(self.layout.page_ranges(length))
+            segment = Segment(digest, length, offset, nbytes, pages, leases=1)
+            reserved.append(segment)
+            self.segments[digest] = segment
+        return reserved
+
+    def _full(self, nbytes: int) -> StoreFull:
+        held = sum(segment.nbytes for segment in self.segments.values() if not segment.idle)
+        return StoreFull(
+            f"{nbytes} bytes of K/V do not fit: running requests hold {held} of the store's {self.capacity_bytes} "
+            "bytes; give it more with --kv-store-bytes, or send fewer requests at once"
+        )
+
+    def _let_go(self, lease: Lease) -> None:
+        for segment in lease.segments.values():
+            segment.leases -= 1
+            self._settle(segment)
+            segment.wake()
+
+    def unpin(self, segment: Segment) -> None:
+        segment.pins -= 1
+        if segment.stored:
+            self._settle(segment)
+        elif not segment.pins:
+            self._orphans.remove(segment)
+            self._allocator.free(segment.offset, segment.nbytes)
+
+    def _settle(self, segment: Segment) -> None:
+        """What becomes of a segment that lost a lease or a pin."""
+        if not segment.stored or not segment.idle:
+            return
+        if segment.complete:
+            self.segments.move_to_end(segment.digest)
+        else:
+            self.discard(segment, LeaseLapsed(f"all leases of {name(segment.digest)} ended before it was complete"))
+
+    def discard(self, segment: Segment, error: BagelError | None) -> None:
+        """Take a segment out of the store; its memory is free once it has no pins."""
+        del self.segments[segment.digest]
+        segment.stored, segment.claimed, segment.error = False, False, error
+        if segment.pins:
+            self._orphans.append(segment)
+        else:
+            self._allocator.free(segment.offset, segment.nbytes)
+        segment.wake()

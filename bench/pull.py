@@ -1,0 +1,177 @@
+"""The K/V benchmark: pulling a context over loopback, beside a raw socket that moves the same bytes.
+
+Each sender is a process of its own; the CPU-seconds are those of both ends. Pages are checked on our side, the control
+checks nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from statistics import median
+from threading import Thread
+from typing import Any
+
+import grpc
+import grpc.aio
+import torch
+
+from bagel.kv.pages import KvLayout
+from bagel.kv.puller import KvPuller
+from bagel.kv.service import KvBlocksServicer, add_kv_blocks
+from bagel.kv.store import KvStore
+from bagel.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
+from bagel.v1 import kv_pb2
+from bench.report import Table
+
+LAYOUT = KvLayout(layers=28, kv_heads=4, head_dim=128, dtype="bfloat16")
+LENGTH = 2048
+"""Tokens of the context: 112 MiB of K/V in the full-size model's layout."""
+DIGESTS, FINGERPRINT = (b"a" * 16, b"b" * 16), b"bench"
+NBYTES = LAYOUT.segment_bytes(LENGTH)
+CHUNK = 2 << 20
+LIMIT = 5.0
+"""Most CPU-seconds per byte that a pull may take, as a multiple of the control's."""
+NOTE = f"{NBYTES >> 20} MiB at a time; medians; CPU-seconds are of both ends; the ratio may be at most {LIMIT:g}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one transfer: on the wall, and of both ends on a core."""
+
+    wall: float
+    cpu: float
+
+
+class Child:
+    """A sender in a process of its own. `port`: where it listens; `ask`: questions to it."""
+
+    def __init__(self, target: Callable[[Connection], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=target, args=(theirs,), daemon=True)
+        self._process.start()
+        self.port: int = self._pipe.recv()
+
+    def ask(self, question: object) -> Any:
+        self._pipe.send(question)
+        return self._pipe.recv()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    @contextmanager
+    def measure(self, into: list[Sample]) -> Iterator[None]:
+        """Adds what its block takes, here and in the child."""
+        theirs, mine, start = self.ask("cpu"), time.process_time(), time.perf_counter()
+        yield
+        wall, mine = time.perf_counter() - start, time.process_time() - mine
+        into.append(Sample(wall, mine + self.ask("cpu") - theirs))
+
+
+def run(repeats: int) -> Iterator[Table]:
+    """Pulls and transfers of the control in turns, the first of each a warm-up; yields one table."""
+    with Child(_serve) as server, Child(_send) as sender:
+        pulls, control = asyncio.run(_transfers(server, sender, repeats))
+    table = Table("pull", NOTE)
+    base = _cpu_per_gb(control)
+    for name, samples in (("Pull, pages checked", pulls), ("raw socket, unchecked", control)):
+        cpu, wall = _cpu_per_gb(samples), median(sample.wall for sample in samples)
+        table.add(case=name, gb_per_s=NBYTES / wall / 1e9, cpu_s_per_gb=cpu, cpu_ratio=cpu / base, samples=len(samples))
+    table.failed = _cpu_per_gb(pulls) > LIMIT * base
+    yield table
+
+
+def _cpu_per_gb(samples: Sequence[Sample]) -> float:
+    return median(sample.cpu for sample in samples) / NBYTES * 1e9
+
+
+async def _transfers(server: Child, sender: Child, repeats: int) -> tuple[list[Sample], list[Sample]]:
+    pulls: list[Sample] = []
+    control: list[Sample] = []
+    store = KvStore(LAYOUT, FINGERPRINT, NBYTES)  # room for one, so that each pull takes the place of the last
+    buffer = memoryview(bytearray(NBYTES))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=CHANNEL_OPTIONS) as channel:
+        puller = KvPuller(store, {"server": channel})
+        with socket.create_connection(("127.0.0.1", sender.port)) as connection:
+            for turn in range(repeats + 1):
+                digest = DIGESTS[turn % 2]
+                ref = kv_pb2.ContextRef(
+                    segments=[kv_pb2.SegmentRef(digest=digest, length=LENGTH)],
+                    source="server",
+                    lease_id=server.ask(digest),
+                    lease_seconds=60,
+                    fingerprint=FINGERPRINT,
+                )
+                with server.measure(pulls):
+                    await _pull(puller, ref)
+                with sender.measure(control):
+                    _receive(connection, buffer)
+        await puller.close()
+    return pulls[1:], control[1:]
+
+
+async def _pull(puller: KvPuller, ref: kv_pb2.ContextRef) -> None:
+    async with puller.hold([ref]) as held:
+        await held.fetch()
+
+
+def _receive(connection: socket.socket, buffer: memoryview) -> None:
+    connection.sendall(b"?")
+    at = 0
+    while at < len(buffer):
+        at += connection.recv_into(buffer[at : at + CHUNK])
+
+
+def _serve(pipe: Connection) -> None:
+    asyncio.run(_serve_store(pipe))
+
+
+async def _serve_store(pipe: Connection) -> None:
+    store = KvStore(LAYOUT, FINGERPRINT, 2 * NBYTES)
+    for digest in DIGESTS:
+        store.lease([(digest, LENGTH)], 3600)
+        store.claim(digest)
+        rows = torch.randn(2, LENGTH, LAYOUT.kv_heads, LAYOUT.head_dim).bfloat16()
+        for layer in range(LAYOUT.layers):
+            store.write_layer(digest, layer, *rows)
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    add_kv_blocks(KvBlocksServicer(store), server)
+    pipe.send(server.add_insecure_port("127.0.0.1:0"))
+    await server.start()
+    while True:
+        question = await asyncio.to_thread(pipe.recv)
+        pipe.send(time.process_time() if question == "cpu" else store.lease([(question, LENGTH)], 60))
+
+
+def _send(pipe: Connection) -> None:
+    """Sends NBYTES for every byte that comes."""
+    payload = memoryview(os.urandom(NBYTES))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        pipe.send(server.getsockname()[1])
+        connection, _ = server.accept()
+    Thread(target=_answer, args=(pipe,), daemon=True).start()
+    while connection.recv(1):
+        for at in range(0, NBYTES, CHUNK):
+            connection.sendall(payload[at : at + CHUNK])
+
+
+def _answer(pipe: Connection) -> None:
+    while pipe.recv():
+        pipe.send(time.process_time())
+
+
+if __name__ == "__main__":
+    for each in run(repeats=7):
+        print(each.render())
