@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import grpc
@@ -432,3 +433,40 @@ def test_a_stock_client_reads_pages_and_stats() -> None:
         await pair.settled()
 
     run(test)
+
+
+def test_random_cancels_leave_the_others_whole_and_nothing_held() -> None:
+    async def test(pair: Pair) -> None:
+        rng = Random(0)
+        segments = [(bytes((letter,)) * 16, rng.choice((3, ROWS))) for letter in b"abcdef"]
+        tasks = []
+        for _ in range(60):
+            chosen = rng.sample(segments, rng.randint(1, 4))
+            cancel_after = rng.choice((None, 0.0, 0.01, 0.03))
+            ref = pair.ref(*chosen)
+            tasks.append(asyncio.create_task(_fetch_checked(pair, ref, chosen, cancel_after)))
+            if rng.random() < 0.5:
+                await asyncio.sleep(0.005)
+            for digest, length in chosen:  # the engine computes what nobody has
+                if pair.there.has(digest) and pair.there.claim(digest):
+                    for layer in range(LAYOUT.layers):
+                        pair.there.write_layer(digest, layer, *layer_of(LAYOUT, digest, length, layer))
+        ended = await asyncio.gather(*tasks)
+        assert {True, False} == set(ended)
+        await pair.settled()
+
+    run(test)
+
+
+async def _fetch_checked(
+    pair: Pair, ref: kv_pb2.ContextRef, segments: list[tuple[bytes, int]], cancel_after: float | None
+) -> bool:
+    """Whether a fetch came to its end, exactly, before it was cancelled."""
+    try:
+        async with asyncio.timeout(cancel_after), pair.puller.hold([ref]) as held:
+            await held.fetch()
+            check(pair.here, *segments)
+            return True
+    except TimeoutError:
+        assert cancel_after is not None
+        return False
