@@ -9,6 +9,32 @@ from PIL.Image import Image
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """A gateway took request `index`: its name in every log, its seed, and the pipeline that serves it."""
+
+    index: int
+    request_id: str
+    seed: int
+    pipeline: str
+
+
+@dataclass(frozen=True)
+class PrefillDone:
+    """The contexts of request `index` are computed: `tokens` rows of K/V over all its distinct branches."""
+
+    index: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DrawingStarted:
+    """The picture of request `index` waits for its turn no more; it waited so many seconds."""
+
+    index: int
+    waited_s: float
+
+
+@dataclass(frozen=True)
 class TextDelta:
     """Some more text of request `index`; think is True for the text before a picture."""
 
@@ -31,7 +57,8 @@ class Result:
     """What request `index` came to.
 
     text: the reply, or the think text before a picture ("" if there is none); token_ids: its visible ids.
-    timings: seconds by stage (context, text, denoise, decode).
+    timings: seconds by stage (context, text, denoise, decode). From a service also usage, tokens and steps by the
+    names of bagel.v1.Usage, and the request's name in its logs.
     """
 
     index: int
@@ -40,7 +67,11 @@ class Result:
     token_ids: tuple[int, ...]
     seed: int
     timings: Mapping[str, float] = field(default_factory=dict)
+    usage: Mapping[str, int] = field(default_factory=dict)
+    request_id: str = ""
 
 
 Event = TextDelta | StepDone | Result
 OnEvent = Callable[[Event], None]
+ServiceEvent = Accepted | PrefillDone | DrawingStarted | Event
+"""What a gateway reports beside."""

@@ -1,0 +1,378 @@
+"""Clients of a running gateway, for threads and for asyncio. No torch here.
+
+with Client("127.0.0.1:50051") as client:
+    client.generate("a red cube", steps=24).image.save("cube.png")
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import grpc
+from PIL import Image
+
+from bagel import wire
+from bagel.errors import InvalidImage, InvalidRequest, RemoteError
+from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
+from bagel.images import StrPath, to_rgb
+from bagel.prompts import ImagePart, TextPart
+from bagel.request import Modality
+from bagel.status import from_rpc_error
+from bagel.telemetry import REQUEST_ID, new_request_id
+from bagel.transport import PLAINTEXT, Security, channel, sync_channel
+from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
+
+ImageInput = StrPath | bytes | Image.Image
+PromptInput = str | Sequence[str | TextPart | ImagePart | common_pb2.Part]
+OnServiceEvent = Callable[[ServiceEvent], None]
+MANY = 64
+"""Requests of generate_many that are under way at once; the gateway's own default limit."""
+_READ_IMAGE = "give a path, the bytes of an image file or a PIL image"
+
+
+class Client:
+    """A client for threads. target: the gateway's host:port. Errors are those of bagel.errors, as the gateway's."""
+
+    def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
+        self._target = target
+        self._channel = sync_channel(target, security)
+        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection up; calls under way end."""
+        self._channel.close()
+
+    def generate(self, prompt: PromptInput, *, on_event: OnServiceEvent | None = None, **settings: Any) -> Result:
+        """One picture or one answer. settings: see `stream`; on_event hears everything that happens."""
+        return _last(self.stream(prompt, **settings), on_event)
+
+    def stream(
+        self,
+        prompt: PromptInput,
+        *,
+        modality: str = Modality.TEXT2IMG,
+        image: ImageInput | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        output_format: str = "PNG",
+        **options: Any,
+    ) -> Generator[ServiceEvent, None, None]:
+        """What happens, the Result last; closing the iterator cancels the request.
+
+        image: goes before the prompt. timeout: seconds for everything. output_format: PNG, JPEG or WEBP. options: the
+        fields of bagel.request, such as steps, seed, cfg_text_scale or think; an unknown one raises InvalidRequest.
+        """
+        call = _Call.make(prompt, modality, image, timeout, request_id, output_format, options)
+        return self._events(call, 0, _UnderWay())
+
+    def generate_many(
+        self, requests: Sequence[Mapping[str, Any]], on_event: OnServiceEvent | None = None
+    ) -> list[Result]:
+        """Several at once, results in their order; each is the arguments of `generate`, `prompt` among them.
+
+        Events carry the request's index, and come from several threads. The first error cancels the others.
+        """
+        calls, under_way = [_Call.of(request) for request in requests], _UnderWay()
+
+        def run(index: int, call: _Call) -> Result:
+            return _last(self._events(call, index, under_way), on_event)
+
+        with ThreadPoolExecutor(max(1, min(MANY, len(calls)))) as pool:
+            futures = [pool.submit(run, index, call) for index, call in enumerate(calls)]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                under_way.cancel()
+        for future in (future for future in futures if future in done):
+            future.result()  # the first error, not the cancelling that followed from it
+        return [future.result() for future in futures]
+
+    def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
+        """What the gateway serves."""
+        try:
+            return self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+
+    def _events(self, call: _Call, index: int, under_way: _UnderWay) -> Generator[ServiceEvent, None, None]:
+        reader = _Reader(index)
+        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=call.metadata)
+        under_way.add(responses)
+        try:
+            for response in responses:
+                if (event := reader.read(response)) is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+        finally:
+            responses.cancel()
+        reader.check_finished(self._target)
+
+
+class AsyncClient:
+    """As Client, for asyncio; to be made inside the running loop."""
+
+    def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
+        self._target = target
+        self._channel = channel(target, security)
+        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the connection up; calls under way end."""
+        await self._channel.close()
+
+    async def generate(self, prompt: PromptInput, *, on_event: OnServiceEvent | None = None, **settings: Any) -> Result:
+        """One picture or one answer. settings: see `stream`; on_event hears everything that happens."""
+        return await _last_of(self.stream(prompt, **settings), on_event)
+
+    def stream(
+        self,
+        prompt: PromptInput,
+        *,
+        modality: str = Modality.TEXT2IMG,
+        image: ImageInput | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        output_format: str = "PNG",
+        **options: Any,
+    ) -> AsyncGenerator[ServiceEvent, None]:
+        """What happens, the Result last; see Client.stream."""
+        return self._events(_Call.make(prompt, modality, image, timeout, request_id, output_format, options), 0)
+
+    async def generate_many(
+        self, requests: Sequence[Mapping[str, Any]], on_event: OnServiceEvent | None = None
+    ) -> list[Result]:
+        """Several at once, results in their order; see Client.generate_many."""
+        calls, places = [_Call.of(request) for request in requests], asyncio.Semaphore(MANY)
+
+        async def run(index: int, call: _Call) -> Result:
+            async with places:
+                return await _last_of(self._events(call, index), on_event)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(index, call)) for index, call in enumerate(calls)]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
+        """What the gateway serves."""
+        try:
+            return await self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+
+    async def _events(self, call: _Call, index: int) -> AsyncGenerator[ServiceEvent, None]:
+        reader = _Reader(index)
+        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=call.metadata)
+        try:
+            async for response in responses:
+                if (event := reader.read(response)) is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self._target) from None
+        finally:
+            responses.cancel()
+        reader.check_finished(self._target)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One request as it goes out."""
+
+    message: gateway_pb2.GenerateRequest
+    timeout: float | None
+    metadata: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def make(
+        cls,
+        prompt: PromptInput,
+        modality: str,
+        image: ImageInput | None,
+        timeout: float | None,
+        request_id: str | None,
+        output_format: str,
+        options: Mapping[str, Any],
+    ) -> _Call:
+        """Raises InvalidRequest for what no message can say; the gateway checks the rest."""
+        if modality not in list(Modality):
+            raise InvalidRequest("modality", f"modality is {modality!r}; it must be one of {', '.join(Modality)}")
+        if output_format.upper() not in wire.FORMATS:
+            names = ", ".join(wire.FORMATS)
+            raise InvalidRequest("output_format", f"output_format is {output_format!r}; it must be one of {names}")
+        message = gateway_pb2.GenerateRequest(
+            request=wire.options_to_wire(Modality(modality), _parts(prompt, image), options),
+            output_format=wire.FORMATS[output_format.upper()],
+        )
+        return cls(message, timeout, ((REQUEST_ID, request_id or new_request_id()),))
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Call:
+        """A call from the arguments of `generate`."""
+        options = dict(arguments)
+        if "prompt" not in options:
+            raise InvalidRequest("prompt", "a request has no prompt; give each one, like {'prompt': 'a red cube'}")
+        return cls.make(
+            prompt=options.pop("prompt"),
+            modality=options.pop("modality", Modality.TEXT2IMG),
+            image=options.pop("image", None),
+            timeout=options.pop("timeout", None),
+            request_id=options.pop("request_id", None),
+            output_format=options.pop("output_format", "PNG"),
+            options=options,
+        )
+
+
+class _Reader:
+    """Responses of one request as events. The picture comes in the Result, with the rest of it."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._accepted = gateway_pb2.Accepted()
+        self._image: Image.Image | None = None
+        self._finished = False
+
+    def read(self, response: gateway_pb2.GenerateResponse) -> ServiceEvent | None:
+        """The event of a response; None for the picture and for what a newer gateway may send."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                self._accepted = told = response.accepted
+                return Accepted(self._index, told.request_id, told.seed, told.pipeline)
+            case "prefill":
+                return PrefillDone(self._index, response.prefill.tokens)
+            case "text":
+                return TextDelta(self._index, response.text.text, response.text.think)
+            case "drawing":
+                return DrawingStarted(self._index, response.drawing.waited_seconds)
+            case "step":
+                return StepDone(self._index, response.step.step, response.step.steps)
+            case "picture":
+                self._image = Image.open(BytesIO(response.picture.data))
+                self._image.load()
+            case "finished":
+                self._finished = True
+                return self._result(response.finished)
+        return None
+
+    def check_finished(self, target: str) -> None:
+        """Raise if the gateway ended the stream without its last event."""
+        if not self._finished:
+            raise RemoteError(f"{target} ended the request without its result", "INTERNAL")
+
+    def _result(self, finished: gateway_pb2.Finished) -> Result:
+        usage = {field.name: getattr(finished.usage, field.name) for field in common_pb2.Usage.DESCRIPTOR.fields}
+        return Result(
+            self._index,
+            self._image,
+            finished.text,
+            tuple(finished.token_ids),
+            self._accepted.seed,
+            wire.timings_from_wire(finished.timings),
+            usage,
+            self._accepted.request_id,
+        )
+
+
+class _Cancellable(Protocol):
+    def cancel(self) -> object: ...
+
+
+class _UnderWay:
+    """Calls of several threads that end together."""
+
+    def __init__(self) -> None:
+        self._lock, self._cancelled = Lock(), False
+        self._calls: list[_Cancellable] = []
+
+    def add(self, call: _Cancellable) -> None:
+        with self._lock:
+            self._calls.append(call)
+            if self._cancelled:
+                call.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            for call in self._calls:
+                call.cancel()
+
+
+def _parts(prompt: PromptInput, image: ImageInput | None) -> list[common_pb2.Part]:
+    """The prompt's parts, an image given beside it first."""
+    before = [] if image is None else [common_pb2.Part(image=common_pb2.ImagePart(data=_image_bytes(image)))]
+    if isinstance(prompt, str):
+        return [*before, _part(prompt)]
+    return [*before, *map(_part, prompt)]
+
+
+def _part(part: object) -> common_pb2.Part:
+    if isinstance(part, common_pb2.Part):
+        return part
+    if isinstance(part, str):
+        part = TextPart(part)
+    if isinstance(part, TextPart | ImagePart):
+        return wire.part_to_wire(part)
+    raise InvalidRequest("prompt", f"a part of the prompt is {part!r:.80}; it must be a text, a TextPart or ImagePart")
+
+
+def _image_bytes(image: ImageInput) -> bytes:
+    """An image's file; a PIL image becomes a PNG."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        return wire.encode_picture(to_rgb(image), common_pb2.IMAGE_FORMAT_PNG)
+    try:
+        return Path(image).read_bytes()
+    except TypeError:
+        raise InvalidImage("image", f"image is {image!r:.80}; {_READ_IMAGE}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InvalidImage("image", f"the image {str(image)!r} cannot be read: {reason}; {_READ_IMAGE}") from None
+
+
+def _last(events: Generator[ServiceEvent, None, None], on_event: OnServiceEvent | None) -> Result:
+    """The Result of a stream; on_event may raise, which cancels the request."""
+    result: ServiceEvent | None = None
+    with closing(events):
+        for result in events:
+            if on_event is not None:
+                on_event(result)
+    assert isinstance(result, Result)
+    return result
+
+
+async def _last_of(events: AsyncGenerator[ServiceEvent, None], on_event: OnServiceEvent | None) -> Result:
+    result: ServiceEvent | None = None
+    async with aclosing(events):
+        async for result in events:
+            if on_event is not None:
+                on_event(result)
+    assert isinstance(result, Result)
+    return result

@@ -1,0 +1,43 @@
+"""Which branches guide a picture, as `bagel.engine.denoise.needed_branches` says, for what must not load torch."""
+
+from __future__ import annotations
+
+import struct
+
+from bagel.prompts import BranchName
+from bagel.request import ImageSettings
+
+
+def needed_branches(settings: ImageSettings) -> frozenset[BranchName]:
+    """Branches whose K/V a picture needs: gen, and those that guide it in at least one step."""
+    gen = frozenset({BranchName.GEN})
+    if settings.cfg_text_scale <= 1 or not _guided_anywhere(settings):
+        return gen
+    companions = {BranchName.CFG_TEXT} if settings.cfg_img_scale <= 1 else {BranchName.CFG_TEXT, BranchName.CFG_IMG}
+    return gen | companions
+
+
+def timesteps(num_timesteps: int, shift: float) -> list[float]:
+    """Times of the steps and their end, from 1 to 0, each a float32: t = s u / (1 + (s - 1) u), rounded as torch does.
+
+    float64 holds sums, products and quotients of float32 closely enough that rounding them once more is exact.
+    """
+    step = _f32(-1.0 / (num_timesteps - 1))
+    half = num_timesteps // 2
+    s, s1 = _f32(shift), _f32(shift - 1)
+    times = []
+    for i in range(num_timesteps):
+        # torch.linspace counts from the nearer end, with one rounding (a fused multiply-add).
+        u = _f32(1.0 + step * i) if i < half else _f32(-step * (num_timesteps - 1 - i))
+        times.append(_f32(_f32(s * u) / _f32(1.0 + _f32(s1 * u))))
+    return times
+
+
+def _guided_anywhere(settings: ImageSettings) -> bool:
+    lo, hi = (_f32(end) for end in settings.cfg_interval)
+    return any(lo < t <= hi for t in timesteps(settings.steps, settings.timestep_shift)[:-1])
+
+
+def _f32(value: float) -> float:
+    """The nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])

@@ -1,0 +1,67 @@
+"""How many requests are under way at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from bagel.errors import Busy, Draining
+
+RETRY_AFTER_S = 1.0
+
+
+class Admission:
+    """At most `limit` requests under way; as many more may wait up to wait_s for their turn.
+
+    draining: once set, nothing new is admitted.
+    """
+
+    def __init__(self, limit: int, wait_s: float, draining: asyncio.Event) -> None:
+        self.under_way = 0
+        self._limit, self._wait_s, self._draining = limit, wait_s, draining
+        self._places = asyncio.Semaphore(limit)
+        self._waiting = 0
+
+    @asynccontextmanager
+    async def admit(self) -> AsyncIterator[None]:
+        """A place for the block; raises Busy if there is none in time, Draining if the gateway shuts down."""
+        await self._take()
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            self._places.release()
+
+    async def _take(self) -> None:
+        self._check_draining()
+        if self._places.locked():
+            await self._wait()
+            if self._draining.is_set():
+                self._places.release()
+                self._check_draining()
+        else:
+            await self._places.acquire()
+
+    async def _wait(self) -> None:
+        if self._waiting >= self._limit or self._wait_s <= 0:
+            raise self._busy()
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise self._busy() from None
+        finally:
+            self._waiting -= 1
+
+    def _busy(self) -> Busy:
+        return Busy(
+            f"the gateway serves {self.under_way} requests, its limit; try again later, or raise --max-requests",
+            RETRY_AFTER_S,
+        )
+
+    def _check_draining(self) -> None:
+        if self._draining.is_set():
+            raise Draining("the gateway is shutting down and takes no new requests; send it to another one")

@@ -1,0 +1,234 @@
+"""The services behind the gateway: which of them are ready, what they serve, and which one takes a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bagel.errors import ConfigError, ForeignContext, NoBackend
+from bagel.status import from_rpc_error
+from bagel.telemetry import Log
+from bagel.transport import PLAINTEXT, Security, channel
+from bagel.v1 import dit_pb2, dit_pb2_grpc, thinker_pb2, thinker_pb2_grpc
+from bagel.v1.common_pb2 import ModelInfo
+
+CHECK_EVERY_S = 1.0
+CHECK_TIMEOUT_S = 5.0
+
+log = Log("bagel_gateway.backends")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A configured service: NAME=HOST:PORT."""
+
+    name: str
+    target: str
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read NAME=HOST:PORT; ConfigError for anything else."""
+        name, _, target = text.partition("=")
+        host, _, port = target.rpartition(":")
+        if not (name and host and port.isdecimal()):
+            raise ConfigError(f"{text!r} is no address of a service; write NAME=HOST:PORT, like dit-0=127.0.0.1:50052")
+        return cls(name, target)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.target})"
+
+
+class Backend:
+    """One service. model is what it serves while it is ready, else None; under_way counts the gateway's requests."""
+
+    kind = "service"
+
+    def __init__(self, address: Address, security: Security) -> None:
+        self.address, self.under_way = address, 0
+        self.model: ModelInfo | None = None
+        self.why_not = "not checked yet"
+        self._channel = channel(address.target, security)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    @property
+    def name(self) -> str:
+        return self.address.name
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Count a request for the block."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    async def check(self) -> None:
+        """Ask whether it is ready and what it serves."""
+        try:
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
+            if reply.status != health_pb2.HealthCheckResponse.SERVING:
+                self._lost("not ready: it loads or shuts down")
+                return
+            model = await self._describe()
+        except grpc.RpcError as error:
+            self._lost(str(from_rpc_error(error, self.name)))
+        except ConfigError as error:
+            self._lost(str(error))
+        else:
+            self._found(model)
+
+    async def close(self) -> None:
+        """Give its connection up."""
+        await self._channel.close()
+
+    async def _describe(self) -> ModelInfo:
+        raise NotImplementedError
+
+    def _found(self, model: ModelInfo) -> None:
+        if self.model is None:
+            fingerprint = model.kv_fingerprint.hex()
+            log.info("backend ready", backend=str(self.address), model=model.name, kv_fingerprint=fingerprint)
+        self.model = model
+
+    def _lost(self, why: str) -> None:
+        if self.model is not None or why != self.why_not:
+            log.warning("backend not ready", backend=str(self.address), why=why)
+        self.model, self.why_not = None, why
+
+
+class ThinkerBackend(Backend):
+    """A Thinker. source: the name under which DiTs know it."""
+
+    kind = "Thinker"
+
+    def __init__(self, address: Address, security: Security) -> None:
+        super().__init__(address, security)
+        self.source = address.name
+        self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
+
+    async def _describe(self) -> ModelInfo:
+        reply = await self.stub.Describe(thinker_pb2.ThinkerServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
+        self.source = reply.name or self.address.name
+        return reply.model
+
+
+class DitBackend(Backend):
+    """A DiT. sources: names of the Thinkers that it can pull from."""
+
+    kind = "DiT"
+
+    def __init__(self, address: Address, security: Security, *, single_stage: bool) -> None:
+        super().__init__(address, security)
+        self.sources: frozenset[str] = frozenset()
+        self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
+        self._single_stage = single_stage
+
+    async def _describe(self) -> ModelInfo:
+        reply = await self.stub.Describe(dit_pb2.DitServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
+        if reply.single_stage != self._single_stage:
+            change = "start it with --single-stage" if self._single_stage else "start it without --single-stage"
+            raise ConfigError(f"{self.address} does not fit the gateway's pipeline; {change}")
+        self.sources = frozenset(reply.sources)
+        return reply.model
+
+
+B = TypeVar("B", bound=Backend)
+
+
+class Backends:
+    """All services of a deployment. Without thinkers the DiTs serve whole requests."""
+
+    def __init__(
+        self,
+        thinkers: Sequence[Address],
+        dits: Sequence[Address],
+        *,
+        single_stage: bool,
+        security: Security = PLAINTEXT,
+        check_every_s: float = CHECK_EVERY_S,
+    ) -> None:
+        self.thinkers = [ThinkerBackend(address, security) for address in thinkers]
+        self.dits = [DitBackend(address, security, single_stage=single_stage) for address in dits]
+        self._single_stage, self._check_every_s = single_stage, check_every_s
+        self._watches: list[asyncio.Task[None]] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether each stage has a service that is ready."""
+        stages: list[Sequence[Backend]] = [self.dits] if self._single_stage else [self.thinkers, self.dits]
+        return all(any(backend.model is not None for backend in stage) for stage in stages)
+
+    def start(self, on_ready: Callable[[bool], Awaitable[None]]) -> None:
+        """Check every service from now on; on_ready hears whenever `ready` has changed."""
+        self._on_ready, self._told = on_ready, False
+        every = (*self.thinkers, *self.dits)
+        self._watches = [asyncio.create_task(self._watch(backend), name=f"watch {backend.name}") for backend in every]
+
+    async def close(self) -> None:
+        """Check no more, and give all connections up."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
+        for backend in (*self.thinkers, *self.dits):
+            await backend.close()
+
+    def thinker(self) -> ThinkerBackend:
+        """The least busy Thinker; NoBackend if none is ready."""
+        return _ready("Thinker", self.thinkers)[0]
+
+    def dit(self) -> DitBackend:
+        """The least busy DiT; NoBackend if none is ready."""
+        return _ready("DiT", self.dits)[0]
+
+    def pair(self) -> tuple[ThinkerBackend, DitBackend]:
+        """The least busy Thinker and the least busy DiT that can draw from it.
+
+        Raises NoBackend if a stage has none that is ready, ForeignContext if no two of them fit.
+        """
+        thinkers, dits = _ready("Thinker", self.thinkers), _ready("DiT", self.dits)
+        for thinker in thinkers:
+            for dit in dits:
+                if _misfit(thinker, dit) is None:
+                    return thinker, dit
+        raise ForeignContext(str(_misfit(thinkers[0], dits[0])))
+
+    async def _watch(self, backend: Backend) -> None:
+        while True:
+            with suppress(TimeoutError):
+                await backend.check()
+            if self.ready != self._told:
+                self._told = self.ready
+                log.info("gateway ready" if self._told else "gateway not ready")
+                await self._on_ready(self._told)
+            await asyncio.sleep(self._check_every_s)
+
+
+def _ready(kind: str, backends: Sequence[B]) -> list[B]:
+    """Those that are ready, the least busy first."""
+    ready = [backend for backend in backends if backend.model is not None]
+    if not ready:
+        each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in backends)
+        raise NoBackend(f"no {kind} is ready: {each or 'none is configured'}; start it, or try again later")
+    return sorted(ready, key=lambda backend: backend.under_way)
+
+
+def _misfit(thinker: ThinkerBackend, dit: DitBackend) -> str | None:
+    """Why a DiT cannot draw from a Thinker; None if it can."""
+    assert thinker.model is not None and dit.model is not None
+    ours, theirs = thinker.model.kv_fingerprint, dit.model.kv_fingerprint
+    if ours != theirs:
+        return (
+            f"{thinker.address} and {dit.address} do not share K/V: their fingerprints are {ours.hex()} and "
+            f"{theirs.hex()}; start both with the same model and dtype"
+        )
+    if thinker.source not in dit.sources:
+        known = ", ".join(sorted(dit.sources)) or "none"
+        return f"{dit.address} knows no source {thinker.source!r} (it knows {known}); start it with --source"
+    return None

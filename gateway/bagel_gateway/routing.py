@@ -1,0 +1,252 @@
+"""One request on its way through the stages of its pipeline: calls fan out, events come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import TypeVar
+
+import grpc
+from grpc.aio import UnaryStreamCall
+
+from bagel import wire
+from bagel.errors import (
+    BagelError,
+    ContextRefused,
+    IncompleteContext,
+    KvTimeout,
+    RemoteError,
+    SourceUnavailable,
+)
+from bagel.pipelines import kv_collector
+from bagel.prompts import BranchName
+from bagel.status import from_rpc_error
+from bagel.telemetry import request_metadata
+from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
+from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
+from bagel_gateway.planning import Build, Plan
+
+Q = TypeVar("Q")
+R = TypeVar("R")
+Remaining = Callable[[], float | None]
+"""Seconds until the client's deadline; None without one."""
+
+CAUSE_S = 1.0
+"""How long a DiT that lost its K/V waits for the Thinker's own account of why."""
+_FROM_THE_THINKER = (ContextRefused, IncompleteContext, KvTimeout, SourceUnavailable)
+_OF_THE_PROMPT = ("prompt_tokens", "image_tokens", "completion_tokens", "think_tokens")
+
+
+class Route:
+    """One request, from its plan to its end. Ends with the first error of a stage; all other calls are cancelled."""
+
+    def __init__(
+        self, plan: Plan, thinker: ThinkerBackend | None, dit: DitBackend | None, remaining: Remaining
+    ) -> None:
+        self._plan, self._thinker, self._dit, self._remaining = plan, thinker, dit, remaining
+        self._queue: asyncio.Queue[gateway_pb2.GenerateResponse | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._handed_over: list[asyncio.Future[kv_pb2.ContextRef]] = [loop.create_future() for _ in plan.builds]
+        self._built: dict[int, thinker_pb2.ContextBuilt] = {}
+        self._lengths: dict[int, int] = {}
+        self._told_prefill = False
+        self._started = time.perf_counter()
+
+    async def events(self) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """What happens, the last one `finished`; raises the BagelError of the stage that failed."""
+        work = asyncio.create_task(self._run())
+        try:
+            while (event := await self._queue.get()) is not None:
+                yield event
+            await work
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            if self._plan.whole is not None:
+                finished = await self._serve_whole(self._plan.whole)
+            elif self._plan.draw is None:
+                finished = await self._answer()
+            else:
+                finished = await self._draw_picture(self._plan.draw)
+            total = common_pb2.StageTiming(stage="total", seconds=time.perf_counter() - self._started)
+            finished.timings.append(total)
+            self._queue.put_nowait(gateway_pb2.GenerateResponse(finished=finished))
+        finally:
+            self._queue.put_nowait(None)
+
+    async def _serve_whole(self, request: common_pb2.Request) -> gateway_pb2.Finished:
+        """The single stage."""
+        end = await self._call_dit(dit_pb2.DitServiceGenerateRequest(request=request))
+        return gateway_pb2.Finished(
+            text=end.text,
+            token_ids=end.token_ids,
+            usage=end.usage,
+            timings=wire.timings_to_wire(_without_total(end.timings)),
+        )
+
+    async def _answer(self) -> gateway_pb2.Finished:
+        """Text in two stages: the Thinker alone."""
+        built = await self._build(0, self._plan.builds[0])
+        return gateway_pb2.Finished(
+            text=built.text,
+            token_ids=built.token_ids,
+            usage=built.usage,
+            timings=wire.timings_to_wire(_without_total(built.timings)),
+        )
+
+    async def _draw_picture(self, picture: dit_pb2.DrawPicture) -> gateway_pb2.Finished:
+        """A picture in two stages: all contexts at once, and the DiT as soon as the pipeline hands them over."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                builds = [
+                    group.create_task(self._build(number, build)) for number, build in enumerate(self._plan.builds)
+                ]
+                drawing = group.create_task(self._draw(picture, builds))
+        except BaseExceptionGroup as failed:
+            raise _first_error(failed) from None
+        return self._merge(drawing.result())
+
+    async def _build(self, number: int, build: Build) -> thinker_pb2.ContextBuilt:
+        """One context. Its K/V are handed over as the pipeline says: at once, or when its sequence has ended."""
+        early = self._plan.pipeline.stages[0].omni_kv_config.kv_transfer_criteria is not None
+        handed_over, refs = self._handed_over[number], list[kv_pb2.ContextRef]()
+        assert self._thinker is not None
+        call = self._thinker.stub.BuildContext(build.request, timeout=self._remaining(), metadata=request_metadata())
+        async for event in _responses(call, self._thinker):
+            match event.WhichOneof("event"):
+                case "context":
+                    refs.append(event.context)
+                    self._lengths[number] = sum(segment.length for segment in event.context.segments)
+                    # The second context of a think run is the one with the think text.
+                    if not handed_over.done() and (early or (build.thinks and len(refs) == 2)):
+                        handed_over.set_result(event.context)
+                case "text":
+                    self._tell_answer_begins(build)
+                    self._emit(text=common_pb2.TextDelta(text=event.text.text, think=build.thinks))
+                case "built":
+                    self._built[number] = event.built
+        return self._end_of_build(number, refs)
+
+    def _end_of_build(self, number: int, refs: list[kv_pb2.ContextRef]) -> thinker_pb2.ContextBuilt:
+        if number not in self._built or not refs:
+            assert self._thinker is not None
+            raise RemoteError(f"{self._thinker.name} ended a context without its result", "INTERNAL")
+        if not self._handed_over[number].done():
+            self._handed_over[number].set_result(refs[-1])
+        if len(self._built) == len(self._plan.builds):
+            self._tell_prefill()
+        return self._built[number]
+
+    def _tell_answer_begins(self, build: Build) -> None:
+        """An answer's prompt is read once its first text comes; a picture's contexts may still be computed then."""
+        if not build.thinks:
+            self._tell_prefill()
+
+    def _tell_prefill(self) -> None:
+        if not self._told_prefill:
+            self._told_prefill = True
+            self._emit(prefill=gateway_pb2.PrefillDone(tokens=sum(self._lengths.values())))
+
+    async def _draw(
+        self, picture: dit_pb2.DrawPicture, builds: list[asyncio.Task[thinker_pb2.ContextBuilt]]
+    ) -> dit_pb2.DitServiceGenerateFinished:
+        refs = await asyncio.gather(*self._handed_over)
+        draw = dit_pb2.DrawPicture()
+        draw.CopyFrom(picture)
+        draw.contexts.extend(self._collect(refs))
+        try:
+            return await self._call_dit(dit_pb2.DitServiceGenerateRequest(draw=draw))
+        except _FROM_THE_THINKER:
+            # What went wrong went wrong at the Thinker; its own error, if one comes, ends this task first.
+            await asyncio.wait(builds, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
+            raise
+
+    def _collect(self, refs: list[kv_pb2.ContextRef]) -> list[dit_pb2.BranchContext]:
+        """The contexts of all branches needed; one without parts is empty and was not built."""
+        contexts = {name: ref for build, ref in zip(self._plan.builds, refs, strict=True) for name in build.branches}
+        gen = contexts[BranchName.GEN]
+        for name in self._plan.empty:
+            contexts[name] = kv_pb2.ContextRef(source=gen.source, fingerprint=gen.fingerprint)
+        collect = kv_collector(self._plan.pipeline.stages[1])
+        collected = collect(self._plan.branches, contexts, self._plan.needed)
+        return [dit_pb2.BranchContext(branch=wire.branch_to_wire(name), context=ref) for name, ref in collected.items()]
+
+    async def _call_dit(self, request: dit_pb2.DitServiceGenerateRequest) -> dit_pb2.DitServiceGenerateFinished:
+        """The DiT's part; its events go on as they come."""
+        assert self._dit is not None
+        request.output_format = self._plan.output_format
+        call = self._dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
+        finished = None
+        async for event in _responses(call, self._dit):
+            match event.WhichOneof("event"):
+                case "admitted" if self._plan.makes_image:
+                    waited = event.admitted.waited_seconds
+                    self._emit(drawing=gateway_pb2.DrawingStarted(waited_seconds=waited))
+                case "text":
+                    self._emit(text=event.text)
+                case "step":
+                    self._emit(step=event.step)
+                case "picture":
+                    self._emit(picture=event.picture)
+                case "finished":
+                    finished = event.finished
+        if finished is None:
+            raise RemoteError(f"{self._dit.name} ended a request without its result", "INTERNAL")
+        return finished
+
+    def _merge(self, drawn: dit_pb2.DitServiceGenerateFinished) -> gateway_pb2.Finished:
+        """The end of a picture in two stages. The prompt's tokens are gen's; work is that of all branches."""
+        gen = next(i for i, build in enumerate(self._plan.builds) if BranchName.GEN in build.branches)
+        text = self._built[gen]
+        usage = common_pb2.Usage()
+        usage.CopyFrom(drawn.usage)
+        for name in _OF_THE_PROMPT:
+            setattr(usage, name, getattr(text.usage, name))
+        usage.computed_tokens += sum(built.usage.computed_tokens for built in self._built.values())
+        usage.reused_tokens += sum(built.usage.reused_tokens for built in self._built.values())
+        timings: dict[str, float] = {}
+        for built in self._built.values():  # they run side by side
+            for stage, seconds in _without_total(built.timings).items():
+                timings[stage] = max(seconds, timings.get(stage, 0.0))
+        for stage, seconds in _without_total(drawn.timings).items():
+            timings[stage] = timings.get(stage, 0.0) + seconds
+        return gateway_pb2.Finished(
+            text=text.text, token_ids=text.token_ids, usage=usage, timings=wire.timings_to_wire(timings)
+        )
+
+    def _emit(
+        self,
+        *,
+        prefill: gateway_pb2.PrefillDone | None = None,
+        text: common_pb2.TextDelta | None = None,
+        drawing: gateway_pb2.DrawingStarted | None = None,
+        step: common_pb2.StepDone | None = None,
+        picture: common_pb2.Picture | None = None,
+    ) -> None:
+        event = gateway_pb2.GenerateResponse(prefill=prefill, text=text, drawing=drawing, step=step, picture=picture)
+        self._queue.put_nowait(event)
+
+
+async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIterator[R]:
+    """A call's responses; its errors as BagelErrors. The call is cancelled when the caller leaves."""
+    try:
+        async for response in call:
+            yield response
+    except grpc.RpcError as error:
+        raise from_rpc_error(error, backend.name) from None
+    finally:
+        call.cancel()
+
+
+def _without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, float]:
+    """Stages alone: the gateway's total is the request's."""
+    return {stage: seconds for stage, seconds in wire.timings_from_wire(timings).items() if stage != "total"}
+
+
+def _first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error of a stage. What is cancelled after it is no error, and is not in the group."""
+    return next((error for error in failed.exceptions if isinstance(error, BagelError)), failed.exceptions[0])
