@@ -1,3 +1,20 @@
 """bagel-serving: exact serving of BAGEL, one model that understands and generates images."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bagel.omni import Omni
+
+__all__ = ["Omni", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`bagel.Omni`, imported when it is first asked for: the command line's --help needs none of it."""
+    if name == "Omni":
+        from bagel.omni import Omni
+
+        return Omni
+    raise AttributeError(f"module 'bagel' has no attribute {name!r}")

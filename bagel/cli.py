@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from bagel import __version__
-from bagel.commands.flags import INTERRUPTED, Parser, add_generate_flags, complain_of_unknown
+from bagel.commands.flags import INTERRUPTED, Parser, add_generate_flags, add_serve_flags, complain_of_unknown
 from bagel.errors import BagelError, ConfigError
 
 BROKEN_PIPE = 141
@@ -45,18 +45,27 @@ def _run(argv: Sequence[str] | None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     generate = commands.add_parser(
         "generate",
-        help="make pictures or text in this process",
-        description="Make pictures or text with the model loaded into this process. Pictures' paths and answers go "
-        "to stdout, everything else to stderr.",
+        help="make pictures or text",
+        description="Make pictures or text: in this process, in the services of a two-stage deploy file, or at a "
+        "running gateway. Pictures' paths and answers go to stdout, everything else to stderr.",
     )
     add_generate_flags(generate)
+    serve = commands.add_parser(
+        "serve",
+        help="start all services of a deploy file",
+        description="Start all services of a deploy file on this machine and run them until Ctrl-C or SIGTERM. The "
+        "gateway's address goes to stdout once it is ready, everything else to stderr.",
+    )
+    add_serve_flags(serve)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        complain_of_unknown(unknown, generate if args.command else parser)
+        complain_of_unknown(unknown, commands.choices.get(args.command, parser))
     if args.command is None:
         raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
-    from bagel.commands.generate import generate as run
-
+    if args.command == "serve":
+        from bagel.commands.serve import serve as run
+    else:
+        from bagel.commands.generate import generate as run
     run(args)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bagel import defaults
 from bagel.cli import main
 from bagel.commands import generate as command
 from tests.conftest import GOLDEN
@@ -80,7 +81,15 @@ WRONG: list[tuple[list[str], str]] = [
     ([*P, "--worker-backend", "ray"], "--worker-backend ray is not built yet; only process works"),
     ([*P, "--ray-address", "auto"], "--ray-address 'auto' is not built yet; leave it out"),
     ([*P, "--quantization", "fp8"], "--quantization 'fp8' is not built yet; leave it out"),
-    ([*P, "--endpoint", "localhost:8080"], "it comes with the services"),
+    ([*P, "--endpoint", "localhost"], "'localhost' is no HOST:PORT"),
+    (
+        [*P, "--endpoint", "localhost:1", "--device", "cpu"],
+        "a gateway that runs as it is; leave out --device",
+    ),
+    (
+        [*P, "--endpoint", "localhost:1", "--quantization", "fp8", "--init-timeout", "9"],
+        "--quantization, --init-timeout",
+    ),
 ]
 
 
@@ -95,14 +104,9 @@ def test_mistake_is_told_in_one_line(arguments: list[str], message: str, capsys:
     assert message in err
 
 
-@pytest.mark.parametrize("name", ["bagel", "bagel_think"])
-def test_deploy_file_of_two_stages_names_the_one_that_works(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    deploy = Path(__file__).parents[1] / "deploy" / f"{name}.yaml"
-    assert main(["generate", "--prompts", "x", "--deploy-config", str(deploy)]) == 2
-    assert "use --deploy-config deploy/bagel_single_stage.yaml" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("argv", "hint"), [([], "bagel --help"), (["serve"], "'serve'"), (["--verbose"], "--verbose")])
+@pytest.mark.parametrize(
+    ("argv", "hint"), [([], "bagel --help"), (["server"], "'server'"), (["--verbose"], "--verbose")]
+)
 def test_no_or_unknown_command(argv: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     err = capsys.readouterr().err
@@ -124,6 +128,6 @@ def test_install_without_engine_says_what_to_install(capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("folder")
 def test_no_model_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("BAGEL_MODEL")
-    monkeypatch.setattr(command, "TEST_MODEL", Path("/no/such/folder"))
+    monkeypatch.setattr(defaults, "TEST_MODEL", Path("/no/such/folder"))
     assert main(["generate", *P]) == 2
     assert "use --model FOLDER, or set BAGEL_MODEL" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from bagel.cli import main
-from bagel.commands import generate as command
+from bagel.defaults import TEST_MODEL
 from bagel.images import read_settings
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality, PosteriorMode, RenormType
@@ -234,7 +234,7 @@ def test_default_model_says_that_it_means_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("BAGEL_MODEL")
     generate("--prompts", "a")
     assert capsys.readouterr().err.splitlines()[0].endswith("whose pictures and answers mean nothing")
-    generate("--prompts", "a", "--model", str(command.TEST_MODEL))
+    generate("--prompts", "a", "--model", str(TEST_MODEL))
     assert "mean nothing" not in capsys.readouterr().err
 
 

@@ -20,6 +20,9 @@ WORKER_BACKENDS = ("process", "ray")
 DTYPES = ("auto", "bfloat16", "float32")
 
 INIT_TIMEOUT_S = 300
+BATCH_TIMEOUT_S = 5
+GATEWAY_PORT = 50051
+GATEWAY_HOST = "127.0.0.1"
 OUTPUT = "."
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -47,6 +50,20 @@ REQUEST_FLAGS = (
     *PICTURE_FLAGS,
 )
 """Flags that are a request's options, as argparse's names; `request_option` has the name in bagel.request."""
+SERVER_FLAGS = (
+    "model",
+    "device",
+    "dtype",
+    "deploy_config",
+    "cfg_parallel_size",
+    "worker_backend",
+    "ray_address",
+    "quantization",
+    "init_timeout",
+    "batch_timeout",
+    "enable_diffusion_pipeline_profiler",
+)
+"""Flags that configure what serves, which a running gateway has settled."""
 
 Group = argparse._ArgumentGroup
 
@@ -127,20 +144,38 @@ def _add_picture(group: Group) -> None:
     _add(group, "--posterior", "content", "noise of an edit's input: see docs/options.md", choices=POSTERIOR_MODES)
 
 
-def _add_engine(group: Group) -> None:
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of `bagel serve`."""
+    group = parser.add_argument_group("what to serve")
+    _add_model(group)
+    _add(group, "--deploy-config", "chosen from the model", "deploy file", type=_given, metavar="FILE")
+    group = parser.add_argument_group("where")
+    _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
+    _add(group, "--port", GATEWAY_PORT, "its port, 0 for any free one", type=_port, metavar="N")
+    _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
+    group = parser.add_argument_group("times")
+    _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
+    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+
+
+def _add_model(group: Group) -> None:
     model = "BAGEL_MODEL of the environment, else the tests' tiny random model"
     _add(group, "--model", model, "checkpoint folder or hub name", type=_given, metavar="MODEL")
     _add(group, "--device", "auto, cuda if there is one", "auto, cpu, cuda or cuda:N", type=_device, metavar="DEVICE")
     _add(group, "--dtype", "auto, bfloat16 on cuda, float32 on cpu", "number type of the model", choices=DTYPES)
+
+
+def _add_engine(group: Group) -> None:
+    _add_model(group)
     deploy = "the shipped bagel_single_stage.yaml"
-    _add(group, "--deploy-config", deploy, "deploy file", type=_given, metavar="FILE")
+    _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
     _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=_whole, metavar="N")
     _add(group, "--worker-backend", "process", "only process works", choices=WORKER_BACKENDS)
     _add(group, "--ray-address", "none", "Ray cluster; not built yet", type=_given, metavar="ADDRESS")
     _add(group, "--quantization", "none", "like fp8; not built yet", type=_given, metavar="NAME")
-    _add(group, "--endpoint", "none", "a running gateway; comes with the services", type=_given, metavar="ADDRESS")
-    _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds for loading the model", type=_count, metavar="S")
-    _add(group, "--batch-timeout", 5, "seconds to be admitted; in one process none waits", type=_count, metavar="S")
+    _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
+    _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
+    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
 
 
 def _add_reports(group: Group) -> None:
@@ -182,4 +217,16 @@ def _count(value: str) -> int:
 def _device(value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
         raise argparse.ArgumentTypeError(f"{value!r} is none of auto, cpu, cuda, cuda:N")
+    return value
+
+
+def _port(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,5}", value) or int(value) > 65535:
+        raise argparse.ArgumentTypeError(f"{value!r} is no port, a whole number from 0 to 65535")
+    return int(value)
+
+
+def _endpoint(value: str) -> str:
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:]+\]|[^\s:/]+):[0-9]{1,5}", value):
+        raise argparse.ArgumentTypeError(f"{value!r} is no HOST:PORT, like 127.0.0.1:{GATEWAY_PORT}")
     return value

@@ -1,6 +1,7 @@
-"""`bagel generate`: flags to requests, the engine in this process, pictures and answers out.
+"""`bagel generate`: flags to requests, whatever serves them, pictures and answers out.
 
-Whatever can be wrong with the flags is told before torch is imported, let alone a model loaded.
+A deploy file of one stage, and none, run the model in this process; one of two stages starts its services for the
+command's own time; --endpoint asks a gateway that runs. Whatever can be wrong with the flags is told first.
 """
 
 from __future__ import annotations
@@ -10,101 +11,135 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from importlib import import_module
 from pathlib import Path
 from threading import TIMEOUT_MAX, Thread
 from typing import Protocol, TypeVar, cast
 
-import bagel
-from bagel.commands.flags import INIT_TIMEOUT_S, INTERRUPTED, OUTPUT, flag_name
+from bagel.commands.flags import (
+    INIT_TIMEOUT_S,
+    INTERRUPTED,
+    OUTPUT,
+    REQUEST_FLAGS,
+    SERVER_FLAGS,
+    flag_name,
+    request_option,
+)
 from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
 from bagel.commands.tables import profile_table, stats_table
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
-from bagel.errors import BagelError, CheckpointError, ConfigError, InitTimeout, NotSupported
-from bagel.events import OnEvent, Result
-from bagel.model.checkpoint import Checkpoint, find_checkpoint
+from bagel.defaults import MEANINGLESS, find_model, missing_install_told, named_model, request_defaults
+from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
+from bagel.events import Result, ServiceEvent
+from bagel.model.checkpoint import Checkpoint
 from bagel.model.sizes import check_positions, picture_size, position_limit, text_positions
 from bagel.pipelines import BAGEL_SINGLE_STAGE
-from bagel.prompts import TextPart
+from bagel.prompts import ImagePart, TextPart
 from bagel.request import Request
 
 T = TypeVar("T")
+OnEvent = Callable[[ServiceEvent], None]
+Run = Callable[[Sequence[Request], OnEvent], list[Result]]
 
 LOCAL_ENGINE = "bagel.local"
 """The torch side, by name: an import statement would bring torch into the command line."""
-TEST_MODEL = Path(bagel.__file__).resolve().parents[1] / "tests" / "golden" / "checkpoint"
-TEST_MODEL_NAME = "tests/golden/checkpoint"
-UNBUILT = {
-    "quantization": "leave it out",
-    "ray_address": "leave it out",
-    "endpoint": "it comes with the services; leave it out to run the model in this process",
-}
+UNBUILT = {"quantization": "leave it out", "ray_address": "leave it out"}
 """Flags without any value that works yet, each with what to do instead."""
 
 
 class Engine(Protocol):
-    """What the command needs of an engine; bagel.local has it."""
+    """What the command needs of an engine; bagel.local has it, and so have the services."""
 
-    device: str
-    dtype: str
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]: ...
 
 
 def generate(args: argparse.Namespace) -> None:
     """Run the command; raises BagelError for everything that a user can have got wrong."""
+    if args.endpoint is not None:
+        _generate_there(args)
+    else:
+        _generate_here(args)
+
+
+def _generate_here(args: argparse.Namespace) -> None:
     _refuse_unbuilt_flags(args)
-    config = _deployment(args.deploy_config)
-    defaults = config.sampling_defaults()
+    config = load_deploy_config(args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
+    in_process = config.spec is BAGEL_SINGLE_STAGE
+    defaults = request_defaults(config)
     requests = make_requests(args, defaults)
     model, checkpoint = find_model(args.model)
-    draws = requests[0].modality.makes_image
     about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
-    limit = position_limit(checkpoint.config, config.stage(config.spec.stage("dit").stage_id).max_model_len)
-    for request in requests:  # tells of sizes and lengths that the model has no positions for
-        if draws:
-            picture_size(request, checkpoint.config)
-        check_positions(_fewest_positions(request), text_positions(request), limit)
-    folder = make_folder(args.output or OUTPUT) if draws else None
-    for note in (*config.notes(), *notes_on_flags(args, requests[0], defaults)):  # an error stands alone
+    _check_with_model(requests, config, checkpoint)
+    folder = _folder(args, requests)
+    notes = notes_on_flags(args, requests[0], defaults, in_process=in_process)
+    for note in (*config.notes(), *notes):  # an error stands alone
         say(f"note: {note}")
-    if not _named_model(args.model):
-        say("no --model given: using the tests' tiny random model, whose pictures and answers mean nothing")
-    engine = _load(args, config, model, checkpoint)
-    about["dtype"] = engine.dtype
+    if not named_model(args.model):
+        say(MEANINGLESS)
+    say(f"loading {model}")
+    open_engine = _in_process if in_process else _in_services
+    with open_engine(args, config, model, checkpoint) as engine:
+        _produce(args, requests, folder, {**about, "dtype": engine.dtype}, engine.generate)
+
+
+def _generate_there(args: argparse.Namespace) -> None:
+    """At a running gateway, which fills in what the user does not say."""
+    if given := [flag_name(flag) for flag in SERVER_FLAGS if getattr(args, flag) is not None]:
+        raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
+    requests = make_requests(args, {})
+    from bagel.batch import Ask, generate_all
+    from bagel.omni import describe
+
+    model = describe(args.endpoint)
+    about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
+    folder = _folder(args, requests)
+    for note in notes_on_flags(args, requests[0], {}, in_process=False):
+        say(f"note: {note}")
+    options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
+    images = (next((part.image for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
+    asks = [Ask(prompt_text(each), each.modality, image, options) for each, image in zip(requests, images, strict=True)]
+    _produce(args, requests, folder, about, lambda _, on_event: generate_all(args.endpoint, asks, on_event))
+
+
+def _produce(
+    args: argparse.Namespace, requests: Sequence[Request], folder: Path | None, about: Mapping[str, str], run: Run
+) -> None:
+    """Run the requests, give the user what comes, then the tables."""
     with shown([prompt_text(request) for request in requests]) as progress:
-        results = engine.generate(requests, Output(requests, folder, about, progress))
+        results = run(requests, Output(requests, folder, about, progress))
     if args.log_stats:
         print(stats_table(requests, results), file=sys.stderr)
-    if args.enable_diffusion_pipeline_profiler and draws:
+    if args.enable_diffusion_pipeline_profiler and folder is not None:
         print(profile_table(requests, results), file=sys.stderr)
 
 
-def find_model(name: str | None) -> tuple[str, Checkpoint]:
-    """A model and what to call it: the one named, BAGEL_MODEL's, or the tests' own.
+def _folder(args: argparse.Namespace, requests: Sequence[Request]) -> Path | None:
+    """Where pictures go; None for answers."""
+    return make_folder(args.output or OUTPUT) if requests[0].modality.makes_image else None
 
-    Raises CheckpointError if it is not there.
-    """
-    name = _named_model(name)
-    if name:
-        with _missing_install_told():  # a name on the hub needs its client
-            return name, find_checkpoint(name)
-    if not TEST_MODEL.is_dir():
-        raise CheckpointError("no model is given; use --model FOLDER, or set BAGEL_MODEL in the environment")
-    return TEST_MODEL_NAME, find_checkpoint(str(TEST_MODEL))
+
+def _check_with_model(requests: Sequence[Request], config: DeployConfig, checkpoint: Checkpoint) -> None:
+    """Tell of sizes and lengths that the model has no positions for."""
+    lengths = [stage.max_model_len for stage in config.stages if stage.max_model_len is not None]
+    limit = position_limit(checkpoint.config, min(lengths, default=None))
+    for request in requests:
+        if request.modality.makes_image:
+            picture_size(request, checkpoint.config)
+        check_positions(_fewest_positions(request), text_positions(request), limit)
 
 
 def _fewest_positions(request: Request) -> int:
     """Positions that the parts of a prompt take at least: two delimiters of a text, one of an image's blocks."""
     return sum(2 if isinstance(part, TextPart) else 1 for part in request.prompt)
-
-
-def _named_model(flag: str | None) -> str | None:
-    return flag or os.environ.get("BAGEL_MODEL", "").strip() or None
 
 
 def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
@@ -123,16 +158,21 @@ def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _deployment(path: str | None) -> DeployConfig:
-    """The deploy file's settings; NotSupported if it is for more than one stage."""
-    shipped = shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
-    config = load_deploy_config(path or shipped)
-    if config.spec is not BAGEL_SINGLE_STAGE:
-        raise NotSupported(
-            f"{config.source} is for the pipeline {config.pipeline}, whose stages come with the services; "
-            f"use --deploy-config deploy/{shipped.name} or leave it out"
-        )
-    return config
+@contextlib.contextmanager
+def _in_services(
+    args: argparse.Namespace, config: DeployConfig, model: str, checkpoint: Checkpoint
+) -> Iterator[Engine]:
+    """The services of a deploy file, for as long as the command runs."""
+    from bagel.commands.serve import deployment
+    from bagel.omni import ServedEngine
+
+    with deployment(args, config, model, checkpoint) as services:
+        yield ServedEngine(services)
+
+
+@contextlib.contextmanager
+def _in_process(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint: Checkpoint) -> Iterator[Engine]:
+    yield _load(args, config, model, checkpoint)
 
 
 def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint: Checkpoint) -> Engine:
@@ -140,10 +180,9 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
     spec = config.spec.stage("dit")
     stage = config.stage(spec.stage_id)
     seconds = args.init_timeout or INIT_TIMEOUT_S
-    say(f"loading {model}")
 
     def load() -> Engine:
-        with _missing_install_told():
+        with missing_install_told():
             local = import_module(LOCAL_ENGINE)
         return cast(Engine, local.load(checkpoint, stage, device=args.device or "auto", dtype=args.dtype or "auto"))
 
@@ -156,15 +195,6 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
         say(f"note: {stage.where}: devices {stage.devices!r} has no effect on a CPU")
     say(f"{effective_settings(stage)}, device {engine.device}, dtype {engine.dtype}")
     return engine
-
-
-@contextlib.contextmanager
-def _missing_install_told() -> Iterator[None]:
-    """What only the engine needs is not part of the smallest installation."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the model cannot run in this process: {error}; install bagel-serving[engine]") from error
 
 
 def within(seconds: float, work: Callable[[], T], late: BagelError) -> T:

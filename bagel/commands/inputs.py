@@ -45,7 +45,9 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
     return found
 
 
-def notes_on_flags(args: argparse.Namespace, request: Request, deploy_defaults: Mapping[str, Any]) -> list[str]:
+def notes_on_flags(
+    args: argparse.Namespace, request: Request, deploy_defaults: Mapping[str, Any], *, in_process: bool
+) -> list[str]:
     """One line for each reason why flags that the user gave have no effect on this request."""
     picture, think = request.modality.makes_image, request.think
     notes = []
@@ -70,7 +72,8 @@ def notes_on_flags(args: argparse.Namespace, request: Request, deploy_defaults: 
         note("without --think, as max_tokens limits the answer", ("max_think_tokens",))
     if picture and request.image.cfg_text_scale <= 1:
         note("when cfg_text_scale is at most 1, no guidance", _GUIDANCE_FLAGS)
-    note("in one process, where no request is queued", ("batch_timeout",))
+    if in_process:
+        note("in one process, where no request is queued", ("batch_timeout",))
     return notes
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -15,7 +15,7 @@ from bagel import __version__
 from bagel.commands.inputs import prompt_text
 from bagel.commands.progress import Progress
 from bagel.errors import InvalidRequest
-from bagel.events import Event, Result, StepDone, TextDelta
+from bagel.events import Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import free_path, picture_name, save_png
 from bagel.request import Request
 
@@ -30,8 +30,10 @@ class Output:
         self, requests: Sequence[Request], folder: Path | None, engine: Mapping[str, str], progress: Progress
     ) -> None:
         self._requests, self._folder, self._engine, self._progress = requests, folder, engine, progress
+        self._answers: dict[int, Result] = {}
+        self._written = 0
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: ServiceEvent) -> None:
         """Handle one event; raises InvalidRequest if a picture cannot be written."""
         match event:
             case TextDelta(think=True):
@@ -45,7 +47,7 @@ class Output:
                 self._finish(event)
 
     def _finish(self, result: Result) -> None:
-        request = self._requests[result.index]
+        request = replace(self._requests[result.index], seed=result.seed)  # where a gateway drew it
         if result.image is not None and self._folder is not None:
             with self._progress.finish(result):
                 path = save_picture(self._folder, result.image, picture_settings(request, result, self._engine))
@@ -53,7 +55,10 @@ class Output:
         elif len(self._requests) == 1:
             write_out("\n")  # the text itself has been written as it came
         else:
-            write_answer(prompt_text(request), result)
+            self._answers[result.index] = result
+            while (answer := self._answers.pop(self._written, None)) is not None:  # in the prompts' order
+                write_answer(prompt_text(self._requests[self._written]), answer)
+                self._written += 1
 
 
 def make_folder(path: str) -> Path:

@@ -56,7 +56,7 @@ class Progress:
     def finish(self, result: Result) -> Iterator[None]:
         """Around the output of a picture that is done, which may go to the same terminal."""
         yield
-        seconds = sum(result.timings.values())
+        seconds = result.timings.get("total", sum(result.timings.values()))
         say(f"{self.label(result.index)} is done, {seconds:.1f} s")
 
     def close(self) -> None:

@@ -9,14 +9,17 @@ from bagel.commands.progress import LABEL_CHARACTERS, short
 from bagel.events import Result
 from bagel.request import Request
 
-STAGES = ("context", "text", "denoise", "decode")
+STAGES = ("queue", "context", "text", "transfer", "denoise", "decode")
+SERVED_STAGES = ("queue", "transfer")
+"""Stages that exist only between services."""
 
 
 def stats_table(requests: Sequence[Request], results: Sequence[Result]) -> str:
     """The table of --log-stats: seconds in each stage, visible tokens and Euler steps of each request."""
-    rows = [["request", *(f"{stage} s" for stage in STAGES), "tokens", "steps", "prompt"]]
+    stages = [s for s in STAGES if s not in SERVED_STAGES or any(s in result.timings for result in results)]
+    rows = [["request", *(f"{stage} s" for stage in stages), "tokens", "steps", "prompt"]]
     for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
-        seconds = [f"{result.timings[stage]:.3f}" if stage in result.timings else "-" for stage in STAGES]
+        seconds = [f"{result.timings[stage]:.3f}" if stage in result.timings else "-" for stage in stages]
         steps = str(request.image.steps - 1) if result.image else "-"
         rows.append(
             [str(number), *seconds, str(len(result.token_ids)), steps, short(prompt_text(request), LABEL_CHARACTERS)]
@@ -29,10 +32,10 @@ def profile_table(requests: Sequence[Request], results: Sequence[Result]) -> str
     rows = [["picture", "size", "context s", "denoise s", "decode s", "steps", "steps/s"]]
     for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
         assert result.image is not None
-        context, denoise, decode = (result.timings[stage] for stage in ("context", "denoise", "decode"))
+        context, denoise, decode = (result.timings.get(stage, 0.0) for stage in ("context", "denoise", "decode"))
         size, steps = f"{result.image.width}x{result.image.height}", request.image.steps - 1
         seconds = [f"{duration:.3f}" for duration in (context, denoise, decode)]
-        rows.append([str(number), size, *seconds, str(steps), f"{steps / denoise:.2f}"])
+        rows.append([str(number), size, *seconds, str(steps), f"{steps / denoise:.2f}" if denoise else "-"])
     return _aligned(rows)
 
 

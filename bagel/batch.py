@@ -1,0 +1,138 @@
+"""Several requests at once to one gateway, for code that is not async. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+from PIL.Image import Image
+
+from bagel.client import AsyncClient
+from bagel.errors import Busy
+from bagel.events import Result, ServiceEvent
+from bagel.prompts import ImagePart, TextPart
+from bagel.request import Request
+
+AT_ONCE = 8
+"""Requests of one call that are under way together: more would only wait elsewhere, until they are refused as busy."""
+OnServiceEvent = Callable[[ServiceEvent], None]
+Inbox = SimpleQueue[ServiceEvent | BaseException | None]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request as the client takes it; options are those given, by their names in bagel.request."""
+
+    prompt: str
+    modality: str
+    image: Image | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def ask_of(request: Request) -> Ask:
+    """A resolved request with all of its settings, so that the gateway has nothing left to fill in."""
+    text = " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
+    image = next((part.image for part in request.prompt if isinstance(part, ImagePart)), None)
+    options = {name: getattr(request, name) for name in ("seed", "think", "max_think_tokens", "negative_prompt")}
+    options["posterior"] = request.posterior
+    for settings in (request.text, request.image):
+        options |= {each.name: getattr(settings, each.name) for each in fields(settings)}
+    return Ask(text, request.modality, image, options)
+
+
+def generate_all(
+    target: str, asks: Sequence[Ask], on_event: OnServiceEvent | None = None, *, at_once: int = AT_ONCE
+) -> list[Result]:
+    """The results of all requests, in their order; on_event sees what happens meanwhile, in the calling thread.
+
+    at_once of them are under way together. Raises the first error there is, its own or on_event's, and cancels the
+    other requests.
+    """
+    results: dict[int, Result] = {}
+    with events_of(target, asks, at_once=at_once) as events:
+        for event in events:
+            if isinstance(event, Result):
+                results[event.index] = event
+            if on_event is not None:
+                on_event(event)
+    return [results[index] for index in range(len(asks))]
+
+
+@contextmanager
+def events_of(target: str, asks: Sequence[Ask], *, at_once: int = AT_ONCE) -> Iterator[Iterator[ServiceEvent]]:
+    """What happens to the requests, as it happens; leaving ends those that are still under way."""
+    inbox: Inbox = SimpleQueue()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(_ask_all(target, asks, at_once, inbox))
+    thread = Thread(target=_run, args=(loop, task), name="bagel requests", daemon=True)
+    thread.start()
+    try:
+        yield _drain(inbox)
+    finally:
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        loop.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
+    with suppress(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
+    while (item := inbox.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        yield item
+
+
+async def _ask_all(target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox) -> None:
+    """Fill the inbox: events, then None or the error that ended it."""
+    try:
+        async with AsyncClient(target) as client, asyncio.TaskGroup() as group:
+            batch = _Batch(client, at_once, inbox)
+            for index, ask in enumerate(asks):
+                group.create_task(batch.ask(index, ask))
+        inbox.put(None)
+    except* Exception as errors:
+        inbox.put(_first(errors))
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+class _Batch:
+    def __init__(self, client: AsyncClient, at_once: int, inbox: Inbox) -> None:
+        self._client, self._inbox = client, inbox
+        self._slots = asyncio.Semaphore(at_once)
+        self._under_way = 0
+
+    async def ask(self, index: int, ask: Ask) -> None:
+        """Serve one request; while others of this batch keep the gateway busy, try again."""
+        async with self._slots:
+            while (busy := await self._try(index, ask)) is not None:
+                await asyncio.sleep(busy.retry_after_s)
+
+    async def _try(self, index: int, ask: Ask) -> Busy | None:
+        """None when it is done; Busy if it was refused, nothing has come of it yet and others of ours run."""
+        begun = False
+        self._under_way += 1
+        try:
+            stream = self._client.stream(ask.prompt, modality=ask.modality, image=ask.image, **ask.options)
+            async for event in stream:
+                begun = True
+                self._inbox.put(replace(event, index=index))
+        except Busy as busy:
+            if begun or self._under_way == 1:
+                raise
+            return busy
+        finally:
+            self._under_way -= 1
+        return None

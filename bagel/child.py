@@ -1,0 +1,36 @@
+"""A service as a child process: `python -m bagel.child MODULE ARGS...` runs MODULE until its parent has gone.
+
+The parent holds the other end of standard input. However it ends, that end closes, and the service is told to stop:
+nothing stays behind, on any system and whichever thread of the parent started it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import time
+from threading import Thread
+
+STOP_LIMIT_S = 60.0
+"""Seconds that an orphan has to drain."""
+
+
+def main() -> None:
+    """Run the module of the first argument as __main__, with the others as its arguments."""
+    del sys.argv[0]
+    Thread(target=_stop_with_parent, name="parent", daemon=True).start()
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_LIMIT_S)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

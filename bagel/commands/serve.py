@@ -1,0 +1,91 @@
+"""`bagel serve`: all services of a deploy file on this machine, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S
+from bagel.commands.outputs import write_out
+from bagel.commands.progress import say
+from bagel.config import DeployConfig, effective_settings
+from bagel.defaults import MEANINGLESS, deployment_for, find_model, named_model
+from bagel.errors import ConfigError
+from bagel.launch import Deployment, Logs, reachable
+from bagel.model.checkpoint import Checkpoint
+
+WATCH_S = 0.2
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
+    model, checkpoint = find_model(args.model)
+    config = deployment_for(checkpoint, args.deploy_config)
+    for note in config.notes():
+        say(f"note: {note}")
+    if not named_model(args.model):
+        say(MEANINGLESS)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        say(f"loading {model}")
+        port = GATEWAY_PORT if args.port is None else args.port
+        logs = sys.stderr if args.log_dir is None else _folder(args.log_dir)
+        host = args.host or GATEWAY_HOST
+        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs) as running:
+            _say_how_to_call(running.address)
+            while True:
+                running.check()
+                time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        say("stopped")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def deployment(
+    args: argparse.Namespace,
+    config: DeployConfig,
+    model: str,
+    checkpoint: Checkpoint,
+    *,
+    host: str = GATEWAY_HOST,
+    port: int = 0,
+    logs: Logs = None,
+) -> Deployment:
+    """The services as the flags say, telling the user when each is ready. model: what it is called."""
+
+    def on_ready(name: str, address: str, seconds: float) -> None:
+        stages = [each for each in config.spec.stages if name.startswith(f"{each.model_stage}-")]
+        about = [effective_settings(config.stage(each.stage_id)) for each in stages]
+        say("; ".join([f"{name} is ready at {address}, {seconds:.1f} s", *about]))
+
+    return Deployment(
+        config,
+        checkpoint.folder,
+        name=model,
+        host=host,
+        gateway_port=port,
+        device=args.device or "auto",
+        dtype=args.dtype or "auto",
+        init_timeout_s=args.init_timeout or INIT_TIMEOUT_S,
+        batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
+        logs=logs,
+        on_ready=on_ready,
+    )
+
+
+def _say_how_to_call(address: str) -> None:
+    write_out(f"{address}\n")
+    say(f"ready; try: bagel generate --endpoint {reachable(address)} --prompts 'a red cube'")
+    say("Ctrl-C stops it")
+
+
+def _folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--log-dir {path!r} cannot be made: {error.strerror}; choose another folder") from None
+    return Path(path)

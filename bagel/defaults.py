@@ -1,0 +1,70 @@
+"""Which model and which deploy file it is where the user names none. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bagel
+from bagel.config import DeployConfig, load_deploy_config, shipped_deploy_config
+from bagel.errors import CheckpointError, ConfigError
+from bagel.model.checkpoint import Checkpoint, find_checkpoint
+from bagel.pipelines import pipeline_for_architecture
+
+TEST_MODEL = Path(bagel.__file__).resolve().parents[1] / "tests" / "golden" / "checkpoint"
+TEST_MODEL_NAME = "tests/golden/checkpoint"
+MEANINGLESS = "no --model given: using the tests' tiny random model, whose pictures and answers mean nothing"
+
+
+def named_model(name: str | None) -> str | None:
+    """The model that the user names: here, or as BAGEL_MODEL in the environment."""
+    return name or os.environ.get("BAGEL_MODEL", "").strip() or None
+
+
+def find_model(name: str | None) -> tuple[str, Checkpoint]:
+    """A model and what to call it: the one named, BAGEL_MODEL's, or the tests' own.
+
+    Raises CheckpointError if it is not there.
+    """
+    name = named_model(name)
+    if name:
+        with missing_install_told():  # a name on the hub needs its client
+            return name, find_checkpoint(name)
+    if not TEST_MODEL.is_dir():
+        raise CheckpointError("no model is given; use --model FOLDER, or set BAGEL_MODEL in the environment")
+    return TEST_MODEL_NAME, find_checkpoint(str(TEST_MODEL))
+
+
+def deployment_for(checkpoint: Checkpoint, path: str | Path | None = None, **overrides: object) -> DeployConfig:
+    """The deploy file of that path, else the shipped one that the checkpoint's architecture chooses.
+
+    Raises ConfigError or NotSupported as `load_deploy_config` does.
+    """
+    return load_deploy_config(path or shipped_deploy_config(_chosen_pipeline(checkpoint)), **overrides)
+
+
+def request_defaults(config: DeployConfig) -> dict[str, Any]:
+    """What a deployment fills into a request that does not say it: its sampling defaults, and whether to think."""
+    return {**config.sampling_defaults(), **({"think": True} if config.spec.thinks else {})}
+
+
+def _chosen_pipeline(checkpoint: Checkpoint) -> str:
+    path = checkpoint.path("config.json")
+    try:
+        architectures = json.loads(path.read_bytes()).get("architectures") or ()
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return pipeline_for_architecture(architectures).model_type
+
+
+@contextlib.contextmanager
+def missing_install_told() -> Iterator[None]:
+    """What only the engine needs is not part of the smallest installation; ConfigError says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the model cannot run in this process: {error}; install bagel-serving[engine]") from error

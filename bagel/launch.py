@@ -1,0 +1,367 @@
+"""All services of a deploy file on this machine: started, watched, shut down in order. No torch here.
+
+Each service is a process of its own, `python -m bagel_thinker` and so on; this module knows their names and command
+lines, and imports none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import IO, Any, NoReturn, Self, TextIO
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bagel.config import DeployConfig, StageDeploy
+from bagel.errors import BagelError, ConfigError, InitTimeout
+from bagel.transport import DRAIN_S, sync_channel
+
+LOOPBACK = "127.0.0.1"
+GATEWAY = "gateway"
+MODULES = {"thinker": "bagel_thinker", "dit": "bagel_dit", GATEWAY: "bagel_gateway"}
+"""What runs each role, by name: nothing here imports a service."""
+POLL_S = 0.05
+TAIL_LINES = 40
+TOLD_LINES = 3
+KILL_AFTER_S = 5.0
+"""Seconds beyond its drain time after which a service is killed."""
+
+Logs = Path | TextIO | None
+"""Where the services' output goes: a folder (a file each), a stream (lines with their names), or nowhere."""
+OnReady = Callable[[str, str, float], None]
+"""(name, address, seconds since the start) of a service that is ready."""
+
+
+class Service:
+    """One child process. title: what it is called in messages, like "stage 0 (thinker)"."""
+
+    def __init__(
+        self, name: str, title: str, module: str, arguments: Sequence[str], env: Mapping[str, str], logs: Logs
+    ) -> None:
+        self.name, self.title = name, title
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._listening: Future[str] = Future()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bagel.child", module, *arguments],
+            stdin=subprocess.PIPE,  # never written to: bagel.child ends with it
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            encoding="utf-8",
+            errors="replace",
+            process_group=0,  # a terminal's Ctrl-C is ours alone, so that the order of the shutdown is too
+        )
+        self._logs = logs / f"{name}.log" if isinstance(logs, Path) else logs
+        streams = (self.process.stdout, self.process.stderr)
+        self._readers = [Thread(target=self._read, args=(stream,), daemon=True) for stream in streams]
+        for reader in self._readers:
+            reader.start()
+
+    def address(self, deadline: float) -> str:
+        """Where it listens, once it does. Raises BagelError if it ends before; TimeoutError at the deadline."""
+        while not self._listening.done():
+            self.check()
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            with suppress(TimeoutError):
+                return self._listening.result(POLL_S)
+        return self._listening.result()
+
+    def check(self) -> None:
+        """Raise BagelError with its last words if it has ended."""
+        if self.process.poll() is not None:
+            self._raise_ended(self.process.returncode)
+
+    def tell_to_stop(self) -> None:
+        """Send SIGTERM: it drains and ends."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def end(self, limit_s: float) -> None:
+        """Wait for it to end; after limit_s kill it with all that it started."""
+        try:
+            self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # its group: also the workers that it may have left
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for reader in self._readers:
+            reader.join(1)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+
+    def _raise_ended(self, code: int) -> NoReturn:
+        for reader in self._readers:
+            reader.join(1)  # what it said last may still be on its way
+        said: list[str] = []
+        for line in self._tail:
+            if line.startswith("Traceback "):
+                said.clear()  # its last line tells
+            elif line and not line[0].isspace():
+                said.append(_plain(line))
+        if code == 2 and said:
+            raise ConfigError(f"{self.title}: {said[-1]}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        last = "; ".join(said[-TOLD_LINES:])
+        raise BagelError(f"{self.title} {how}" + (f": {last}" if last else ""))
+
+    def _read(self, stream: IO[str]) -> None:
+        with stream, _sink(self._logs, self.name) as write:
+            for line in stream:
+                if not self._listening.done() and (address := _address(line)):
+                    self._listening.set_result(address)
+                    continue
+                self._tail.append(line.rstrip("\n"))
+                write(line)
+
+
+class Deployment:
+    """The services of a deploy file, from `with` to its end.
+
+    model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
+    gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
+    cuda:N; dtype auto, bfloat16 or float32. Entering raises InitTimeout naming the stage that is not ready after
+    init_timeout_s seconds, or the BagelError that a service ended with.
+    """
+
+    def __init__(
+        self,
+        config: DeployConfig,
+        model: str | Path,
+        *,
+        name: str | None = None,
+        host: str = LOOPBACK,
+        gateway_port: int = 0,
+        device: str = "auto",
+        dtype: str = "auto",
+        init_timeout_s: float = 300,
+        batch_timeout_s: float = 5,
+        drain_timeout_s: float = DRAIN_S,
+        logs: Logs = None,
+        on_ready: OnReady | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self._model, self._name = config, str(model), name or str(model)
+        self._listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
+        self._device, self._dtype = device, dtype
+        self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
+        self._logs, self._on_ready = logs, on_ready
+        self._env = {**os.environ, **(env or {})}
+        self._began = 0.0
+        self.services: list[Service] = []
+        """Thinker, DiT, gateway: in the order of their start."""
+        self.address = ""
+        """The gateway's host:port, once entered."""
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        if isinstance(self._logs, Path):
+            self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._start(self._began + self._init_timeout_s)
+        except BaseException:
+            self._end_now()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raise BagelError, naming the stage, if a service has ended."""
+        for service in self.services:
+            service.check()
+
+    def stop(self) -> None:
+        """End the services, the gateway first: each drains, so that nothing is asked of one that has gone."""
+        try:
+            while self.services:
+                self.services[-1].tell_to_stop()
+                self.services[-1].end(self._drain_s + KILL_AFTER_S)
+                self.services.pop()
+        except BaseException:  # a second Ctrl-C
+            self._end_now(0)
+            raise
+
+    def _end_now(self, limit_s: float = KILL_AFTER_S) -> None:
+        for service in self.services:
+            service.tell_to_stop()
+        deadline = time.monotonic() + limit_s
+        while self.services:
+            self.services[-1].end(max(0.0, deadline - time.monotonic()))
+            self.services.pop()
+
+    def _start(self, deadline: float) -> None:
+        waiting: dict[str, Service] = {}
+        try:
+            addresses: dict[str, str] = {}
+            sources: list[str] = []
+            for spec in self.config.spec.stages:
+                stage, role = self.config.stage(spec.stage_id), spec.model_stage
+                name = f"{role}-0"
+                feeds = [] if sources or role != "dit" else ["--single-stage"]
+                feeds += [argument for source in sources for argument in ("--source", source)]
+                arguments = [*self._model_arguments(stage, role), *feeds]
+                waiting[name] = self._launch(role, name, f"stage {stage.stage_id} ({role})", arguments, stage)
+                addresses[name] = waiting[name].address(deadline)
+                sources.append(f"{name}={addresses[name]}")
+            waiting[GATEWAY] = self._launch(GATEWAY, GATEWAY, "the gateway", self._gateway_arguments(addresses))
+            addresses[GATEWAY] = waiting[GATEWAY].address(deadline)
+            self._until_ready(waiting, addresses, deadline)
+        except TimeoutError:
+            self._raise_late(waiting)
+        self.address = addresses[GATEWAY]
+
+    def _until_ready(self, waiting: dict[str, Service], addresses: Mapping[str, str], deadline: float) -> None:
+        """Take out of waiting what is ready until nothing is left."""
+        while waiting:
+            self.check()
+            for name in list(waiting):
+                if is_serving(addresses[name]):
+                    del waiting[name]
+                    if self._on_ready:
+                        self._on_ready(name, addresses[name], time.monotonic() - self._began)
+            if waiting and time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(POLL_S if waiting else 0)
+
+    def _raise_late(self, waiting: Mapping[str, Service]) -> NoReturn:
+        stages = [service.title for name, service in waiting.items() if name != GATEWAY]
+        names = " and ".join(stages or ["the gateway"])
+        was = "were" if len(stages) > 1 else "was"
+        raise InitTimeout(
+            f"{names} {was} not ready after {self._init_timeout_s:g} s of loading {self._name}; "
+            "give it longer with --init-timeout"
+        ) from None
+
+    def _launch(
+        self, role: str, name: str, title: str, arguments: Sequence[str], stage: StageDeploy | None = None
+    ) -> Service:
+        env = dict(self._env)
+        if stage is not None and self._device in ("auto", "cuda"):
+            env["CUDA_VISIBLE_DEVICES"] = _visible_gpus(stage, env.get("CUDA_VISIBLE_DEVICES"))
+        drain = ["--drain-timeout", f"{self._drain_s:g}"]
+        service = Service(name, title, MODULES[role], [*arguments, *drain], env, self._logs)
+        self.services.append(service)
+        return service
+
+    def _model_arguments(self, stage: StageDeploy, role: str) -> list[str]:
+        arguments = ["--model", self._model, "--listen", f"{LOOPBACK}:0", "--name", f"{role}-0"]
+        arguments += ["--device", self._device, "--dtype", self._dtype]
+        if stage.max_num_seqs is not None:
+            arguments += ["--max-num-seqs", str(stage.max_num_seqs)]
+        if stage.max_model_len is not None:
+            arguments += ["--max-model-len", str(stage.max_model_len)]
+        if role == "dit":
+            arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+            arguments += ["--vae-use-tiling"] if stage.tiling else []
+        return arguments
+
+    def _gateway_arguments(self, addresses: Mapping[str, str]) -> list[str]:
+        arguments = ["--listen", self._listen, "--pipeline", self.config.pipeline]
+        for name, address in addresses.items():
+            arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
+        arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+        return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]
+
+
+def is_serving(address: str, timeout_s: float = 1.0) -> bool:
+    """Whether the service there says that it is ready (grpc.health.v1)."""
+    with sync_channel(reachable(address)) as channel:
+        check: Any = health_pb2_grpc.HealthStub(channel).Check
+        try:
+            answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def reachable(address: str) -> str:
+    """Where a service of this machine is called that listens there: an address of all interfaces is none to call."""
+    for everywhere, here in (("0.0.0.0:", f"{LOOPBACK}:"), ("[::]:", "[::1]:")):
+        if address.startswith(everywhere):
+            return here + address.removeprefix(everywhere)
+    return address
+
+
+def _visible_gpus(stage: StageDeploy, visible: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES for a stage; its numbers count the GPUs that are visible to us."""
+    if visible is None:
+        if (count := _gpus_here()) and max(stage.device_ids) >= count:  # torch would only see none, and take the CPU
+            raise ConfigError(f"{stage.where}.devices is {stage.devices!r}; this machine's highest GPU is {count - 1}")
+        return ",".join(map(str, stage.device_ids))
+    if not visible.strip():
+        return visible
+    gpus = [gpu.strip() for gpu in visible.split(",")]
+    if "-1" in gpus:  # the way to say none
+        return visible
+    if max(stage.device_ids) >= len(gpus):
+        raise ConfigError(
+            f"{stage.where}.devices is {stage.devices!r}; CUDA_VISIBLE_DEVICES shows {len(gpus)}, "
+            f"so the highest number is {len(gpus) - 1}"
+        )
+    return ",".join(gpus[gpu] for gpu in stage.device_ids)
+
+
+def _gpus_here() -> int:
+    """NVIDIA GPUs of this machine; 0 if it has none or does not tell."""
+    with suppress(OSError):
+        return len(os.listdir("/proc/driver/nvidia/gpus"))
+    return 0
+
+
+def _address(line: str) -> str | None:
+    """The address in the line that a service prints when it listens; None for any other line."""
+    with suppress(ValueError, AttributeError):
+        event = json.loads(line)
+        if event.get("event") == "listening":
+            return str(event["address"])
+    return None
+
+
+def _plain(line: str) -> str:
+    """A line of a service's output for an error message: of a JSON log line its event and error."""
+    try:
+        fields = json.loads(line)
+        error = str(fields.get("error", "")).strip().splitlines()
+        return ": ".join(filter(None, (str(fields.get("event", "")), error[-1] if error else "")))
+    except (ValueError, AttributeError):
+        return line.strip().removeprefix("error: ")
+
+
+@contextmanager
+def _sink(logs: Path | TextIO | None, name: str) -> Iterator[Callable[[str], object]]:
+    """What a service's lines are given to."""
+    if logs is None:
+        yield lambda line: None
+    elif isinstance(logs, Path):
+        with logs.open("a", encoding="utf-8", buffering=1) as file:
+            yield file.write
+    else:
+        stream = logs
+
+        def write(line: str) -> None:
+            with suppress(OSError, ValueError):  # a reader that has gone must not stop the service's own output
+                stream.write(f"{name} | {line}")
+                stream.flush()
+
+        yield write

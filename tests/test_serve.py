@@ -1,0 +1,101 @@
+"""`bagel serve` as a process: its address, its end by a signal, its end when a service dies."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bagel.cli import main
+from bagel.client import Client
+from bagel.launch import is_serving
+from tests.conftest import GOLDEN
+from tests.test_launch import until_gone
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 60
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process once it is ready, and its gateway's address."""
+    command = [sys.executable, "-m", "bagel.cli", "serve", "--port", "0", "--device", "cpu", *arguments]
+    env = os.environ | {"BAGEL_MODEL": str(GOLDEN / "checkpoint")}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **streams) as process:  # type: ignore[call-overload]
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def children(process: subprocess.Popen[str]) -> dict[str, int]:
+    """The services' process ids by their modules."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if parent == process.pid and "bagel.child" in command:
+            found[command[command.index("bagel.child") + 1]] = int(entry.name)
+    return found
+
+
+def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    with serving("--deploy-config", "deploy/bagel_single_stage.yaml", "--log-dir", str(logs)) as (process, address):
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+        assert is_serving(address)
+        with Client(address) as client:
+            assert client.generate("a", modality="text2text", max_tokens=3, timeout=LIMIT_S).text
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, err
+    assert f"bagel generate --endpoint {address}" in err
+    assert re.search(r"dit-0 is ready at 127\.0\.0\.1:\d+, [0-9.]+ s; stage 0", err)
+    assert "Traceback" not in err + "".join(log.read_text() for log in logs.iterdir())
+    assert {log.name for log in logs.iterdir()} == {"dit-0.log", "gateway.log"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+def test_service_that_dies_ends_it_with_its_name() -> None:
+    with serving() as (process, address):
+        assert address
+        services = children(process)
+        assert set(services) == {"bagel_thinker", "bagel_dit", "bagel_gateway"}
+        os.kill(services["bagel_thinker"], signal.SIGKILL)
+        _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert re.match(r"bagel: error: stage 0 \(thinker\) was killed by SIGKILL", err.splitlines()[-1])
+    assert any(line.startswith("gateway | {") for line in err.splitlines())
+    until_gone(list(services.values()))
+
+
+WRONG = [
+    (["--port", "70000"], 2, "'70000' is no port"),
+    (["--prompts", "x"], 2, "unknown flag '--prompts'; "),
+    (["--model", "/no/such"], 2, "no checkpoint folder '/no/such'"),
+    (["--deploy-config", "none.yaml"], 2, "none.yaml cannot be read"),
+    (["--log-dir", "README.md"], 2, "--log-dir 'README.md' cannot be made"),
+    (["--init-timeout", "1", "--device", "cpu"], 1, "stage 0 (thinker)"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), WRONG, ids=lambda value: str(value))
+def test_what_is_wrong_is_told(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAGEL_MODEL", str(GOLDEN / "checkpoint"))
+    monkeypatch.chdir(ROOT)
+    assert main(["serve", *arguments]) == code
+    assert said in capsys.readouterr().err.splitlines()[-1]
