@@ -32,7 +32,8 @@ from bagel.transport import PLAINTEXT, Security, channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 
 ImageInput = StrPath | bytes | Image.Image
-PromptInput = str | Sequence[str | TextPart | ImagePart | common_pb2.Part]
+PromptPart = str | TextPart | ImagePart | common_pb2.Part
+PromptInput = str | Sequence[PromptPart]
 OnServiceEvent = Callable[[ServiceEvent], None]
 MANY = 64
 """Requests of generate_many that are under way at once; the gateway's own default limit."""

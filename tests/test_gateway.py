@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bagel.client import PromptPart
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
 from bagel.prompts import THINK_IMAGE_PROMPT, THINK_TEXT_PROMPT, ImagePart, TextPart
@@ -290,7 +291,7 @@ def test_the_cause_is_told_not_what_followed_from_it() -> None:
 
 def test_a_text_part_alone_can_be_the_prompt() -> None:
     async def work(at: Deployment) -> None:
-        parts = [TextPart("one"), "two"]
+        parts: list[PromptPart] = [TextPart("one"), "two"]
         await at.client.generate(parts, modality="text2text")
         assert texts(at.thinkers[0].asked[0]) == ["one", "two"]
 
