@@ -222,6 +222,13 @@ def encode_picture(image: Image, format_: common_pb2.ImageFormat.ValueType) -> b
     return stream.getvalue()
 
 
+def picture_format(data: bytes) -> common_pb2.ImageFormat.ValueType:
+    """The format of a file that `encode_picture` made."""
+    if data.startswith(b"\xff\xd8"):
+        return common_pb2.IMAGE_FORMAT_JPEG
+    return common_pb2.IMAGE_FORMAT_WEBP if data.startswith(b"RIFF") else common_pb2.IMAGE_FORMAT_PNG
+
+
 def model_info(config: ModelConfig, **more: Any) -> common_pb2.ModelInfo:
     """What requests are checked against; more: the other fields of ModelInfo."""
     height, width = config.default_image_size

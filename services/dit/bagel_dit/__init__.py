@@ -1,1 +1,1 @@
-"""The DiT service: draws pictures from the Thinker's K/V, or alone in one process. Arrives with the services."""
+"""The DiT service: draws pictures from K/V that a Thinker made, or serves whole requests alone."""

@@ -1,0 +1,114 @@
+"""python -m bagel_dit: the DiT service."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bagel import service
+from bagel.kv.arena import Arena
+from bagel.kv.pages import KvLayout
+from bagel.kv.puller import KvPuller
+from bagel.kv.service import KvBlocksServicer, add_kv_blocks
+from bagel.kv.store import KvStore
+from bagel.model.checkpoint import find_checkpoint
+from bagel.telemetry import Log
+from bagel.transport import Host, channel
+from bagel.v1 import common_pb2, dit_pb2, kv_pb2
+from bagel.v1.dit_pb2_grpc import add_DitServiceServicer_to_server
+from bagel_dit.drive import Driver
+from bagel_dit.messages import RunnerSettings
+from bagel_dit.server import DitServicer
+
+DEFAULT_MAX_NUM_SEQS = 16
+BATCH_TIMEOUT_S = 5.0
+PAGE_TIMEOUT_S = 10.0
+
+log = Log("bagel.dit")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM; the process's exit code."""
+    flags = service.parser("bagel_dit", "Draws pictures from K/V, or serves whole requests.", "127.0.0.1:50053")
+    service.add_model_flags(flags, "dit-0")
+    flags.add_argument("--single-stage", action="store_true", help="load the whole model and serve whole requests")
+    flags.add_argument(
+        "--source", type=service.named_address, action="append", default=[], metavar="NAME=HOST:PORT",
+        help="a peer that K/V may be pulled from; may be given again",
+    )  # fmt: skip
+    flags.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    flags.add_argument("--kv-cache-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
+    flags.add_argument("--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without any page")
+    flags.add_argument("--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="then busy")
+    return service.run(flags, argv, _serve, "dit")
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
+    if not args.single_stage:
+        names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
+    host = Host(args.listen, names, service.security(args))
+    await host.start()
+    service.announce(host, args.listen)
+    log.info("configuration", **vars(args))
+    find_checkpoint(args.model)  # what is wrong with it is told by this process, before another is started
+    arena = None if args.single_stage else Arena(args.kv_cache_bytes)
+
+    async def on_health(healthy: bool) -> None:
+        await (host.ready() if healthy and added else host.not_ready())
+
+    added = False
+    driver = Driver(_runner_settings(args), arena, on_health)
+    puller = None
+    try:
+        await driver.loaded()
+        if arena is not None:
+            puller = _puller(args, arena, driver.info)
+            add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
+        add_DitServiceServicer_to_server(_servicer(args, driver, puller), host.methods)
+        added = True
+        await host.ready()
+        log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
+        await host.until_stopped(args.drain_timeout)
+    finally:
+        if puller is not None:
+            await puller.close()
+        await driver.stop()
+
+
+def _servicer(args: argparse.Namespace, driver: Driver, puller: KvPuller | None) -> DitServicer:
+    return DitServicer(
+        args.name,
+        driver,
+        puller,
+        sources=tuple(dict(args.source)),
+        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        batch_timeout_s=args.batch_timeout,
+    )
+
+
+def _puller(args: argparse.Namespace, arena: Arena, info: common_pb2.ModelInfo) -> KvPuller:
+    llm = find_checkpoint(args.model).config.llm
+    layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, info.dtype)
+    store = KvStore(layout, info.kv_fingerprint, args.kv_cache_bytes, arena=arena)
+    secure = service.security(args)
+    sources = {name: channel(address, secure) for name, address in args.source}
+    return KvPuller(store, sources, page_timeout_s=args.kv_page_timeout)
+
+
+def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
+    return RunnerSettings(
+        model=args.model,
+        single_stage=args.single_stage,
+        device=args.device,
+        dtype=args.dtype,
+        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_model_len=args.max_model_len,
+        vae_use_tiling=args.vae_use_tiling,
+        log_level=args.log_level,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Drives the runner: step plans in, replies out to whom they belong, a new runner when one has died."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from google.rpc import status_pb2
+
+from bagel.errors import BagelError, Loading, RunnerDied
+from bagel.kv.arena import Arena
+from bagel.status import from_status
+from bagel.telemetry import Log
+from bagel.v1 import common_pb2
+from bagel_dit.messages import Begun, Command, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
+from bagel_dit.runner_process import RunnerProcess
+from bagel_dit.scheduler import Scheduler
+
+PLANS_AHEAD = 2
+"""Plans that the runner may have at once: it begins the next without a round trip, and a cancel takes a step."""
+
+log = Log("bagel.dit")
+
+
+class Driver:
+    """Owns the runner process and the scheduler. on_health is told when the runner can serve, and when it cannot."""
+
+    def __init__(
+        self, settings: RunnerSettings, arena: Arena | None, on_health: Callable[[bool], Awaitable[None]]
+    ) -> None:
+        self._settings, self._arena, self._on_health = settings, arena, on_health
+        self.info = common_pb2.ModelInfo()
+        self._listeners: dict[int, asyncio.Queue[Any]] = {}
+        self._scheduler = Scheduler()
+        self._under_way = 0
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+        self._runner = self._start()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that the driver has listeners for."""
+        return len(self._listeners)
+
+    async def loaded(self) -> None:
+        """Wait until the model is loaded; raises what it could not be loaded for."""
+        await asyncio.shield(self._ready)
+
+    async def stop(self) -> None:
+        """End the runner."""
+        self._stopping = True
+        await self._runner.stop()
+
+    def listen(self, id_: int, events: asyncio.Queue[Any]) -> None:
+        """Events of this request go to this queue: steps taken as int, replies, errors as BagelError."""
+        if not self._ready.done() or self._ready.exception() is not None:
+            raise Loading("the runner is loading its model; try again in a moment")
+        self._listeners[id_] = events
+
+    def forget(self, id_: int) -> None:
+        """The request is over, or nobody waits for it any more."""
+        if self._listeners.pop(id_, None) is not None:
+            self._scheduler.remove(id_)
+            self._runner.send(Remove(id_))
+
+    def send(self, command: Command) -> None:
+        """Give the runner a command."""
+        self._runner.send(command)
+
+    def begin(self, begun: Begun) -> None:
+        """Let a picture take steps."""
+        self._scheduler.add(begun.id, steps=begun.steps, bucket=begun.bucket, rows=begun.rows)
+        self._drive()
+
+    def read(self) -> None:
+        """There is text to read or write."""
+        self._scheduler.reading = True
+        self._drive()
+
+    def _drive(self) -> None:
+        while self._under_way < PLANS_AHEAD and (plan := self._scheduler.plan()) is not None:
+            self._under_way += 1
+            self._runner.send(plan)
+            if not plan.pictures:
+                return  # reading goes on once its reply says that there is more
+
+    def _start(self) -> RunnerProcess:
+        return RunnerProcess(self._settings, self._arena, self._on_reply, self._on_death)
+
+    def _on_reply(self, reply: Reply) -> None:
+        match reply:
+            case Ready():
+                self.info = common_pb2.ModelInfo.FromString(reply.info)
+                log.info("memory", weights_bytes=dict(reply.memory), runner_pid=self._runner.pid)
+                self._ready.set_result(None)
+                self._spawn(self._on_health(True))
+            case LoadFailed():
+                self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
+            case Stepped():
+                self._under_way -= 1
+                self._scheduler.reading = reply.reading
+                for id_, step in reply.pictures.items():
+                    self._tell(id_, step)
+                self._drive()
+            case _:
+                self._tell(reply.id, reply)
+
+    def _tell(self, id_: int, event: object) -> None:
+        if (events := self._listeners.get(id_)) is not None:
+            events.put_nowait(event)
+
+    def _on_death(self, code: int | None) -> None:
+        if self._stopping:
+            return
+        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        log.error("the runner died", cause=cause, requests=len(self._listeners))
+        error = RunnerDied(f"the DiT's runner process ended ({cause}) under this request; send it again")
+        for events in self._listeners.values():
+            events.put_nowait(error)
+        if not self._ready.done():
+            self._ready.set_exception(BagelError(f"the DiT's runner process ended ({cause}) while it loaded the model"))
+            return
+        if self._ready.exception() is not None:
+            return
+        self._ready = asyncio.get_running_loop().create_future()
+        self._scheduler, self._under_way = Scheduler(), 0
+        self._spawn(self._on_health(False))
+        self._runner = self._start()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,76 @@
+"""Pages on their way from the store to a picture's slab."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from bagel.errors import IncompleteContext
+from bagel.kv.store import KvStore
+from bagel.prompts import BranchName
+from bagel.v1 import kv_pb2
+from bagel_dit.messages import LandedPage
+
+
+class Landing:
+    """Tells of every page of some contexts once: those that are in the store, then each as it becomes ready.
+
+    Used in the event loop, where pages are written too. Pages that become ready together are told together. Branches
+    whose contexts are equal share their place in the slab, so only the first of them is told of.
+    """
+
+    def __init__(
+        self,
+        store: KvStore,
+        refs: Mapping[BranchName, kv_pb2.ContextRef],
+        tell: Callable[[tuple[LandedPage, ...]], None],
+    ) -> None:
+        self._store, self._tell = store, tell
+        self._loop = asyncio.get_running_loop()
+        self._places: dict[bytes, list[tuple[BranchName, int]]] = {}
+        self._lengths: dict[bytes, int] = {}
+        self._told: set[tuple[bytes, int, int]] = set()
+        self._waiting: list[LandedPage] = []
+        distinct = {ref.segments[-1].digest: (branch, ref) for branch, ref in refs.items() if ref.segments}
+        for branch, ref in distinct.values():
+            row = 0
+            for segment in ref.segments:
+                self._places.setdefault(segment.digest, []).append((branch, row))
+                self._lengths[segment.digest] = segment.length
+                row += segment.length
+
+    def __enter__(self) -> Landing:
+        self._unsubscribe = self._store.subscribe(self._on_page)
+        for digest, length in self._lengths.items():
+            ends = dict(self._store.layout.page_ranges(length))
+            for layer, begin in self._store.ready_pages(digest):
+                self._on_page(digest, layer, begin, ends[begin])
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._unsubscribe()
+
+    def flush(self) -> None:
+        """Tell of what waits to be told."""
+        if self._waiting:
+            self._tell(tuple(self._waiting))
+            self._waiting = []
+
+    def check(self) -> None:
+        """IncompleteContext unless every page was told of."""
+        layout = self._store.layout
+        wanted = sum(layout.layers * len(layout.page_ranges(length)) for length in self._lengths.values())
+        if len(self._told) != wanted:
+            raise IncompleteContext(f"{len(self._told)} of {wanted} pages of K/V landed; the picture was not drawn")
+
+    def _on_page(self, digest: bytes, layer: int, begin: int, end: int) -> None:
+        if digest not in self._places or (digest, layer, begin) in self._told:
+            return
+        self._told.add((digest, layer, begin))
+        k, v = self._store.offsets(digest, layer)
+        skip = begin * self._store.layout.row_bytes
+        if not self._waiting:
+            self._loop.call_soon(self.flush)
+        for branch, row in self._places[digest]:
+            self._waiting.append(LandedPage(branch, layer, row + begin, end - begin, k + skip, v + skip))

@@ -1,0 +1,191 @@
+"""What the server and its runner process tell each other. Small and picklable; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bagel.prompts import BranchName
+from bagel.request import ImageSettings
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """How a runner loads its model. single_stage: all of it, to serve whole requests."""
+
+    model: str
+    single_stage: bool
+    device: str
+    dtype: str
+    max_num_seqs: int
+    max_model_len: int | None
+    vae_use_tiling: bool
+    log_level: str
+
+
+# Commands: server to runner
+
+
+@dataclass(frozen=True)
+class PlacedContext:
+    """A context whose K/V land later: its digest, its rows of K/V, the position after it."""
+
+    digest: bytes
+    length: int
+    rope: int
+
+
+@dataclass(frozen=True)
+class AddPicture:
+    """Make room for a picture. posterior_shapes: drawn before its noise; image_format: of bagel.v1."""
+
+    id: int
+    settings: ImageSettings
+    grid: tuple[int, int]
+    seed: int
+    posterior_shapes: tuple[tuple[int, ...], ...]
+    contexts: Mapping[BranchName, PlacedContext]
+    image_format: int
+
+
+@dataclass(frozen=True)
+class LandedPage:
+    """Rows of one layer of a context that are in shared memory: where they go, and their byte offsets there."""
+
+    branch: BranchName
+    layer: int
+    row: int
+    rows: int
+    k_offset: int
+    v_offset: int
+
+
+@dataclass(frozen=True)
+class Land:
+    """Copy pages into a picture's slab."""
+
+    id: int
+    pages: tuple[LandedPage, ...]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """All K/V of a picture have been landed."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Serve:
+    """A whole request, as a serialized bagel.v1.Request with every field set."""
+
+    id: int
+    request: bytes
+    image_format: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One turn: an Euler step of these pictures (all of one bucket), and a unit of reading and writing text."""
+
+    pictures: tuple[int, ...]
+    read: bool
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Forget a request."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""
+
+
+Command = AddPicture | Land | Begin | Serve | StepPlan | Remove | Stop
+
+
+# Replies: runner to server
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded: a serialized ModelInfo, and bytes of weights by component."""
+
+    info: bytes
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A picture can take steps. bucket: latents a row is padded to; rows: its distinct contexts."""
+
+    id: int
+    steps: int
+    bucket: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A plan was carried out: the steps taken so far of its pictures; reading: whether text is still to be done."""
+
+    pictures: Mapping[int, int]
+    reading: bool
+
+
+@dataclass(frozen=True)
+class Text:
+    """More text of a request."""
+
+    id: int
+    text: str
+    think: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """A request's text is complete. counts: fields of bagel.v1.Usage."""
+
+    id: int
+    text: str
+    token_ids: tuple[int, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture is decoded and encoded."""
+
+    id: int
+    data: bytes
+    width: int
+    height: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request without a picture is over."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request failed: a serialized google.rpc.Status."""
+
+    id: int
+    status: bytes
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model could not be loaded: a serialized google.rpc.Status. The process ends."""
+
+    status: bytes
+
+
+Reply = Ready | Begun | Stepped | Text | Written | Drawn | Done | Failed | LoadFailed

@@ -1,0 +1,371 @@
+"""The runner process: carries out the server's commands on the model, one after the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel.engine.context import Context, ContextBuilder
+from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
+from bagel.engine.loading import LoadedModel, load_role
+from bagel.engine.noise import initial_noise
+from bagel.engine.plan import RequestPlan, plan_picture, plan_request
+from bagel.engine.reader import Reader, Reading
+from bagel.engine.reader import Written as Read
+from bagel.errors import BagelError, NotFinite, OutOfMemory
+from bagel.kv.arena import Arena
+from bagel.local import DTYPES, choose_device
+from bagel.model.attention import KvSlab
+from bagel.model.checkpoint import find_checkpoint
+from bagel.model.pixels import to_image
+from bagel.model.roles import Role
+from bagel.prompts import BranchName
+from bagel.request import text_settings
+from bagel.status import rpc_status_of
+from bagel.telemetry import Log, set_up_logs
+from bagel.v1 import common_pb2
+from bagel.wire import encode_picture, model_info, request_from_wire
+from bagel_dit.messages import (
+    AddPicture,
+    Begin,
+    Begun,
+    Command,
+    Done,
+    Drawn,
+    Failed,
+    Land,
+    LandedPage,
+    LoadFailed,
+    PlacedContext,
+    Ready,
+    Remove,
+    Reply,
+    RunnerSettings,
+    Serve,
+    Stepped,
+    StepPlan,
+    Stop,
+    Text,
+    Written,
+)
+
+log = Log("bagel.dit.runner")
+
+
+def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
+    """Load the model, then serve commands until Stop or until the server is gone."""
+    set_up_logs("dit-runner", settings.log_level)
+    try:
+        arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
+        runner = Runner(connection, arena, settings)
+    except BagelError as error:
+        connection.send(LoadFailed(rpc_status_of(error).SerializeToString()))
+        return
+    runner.run()
+
+
+@dataclass(frozen=True)
+class _LateContext:
+    """A context whose K/V are written to the slab page by page, after it has got its place."""
+
+    placed: PlacedContext
+
+    @property
+    def digest(self) -> bytes:
+        return self.placed.digest
+
+    @property
+    def length(self) -> int:
+        return self.placed.length
+
+    @property
+    def rope(self) -> int:
+        return self.placed.rope
+
+    def copy_to(self, slab: KvSlab, start: int) -> None:
+        """Nothing is there yet."""
+
+
+@dataclass
+class _Drawing:
+    """A picture on a canvas."""
+
+    canvas: Canvas
+    number: int
+    image_format: int
+
+
+@dataclass
+class _Serving:
+    """A whole request being read. waiting: distinct chains that are not built yet, by digest, with their branches."""
+
+    plan: RequestPlan
+    image_format: int
+    readings: list[Reading] = field(default_factory=list)
+    contexts: dict[BranchName, Context] = field(default_factory=dict)
+    left: int = 0
+
+
+class Runner:
+    """One rank's worker."""
+
+    def __init__(self, connection: Connection, arena: Arena | None, settings: RunnerSettings) -> None:
+        self._connection, self._sending = connection, threading.Lock()
+        self._loaded = _load(settings)
+        model = self._loaded.model
+        self._model, self._device = model, model.device
+        self._gate = StepGate(self._device)
+        self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        self._canvases: dict[int, Canvas] = {}
+        self._drawings: dict[int, _Drawing] = {}
+        self._serving: dict[int, _Serving] = {}
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._decode_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._reader = Reader(
+            model,
+            self._loaded.tokenizer,
+            self._loaded.planner,
+            ContextBuilder(model),
+            max_num_seqs=settings.max_num_seqs,
+            max_model_len=self._loaded.max_model_len,
+        ) if settings.single_stage else None  # fmt: skip
+        info = model_info(
+            model.config,
+            name=settings.model,
+            checkpoint_fingerprint=self._loaded.checkpoint.fingerprint,
+            kv_fingerprint=self._loaded.kv_fingerprint,
+            max_positions=self._loaded.max_model_len,
+            dtype=self._loaded.dtype,
+            device=str(self._device),
+        )
+        self._send(Ready(info.SerializeToString(), self._loaded.memory()))
+
+    def run(self) -> None:
+        """Carry out commands until Stop, or until the server is gone."""
+        handlers: dict[type, Callable[[Any], None]] = {
+            AddPicture: self._add,
+            Land: self._land,
+            Begin: self._begin,
+            Serve: self._serve,
+            StepPlan: self._step,
+            Remove: self._remove,
+        }
+        while True:
+            try:
+                command: Command = self._connection.recv()
+            except (EOFError, OSError):
+                return
+            if isinstance(command, Stop):
+                self._decoder.shutdown()
+                return
+            try:
+                handlers[type(command)](command)
+            except Exception as error:
+                self._fail(getattr(command, "id", None), error)
+
+    # Pictures from contexts that are pulled
+
+    def _add(self, command: AddPicture) -> None:
+        rows, columns = command.grid
+        features = self._model.config.latent_features
+        noise = initial_noise(command.seed, rows * columns, features, command.posterior_shapes)
+        contexts = {name: _LateContext(placed) for name, placed in command.contexts.items()}
+        self._place(command.id, Picture(command.settings, command.grid, noise, contexts), command.image_format)
+
+    @torch.inference_mode()
+    def _land(self, command: Land) -> None:
+        drawing = self._drawings.get(command.id)
+        if drawing is None:
+            return  # it has left
+        for page in command.pages:
+            start = drawing.canvas.place(drawing.number, page.branch) + page.row
+            for slab, offset in ((drawing.canvas.slab.k, page.k_offset), (drawing.canvas.slab.v, page.v_offset)):
+                slab[page.layer, start : start + page.rows] = self._rows(page, offset)
+
+    def _rows(self, page: LandedPage, offset: int) -> Tensor:
+        """Rows of K or V in shared memory, [rows, kv_heads, head_dim]."""
+        assert self._shared is not None
+        llm = self._model.config.llm
+        shape = (page.rows, llm.num_key_value_heads, llm.head_dim)
+        nbytes = page.rows * llm.num_key_value_heads * llm.head_dim * self._model.dtype.itemsize
+        return self._shared[offset : offset + nbytes].view(self._model.dtype).view(shape)
+
+    def _begin(self, command: Begin) -> None:
+        drawing = self._drawings.get(command.id)
+        if drawing is not None:
+            self._announce(command.id, drawing)
+
+    def _place(self, id_: int, picture: Picture, image_format: int) -> _Drawing:
+        """Give a picture a place on the canvas of its bucket."""
+        # On a CPU nothing is compiled or captured, so there a picture is padded to nothing.
+        bucket = latent_bucket(picture.tokens) if self._device.type == "cuda" else picture.tokens
+        canvas = self._canvases.get(bucket)
+        if canvas is None:
+            canvas = self._canvases[bucket] = Canvas(self._model, [], bucket)
+        drawing = self._drawings[id_] = _Drawing(canvas, canvas.add(picture), image_format)
+        return drawing
+
+    def _announce(self, id_: int, drawing: _Drawing) -> None:
+        picture = drawing.canvas.pictures[drawing.number]
+        rows = len({context.digest for context in picture.contexts.values()})
+        self._send(Begun(id_, picture.steps, drawing.canvas.padded, rows))
+
+    # Steps
+
+    def _step(self, plan: StepPlan) -> None:
+        taken: dict[int, int] = {}
+        drawings = {id_: self._drawings[id_] for id_ in plan.pictures if id_ in self._drawings}
+        if drawings:
+            canvas = next(iter(drawings.values())).canvas
+            try:
+                canvas.step([drawing.number for drawing in drawings.values()])
+                self._gate.passed()
+            except Exception as error:  # one forward for all of them
+                for id_ in drawings:
+                    self._fail(id_, error)
+                drawings = {}
+        for id_, drawing in drawings.items():
+            picture = drawing.canvas.pictures[drawing.number]
+            taken[id_] = picture.step
+            if picture.finished:
+                self._decode(id_, drawing, picture)
+        if plan.read and self._reader is not None and self._reader.busy:
+            self._reader.work()
+        self._send(Stepped(taken, reading=self._reader is not None and self._reader.busy))
+
+    def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
+        """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
+        latents = drawing.canvas.latents(drawing.number).clone()
+        done = torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
+        self._forget(id_)
+        self._decoder.submit(self._decode_in_thread, id_, latents, picture.grid, drawing.image_format, done)
+
+    def _decode_in_thread(
+        self, id_: int, latents: Tensor, grid: tuple[int, int], image_format: int, done: torch.cuda.Event | None
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            with torch.cuda.stream(self._decode_stream) if self._decode_stream else nullcontext():
+                if done is not None and self._decode_stream is not None:
+                    self._decode_stream.wait_event(done)
+                    latents.record_stream(self._decode_stream)
+                decoded = decode_picture(self._model, latents, grid)
+                if not decoded.isfinite().all():
+                    raise NotFinite(
+                        "the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32"
+                    )
+                image = to_image(decoded)
+            data = encode_picture(image, common_pb2.ImageFormat.ValueType(image_format))
+            self._send(Drawn(id_, data, image.width, image.height, time.perf_counter() - start))
+        except Exception as error:
+            self._fail(id_, error)
+
+    def _remove(self, command: Remove) -> None:
+        self._forget(command.id)
+
+    def _forget(self, id_: int) -> None:
+        if (serving := self._serving.pop(id_, None)) is not None and self._reader is not None:
+            for reading in serving.readings:
+                self._reader.cancel(reading)
+        if (drawing := self._drawings.pop(id_, None)) is not None:
+            drawing.canvas.remove(drawing.number)
+            if not drawing.canvas.pictures:
+                self._canvases.pop(drawing.canvas.padded, None)  # its slab with it
+
+    # Whole requests
+
+    def _serve(self, command: Serve) -> None:
+        assert self._reader is not None
+        request = request_from_wire(common_pb2.Request.FromString(command.request))
+        plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
+        serving = self._serving[command.id] = _Serving(plan, command.image_format)
+        chains = plan.chains if plan.draws else {BranchName.GEN: plan.chain}
+        distinct: dict[tuple[bytes, bool], list[BranchName]] = {}
+        for name, chain in chains.items():
+            # The think text makes gen's context another one than that of a branch with the same prompt.
+            distinct.setdefault((chain.digest, name is BranchName.GEN and plan.writes), []).append(name)
+        serving.left = len(distinct)
+        for (_, writes), names in distinct.items():
+            serving.readings.append(self._reading(command.id, serving, names, writes=writes))
+        for reading in serving.readings:
+            self._reader.add(reading)
+
+    def _reading(self, id_: int, serving: _Serving, names: list[BranchName], *, writes: bool) -> Reading:
+        plan = serving.plan
+        chain = plan.chains[names[0]] if plan.draws else plan.chain
+
+        def done(read: Read) -> None:
+            serving.contexts |= dict.fromkeys(names, read.context)
+            serving.left -= 1
+            if writes:
+                self._send(Written(id_, read.text, read.token_ids, _counts(plan, len(read.token_ids))))
+            if not serving.left:
+                self._all_read(id_, serving)
+
+        return Reading(
+            chain,
+            plan.request.seed,
+            on_done=done,
+            on_error=lambda error: self._fail(id_, error),
+            settings=text_settings(plan.request) if writes else None,
+            append=plan.draws and writes,
+            on_text=lambda text: self._send(Text(id_, text, think=plan.draws)),
+        )
+
+    def _all_read(self, id_: int, serving: _Serving) -> None:
+        """Text answers are over; pictures are drawn from now on."""
+        del self._serving[id_]
+        if not serving.plan.draws:
+            self._send(Done(id_))
+            return
+        if not serving.plan.writes:
+            self._send(Written(id_, "", (), _counts(serving.plan, 0)))
+        picture = plan_picture(self._loaded.planner, serving.plan, serving.contexts)
+        self._announce(id_, self._place(id_, picture, serving.image_format))
+
+    # Replies
+
+    def _fail(self, id_: int | None, error: Exception) -> None:
+        if not isinstance(error, BagelError):
+            if isinstance(error, torch.OutOfMemoryError):
+                error = OutOfMemory("the memory of the device is full; draw fewer or smaller pictures at once")
+            else:
+                log.error("internal error", exc_info=True)
+                error = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
+        if id_ is None:
+            return
+        self._forget(id_)
+        self._send(Failed(id_, rpc_status_of(error).SerializeToString()))
+
+    def _send(self, reply: Reply) -> None:
+        with self._sending:
+            self._connection.send(reply)
+
+
+def _load(settings: RunnerSettings) -> LoadedModel:
+    device = choose_device(settings.device, 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if settings.dtype == "auto" else settings.dtype
+    role = Role.FULL if settings.single_stage else Role.DENOISE
+    checkpoint = find_checkpoint(settings.model)
+    loaded = load_role(checkpoint, role, dtype=DTYPES[dtype], device=device, max_model_len=settings.max_model_len)
+    if settings.vae_use_tiling:
+        loaded.model.autoencoder().use_tiling()
+    return loaded
+
+
+def _counts(plan: RequestPlan, tokens: int) -> dict[str, int]:
+    """What a request used, as fields of bagel.v1.Usage; branches that are equal count once."""
+    images = sum(segment.length for segment in plan.chain.segments if segment.image is not None)
+    kind = "think_tokens" if plan.draws else "completion_tokens"
+    return {"prompt_tokens": plan.chain.length - images, "image_tokens": images, kind: tokens}

@@ -1,0 +1,282 @@
+"""DitService: takes work in, pulls what it lacks, lets the scheduler and the runner draw it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.rpc import status_pb2
+from grpc.aio import ServicerContext
+
+from bagel.errors import BagelError, Busy, IncompleteContext, InvalidRequest
+from bagel.kv.puller import HeldContexts, KvPuller
+from bagel.prompts import BranchName
+from bagel.status import from_status, streaming, unary
+from bagel.telemetry import Log
+from bagel.v1 import common_pb2, dit_pb2, kv_pb2
+from bagel.v1.dit_pb2_grpc import DitServiceServicer
+from bagel.wire import branch_from_wire, image_settings_from_wire, modality_from_wire, picture_format, timings_to_wire
+from bagel_dit.drive import Driver
+from bagel_dit.landing import Landing
+from bagel_dit.messages import (
+    AddPicture,
+    Begin,
+    Begun,
+    Done,
+    Drawn,
+    Failed,
+    Land,
+    PlacedContext,
+    Serve,
+    Text,
+    Written,
+)
+
+Response = dit_pb2.DitServiceGenerateResponse
+Event = Begun | int | Text | Written | Drawn | Done | Failed | BagelError
+
+log = Log("bagel.dit")
+
+
+@dataclass
+class _Work:
+    """One call. clock: when its last stage began."""
+
+    id: int
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    clock: float = field(default_factory=time.perf_counter)
+    timings: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    text: Written | None = None
+
+    def lap(self, stage: str) -> float:
+        """The time since the last lap was spent on a stage; its seconds."""
+        now = time.perf_counter()
+        seconds = now - self.clock
+        self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+        self.clock = now
+        return seconds
+
+    async def next(self) -> Event:
+        """The next event; raises what the work failed with."""
+        event = await self.events.get()
+        if isinstance(event, BagelError):
+            raise event
+        if isinstance(event, Failed):
+            raise from_status(status_pb2.Status.FromString(event.status), "the runner")
+        return event
+
+
+class DitServicer(DitServiceServicer):
+    """Serves one runner. puller is None in single-stage mode, where no K/V is pulled."""
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        puller: KvPuller | None,
+        *,
+        sources: tuple[str, ...],
+        max_num_seqs: int,
+        batch_timeout_s: float,
+    ) -> None:
+        self.name, self.driver, self.puller, self.sources = name, driver, puller, sources
+        self._slots = asyncio.Semaphore(max_num_seqs)
+        self._batch_timeout_s = batch_timeout_s
+        self._ids = itertools.count(1)
+
+    @streaming
+    async def Generate(
+        self, request: dit_pb2.DitServiceGenerateRequest, context: ServicerContext[Any, Any]
+    ) -> AsyncIterator[Response]:
+        """Do one piece of work; a call that ends early stops it within a step."""
+        work = _Work(next(self._ids))
+        self.driver.listen(work.id, work.events)
+        try:
+            async with AsyncExitStack() as stack:
+                if request.WhichOneof("work") == "draw":
+                    responses = self._draw(request, work, stack)
+                else:
+                    responses = self._serve(request, work, stack)
+                async for response in responses:
+                    yield response
+        finally:
+            self.driver.forget(work.id)
+
+    @unary
+    async def Describe(
+        self, request: dit_pb2.DitServiceDescribeRequest, context: ServicerContext[Any, Any]
+    ) -> dit_pb2.DitServiceDescribeResponse:
+        """What this DiT is."""
+        return dit_pb2.DitServiceDescribeResponse(
+            model=self.driver.info, single_stage=self.puller is None, name=self.name, sources=self.sources
+        )
+
+    async def _draw(
+        self, request: dit_pb2.DitServiceGenerateRequest, work: _Work, stack: AsyncExitStack
+    ) -> AsyncIterator[Response]:
+        """A picture from contexts that are pulled."""
+        if self.puller is None:
+            raise InvalidRequest("work", f"{self.name} is a single stage: it draws whole requests, not from contexts")
+        draw = request.draw
+        refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
+        if BranchName.GEN not in refs:
+            raise IncompleteContext("there is no context for the branch gen; nothing can be drawn")
+        async with self.puller.hold(ref for ref in refs.values() if ref.segments) as held:
+            work.counts["pulled_bytes"] = self._lacking(refs)
+            fetching = asyncio.create_task(held.fetch())
+            try:
+                await self._admit(work, stack)
+                yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
+                await self._land(request, refs, work, fetching, held)
+            finally:
+                fetching.cancel()
+                await asyncio.gather(fetching, return_exceptions=True)
+        async for response in self._follow(work):
+            yield response
+
+    async def _land(
+        self,
+        request: dit_pb2.DitServiceGenerateRequest,
+        refs: Mapping[BranchName, kv_pb2.ContextRef],
+        work: _Work,
+        fetching: asyncio.Task[None],
+        held: HeldContexts,
+    ) -> None:
+        """Give the runner the picture and its pages as they land, until all are there."""
+        assert self.puller is not None
+        self.driver.send(_add_picture(request, refs, work.id, self.driver.info))
+        with Landing(self.puller.store, refs, lambda pages: self.driver.send(Land(work.id, pages))) as landing:
+            await self._unless_failed(work, fetching)
+            landing.flush()
+        landing.check()
+        self.driver.send(Begin(work.id))
+        begun = await work.next()
+        assert isinstance(begun, Begun)
+        work.steps = begun.steps
+        self.driver.begin(begun)
+        work.lap("transfer")
+
+    async def _serve(
+        self, request: dit_pb2.DitServiceGenerateRequest, work: _Work, stack: AsyncExitStack
+    ) -> AsyncIterator[Response]:
+        """A whole request: the single stage."""
+        if self.puller is not None:
+            raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
+        modality_from_wire(request.request.modality)
+        await self._admit(work, stack)
+        yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
+        self.driver.send(Serve(work.id, request.request.SerializeToString(), request.output_format))
+        self.driver.read()
+        async for response in self._follow(work):
+            yield response
+
+    async def _follow(self, work: _Work) -> AsyncIterator[Response]:
+        """Pass on what the runner tells, until the end."""
+        while True:
+            event = await work.next()
+            match event:
+                case Begun():
+                    work.lap("context")
+                    work.steps = event.steps
+                    self.driver.begin(event)
+                case int():
+                    if event == work.steps:
+                        work.lap("denoise")
+                    yield Response(step=common_pb2.StepDone(step=event, steps=work.steps))
+                case Text():
+                    yield Response(text=common_pb2.TextDelta(text=event.text, think=event.think))
+                case Written():
+                    work.lap("text" if event.token_ids else "context")
+                    work.text = event
+                case Drawn():
+                    work.timings["decode"] = event.seconds
+                    yield Response(picture=_picture(event))
+                    break
+                case Done():
+                    break
+        yield Response(finished=_finished(work))
+
+    async def _admit(self, work: _Work, stack: AsyncExitStack) -> None:
+        """Wait for a slot, which the stack gives back; Busy after the batch timeout."""
+        try:
+            async with asyncio.timeout(self._batch_timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise Busy(
+                f"{self.name} is busy: no place became free within {self._batch_timeout_s:g} s; try again later, "
+                "or give it a larger --max-num-seqs or --batch-timeout",
+                retry_after_s=self._batch_timeout_s,
+            ) from None
+        stack.callback(self._slots.release)
+
+    async def _unless_failed(self, work: _Work, fetching: asyncio.Task[None]) -> None:
+        """Wait for the pull; what the runner fails with meanwhile ends the wait."""
+        failing = asyncio.create_task(work.next())
+        try:
+            await asyncio.wait({fetching, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if failing.done():
+                failing.result()
+            await fetching
+        finally:
+            failing.cancel()
+
+    def _lacking(self, refs: Mapping[BranchName, kv_pb2.ContextRef]) -> int:
+        """Bytes of the contexts' distinct segments that are not here yet."""
+        assert self.puller is not None
+        store = self.puller.store
+        lengths = {segment.digest: segment.length for ref in refs.values() for segment in ref.segments}
+        return sum(
+            store.layout.segment_bytes(length) for digest, length in lengths.items() if not store.is_complete(digest)
+        )
+
+
+def _add_picture(
+    request: dit_pb2.DitServiceGenerateRequest,
+    refs: Mapping[BranchName, kv_pb2.ContextRef],
+    id_: int,
+    info: common_pb2.ModelInfo,
+) -> AddPicture:
+    settings = image_settings_from_wire(request.draw.image)
+    if settings.height is None or settings.width is None:
+        raise InvalidRequest("height", "the picture has no size; set height and width")
+    stride = info.latent_stride
+    return AddPicture(
+        id_,
+        settings,
+        (settings.height // stride, settings.width // stride),
+        request.draw.seed,
+        tuple((1, shape.channels, shape.height, shape.width) for shape in request.draw.posterior_shapes),
+        {
+            branch: PlacedContext(
+                ref.segments[-1].digest if ref.segments else b"",
+                sum(segment.length for segment in ref.segments),
+                ref.next_rope,
+            )
+            for branch, ref in refs.items()
+        },
+        request.output_format,
+    )
+
+
+def _picture(drawn: Drawn) -> common_pb2.Picture:
+    return common_pb2.Picture(
+        format=picture_format(drawn.data), data=drawn.data, width=drawn.width, height=drawn.height
+    )
+
+
+def _finished(work: _Work) -> dit_pb2.DitServiceGenerateFinished:
+    written = work.text
+    counts = work.counts | dict(written.counts if written else {}) | {"steps": work.steps}
+    return dit_pb2.DitServiceGenerateFinished(
+        text=written.text if written else "",
+        token_ids=written.token_ids if written else (),
+        usage=common_pb2.Usage(**counts),
+        timings=timings_to_wire(work.timings),
+    )
