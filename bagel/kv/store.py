@@ -43,13 +43,15 @@ class KvStore:
         fingerprint: bytes,
         capacity_bytes: int,
         *,
+        arena: Arena | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """arena: shared memory of at least capacity_bytes that is there already; made where not given."""
         if capacity_bytes < ALIGNMENT:
             raise ConfigError(f"--kv-store-bytes is {capacity_bytes}; it must be at least {ALIGNMENT}")
         self.layout, self.fingerprint = layout, fingerprint
         self.capacity_bytes = capacity_bytes // ALIGNMENT * ALIGNMENT
-        self.arena = Arena(self.capacity_bytes)
+        self.arena = arena if arena is not None else Arena(self.capacity_bytes)
         self._ledger = Ledger(layout, self.capacity_bytes, clock)
         self._lock = threading.Lock()
         self._subscribers: list[OnPage] = []
