@@ -1,6 +1,6 @@
 """Run every recorded case through the engine and say how far each tensor is off.
 
-    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4]
+    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel]
 
 One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more
 than is allowed or was not compared.
@@ -26,6 +26,8 @@ from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
 from bagel.parity.prompts import with_transforms
 from bagel.parity.report import Comparison, absolute
 from bagel.parity.runs import compare_picture, compare_prefill, compare_text
+from bagel.parity.served import compare_served
+from bagel.pipelines import PIPELINES
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
@@ -38,22 +40,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="recordings: checkpoint/, inputs/, fp32/, tables/, README.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--tolerance", type=float, help="largest absolute error in float32 (cpu 1e-4, cuda 1e-3)")
+    parser.add_argument(
+        "--topology", choices=tuple(PIPELINES), help="run the end-to-end cases through real services of this topology"
+    )
     args = parser.parse_args(argv)
     try:
         golden = Golden(args.folder)
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
-        return _run(golden, args.device, tolerance)
+        if args.topology is None:
+            return _run(golden, _reports(golden, args.device, tolerance), tolerance)
+        return _run(golden, compare_served(golden, args.topology, args.device, tolerance), tolerance)
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _run(golden: Golden, device: str, tolerance: float) -> int:
-    start = time.perf_counter()
+def _run(golden: Golden, reports: Iterator[Comparison], tolerance: float) -> int:
+    start = before = time.perf_counter()
     failed, count = [], 0
-    for report, seconds in _reports(golden, device, tolerance):
-        print(report.line(seconds=round(seconds, 2)), flush=True)
-        count += 1
+    for report in reports:
+        now = time.perf_counter()
+        print(report.line(seconds=round(now - before, 2)), flush=True)
+        before, count = now, count + 1
         failed += [report.case] if report.failures else []
     failed += [f"{name} (listed but not there)" for name in golden.missing()]
     seconds = round(time.perf_counter() - start, 1)
@@ -61,13 +69,11 @@ def _run(golden: Golden, device: str, tolerance: float) -> int:
     return 1 if failed or not count else 0
 
 
-def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Comparison, float]]:
-    start = time.perf_counter()
+def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[Comparison]:
     engine = BagelEngine.load(golden.checkpoint, device=device)
     for path in golden.tables():
         if path.stem not in NOT_RESULTS:
-            yield compare_table(path, engine.tokenizer), time.perf_counter() - start
-            start = time.perf_counter()
+            yield compare_table(path, engine.tokenizer)
     fingerprint = golden.checkpoint.fingerprint
 
     def run(engine: BagelEngine, case: Case, name: str, make: Callable[[], Comparison]) -> Comparison:
@@ -88,11 +94,8 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[tuple[Co
         return report
 
     for case in golden.cases("fp32"):
-        yield run(engine, case, case.name, partial(recorded, case)), time.perf_counter() - start
-        start = time.perf_counter()
-    for report in compare_bf16(golden, device, run):
-        yield report, time.perf_counter() - start
-        start = time.perf_counter()
+        yield run(engine, case, case.name, partial(recorded, case))
+    yield from compare_bf16(golden, device, run)
 
 
 def _one_line(error: Exception) -> str:

@@ -30,13 +30,7 @@ class PromptRun:
         self.case, self.report, self.engine = case, report, engine
         self.planner, self.calls = self.engine.planner, Calls()
         self.builder = ContextBuilder(self.engine.model)  # a cache of its own: every segment is computed
-        self.understands = bool(case.settings.get("understanding_output")) or "image" not in case.pictures
-        self.prompt: Prompt = tuple(
-            TextPart(item)
-            if isinstance(item, str)
-            else ImagePart(case.input_image(item["image"]), for_generation=not self.understands)
-            for item in case.data.get("inputs", ())
-        )
+        self.prompt = case_prompt(case)
         self.seed = case.data.get("seed") or 0
         self.mean = str(case.data.get("posterior", "")).startswith("mean")
         mode = PosteriorMode.MEAN if self.mean else PosteriorMode.SEED
@@ -139,6 +133,17 @@ class PromptRun:
             for kind, path in self.case.pictures.items():
                 if kind in images:
                     self.report.picture(kind, images[kind], path)
+
+
+def case_prompt(case: Case) -> Prompt:
+    """A case's inputs as a prompt."""
+    understands = bool(case.settings.get("understanding_output")) or "image" not in case.pictures
+    return tuple(
+        TextPart(item)
+        if isinstance(item, str)
+        else ImagePart(case.input_image(item["image"]), for_generation=not understands)
+        for item in case.data.get("inputs", ())
+    )
 
 
 def with_transforms(engine: BagelEngine, case: Case, fingerprint: bytes) -> BagelEngine:

@@ -18,7 +18,15 @@ from bagel.parity.golden import Case
 from bagel.parity.prompts import PromptRun, compare_kv, compare_text_segment
 from bagel.parity.record import Recorder
 from bagel.parity.report import Comparison
-from bagel.prompts import BranchName, ImagePart, TextPart, expand_cfg_prompts, expand_cfg_prompts_think, text_prompt
+from bagel.prompts import (
+    BranchName,
+    ImagePart,
+    Prompt,
+    TextPart,
+    expand_cfg_prompts,
+    expand_cfg_prompts_think,
+    text_prompt,
+)
 from bagel.request import ImageSettings, Modality, PosteriorMode, RenormType, TextSettings, resolve
 
 _RECORDED = {
@@ -62,7 +70,7 @@ def compare_text(engine: BagelEngine, case: Case, report: Comparison) -> None:
     run.build(run.planner.chain(tuple(part for part in parts if isinstance(part, TextPart)), run.images))
     run.calls.compare(case.data["call_order"], report)
     if "end_token_id" not in case.settings:  # a stop id is an argument of Bagel.generate_text, no user's option
-        request = resolve(_modality(run, picture=False), run.prompt, _options(case))
+        request = resolve(case_modality(run.prompt, picture=False), run.prompt, case_options(case))
         reply = engine.generate([request])[0].text
         report.equal("generate().text", reply, text)
 
@@ -82,7 +90,7 @@ def compare_picture(engine: BagelEngine, case: Case, report: Comparison) -> None
         # The recording zeroes the posterior noise but draws it, so only these parts have that order of draws.
         report.picture("image", to_image(pixels), case.pictures["image"])
         return
-    request = resolve(_modality(run, picture=True), run.prompt, _options(case))
+    request = resolve(case_modality(run.prompt, picture=True), run.prompt, case_options(case))
     result = engine.generate([request])[0]
     assert result.image is not None
     report.picture("image", result.image, case.pictures["image"])
@@ -219,8 +227,9 @@ def _size(run: PromptRun, settings: ImageSettings) -> tuple[int, int]:
     return settings.height // stride * stride, settings.width // stride * stride
 
 
-def _modality(run: PromptRun, *, picture: bool) -> Modality:
-    if any(isinstance(part, ImagePart) for part in run.prompt):
+def case_modality(prompt: Prompt, *, picture: bool) -> Modality:
+    """What goes in and what comes out of a case."""
+    if any(isinstance(part, ImagePart) for part in prompt):
         return Modality.IMG2IMG if picture else Modality.IMG2TEXT
     return Modality.TEXT2IMG if picture else Modality.TEXT2TEXT
 
@@ -239,7 +248,7 @@ def _image_settings(case: Case) -> ImageSettings:
     return ImageSettings(**options)
 
 
-def _options(case: Case) -> dict[str, Any]:
+def case_options(case: Case) -> dict[str, Any]:
     """The case as a user's options. Limits count visible tokens, one less than max_length."""
     options: dict[str, Any] = {"seed": case.data.get("seed") or 0, "posterior": PosteriorMode.SEED}
     options["think"] = bool(case.settings.get("think"))
