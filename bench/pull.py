@@ -11,11 +11,10 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from statistics import median
+from statistics import median, quantiles
 from threading import Thread
 from typing import Any
 
@@ -30,6 +29,7 @@ from bagel.kv.store import KvStore
 from bagel.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
 from bagel.v1 import kv_pb2
 from bench.report import Table
+from bench.timing import Sample
 
 LAYOUT = KvLayout(layers=28, kv_heads=4, head_dim=128, dtype="bfloat16")
 LENGTH = 2048
@@ -39,15 +39,7 @@ NBYTES = LAYOUT.segment_bytes(LENGTH)
 CHUNK = 2 << 20
 LIMIT = 5.0
 """Most CPU-seconds per byte that a pull may take, as a multiple of the control's."""
-NOTE = f"{NBYTES >> 20} MiB at a time; medians; CPU-seconds are of both ends; the ratio may be at most {LIMIT:g}"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds of one transfer: on the wall, and of both ends on a core."""
-
-    wall: float
-    cpu: float
+NOTE = f"{NBYTES >> 20} MiB at a time; medians; CPU-seconds of both ends, their ratio with quartiles; limit {LIMIT:g}"
 
 
 class Child:
@@ -80,21 +72,21 @@ class Child:
         into.append(Sample(wall, mine + self.ask("cpu") - theirs))
 
 
-def run(repeats: int) -> Iterator[Table]:
+def run(repeats: int = 15) -> Iterator[Table]:
     """Pulls and transfers of the control in turns, the first of each a warm-up; yields one table."""
     with Child(_serve) as server, Child(_send) as sender:
         pulls, control = asyncio.run(_transfers(server, sender, repeats))
     table = Table("pull", NOTE)
-    base = _cpu_per_gb(control)
-    for name, samples in (("Pull, pages checked", pulls), ("raw socket, unchecked", control)):
-        cpu, wall = _cpu_per_gb(samples), median(sample.wall for sample in samples)
-        table.add(case=name, gb_per_s=NBYTES / wall / 1e9, cpu_s_per_gb=cpu, cpu_ratio=cpu / base, samples=len(samples))
-    table.failed = _cpu_per_gb(pulls) > LIMIT * base
+    low, ratio, high = quantiles((ours.cpu / raw.cpu for ours, raw in zip(pulls, control, strict=True)), n=4)
+    for name, samples, times in (
+        ("Pull, pages checked", pulls, f"{ratio:.2f} ({low:.2f} to {high:.2f})"),
+        ("raw socket, unchecked", control, "1"),
+    ):
+        wall, cpu = (median(getattr(sample, each) for sample in samples) for each in ("wall", "cpu"))
+        gb = NBYTES / 1e9
+        table.add(case=name, gb_per_s=gb / wall, cpu_s_per_gb=cpu / gb, cpu_ratio=times, samples=len(samples))
+    table.failed = ratio > LIMIT
     yield table
-
-
-def _cpu_per_gb(samples: Sequence[Sample]) -> float:
-    return median(sample.cpu for sample in samples) / NBYTES * 1e9
 
 
 async def _transfers(server: Child, sender: Child, repeats: int) -> tuple[list[Sample], list[Sample]]:
@@ -173,5 +165,5 @@ def _answer(pipe: Connection) -> None:
 
 
 if __name__ == "__main__":
-    for each in run(repeats=7):
+    for each in run():
         print(each.render())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import platform
 import threading
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -18,7 +19,8 @@ from bagel.errors import ConfigError, IncompleteContext, InvalidRequest, LeaseLa
 from bagel.errors import UnknownSegment as Unknown
 from bagel.kv.arena import ALIGNMENT, Allocator, Arena
 from bagel.kv.codec import decode_page, encode_page
-from bagel.kv.pages import MAX_PAGE_BYTES, KvLayout, PageKey
+from bagel.kv.memory import reuse_freed_memory
+from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
 
@@ -63,8 +65,8 @@ def test_pages_of_the_real_model_fit_and_cover_a_segment(dtype: str) -> None:
     layout = KvLayout(layers=28, kv_heads=4, head_dim=128, dtype=dtype)
     ranges = layout.page_ranges(4900)
     assert [begin for begin, _ in ranges] == [0, *(end for _, end in ranges[:-1])] and ranges[-1][1] == 4900
-    assert all(layout.layer_bytes(end - begin) <= MAX_PAGE_BYTES for begin, end in ranges)
-    assert layout.layer_bytes(ranges[0][1]) == MAX_PAGE_BYTES
+    assert all(layout.layer_bytes(end - begin) <= PAGE_BYTES for begin, end in ranges)
+    assert layout.layer_bytes(ranges[0][1]) == PAGE_BYTES <= 2 << 20
     assert KvLayout(28, 1, 128, dtype, page_heads=4).page_ranges(4900) == ranges
     assert [layout.page_end(4900, begin) for begin, _ in ranges] == [end for _, end in ranges]
     assert layout.page_end(4900, 1) is layout.page_end(4900, 4900) is None
@@ -275,3 +277,10 @@ def test_other_bytes_are_no_page(data: bytes) -> None:
             decode_page(data)
     else:
         assert decode_page(data).payload == expected.payload
+
+
+def test_the_allocator_setting_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        assert reuse_freed_memory()
+    monkeypatch.setenv("BAGEL_KV_MALLOC", "0")
+    assert not reuse_freed_memory()

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from bagel.errors import ConfigError
 
-MAX_PAGE_BYTES = 2 << 20
-"""Most payload of one page: messages of 16 MiB collapse in Python."""
+PAGE_BYTES = 1 << 20
+"""Most payload of one page. The wire allows 2 MiB; smaller ones cost more calls, larger ones more memory traffic."""
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -39,7 +39,7 @@ class KvLayout:
         if self.dtype not in ITEM_BYTES:
             raise ConfigError(f"K/V type {self.dtype!r} is unknown; it must be one of {', '.join(ITEM_BYTES)}")
         if min(self.layers, self.kv_heads, self.head_dim) < 1 or self.page_tokens < 1:
-            raise ConfigError(f"{self} fits no page of {MAX_PAGE_BYTES} bytes; sizes must be at least 1 and a row less")
+            raise ConfigError(f"{self} fits no page of {PAGE_BYTES} bytes; sizes must be at least 1 and a row less")
 
     @property
     def itemsize(self) -> int:
@@ -54,7 +54,7 @@ class KvLayout:
     def page_tokens(self) -> int:
         """Tokens of a full page."""
         heads = max(self.page_heads, self.kv_heads)
-        return MAX_PAGE_BYTES // (2 * heads * self.head_dim * self.itemsize)
+        return PAGE_BYTES // (2 * heads * self.head_dim * self.itemsize)
 
     def layer_bytes(self, length: int) -> int:
         """Bytes of K and V of one layer of `length` tokens."""

@@ -22,6 +22,7 @@ from bagel.errors import (
     SourceUnavailable,
 )
 from bagel.kv.codec import DTYPES, Page, checksum, decode_page
+from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.service import SERVICE
 from bagel.kv.store import KvStore
@@ -68,6 +69,7 @@ class KvPuller:
         lease_ttl_s: float = 30.0,
         head_begin: int = 0,
     ) -> None:
+        reuse_freed_memory()
         self.store = store
         self.page_timeout_s, self.lease_ttl_s = page_timeout_s, lease_ttl_s
         self.heads = (head_begin, head_begin + store.layout.kv_heads)

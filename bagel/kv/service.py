@@ -11,6 +11,7 @@ import grpc.aio
 
 from bagel.errors import ForeignContext, InvalidRequest
 from bagel.kv.codec import Parts, encode_page
+from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
 from bagel.kv.store import KvStore
@@ -97,6 +98,7 @@ def _interval(name: str, begin: int, end: int, count: int) -> tuple[int, int]:
 
 def add_kv_blocks(servicer: KvBlocksServicer, server: grpc.aio.Server) -> None:
     """Register the service; Pull with bytes as they are, so that no payload goes through protobuf."""
+    reuse_freed_memory()
     handlers: dict[str, Any] = {
         "Pull": grpc.unary_stream_rpc_method_handler(
             servicer.Pull, request_deserializer=kv_pb2.PullRequest.FromString, response_serializer=None

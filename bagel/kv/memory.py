@@ -1,0 +1,26 @@
+"""The C allocator and pages: memory of a page that was freed is used for the next one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+SETTINGS = {M_MMAP_THRESHOLD: 16 << 20, M_TRIM_THRESHOLD: 256 << 20, M_TOP_PAD: 16 << 20}
+"""Bytes; at most 256 MiB that are freed stay with the process."""
+OFF = "BAGEL_KV_MALLOC"
+
+
+def reuse_freed_memory() -> bool:
+    """Let glibc keep freed memory; whether it does now. Off with BAGEL_KV_MALLOC=0, and without glibc.
+
+    As it is set by default, glibc gives each message's memory back to the kernel, which then clears as many bytes
+    anew as are moved (its share: `python -m bench pull` with and without).
+    """
+    if os.environ.get(OFF) == "0":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(mallopt(option, value) for option, value in SETTINGS.items())
