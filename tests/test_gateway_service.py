@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from bagel.errors import BagelError, Busy, ConfigError, Draining, ForeignContext
 from bagel.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.backends import Address
-from bagel_gateway.settings import parse
+from bagel_gateway.settings import Settings, parser, settings_of
 from tests.gateway_stages import Deployment, deployment
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,27 @@ def test_a_client_that_leaves_stops_every_stage() -> None:
         assert (await at.client.generate("a red cube")).image is not None
 
     through(work, max_requests=1)
+
+
+def test_random_cancels_leave_nothing_behind() -> None:
+    async def work(at: Deployment) -> None:
+        random = Random(0)
+
+        async def leave_early(number: int) -> None:
+            drawn = asyncio.create_task(at.client.generate("a red cube", think=number % 2 == 0, seed=number))
+            await asyncio.sleep(random.uniform(0, 0.05))
+            drawn.cancel()
+            await asyncio.gather(drawn, return_exceptions=True)
+
+        async def stay(number: int) -> None:
+            result = await at.client.generate("a red cube", seed=number)
+            assert result.seed == number and result.image is not None
+
+        await asyncio.gather(*(stay(n) if n % 5 == 0 else leave_early(n) for n in range(100)))
+        await at.settled()
+        assert not any(backend.under_way for backend in (*at.gateway.backends.thinkers, *at.gateway.backends.dits))
+
+    through(work, max_requests=200, sampling_defaults={"height": 16, "width": 16})
 
 
 def test_a_stream_that_is_closed_early_stops_every_stage() -> None:
@@ -278,8 +300,14 @@ def test_a_thinker_that_dies_is_told_as_such() -> None:
             await drawn
         assert time.monotonic() - began < 2 and lost.value.grpc_status in ("UNAVAILABLE", "CANCELLED")
         await at.settled()
+        release(at)
+        assert (await at.client.generate("a red cube")).image is not None
 
-    through(work)
+    through(work, thinkers=(b"k",) * 2)
+
+
+def parse(*flags: str) -> Settings:
+    return settings_of(parser().parse_args(["--listen", "127.0.0.1:0", *STAGES, *flags]))
 
 
 @pytest.mark.parametrize(
@@ -299,12 +327,12 @@ def test_a_thinker_that_dies_is_told_as_such() -> None:
 )
 def test_a_wrong_flag_is_told(flags: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as wrong:
-        parse(["--listen", "127.0.0.1:0", *STAGES, *flags])
+        parse(*flags)
     assert "\n" not in str(wrong.value)
 
 
 def test_the_flags_make_settings() -> None:
-    made = parse(["--listen", "127.0.0.1:0", *STAGES, "--thinker", "t=h:3", "--sampling-defaults", '{"steps": 9}'])
+    made = parse("--thinker", "t=h:3", "--sampling-defaults", '{"steps": 9}')
     assert made.thinkers == (Address("thinker-0", "127.0.0.1:1"), Address("t", "h:3"))
     assert made.sampling_defaults == {"steps": 9}
 

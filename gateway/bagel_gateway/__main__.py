@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import sys
 from collections.abc import Sequence
 
-from bagel.errors import BagelError
-from bagel.telemetry import Log, set_up_logs
-from bagel_gateway.server import serve
-from bagel_gateway.settings import parse
+from bagel import service
+from bagel.telemetry import Log
+from bagel_gateway.server import Gateway
+from bagel_gateway.settings import parser, settings_of
+
+log = Log("bagel_gateway")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after SIGTERM, 2 for a wrong setting, 1 for a failure."""
-    try:
-        settings = parse(args)
-        set_up_logs("gateway", settings.log_level)
-        Log("bagel_gateway").info("configuration", **settings.shown())
-        asyncio.run(serve(settings))
-    except BagelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM; the process's exit code."""
+    return service.run(parser(), argv, _serve, "gateway")
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    settings = settings_of(args)
+    gateway = Gateway(settings)
+    await gateway.start()
+    service.announce(gateway.host, settings.listen)
+    log.info("configuration", **settings.shown())
+    await gateway.until_stopped()
 
 
 if __name__ == "__main__":

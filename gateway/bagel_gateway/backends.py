@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,15 +74,23 @@ class Backend:
         try:
             reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
             if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                self._lost("not ready: it loads or shuts down")
+                self.lost("not ready: it loads or shuts down")
                 return
             model = await self._describe()
         except grpc.RpcError as error:
-            self._lost(str(from_rpc_error(error, self.name)))
+            self.lost(str(from_rpc_error(error, self.name)))
         except ConfigError as error:
-            self._lost(str(error))
+            self.lost(str(error))
         else:
             self._found(model)
+
+    def lost(self, why: str) -> None:
+        """Choose it no more until a check finds it ready."""
+        if self.model is not None:
+            log.warning("backend lost", backend=str(self.address), why=why)
+        elif why != self.why_not:
+            log.info("backend not ready", backend=str(self.address), why=why)
+        self.model, self.why_not = None, why
 
     async def close(self) -> None:
         """Give its connection up."""
@@ -96,11 +104,6 @@ class Backend:
             fingerprint = model.kv_fingerprint.hex()
             log.info("backend ready", backend=str(self.address), model=model.name, kv_fingerprint=fingerprint)
         self.model = model
-
-    def _lost(self, why: str) -> None:
-        if self.model is not None or why != self.why_not:
-            log.warning("backend not ready", backend=str(self.address), why=why)
-        self.model, self.why_not = None, why
 
 
 class ThinkerBackend(Backend):
@@ -201,8 +204,11 @@ class Backends:
 
     async def _watch(self, backend: Backend) -> None:
         while True:
-            with suppress(TimeoutError):
+            try:
                 await backend.check()
+            except Exception:  # a bug; the watch goes on
+                log.error("check failed", exc_info=True, backend=str(backend.address))
+                backend.lost("its check failed; the gateway's log says how")
             if self.ready != self._told:
                 self._told = self.ready
                 log.info("gateway ready" if self._told else "gateway not ready")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from typing import TypeVar
 
 import grpc
@@ -53,7 +53,7 @@ class Route:
         self._told_prefill = False
         self._started = time.perf_counter()
 
-    async def events(self) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    async def events(self) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """What happens, the last one `finished`; raises the BagelError of the stage that failed."""
         work = asyncio.create_task(self._run())
         try:
@@ -237,7 +237,10 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
         async for response in call:
             yield response
     except grpc.RpcError as error:
-        raise from_rpc_error(error, backend.name) from None
+        told = from_rpc_error(error, backend.name)
+        if isinstance(told, RemoteError) and told.grpc_status == "UNAVAILABLE":
+            backend.lost(str(told))  # the next request need not find out by itself
+        raise told from None
     finally:
         call.cancel()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import bagel
@@ -38,10 +39,12 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Serve one request."""
         async with self._admission.admit():
-            asked = await read_request(request.request, request.output_format, self._deployed, self._defaults)
-            request.Clear()  # the plan has what it needs of it
-            async for event in self._serve(asked, context):
-                yield event
+            events = self._serve(
+                await read_request(request.request, request.output_format, self._deployed, self._defaults), context
+            )
+            async with aclosing(events):
+                async for event in events:
+                    yield event
 
     @unary
     async def DescribeModel(
@@ -54,7 +57,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             model=model, pipeline=self._deployed.model_type, version=bagel.__version__
         )
 
-    async def _serve(self, asked: Asked, context: Any) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+    async def _serve(self, asked: Asked, context: Any) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
+        began = time.perf_counter()
         thinker, dit = self._choose(asked.request.modality.makes_image)
         model = next(backend.model for backend in (thinker, dit) if backend is not None)
         assert model is not None
@@ -73,14 +77,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
             log.info("accepted", pipeline=accepted.pipeline, backends=_names(thinker, dit))
             yield gateway_pb2.GenerateResponse(accepted=accepted)
             events = Route(planned, thinker, dit, context.time_remaining).events()
-            try:
+            async with aclosing(events):
                 async for event in events:
                     yield event
-                    if event.HasField("finished"):
-                        seconds = {timing.stage: round(timing.seconds, 4) for timing in event.finished.timings}
-                        log.info("finished", seconds=seconds)
-            finally:
-                await events.aclose()  # type: ignore[attr-defined]
+            log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
     def _choose(self, makes_image: bool) -> tuple[ThinkerBackend | None, DitBackend | None]:
         """The services that a request goes through."""
@@ -105,7 +105,7 @@ class Gateway:
         )
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
         service = GatewayService(settings.pipeline, self.backends, self.admission, settings.sampling_defaults)
-        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, self.host.server)
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, self.host.methods)
         self._drain_s = settings.drain_timeout_s
 
     async def start(self) -> None:
@@ -129,11 +129,3 @@ class Gateway:
 
 def _names(*backends: ThinkerBackend | DitBackend | None) -> list[str]:
     return [backend.name for backend in backends if backend is not None]
-
-
-async def serve(settings: Settings) -> None:
-    """Run a gateway until SIGTERM or SIGINT; says on standard output where it listens."""
-    gateway = Gateway(settings)
-    await gateway.start()
-    settings.say_listening(gateway.host.port)
-    await gateway.until_stopped()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
@@ -18,7 +18,6 @@ from bagel_gateway.backends import CHECK_EVERY_S, Address
 
 MAX_REQUESTS = 64
 BATCH_TIMEOUT_S = 5.0
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,6 @@ class Settings:
     drain_timeout_s: float = DRAIN_S
     check_every_s: float = CHECK_EVERY_S
     security: Security = PLAINTEXT
-    log_level: str = "INFO"
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -73,51 +71,33 @@ class Settings:
             "tls": self.security != PLAINTEXT,
         }
 
-    def say_listening(self, port: int) -> None:
-        """Write the address to standard output, for whoever started this process."""
-        host = self.listen.rpartition(":")[0]
-        print(json.dumps({"event": "listening", "address": f"{host}:{port}"}), flush=True)
 
-
-def parse(args: Sequence[str] | None = None) -> Settings:
-    """Settings from a command line; ConfigError for a wrong one. --help prints and exits."""
-    given = _parser().parse_args(args)
-    return Settings(
-        listen=given.listen,
-        pipeline=pipeline(given.pipeline),
-        thinkers=tuple(map(Address.parse, given.thinker)),
-        dits=tuple(map(Address.parse, given.dit)),
-        max_requests=given.max_requests,
-        batch_timeout_s=given.batch_timeout,
-        sampling_defaults=_read_json(given.sampling_defaults),
-        drain_timeout_s=given.drain_timeout,
-        security=Security(given.tls_certificate, given.tls_key, given.tls_ca),
-        log_level=given.log_level,
-    )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting, so that every wrong setting is told alike."""
-        raise ConfigError(f"{message}; see --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="bagel_gateway", description="The gateway of bagel-serving.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--listen", required=True, metavar="HOST:PORT", help="where to listen; port 0 is any free one")
+def parser() -> argparse.ArgumentParser:
+    """The gateway's flags."""
+    flags = service.parser("bagel_gateway", "Takes requests, sends them through the stages.", "127.0.0.1:50051")
+    add = flags.add_argument
     add("--pipeline", default=BAGEL.model_type, choices=list(PIPELINES), help="the topology (default: bagel)")
     add("--thinker", action="append", default=[], metavar="NAME=HOST:PORT", help="a Thinker; may be repeated")
     add("--dit", action="append", default=[], metavar="NAME=HOST:PORT", help="a DiT; may be repeated")
     add("--max-requests", type=int, default=MAX_REQUESTS, metavar="N", help="requests under way at once")
     add("--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="seconds to wait for a place")
     add("--sampling-defaults", default="{}", metavar="JSON", help="defaults for what requests leave open")
-    add("--drain-timeout", type=float, default=DRAIN_S, metavar="S", help="seconds for what is under way at the end")
-    add("--tls-certificate", type=Path, metavar="FILE", help="this service's certificate (PEM)")
-    add("--tls-key", type=Path, metavar="FILE", help="its key (PEM)")
-    add("--tls-ca", type=Path, metavar="FILE", help="what the other side is checked against (PEM)")
-    add("--log-level", default="INFO", choices=LOG_LEVELS)
-    return parser
+    return flags
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Settings from the flags; ConfigError for wrong ones."""
+    return Settings(
+        listen=args.listen,
+        pipeline=pipeline(args.pipeline),
+        thinkers=tuple(map(Address.parse, args.thinker)),
+        dits=tuple(map(Address.parse, args.dit)),
+        max_requests=args.max_requests,
+        batch_timeout_s=args.batch_timeout,
+        sampling_defaults=_read_json(args.sampling_defaults),
+        drain_timeout_s=args.drain_timeout,
+        security=service.security(args),
+    )
 
 
 def _read_json(text: str) -> dict[str, Any]:
