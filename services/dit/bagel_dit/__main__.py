@@ -23,7 +23,8 @@ from bagel_dit.server import DitServicer
 
 DEFAULT_MAX_NUM_SEQS = 16
 BATCH_TIMEOUT_S = 5.0
-PAGE_TIMEOUT_S = 10.0
+PAGE_TIMEOUT_S = 30.0
+"""Longer than a Thinker's queue and one prefill; a connection that is dead is noticed sooner, by keepalive."""
 
 log = Log("bagel.dit")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -32,6 +33,8 @@ class Landing:
         self._lengths: dict[bytes, int] = {}
         self._told: set[tuple[bytes, int, int]] = set()
         self._waiting: list[LandedPage] = []
+        self.times: list[float] = []
+        """When pages became ready, by time.monotonic."""
         distinct = {ref.segments[-1].digest: (branch, ref) for branch, ref in refs.items() if ref.segments}
         for branch, ref in distinct.values():
             row = 0
@@ -68,6 +71,7 @@ class Landing:
         if digest not in self._places or (digest, layer, begin) in self._told:
             return
         self._told.add((digest, layer, begin))
+        self.times.append(time.monotonic())
         k, v = self._store.offsets(digest, layer)
         skip = begin * self._store.layout.row_bytes
         if not self._waiting:

@@ -156,6 +156,13 @@ class DitServicer(DitServiceServicer):
             await self._unless_failed(work, fetching)
             landing.flush()
         landing.check()
+        log.info(
+            "contexts landed",
+            pages=len(landing.times),
+            pulled_bytes=work.counts["pulled_bytes"],
+            first_page_at=landing.times[0] if landing.times else None,
+            last_page_at=landing.times[-1] if landing.times else None,
+        )
         self.driver.send(Begin(work.id))
         begun = await work.next()
         assert isinstance(begun, Begun)
@@ -201,6 +208,7 @@ class DitServicer(DitServiceServicer):
                     break
                 case Done():
                     break
+        log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.timings.items()})
         yield Response(finished=_finished(work))
 
     async def _admit(self, work: _Work, stack: AsyncExitStack) -> None:

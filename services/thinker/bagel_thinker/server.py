@@ -84,7 +84,9 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case Written():
                         finished = True
                         build.lap("context" if reading.append or reading.settings is None else "text")
-                        yield Response(built=_built(event, request, reused, build))
+                        built = _built(event, request, reused, build)
+                        _log_built(built, reading)
+                        yield Response(built=built)
         finally:
             if renewing is not None:
                 renewing.cancel()
@@ -146,6 +148,20 @@ class ThinkerServicer(ThinkerServiceServicer):
             lease_seconds=self.lease_s,
             fingerprint=self.engine.store.fingerprint,
         )
+
+
+def _log_built(built: thinker_pb2.ContextBuilt, reading: Reading) -> None:
+    """One line a context. Times are those of time.monotonic, which all processes of a machine share."""
+    times = reading.kv_times
+    log.info(
+        "context built",
+        computed_tokens=built.usage.computed_tokens,
+        reused_tokens=built.usage.reused_tokens,
+        written_tokens=len(built.token_ids),
+        first_layer_at=times[0] if times else None,
+        last_layer_at=times[-1] if times else None,
+        seconds={timing.stage: round(timing.seconds, 4) for timing in built.timings},
+    )
 
 
 def _lengths(chain: Chain) -> list[tuple[bytes, int]]:

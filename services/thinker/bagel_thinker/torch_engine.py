@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
@@ -28,6 +30,14 @@ NEAR_CACHE_BYTES = 2**28
 log = Log("bagel.thinker")
 
 
+def claim(store: KvStore, digest: bytes) -> bool:
+    """Whether a segment is to be written to the store: a lease has reserved it, and it is not there yet."""
+    try:
+        return store.claim(digest)
+    except UnknownSegment:
+        return False
+
+
 class StoreCache:
     """The builder's view of the store: segments near by on the device first, then those in shared memory."""
 
@@ -39,7 +49,7 @@ class StoreCache:
         """A segment's K/V. What is near, but was reserved in the store, is written there: somebody will pull it."""
         near = self._near.get(digest)
         if near is not None:
-            if self._store.has(digest) and self._store.claim(digest):
+            if claim(self._store, digest):
                 for layer in range(near.k.shape[0]):
                     self._store.write_layer(digest, layer, near.k[layer], near.v[layer])
             return near
@@ -113,7 +123,7 @@ class TorchEngine:
 
     def submit(self, reading: Reading) -> None:
         """Take a reading on."""
-        reading.on_kv = self._on_kv
+        reading.on_kv = partial(self._on_kv, reading)
         told = reading.on_error
 
         def on_error(error: Exception) -> None:
@@ -150,11 +160,11 @@ class TorchEngine:
                 return False
             command()
 
-    def _on_kv(self, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
+    def _on_kv(self, reading: Reading, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
         """Write a layer of a segment to the store, if somebody reserved it there."""
+        reading.kv_times.append(time.monotonic())
         if layer == 0:
-            reserved = self.store.has(segment.digest) and self.store.claim(segment.digest)
-            self._filling = segment.digest if reserved else None
+            self._filling = segment.digest if claim(self.store, segment.digest) else None
         if self._filling == segment.digest:
             self.store.write_layer(segment.digest, layer, k, v)
             if layer + 1 == self.store.layout.layers:
