@@ -19,7 +19,7 @@ from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
 from bagel.status import streaming, unary
 from bagel.telemetry import REQUEST_ID
 from bagel.transport import Host
-from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2, thinker_pb2, thinker_pb2_grpc
+from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel_gateway.backends import Address
 from bagel_gateway.server import Gateway
 from bagel_gateway.settings import Settings
@@ -72,7 +72,10 @@ class Journal:
 
 
 class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
-    """go: until it is set, builds stop after their first ContextRef. failure: what builds of `failing` end with."""
+    """go: until it is set, builds stop after their first ContextRef, think_go: after their first text.
+
+    failure: what builds end with after that.
+    """
 
     def __init__(self, journal: Journal, kv_fingerprint: bytes = b"k") -> None:
         self.journal, self.info = journal, model(kv_fingerprint)
@@ -80,6 +83,9 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
         self.deadlines: list[float | None] = []
         self.go = asyncio.Event()
         self.go.set()
+        self.think_go = asyncio.Event()
+        self.think_go.set()
+        self.leases = Leases()
         self.failure: BagelError | None = None
 
     @streaming
@@ -100,6 +106,7 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
                 built.text, built.token_ids[:] = "so be it", [5, 6]
                 for text in ("so ", "be it"):
                     yield thinker_pb2.BuildContextResponse(text=common_pb2.TextDelta(text=text))
+                    await self.think_go.wait()
                 if request.decode.append:
                     ref.segments.add(digest=b"think", length=7)
                     self.journal.note("think text appended")
@@ -113,10 +120,36 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
         return thinker_pb2.ThinkerServiceDescribeResponse(model=self.info, engine="torch", name="thinker-0")
 
     def _ref(self, request: thinker_pb2.BuildContextRequest) -> kv_pb2.ContextRef:
-        ref = kv_pb2.ContextRef(source="thinker-0", lease_id=f"lease-{len(self.asked)}", fingerprint=b"k")
+        ref = kv_pb2.ContextRef(source="thinker-0", fingerprint=b"k")
+        if request.send_kv:
+            ref.lease_id, ref.lease_seconds = f"lease-{len(self.asked)}", 0.1
         for part in request.parts:
             ref.segments.add(digest=hashlib.blake2b(part.SerializeToString(), digest_size=16).digest(), length=2)
         return ref
+
+
+class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
+    """The part of a Thinker's store that a gateway speaks to."""
+
+    def __init__(self) -> None:
+        self.renewed: set[str] = set()
+        self.released: set[str] = set()
+
+    async def Renew(self, request: kv_pb2.RenewRequest, context: Any) -> kv_pb2.RenewResponse:
+        self.renewed.update(request.lease_ids)
+        return kv_pb2.RenewResponse()
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, context: Any) -> kv_pb2.ReleaseResponse:
+        self.released.update(request.lease_ids)
+        return kv_pb2.ReleaseResponse()
+
+    async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
+        pages: list[kv_pb2.PullResponse] = []
+        for page in pages:
+            yield page
+
+    async def GetStats(self, request: kv_pb2.GetStatsRequest, context: Any) -> kv_pb2.GetStatsResponse:
+        return kv_pb2.GetStatsResponse()
 
 
 class Dit(dit_pb2_grpc.DitServiceServicer):
@@ -205,6 +238,7 @@ async def deployment(
         for thinker in served_thinkers:
             host = Host("127.0.0.1:0", ())
             thinker_pb2_grpc.add_ThinkerServiceServicer_to_server(thinker, host.server)
+            kv_pb2_grpc.add_KvBlocksServiceServicer_to_server(thinker.leases, host.server)
             hosts.append(host)
         for dit in served_dits:
             host = Host("127.0.0.1:0", ())

@@ -148,6 +148,37 @@ def test_thinking_comes_before_the_dit_is_called(topology: str) -> None:
     through(work, topology)
 
 
+def test_what_waits_for_a_think_text_is_kept_meanwhile() -> None:
+    """The companions' contexts are built long before the DiT is called; their leases would run out."""
+
+    async def work(at: Deployment) -> None:
+        thinker = at.thinkers[0]
+        thinker.think_go.clear()
+        drawn = asyncio.create_task(at.client.generate("a red cube", cfg_img_scale=1.5))
+        leases = {"lease-1", "lease-2", "lease-3"}
+        while thinker.leases.renewed != leases:
+            await asyncio.sleep(0.01)
+        thinker.think_go.set()
+        await drawn
+        assert not thinker.leases.released  # the DiT's by now
+
+    through(work, "bagel_think")
+
+
+def test_what_no_dit_took_over_is_given_back() -> None:
+    async def work(at: Deployment) -> None:
+        thinker = at.thinkers[0]
+        thinker.think_go.clear()
+        leaving = asyncio.create_task(at.client.generate("a red cube", cfg_img_scale=1.5))
+        while at.journal.events.count("build ends") < 2:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        while len(thinker.leases.released) < 3:
+            await asyncio.sleep(0.01)
+
+    through(work, "bagel_think")
+
+
 def test_a_request_may_ask_not_to_think() -> None:
     async def work(at: Deployment) -> None:
         at.thinkers[0].go.clear()

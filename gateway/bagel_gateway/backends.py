@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +15,7 @@ from bagel.errors import ConfigError, ForeignContext, NoBackend
 from bagel.status import from_rpc_error
 from bagel.telemetry import Log
 from bagel.transport import PLAINTEXT, Security, channel
-from bagel.v1 import dit_pb2, dit_pb2_grpc, thinker_pb2, thinker_pb2_grpc
+from bagel.v1 import dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel.v1.common_pb2 import ModelInfo
 
 CHECK_EVERY_S = 1.0
@@ -107,7 +107,7 @@ class Backend:
 
 
 class ThinkerBackend(Backend):
-    """A Thinker. source: the name under which DiTs know it."""
+    """A Thinker. source: the name under which DiTs know it; kv: its store, for leases."""
 
     kind = "Thinker"
 
@@ -115,6 +115,19 @@ class ThinkerBackend(Backend):
         super().__init__(address, security)
         self.source = address.name
         self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
+        self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
+        self._background: set[asyncio.Task[None]] = set()
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run some work that nobody waits for; `close` does."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Give its connection up, after what is in the background."""
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await super().close()
 
     async def _describe(self) -> ModelInfo:
         reply = await self.stub.Describe(thinker_pb2.ThinkerServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)

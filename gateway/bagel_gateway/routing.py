@@ -25,6 +25,7 @@ from bagel.status import from_rpc_error
 from bagel.telemetry import request_metadata
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
+from bagel_gateway.leases import Leases
 from bagel_gateway.planning import Build, Plan
 
 Q = TypeVar("Q")
@@ -51,6 +52,7 @@ class Route:
         self._built: dict[int, thinker_pb2.ContextBuilt] = {}
         self._lengths: dict[int, int] = {}
         self._told_prefill = False
+        self._leases = None if thinker is None else Leases(thinker)
         self._started = time.perf_counter()
 
     async def events(self) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
@@ -99,7 +101,19 @@ class Route:
         )
 
     async def _draw_picture(self, picture: dit_pb2.DrawPicture) -> gateway_pb2.Finished:
-        """A picture in two stages: all contexts at once, and the DiT as soon as the pipeline hands them over."""
+        """A picture in two stages, its contexts kept until the DiT has taken them over."""
+        assert self._leases is not None
+        renewing = asyncio.create_task(self._leases.renew())
+        try:
+            return await self._run_stages(picture)
+        except BaseException:
+            self._leases.release()
+            raise
+        finally:
+            renewing.cancel()
+
+    async def _run_stages(self, picture: dit_pb2.DrawPicture) -> gateway_pb2.Finished:
+        """All contexts at once, and the DiT as soon as the pipeline hands them over."""
         try:
             async with asyncio.TaskGroup() as group:
                 builds = [
@@ -120,6 +134,8 @@ class Route:
             match event.WhichOneof("event"):
                 case "context":
                     refs.append(event.context)
+                    if self._leases is not None:
+                        self._leases.hold(event.context)
                     self._lengths[number] = sum(segment.length for segment in event.context.segments)
                     # The second context of a think run is the one with the think text.
                     if not handed_over.done() and (early or (build.thinks and len(refs) == 2)):
@@ -182,6 +198,8 @@ class Route:
         call = self._dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
         finished = None
         async for event in _responses(call, self._dit):
+            if self._leases is not None:
+                self._leases.handed_over()
             match event.WhichOneof("event"):
                 case "admitted" if self._plan.makes_image:
                     waited = event.admitted.waited_seconds
