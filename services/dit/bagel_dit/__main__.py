@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> None:
+    find_checkpoint(args.model)  # what is wrong with it is told before anybody waits for this service
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not args.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
@@ -53,7 +54,6 @@ async def _serve(args: argparse.Namespace) -> None:
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))
-    find_checkpoint(args.model)  # what is wrong with it is told by this process, before another is started
     arena = None if args.single_stage else Arena(args.kv_cache_bytes)
 
     async def on_health(healthy: bool) -> None:
