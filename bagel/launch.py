@@ -8,128 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from types import TracebackType
-from typing import IO, Any, NoReturn, Self, TextIO
+from typing import Any, NoReturn, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.config import DeployConfig, StageDeploy
-from bagel.errors import BagelError, ConfigError, InitTimeout
+from bagel.errors import ConfigError, InitTimeout
+from bagel.process import POLL_S, Logs, Service
 from bagel.transport import DRAIN_S, sync_channel
 
 LOOPBACK = "127.0.0.1"
 GATEWAY = "gateway"
 MODULES = {"thinker": "bagel_thinker", "dit": "bagel_dit", GATEWAY: "bagel_gateway"}
 """What runs each role, by name: nothing here imports a service."""
-POLL_S = 0.05
-TAIL_LINES = 40
-TOLD_LINES = 3
 KILL_AFTER_S = 5.0
 """Seconds beyond its drain time after which a service is killed."""
 
-Logs = Path | TextIO | None
-"""Where the services' output goes: a folder (a file each), a stream (lines with their names), or nowhere."""
 OnReady = Callable[[str, str, float], None]
 """(name, address, seconds since the start) of a service that is ready."""
-
-
-class Service:
-    """One child process. title: what it is called in messages, like "stage 0 (thinker)"."""
-
-    def __init__(
-        self, name: str, title: str, module: str, arguments: Sequence[str], env: Mapping[str, str], logs: Logs
-    ) -> None:
-        self.name, self.title = name, title
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
-        self._listening: Future[str] = Future()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bagel.child", module, *arguments],
-            stdin=subprocess.PIPE,  # never written to: bagel.child ends with it
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            encoding="utf-8",
-            errors="replace",
-            process_group=0,  # a terminal's Ctrl-C is ours alone, so that the order of the shutdown is too
-        )
-        self._logs = logs / f"{name}.log" if isinstance(logs, Path) else logs
-        streams = (self.process.stdout, self.process.stderr)
-        self._readers = [Thread(target=self._read, args=(stream,), daemon=True) for stream in streams]
-        for reader in self._readers:
-            reader.start()
-
-    def address(self, deadline: float) -> str:
-        """Where it listens, once it does. Raises BagelError if it ends before; TimeoutError at the deadline."""
-        while not self._listening.done():
-            self.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            with suppress(TimeoutError):
-                return self._listening.result(POLL_S)
-        return self._listening.result()
-
-    def check(self) -> None:
-        """Raise BagelError with its last words if it has ended."""
-        if self.process.poll() is not None:
-            self._raise_ended(self.process.returncode)
-
-    def tell_to_stop(self) -> None:
-        """Send SIGTERM: it drains and ends."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-
-    def end(self, limit_s: float) -> None:
-        """Wait for it to end; after limit_s kill it with all that it started."""
-        try:
-            self.process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self._kill()
-
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # its group: also the workers that it may have left
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        for reader in self._readers:
-            reader.join(1)
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-
-    def _raise_ended(self, code: int) -> NoReturn:
-        for reader in self._readers:
-            reader.join(1)  # what it said last may still be on its way
-        said: list[str] = []
-        for line in self._tail:
-            if line.startswith("Traceback "):
-                said.clear()  # its last line tells
-            elif line and not line[0].isspace():
-                said.append(_plain(line))
-        if code == 2 and said:
-            raise ConfigError(f"{self.title}: {said[-1]}")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last = "; ".join(said[-TOLD_LINES:])
-        raise BagelError(f"{self.title} {how}" + (f": {last}" if last else ""))
-
-    def _read(self, stream: IO[str]) -> None:
-        with stream, _sink(self._logs, self.name) as write:
-            for line in stream:
-                if not self._listening.done() and (address := _address(line)):
-                    self._listening.set_result(address)
-                    continue
-                self._tail.append(line.rstrip("\n"))
-                write(line)
 
 
 class Deployment:
@@ -327,41 +229,3 @@ def _gpus_here() -> int:
     with suppress(OSError):
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     return 0
-
-
-def _address(line: str) -> str | None:
-    """The address in the line that a service prints when it listens; None for any other line."""
-    with suppress(ValueError, AttributeError):
-        event = json.loads(line)
-        if event.get("event") == "listening":
-            return str(event["address"])
-    return None
-
-
-def _plain(line: str) -> str:
-    """A line of a service's output for an error message: of a JSON log line its event and error."""
-    try:
-        fields = json.loads(line)
-        error = str(fields.get("error", "")).strip().splitlines()
-        return ": ".join(filter(None, (str(fields.get("event", "")), error[-1] if error else "")))
-    except (ValueError, AttributeError):
-        return line.strip().removeprefix("error: ")
-
-
-@contextmanager
-def _sink(logs: Path | TextIO | None, name: str) -> Iterator[Callable[[str], object]]:
-    """What a service's lines are given to."""
-    if logs is None:
-        yield lambda line: None
-    elif isinstance(logs, Path):
-        with logs.open("a", encoding="utf-8", buffering=1) as file:
-            yield file.write
-    else:
-        stream = logs
-
-        def write(line: str) -> None:
-            with suppress(OSError, ValueError):  # a reader that has gone must not stop the service's own output
-                stream.write(f"{name} | {line}")
-                stream.flush()
-
-        yield write

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,12 +24,15 @@ from bagel.defaults import deployment_for, find_model, request_defaults
 from bagel.errors import BagelError, InvalidRequest, SourceUnavailable
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
-from bagel.launch import Deployment, Logs, OnReady, reachable
+from bagel.launch import Deployment, OnReady, reachable
+from bagel.process import Logs
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
 from bagel.v1 import common_pb2
 
 DESCRIBE_S = 10.0
+ENDED_S = 0.1
+"""Seconds from the end of a connection to the end of its process."""
 
 
 class Omni:
@@ -197,10 +201,10 @@ class ServedEngine:
         """A service that has ended is told as the cause of what fails because of it."""
         try:
             yield
-        except InvalidRequest:
-            raise
-        except BagelError:
-            self.deployment.check()
+        except BagelError as error:
+            if error.grpc_status == "UNAVAILABLE":
+                time.sleep(ENDED_S)
+                self.deployment.check()
             raise
 
 

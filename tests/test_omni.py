@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -119,6 +121,14 @@ def test_command_at_an_endpoint(
     assert "height is 1040" in capsys.readouterr().err
 
 
+def test_service_that_died_is_named(omni: bagel.Omni) -> None:
+    """The last of the tests that share these services."""
+    service = omni._engine.deployment.services[0]
+    service.process.kill()
+    with pytest.raises(BagelError, match=f"{re.escape(service.title)} was killed by SIGKILL"):
+        omni.generate("x", height=64, width=64, steps=3)
+
+
 def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--endpoint", "127.0.0.1:1", "--prompts", "x"]) == 1
     assert "no gateway answers at 127.0.0.1:1; start one with bagel serve" in capsys.readouterr().err
@@ -160,8 +170,8 @@ def test_command_with_services_of_its_own(
     out, err = capsys.readouterr()
     assert "thinker-0 is ready at 127.0.0.1:" in err
     assert "stage 1: tensor_parallel_size 1" in err
-    options = {"height": 64, "width": 96, "steps": 4, "seed": 3, "think": True, "max_think_tokens": 6}
-    [expected] = engine.generate([request("text2img", "a cube", **options)])
+    options: dict[str, Any] = {"height": 64, "width": 96, "steps": 4, "think": True, "max_think_tokens": 6}
+    [expected] = engine.generate([request("text2img", "a cube", seed=3, **options)])
     assert expected.image is not None
     with Image.open(out.strip()) as picture:
         assert agree(picture, expected.image)

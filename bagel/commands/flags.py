@@ -91,9 +91,10 @@ def flag_name(flag: str) -> str:
 def complain_of_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
     """Raise ConfigError for arguments that no flag takes, with what may have been meant."""
     first = unknown[0]
-    if not first.startswith("-"):
-        raise ConfigError(f"{first!r} belongs to no flag; a prompt goes behind --prompts")
     known = [name for action in parser._actions for name in action.option_strings]
+    if not first.startswith("-"):
+        hint = "a prompt goes behind --prompts" if "--prompts" in known else f"see {parser.prog} --help"
+        raise ConfigError(f"{first!r} belongs to no flag; {hint}")
     close = get_close_matches(first.split("=")[0], known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(f"unknown flag {first!r}; {hint}see {parser.prog} --help")

@@ -14,8 +14,9 @@ from bagel.commands.progress import say
 from bagel.config import DeployConfig, effective_settings
 from bagel.defaults import MEANINGLESS, deployment_for, find_model, named_model
 from bagel.errors import ConfigError
-from bagel.launch import Deployment, Logs, reachable
+from bagel.launch import Deployment, reachable
 from bagel.model.checkpoint import Checkpoint
+from bagel.process import Logs
 
 WATCH_S = 0.2
 

@@ -29,7 +29,8 @@ class Reading:
     """One context to build, perhaps with a text to write after it, and who is told of it.
 
     settings: how the text is decoded, None for none; append: the text becomes the last segment of the context, and
-    on_chain hears of the longer chain before it is computed. kv_times: for whoever sets on_kv, when it was called.
+    on_chain hears of the longer chain before it is computed. computed, kv_times: for whoever sets on_kv, the
+    segments (digest and length) that it saw and when it was called.
     """
 
     chain: Chain
@@ -41,6 +42,7 @@ class Reading:
     on_text: Callable[[str], None] = lambda text: None
     on_chain: Callable[[Chain], None] = lambda chain: None
     on_kv: OnKv | None = None
+    computed: dict[bytes, int] = field(default_factory=dict)
     kv_times: list[float] = field(default_factory=list)
     _steps: Generator[Segment, None, Context] | None = field(default=None, init=False)
     _run: TextRun | None = field(default=None, init=False)

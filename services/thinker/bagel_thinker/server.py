@@ -62,7 +62,6 @@ class ThinkerServicer(ThinkerServiceServicer):
         build = _Build(asyncio.get_running_loop())
         chain = await asyncio.to_thread(self._plan, request)
         lease = self._lease(chain) if request.send_kv else ""
-        reused = self._reused(chain)
         reading = self._reading(request, chain, build)
         finished = False
         renewing = asyncio.create_task(self._keep(lease)) if lease else None
@@ -84,7 +83,7 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case Written():
                         finished = True
                         build.lap("context" if reading.append or reading.settings is None else "text")
-                        built = _built(event, request, reused, build)
+                        built = _built(event, reading, build)
                         _log_built(built, reading)
                         yield Response(built=built)
         finally:
@@ -127,11 +126,6 @@ class ThinkerServicer(ThinkerServiceServicer):
     def _lease(self, chain: Chain) -> str:
         return self.engine.store.lease(_lengths(chain), self.lease_s)
 
-    def _reused(self, chain: Chain) -> int:
-        """Tokens of a chain that are there already."""
-        store = self.engine.store
-        return sum(segment.length for segment in chain.segments if store.is_complete(segment.digest))
-
     async def _keep(self, lease: str) -> None:
         """Renew a lease for as long as the call lasts: until its end the caller is the holder."""
         while True:
@@ -172,12 +166,10 @@ def _settings(request: thinker_pb2.BuildContextRequest) -> TextSettings:
     return text_settings_from_wire(request.decode.settings)
 
 
-def _built(
-    written: Written, request: thinker_pb2.BuildContextRequest, reused: int, build: _Build
-) -> thinker_pb2.ContextBuilt:
-    segments, think = written.context.chain.segments, request.decode.append
+def _built(written: Written, reading: Reading, build: _Build) -> thinker_pb2.ContextBuilt:
+    segments, think = written.context.chain.segments, reading.append
     of_text = sum(segment.length for segment in segments if segment.kind is SegmentKind.TEXT)
-    tokens = len(written.token_ids)
+    tokens, computed = len(written.token_ids), sum(reading.computed.values())
     return thinker_pb2.ContextBuilt(
         text=written.text,
         token_ids=written.token_ids,
@@ -186,8 +178,8 @@ def _built(
             image_tokens=written.context.length - of_text,
             completion_tokens=0 if think else tokens,
             think_tokens=tokens if think else 0,
-            computed_tokens=written.context.length - reused,
-            reused_tokens=reused,
+            computed_tokens=computed,
+            reused_tokens=written.context.length - computed,
         ),
         timings=timings_to_wire(build.timings),
     )

@@ -163,6 +163,7 @@ class TorchEngine:
     def _on_kv(self, reading: Reading, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
         """Write a layer of a segment to the store, if somebody reserved it there."""
         reading.kv_times.append(time.monotonic())
+        reading.computed[segment.digest] = segment.length
         if layer == 0:
             self._filling = segment.digest if claim(self.store, segment.digest) else None
         if self._filling == segment.digest:
