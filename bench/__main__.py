@@ -1,17 +1,17 @@
-"""`python -m bench [cpu|gpu]`: prints tables; with --json FILE also writes their rows as JSON lines."""
+"""`python -m bench [cpu|gpu|pull|stages]`: prints tables; with --json FILE also writes their rows as JSON lines."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from bagel.errors import BagelError, ConfigError
-from bench import cpu, gpu
+from bench import cpu, gpu, pull, stages
 from bench.report import Table, machine, write_json
 
 
@@ -32,11 +32,13 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     on = machine(device)
     print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
     tables: list[Table] = []
-    if options.part == "cpu":
-        results = cpu.run(options.only, options.repeats)
-    else:
-        results = gpu.run(device, options.only, tiny=options.tiny)
-    for table in results:
+    parts: dict[str, Callable[[], Iterator[Table]]] = {
+        "cpu": lambda: cpu.run(options.only, options.repeats),
+        "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
+        "pull": pull.run,
+        "stages": lambda: stages.run(options.only, options.repeats),
+    }
+    for table in parts[options.part]():
         print(table.render(), flush=True)
         tables.append(table)
         if options.json:  # after every table, so that a run cut short leaves what it has
@@ -46,7 +48,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
 
 def _device(options: argparse.Namespace) -> torch.device:
     """The device to measure; raises ConfigError for one that is not there."""
-    if options.part == "cpu":
+    if options.part != "gpu":
         if options.device or options.tiny:
             raise ConfigError("--device and --tiny belong to the GPU benchmark; run python -m bench gpu")
         return torch.device("cpu")
@@ -66,7 +68,7 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parser.add_argument("part", nargs="?", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("part", nargs="?", choices=("cpu", "gpu", "pull", "stages"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
     parser.add_argument("--repeats", type=int, default=5, help="cpu: least samples of each side (default 5)")
