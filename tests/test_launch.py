@@ -55,9 +55,8 @@ def test_late_stage_is_named_and_nothing_stays(name: str, stage: str) -> None:
 
 
 def test_stage_that_cannot_start_is_named_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(BagelError, match=r"^stage 0 \(thinker\): .*BAGEL checkpoint") as told:
+    with pytest.raises(BagelError, match=r"^stage 0 \(thinker\): .*BAGEL checkpoint"):
         Deployment(shipped("bagel"), tmp_path, device="cpu", init_timeout_s=LIMIT_S).__enter__()
-    assert told.value.exit_code == 2
 
 
 def test_each_service_has_its_log(tmp_path: Path) -> None:
