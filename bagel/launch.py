@@ -173,10 +173,8 @@ class Deployment:
             arguments += ["--max-num-seqs", str(stage.max_num_seqs)]
         if stage.max_model_len is not None:
             arguments += ["--max-model-len", str(stage.max_model_len)]
-        if role == "dit":
-            arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
-            arguments += ["--vae-use-tiling"] if stage.tiling else []
-        return arguments
+        arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+        return [*arguments, *(["--vae-use-tiling"] if role == "dit" and stage.tiling else [])]
 
     def _gateway_arguments(self, addresses: Mapping[str, str]) -> list[str]:
         arguments = ["--listen", self._listen, "--pipeline", self.config.pipeline]

@@ -15,6 +15,7 @@ from bagel.telemetry import Log, set_up_logs
 from bagel.transport import DRAIN_S, Host, Security
 
 DEFAULT_KV_BYTES = 2 * 2**30
+BATCH_TIMEOUT_S = 5.0
 LEASE_S = 10.0
 """Seconds that K/V are kept for a holder who is not heard of."""
 
@@ -41,7 +42,10 @@ def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
     flags.add_argument("--name", default=name, help=f"name under which peers know this service (default: {name})")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     flags.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    flags.add_argument("--max-num-seqs", type=_count, metavar="N", help="requests worked on at once (default: 16)")
+    flags.add_argument("--max-num-seqs", type=_count, default=16, metavar="N", help="requests worked on at once")
+    flags.add_argument(
+        "--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="for a place among them, then busy"
+    )
     flags.add_argument("--max-model-len", type=_count, metavar="N", help="positions of prompt and text together")
 
 

@@ -191,9 +191,8 @@ class Stage:
 
     def gateway(self, thinker: Service, dit: Service) -> Service:
         named = [f"thinker-0={thinker.address(0)}", f"dit-0={dit.address(0)}"]
-        return self.start(
-            "gateway", "bagel_gateway", "--pipeline", "bagel", "--thinker", named[0], "--dit", named[1]
-        )  # fmt: skip
+        stages = ["--thinker", named[0], "--dit", named[1]]
+        return self.start("gateway", "bagel_gateway", "--pipeline", "bagel", "--batch-timeout", "1", *stages)
 
 
 @pytest.fixture

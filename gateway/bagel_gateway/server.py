@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import ExitStack, aclosing
 from typing import Any
 
 import bagel
+from bagel.errors import NoBackend
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig
 from bagel.status import streaming, unary
 from bagel.telemetry import Log, current_request
@@ -21,6 +23,8 @@ from bagel_gateway.settings import Settings
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
+LOOK_AGAIN_S = 0.05
+
 log = Log("bagel_gateway.server")
 
 
@@ -28,10 +32,16 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
     """GatewayService of bagel.v1. deployed: the pipeline of requests that do not say whether to think."""
 
     def __init__(
-        self, deployed: PipelineConfig, backends: Backends, admission: Admission, defaults: Mapping[str, Any]
+        self,
+        deployed: PipelineConfig,
+        backends: Backends,
+        admission: Admission,
+        defaults: Mapping[str, Any],
+        wait_s: float,
     ) -> None:
+        """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is."""
         self._deployed, self._backends = deployed, backends
-        self._admission, self._defaults = admission, defaults
+        self._admission, self._defaults, self._wait_s = admission, defaults, wait_s
 
     @streaming
     async def Generate(
@@ -51,7 +61,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.DescribeModelRequest, context: Any
     ) -> gateway_pb2.DescribeModelResponse:
         """Say what is served; NoBackend while nothing is."""
-        thinker, dit = self._choose(makes_image=True)
+        thinker, dit = await self._ready(makes_image=True)
         model = thinker.model if thinker is not None else dit.model if dit is not None else None
         return gateway_pb2.DescribeModelResponse(
             model=model, pipeline=self._deployed.model_type, version=bagel.__version__
@@ -59,7 +69,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def _serve(self, asked: Asked, context: Any) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         began = time.perf_counter()
-        thinker, dit = self._choose(asked.request.modality.makes_image)
+        thinker, dit = await self._ready(asked.request.modality.makes_image)
         model = next(backend.model for backend in (thinker, dit) if backend is not None)
         assert model is not None
         planned = plan(asked, model)
@@ -81,6 +91,17 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
                 async for event in events:
                     yield event
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
+
+    async def _ready(self, makes_image: bool) -> tuple[ThinkerBackend | None, DitBackend | None]:
+        """The services that a request goes through; NoBackend if they are not ready in time."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return self._choose(makes_image)
+            except NoBackend:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     def _choose(self, makes_image: bool) -> tuple[ThinkerBackend | None, DitBackend | None]:
         """The services that a request goes through."""
@@ -104,7 +125,9 @@ class Gateway:
             check_every_s=settings.check_every_s,
         )
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
-        service = GatewayService(settings.pipeline, self.backends, self.admission, settings.sampling_defaults)
+        service = GatewayService(
+            settings.pipeline, self.backends, self.admission, settings.sampling_defaults, settings.batch_timeout_s
+        )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, self.host.methods)
         self._drain_s = settings.drain_timeout_s
 

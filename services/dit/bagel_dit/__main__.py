@@ -21,8 +21,6 @@ from bagel_dit.drive import Driver
 from bagel_dit.messages import RunnerSettings
 from bagel_dit.server import DitServicer
 
-DEFAULT_MAX_NUM_SEQS = 16
-BATCH_TIMEOUT_S = 5.0
 PAGE_TIMEOUT_S = 30.0
 """Longer than a Thinker's queue and one prefill; a connection that is dead is noticed sooner, by keepalive."""
 
@@ -41,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles: less memory")
     flags.add_argument("--kv-cache-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
     flags.add_argument("--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without any page")
-    flags.add_argument("--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="then busy")
     return service.run(flags, argv, _serve, "dit")
 
 
@@ -84,7 +81,7 @@ def _servicer(args: argparse.Namespace, driver: Driver, puller: KvPuller | None)
         driver,
         puller,
         sources=tuple(dict(args.source)),
-        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_num_seqs=args.max_num_seqs,
         batch_timeout_s=args.batch_timeout,
     )
 
@@ -104,7 +101,7 @@ def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
         single_stage=args.single_stage,
         device=args.device,
         dtype=args.dtype,
-        max_num_seqs=args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_num_seqs=args.max_num_seqs,
         max_model_len=args.max_model_len,
         vae_use_tiling=args.vae_use_tiling,
         log_level=args.log_level,

@@ -13,9 +13,10 @@ from typing import Any
 from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
-from bagel.errors import BagelError, Busy, IncompleteContext, InvalidRequest
+from bagel.errors import BagelError, IncompleteContext, InvalidRequest
 from bagel.kv.puller import HeldContexts, KvPuller
 from bagel.prompts import BranchName
+from bagel.slots import Slots
 from bagel.status import from_status, streaming, unary
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
@@ -87,8 +88,7 @@ class DitServicer(DitServiceServicer):
         batch_timeout_s: float,
     ) -> None:
         self.name, self.driver, self.puller, self.sources = name, driver, puller, sources
-        self._slots = asyncio.Semaphore(max_num_seqs)
-        self._batch_timeout_s = batch_timeout_s
+        self._slots = Slots(name, max_num_seqs, batch_timeout_s)
         self._ids = itertools.count(1)
 
     @streaming
@@ -132,7 +132,7 @@ class DitServicer(DitServiceServicer):
             work.counts["pulled_bytes"] = self._lacking(refs)
             fetching = asyncio.create_task(held.fetch())
             try:
-                await self._admit(work, stack)
+                await stack.enter_async_context(self._slots.place())
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
                 await self._land(request, refs, work, fetching, held)
             finally:
@@ -177,7 +177,7 @@ class DitServicer(DitServiceServicer):
         if self.puller is not None:
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
-        await self._admit(work, stack)
+        await stack.enter_async_context(self._slots.place())
         yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
         self.driver.send(Serve(work.id, request.request.SerializeToString(), request.output_format))
         self.driver.read()
@@ -210,19 +210,6 @@ class DitServicer(DitServiceServicer):
                     break
         log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.timings.items()})
         yield Response(finished=_finished(work))
-
-    async def _admit(self, work: _Work, stack: AsyncExitStack) -> None:
-        """Wait for a slot, which the stack gives back; Busy after the batch timeout."""
-        try:
-            async with asyncio.timeout(self._batch_timeout_s):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise Busy(
-                f"{self.name} is busy: no place became free within {self._batch_timeout_s:g} s; try again later, "
-                "or give it a larger --max-num-seqs or --batch-timeout",
-                retry_after_s=self._batch_timeout_s,
-            ) from None
-        stack.callback(self._slots.release)
 
     async def _unless_failed(self, work: _Work, fetching: asyncio.Task[None]) -> None:
         """Wait for the pull; what the runner fails with meanwhile ends the wait."""

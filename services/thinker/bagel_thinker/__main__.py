@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from bagel import service
 from bagel.model.checkpoint import find_checkpoint
+from bagel.slots import Slots
 from bagel.telemetry import Log
 from bagel.transport import Host
 from bagel.v1 import kv_pb2, thinker_pb2
@@ -68,7 +69,9 @@ def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> None
     from bagel.kv.service import KvBlocksServicer, add_kv_blocks
     from bagel_thinker.server import ThinkerServicer
 
-    add_ThinkerServiceServicer_to_server(ThinkerServicer(engine, args.name, args.lease_seconds), host.methods)
+    slots = Slots(args.name, args.max_num_seqs, args.batch_timeout)
+    servicer = ThinkerServicer(engine, args.name, slots, args.lease_seconds)
+    add_ThinkerServiceServicer_to_server(servicer, host.methods)
     add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
 
 

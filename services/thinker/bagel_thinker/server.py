@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from bagel.engine.segments import Chain
 from bagel.kv.digests import SegmentKind
 from bagel.model.sizes import check_positions
 from bagel.request import TextSettings
+from bagel.slots import Slots
 from bagel.status import streaming, unary
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
@@ -49,16 +50,23 @@ class _Build:
 
 
 class ThinkerServicer(ThinkerServiceServicer):
-    """Serves one engine. name: what peers call this service."""
+    """Serves one engine. name: what peers call this service; slots: for the texts written at once."""
 
-    def __init__(self, engine: Engine, name: str, lease_s: float) -> None:
-        self.engine, self.name, self.lease_s = engine, name, lease_s
+    def __init__(self, engine: Engine, name: str, slots: Slots, lease_s: float) -> None:
+        self.engine, self.name, self.slots, self.lease_s = engine, name, slots, lease_s
 
     @streaming
     async def BuildContext(
         self, request: thinker_pb2.BuildContextRequest, context: ServicerContext[Any, Any]
     ) -> AsyncIterator[Response]:
         """Build one context; its first event, before anything is computed, is the ContextRef."""
+        # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
+        place = self.slots.place() if request.HasField("decode") else nullcontext()
+        async with place, aclosing(self._build(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
         build = _Build(asyncio.get_running_loop())
         chain = await asyncio.to_thread(self._plan, request)
         lease = self._lease(chain) if request.send_kv else ""

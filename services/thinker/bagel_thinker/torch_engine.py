@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
-from bagel.engine.engine import DEFAULT_MAX_NUM_SEQS
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.reader import Reader, Reading
 from bagel.engine.segments import Segment
@@ -77,7 +76,7 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, loaded: LoadedModel, store: KvStore, *, model_name: str, max_num_seqs: int | None) -> None:
+    def __init__(self, loaded: LoadedModel, store: KvStore, *, model_name: str, max_num_seqs: int) -> None:
         self.store, self.planner, self._loaded = store, loaded.planner, loaded
         self._filling: bytes | None = None
         self.info = model_info(
@@ -94,7 +93,7 @@ class TorchEngine:
             loaded.tokenizer,
             loaded.planner,
             ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
-            max_num_seqs=max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+            max_num_seqs=max_num_seqs,
             max_model_len=loaded.max_model_len,
         )
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -110,7 +109,7 @@ class TorchEngine:
         device: str,
         dtype: str,
         kv_store_bytes: int,
-        max_num_seqs: int | None = None,
+        max_num_seqs: int,
         max_model_len: int | None = None,
     ) -> TorchEngine:
         """Load a checkpoint; device and dtype as `bagel.local.load` takes them."""

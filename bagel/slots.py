@@ -1,0 +1,34 @@
+"""How many requests a stage works on at once, and how long further ones wait. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from bagel.errors import Busy
+
+
+class Slots:
+    """The places in a stage's batch. owner: what to call the stage in messages."""
+
+    def __init__(self, owner: str, count: int, wait_s: float) -> None:
+        self._owner, self._wait_s = owner, wait_s
+        self._places = asyncio.Semaphore(count)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """A place for the block; Busy if none becomes free in time."""
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise Busy(
+                f"{self._owner} is busy: no place became free within {self._wait_s:g} s; try again later, or give it a "
+                "larger --max-num-seqs or --batch-timeout",
+                retry_after_s=self._wait_s,
+            ) from None
+        try:
+            yield
+        finally:
+            self._places.release()
