@@ -70,6 +70,7 @@ async def _serve(args: argparse.Namespace) -> None:
         log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
         await host.until_stopped(args.drain_timeout)
     finally:
+        await host.server.stop(None)
         if puller is not None:
             await puller.close()
         await driver.stop()

@@ -34,6 +34,7 @@ class Driver:
         self._listeners: dict[int, asyncio.Queue[Any]] = {}
         self._scheduler = Scheduler()
         self._under_way = 0
+        self._before_reading = 0
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -77,6 +78,7 @@ class Driver:
     def read(self) -> None:
         """There is text to read or write."""
         self._scheduler.reading = True
+        self._before_reading = self._under_way
         self._drive()
 
     def _drive(self) -> None:
@@ -100,7 +102,10 @@ class Driver:
                 self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
             case Stepped():
                 self._under_way -= 1
-                self._scheduler.reading = reply.reading
+                if self._before_reading:  # a plan from before the last request: it says nothing of that one
+                    self._before_reading -= 1
+                else:
+                    self._scheduler.reading = reply.reading
                 for id_, step in reply.pictures.items():
                     self._tell(id_, step)
                 self._drive()
@@ -125,7 +130,7 @@ class Driver:
         if self._ready.exception() is not None:
             return
         self._ready = asyncio.get_running_loop().create_future()
-        self._scheduler, self._under_way = Scheduler(), 0
+        self._scheduler, self._under_way, self._before_reading = Scheduler(), 0, 0
         self._spawn(self._on_health(False))
         self._runner = self._start()
 

@@ -40,7 +40,11 @@ async def _serve(args: argparse.Namespace) -> None:
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))
-    engine = await asyncio.to_thread(_load, args)
+    try:
+        engine = await asyncio.to_thread(_load, args)
+    except BaseException:
+        await host.server.stop(None)
+        raise
     try:
         _add_servicers(host, engine, args)
         await host.ready()
