@@ -17,6 +17,8 @@ from bagel.launch import Deployment, reachable
 from bagel.process import Service
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
 ROOT = Path(__file__).parents[1]
 MODEL = GOLDEN / "checkpoint"
 LIMIT_S = 60.0

@@ -71,10 +71,10 @@ POSTERIORS = st.builds(Posterior, st.sampled_from(PosteriorMode), st.integers(0,
 
 @given(one=POSTERIORS, other=POSTERIORS)
 def test_what_is_named_alike_is_drawn_alike(one: Posterior, other: Posterior) -> None:
-    """K/V are shared by name, so two noises of one name must be one noise, and two noises have two names."""
+    """K/V are shared by name, so two noises of one name must be one noise. (One noise may have two names.)"""
     shape: Shape = (1, 16, 2, 2)
     same = torch.equal(one.draw(shape, RED), other.draw(shape, RED))
-    assert same == (one.identity == other.identity)
+    assert same or one.identity != other.identity
 
 
 @pytest.mark.parametrize("seed", [0, 5, MAX_SEED])

@@ -23,6 +23,8 @@ from bagel.request import Modality
 from tests.conftest import GOLDEN
 from tests.helpers import agree, request, sketch
 
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
 MODEL = GOLDEN / "checkpoint"
 SMALL = "--height 64 --width 96 --steps 4 --seed 3".split()
 

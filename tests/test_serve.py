@@ -19,6 +19,8 @@ from bagel.launch import is_serving
 from tests.conftest import GOLDEN
 from tests.test_launch import until_gone
 
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
 

@@ -29,6 +29,8 @@ from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from tests.conftest import GOLDEN
 from tests.helpers import agree, sketch
 
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
 MODEL = GOLDEN / "checkpoint"
 DETECTED_WITHIN_S = 5.0
 CANCELS = 200
