@@ -31,13 +31,16 @@ def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple
     if images:
         width, height = resized_size(*images[-1].size, config.vae_transform)
         default = (height, width)
-    height = _side("height", request.image.height, default[0], config)
-    return height, _side("width", request.image.width, default[1], config)
+    given = request.image
+    return (
+        check_side("height", default[0] if given.height is None else given.height, config),
+        check_side("width", default[1] if given.width is None else given.width, config),
+    )
 
 
-def _side(name: str, given: int | None, default: int, config: ModelConfig | PictureLimits) -> int:
+def check_side(name: str, pixels: int, config: ModelConfig | PictureLimits) -> int:
+    """A side of a picture, rounded down to the grid; InvalidRequest if the model has no positions for it."""
     stride, largest = config.latent_stride, config.max_image_size
-    pixels = default if given is None else given
     if not stride <= pixels < largest + stride:
         raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
     return pixels // stride * stride

@@ -14,14 +14,23 @@ from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest
-from bagel.kv.puller import HeldContexts, KvPuller
+from bagel.guidance import needed_branches
+from bagel.kv.puller import KvPuller
+from bagel.model.sizes import check_side
 from bagel.prompts import BranchName
 from bagel.slots import Slots
 from bagel.status import from_status, streaming, unary
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
-from bagel.wire import branch_from_wire, image_settings_from_wire, modality_from_wire, picture_format, timings_to_wire
+from bagel.wire import (
+    branch_from_wire,
+    image_settings_from_wire,
+    modality_from_wire,
+    picture_format,
+    picture_limits,
+    timings_to_wire,
+)
 from bagel_dit.drive import Driver
 from bagel_dit.landing import Landing
 from bagel_dit.messages import (
@@ -126,15 +135,14 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} is a single stage: it draws whole requests, not from contexts")
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
-        if BranchName.GEN not in refs:
-            raise IncompleteContext("there is no context for the branch gen; nothing can be drawn")
+        picture = _add_picture(request, refs, work.id, self.driver.info)  # checked before anything is pulled
         async with self.puller.hold(ref for ref in refs.values() if ref.segments) as held:
             work.counts["pulled_bytes"] = self._lacking(refs)
             fetching = asyncio.create_task(held.fetch())
             try:
                 await stack.enter_async_context(self._slots.place())
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
-                await self._land(request, refs, work, fetching, held)
+                await self._land(picture, refs, work, fetching)
             finally:
                 fetching.cancel()
                 await asyncio.gather(fetching, return_exceptions=True)
@@ -143,15 +151,14 @@ class DitServicer(DitServiceServicer):
 
     async def _land(
         self,
-        request: dit_pb2.DitServiceGenerateRequest,
+        picture: AddPicture,
         refs: Mapping[BranchName, kv_pb2.ContextRef],
         work: _Work,
         fetching: asyncio.Task[None],
-        held: HeldContexts,
     ) -> None:
         """Give the runner the picture and its pages as they land, until all are there."""
         assert self.puller is not None
-        self.driver.send(_add_picture(request, refs, work.id, self.driver.info))
+        self.driver.send(picture)
         with Landing(self.puller.store, refs, lambda pages: self.driver.send(Land(work.id, pages))) as landing:
             await self._unless_failed(work, fetching)
             landing.flush()
@@ -238,10 +245,17 @@ def _add_picture(
     id_: int,
     info: common_pb2.ModelInfo,
 ) -> AddPicture:
+    """The picture that a request wants; InvalidRequest or IncompleteContext if it cannot be drawn."""
     settings = image_settings_from_wire(request.draw.image)
-    if settings.height is None or settings.width is None:
-        raise InvalidRequest("height", "the picture has no size; set height and width")
-    stride = info.latent_stride
+    missing = needed_branches(settings) - refs.keys()
+    if missing:
+        raise IncompleteContext(f"no context for the branch {', '.join(sorted(missing))}; the picture was not drawn")
+    stride, limits = info.latent_stride, picture_limits(info)
+    for name, side in (("height", settings.height), ("width", settings.width)):
+        if side is None:
+            raise InvalidRequest(name, f"the picture has no {name}; a DiT that draws from contexts needs it set")
+        check_side(name, side, limits)
+    assert settings.height is not None and settings.width is not None
     return AddPicture(
         id_,
         settings,
