@@ -1,0 +1,117 @@
+"""Train bagel-nano, in stages that each take as long as they are given.
+
+python -m training.nano.train vae --run RUN --minutes 2          the autoencoder
+python -m training.nano.train joint --run RUN --minutes 8        the whole model; again to go on
+python -m training.nano.train joint --run RUN --minutes 8 --rate-from 1 --rate-to 0.3    a first part of two
+
+RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
+starts from the weights of checkpoint/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bagel.model.bagel import Bagel
+from bagel.model.checkpoint import Checkpoint
+from bagel.model.roles import Role
+from bagel.model.tokenizer import BagelTokenizer
+from bagel.model.weights import load_model
+from training.nano.batches import batches
+from training.nano.journal import Journal, Schedule
+from training.nano.network import NANO, TINY, export, new_model, write_config
+from training.nano.optim import FlatOptimizer, Rates
+from training.nano.train_joint import Trainer, train_joint
+from training.nano.train_vae import train_vae
+
+COUNTS = {"draw": 224, "plan": 64, "edit": 144, "see": 128, "reason": 48}
+TINY_COUNTS = {"draw": 4, "plan": 2, "edit": 2, "see": 4, "reason": 2}
+
+
+def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
+    """Write the configuration, train the autoencoder, save everything."""
+    journal = Journal(args.run / "log.jsonl", "vae")
+    schedule = Schedule(args.minutes, 1.0, 0.02, 100)
+    folder = args.run / "checkpoint"
+    write_config(folder, TINY if args.tiny else NANO)
+    model = new_model(folder, device, args.seed)
+    each = 2 if args.tiny else 48
+    stream = batches(folder, {"draw": each, "edit": each}, args.seed, args.workers)
+    train_vae(model, stream, schedule, journal, device=device)
+    (args.run / "state.pt").unlink(missing_ok=True)
+    journal.write(bytes=export(model, folder))
+
+
+def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
+    """Train the whole model from what is there; save its EMA as the checkpoint."""
+    journal = Journal(args.run / "log.jsonl", "joint")
+    schedule = Schedule(args.minutes, args.rate_from, args.rate_to, args.rise)
+    folder = args.run / "checkpoint"
+    stream = batches(folder, TINY_COUNTS if args.tiny else COUNTS, args.seed + time.time_ns() % 2**31, args.workers)
+    model = _load(folder, device)
+    rates = Rates(muon=args.rate, adam=0.75 * args.rate)
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = FlatOptimizer(learned, rates)
+    state = args.run / "state.pt"
+    if state.is_file() and not args.fresh:
+        optimizer.load(torch.load(state, map_location=device, weights_only=True))
+        journal.write(resumed=optimizer.count)
+    journal.write(learned=optimizer.flat.numel(), device=str(device))
+
+    def save() -> None:
+        torch.save(optimizer.state(), state.with_suffix(".new"))
+        os.replace(state.with_suffix(".new"), state)
+        optimizer.swap()
+        size = export(model, folder)
+        optimizer.swap()
+        journal.write(saved=optimizer.count, bytes=size)
+
+    trainer = Trainer(model, device, compiled=args.compile and device.type == "cuda")
+    try:
+        train_joint(trainer, optimizer, stream, schedule, journal, save)
+    finally:
+        save()
+
+
+def _load(folder: Path, device: torch.device) -> Bagel:
+    """The checkpoint's model in float32, everything but the tables and the autoencoder learning."""
+    tokenizer = BagelTokenizer(folder)
+    delimiters = (tokenizer.image_start, tokenizer.image_end)
+    model = load_model(Checkpoint(folder), Role.FULL, delimiter_ids=delimiters, device=device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("vae.") and "pos_embed.pos_embed" not in name)
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(prog="python -m training.nano.train", description="Train bagel-nano.")
+    parser.add_argument("stage", choices=("vae", "joint"))
+    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoint, state and log")
+    parser.add_argument("--minutes", type=float, required=True, help="of the whole stage, compiling included")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=min(14, max(1, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--rate", type=float, default=2e-3, help="Muon's highest; AdamW's is three quarters of it")
+    parser.add_argument("--rate-from", type=float, default=1.0, help="factor of the rates at the stage's start")
+    parser.add_argument("--rate-to", type=float, default=0.0, help="factor of the rates at the stage's end")
+    parser.add_argument("--rise", type=int, default=200, help="steps until the rates are at their height")
+    parser.add_argument("--fresh", action="store_true", help="ignore state.pt")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the code")
+    args = parser.parse_args(argv)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(args.seed + int(time.time()))
+    {"vae": vae_stage, "joint": joint_stage}[args.stage](args, torch.device(args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
