@@ -122,7 +122,7 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
     def _ref(self, request: thinker_pb2.BuildContextRequest) -> kv_pb2.ContextRef:
         ref = kv_pb2.ContextRef(source="thinker-0", fingerprint=b"k")
         if request.send_kv:
-            ref.lease_id, ref.lease_seconds = f"lease-{len(self.asked)}", 0.1
+            ref.lease_id, ref.lease_seconds = request.lease_id, 0.1
         for part in request.parts:
             ref.segments.add(digest=hashlib.blake2b(part.SerializeToString(), digest_size=16).digest(), length=2)
         return ref

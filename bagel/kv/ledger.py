@@ -12,6 +12,8 @@ from bagel.kv.digests import DIGEST_BYTES
 from bagel.kv.pages import KvLayout
 from bagel.kv.segment import Lease, Segment, name
 
+LONGEST_ID = 64
+
 
 class Ledger:
     """Segments and leases in `capacity_bytes`, and what of it was wanted again (reused)."""
@@ -24,9 +26,11 @@ class Ledger:
         self._orphans: list[Segment] = []  # gone, but pinned
         self._allocator = Allocator(capacity_bytes)
 
-    def open(self, segments: Sequence[tuple[bytes, int]], ttl_s: float) -> str:
+    def open(self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "") -> str:
         """A new lease of segments; its id. Raises StoreFull."""
-        lease = Lease(secrets.token_hex(8), ttl_s, self._clock() + ttl_s)
+        if lease_id in self.leases or len(lease_id) > LONGEST_ID:
+            raise InvalidRequest("lease_id", f"lease_id is {lease_id[:80]!r}; it must be new, of at most {LONGEST_ID}")
+        lease = Lease(lease_id or secrets.token_hex(8), ttl_s, self._clock() + ttl_s)
         self.hold(lease, segments)
         self.leases[lease.lease_id] = lease
         return lease.lease_id

@@ -59,13 +59,14 @@ class KvStore:
 
     # Leases
 
-    def lease(self, segments: Sequence[tuple[bytes, int]], ttl_s: float) -> str:
+    def lease(self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "") -> str:
         """Hold segments (digest, tokens) for `ttl_s` seconds, reserving those that are not there; the lease's id.
 
-        Raises StoreFull, and then holds nothing.
+        lease_id: a name of the caller's. Raises StoreFull, or InvalidRequest for a name that is taken, and then holds
+        nothing.
         """
         with self._entered():
-            return self._ledger.open(segments, ttl_s)
+            return self._ledger.open(segments, ttl_s, lease_id)
 
     def extend(self, lease_id: str, segments: Sequence[tuple[bytes, int]]) -> None:
         """Hold more segments under a lease, or again those that failed. Raises LeaseLapsed or StoreFull."""

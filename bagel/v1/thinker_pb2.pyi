@@ -59,12 +59,17 @@ class BuildContextRequest(_message.Message):
     POSTERIOR_FIELD_NUMBER: _builtins.int
     DECODE_FIELD_NUMBER: _builtins.int
     SEND_KV_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of sampled text and, in posterior mode seed, of the images' posterior noise."""
     posterior: _common_pb2.PosteriorMode.ValueType
     """Where the posterior noise of images comes from."""
     send_kv: _builtins.bool
     """Whether the context's K/V will be pulled: they are then kept under a lease."""
+    lease_id: _builtins.str
+    """Name of that lease, at most 64 characters, so that the caller can release it whatever becomes of the call; one is
+    drawn where it is empty.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Part]:
         """The prompt's parts."""
@@ -81,10 +86,11 @@ class BuildContextRequest(_message.Message):
         posterior: _common_pb2.PosteriorMode.ValueType = ...,
         decode: Global___DecodeText | None = ...,
         send_kv: _builtins.bool = ...,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode", "lease_id", b"lease_id", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode: _TypeAlias = _typing.Literal["decode"]  # noqa: Y015
     _WhichOneofArgType__decode: _TypeAlias = _typing.Literal["_decode", b"_decode"]  # noqa: Y015

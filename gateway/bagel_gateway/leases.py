@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 
 import grpc
 
@@ -22,16 +23,24 @@ class Leases:
 
     def __init__(self, thinker: ThinkerBackend) -> None:
         self._thinker = thinker
+        self._asked: set[str] = set()
         self._held: dict[str, float] = {}
+
+    def new(self) -> str:
+        """A name for a lease to be asked for: it is given back even if no answer comes."""
+        name = secrets.token_hex(8)
+        self._asked.add(name)
+        return name
 
     def hold(self, ref: kv_pb2.ContextRef) -> None:
         """A context that has been told of."""
-        if ref.lease_id:
+        if ref.lease_id in self._asked:
             self._held[ref.lease_id] = ref.lease_seconds
 
     def handed_over(self) -> None:
         """The DiT keeps them from now on, and gives them back."""
         self._held.clear()
+        self._asked.clear()
 
     async def renew(self) -> None:
         """Renew what is held until cancelled. What goes wrong shows when the DiT pulls."""
@@ -42,9 +51,10 @@ class Leases:
 
     def release(self) -> None:
         """Give back what is held, in the background: a request that failed does not wait."""
-        if self._held:
-            self._thinker.in_background(self._release(list(self._held)))
+        if self._asked:
+            self._thinker.in_background(self._release(sorted(self._asked)))
             self._held.clear()
+            self._asked.clear()
 
     def _pause(self) -> float:
         """A third of the shortest lease."""

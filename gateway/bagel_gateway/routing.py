@@ -129,7 +129,11 @@ class Route:
         early = self._plan.pipeline.stages[0].omni_kv_config.kv_transfer_criteria is not None
         handed_over, refs = self._handed_over[number], list[kv_pb2.ContextRef]()
         assert self._thinker is not None
-        call = self._thinker.stub.BuildContext(build.request, timeout=self._remaining(), metadata=request_metadata())
+        request = thinker_pb2.BuildContextRequest()
+        request.CopyFrom(build.request)
+        if request.send_kv and self._leases is not None:
+            request.lease_id = self._leases.new()
+        call = self._thinker.stub.BuildContext(request, timeout=self._remaining(), metadata=request_metadata())
         async for event in _responses(call, self._thinker):
             match event.WhichOneof("event"):
                 case "context":

@@ -69,7 +69,7 @@ class ThinkerServicer(ThinkerServiceServicer):
     async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
         build = _Build(asyncio.get_running_loop())
         chain = await asyncio.to_thread(self._plan, request)
-        lease = self._lease(chain) if request.send_kv else ""
+        lease = self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build)
         finished = False
         renewing = asyncio.create_task(self._keep(lease)) if lease else None
@@ -131,8 +131,8 @@ class ThinkerServicer(ThinkerServiceServicer):
             on_chain=build.tell,
         )
 
-    def _lease(self, chain: Chain) -> str:
-        return self.engine.store.lease(_lengths(chain), self.lease_s)
+    def _lease(self, chain: Chain, lease_id: str) -> str:
+        return self.engine.store.lease(_lengths(chain), self.lease_s, lease_id)
 
     async def _keep(self, lease: str) -> None:
         """Renew a lease for as long as the call lasts: until its end the caller is the holder."""
