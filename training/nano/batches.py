@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -16,6 +18,8 @@ from training.nano.render import encode_scenes
 from training.nano.texts import GROUPS, Example, drop
 from training.nano.world import Scene
 
+Array = NDArray[np.int16]
+Packed = dict[str, Array]
 ABSENT = 99
 """The segment of padding and of blocks that are not there: nothing sees it."""
 IGNORED = -100
@@ -70,7 +74,8 @@ class Batch:
 
 def unpack(group: Group, packed: Tensor, device: torch.device | str) -> Batch:
     """The batch of an array [b, group.width] int16, on a device."""
-    moved = packed.to(device, non_blocking=True).long()
+    pinned = packed.pin_memory() if torch.device(device).type == "cuda" else packed
+    moved = pinned.to(device, non_blocking=True).long()
     n = group.text
     ids, segments, ropes, labels, blocks, source, target = moved.split((n, n, n, n, 6, CODE, CODE), dim=1)
     vit_segment, vit_rope, vae_segment, vae_rope, segment, rope = blocks.unbind(1)
@@ -148,13 +153,13 @@ def pack(tokenizer: BagelTokenizer, group: Group, examples: list[Example]) -> Te
     return torch.cat((torch.tensor(rows, dtype=torch.int16), encode_scenes(sources), encode_scenes(targets)), dim=1)
 
 
-class Stream(IterableDataset[dict[str, Tensor]]):
+class Stream(IterableDataset[Packed]):
     """Endless batches of all groups, conditions dropped at random; workers draw from different seeds."""
 
     def __init__(self, folder: Path, counts: dict[str, int], seed: int) -> None:
         self.folder, self.counts, self.seed = folder, counts, seed
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Packed]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         rng = Random(f"{self.seed}-{worker.id if worker else 0}")
@@ -162,22 +167,27 @@ class Stream(IterableDataset[dict[str, Tensor]]):
         while True:
             yield {name: self._batch(tokenizer, rng, name, count) for name, count in self.counts.items()}
 
-    def _batch(self, tokenizer: BagelTokenizer, rng: Random, name: str, count: int) -> Tensor:
+    def _batch(self, tokenizer: BagelTokenizer, rng: Random, name: str, count: int) -> Array:
         group, packed = LAYOUTS[name], []
         while sum(map(len, packed)) < count:
             wanted = count - sum(map(len, packed))
             examples = [drop(rng, GROUPS[name](rng)) for _ in range(wanted)]
-            packed.append(pack(tokenizer, group, examples))
-        return torch.cat(packed)
+            packed.append(pack(tokenizer, group, examples).numpy())
+        return np.concatenate(packed)
 
 
 def batches(folder: Path, counts: dict[str, int], seed: int, workers: int) -> Iterator[dict[str, Tensor]]:
-    """Batches by group name, from so many processes (none: in this one)."""
-    loader: DataLoader[dict[str, Tensor]] = DataLoader(
-        Stream(folder, counts, seed),
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=8 if workers else None,
+    """Batches by group name, from so many processes (none: in this one), which start at once.
+
+    Arrays come through pipes: shared memory may be small, and so may the number of open files.
+    """
+    stream = Stream(folder, counts, seed)
+    loader: DataLoader[Packed] = DataLoader(
+        stream, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=6 if workers else None
     )
-    return iter(loader)
+    arrays = iter(loader)
+    return ({name: torch.from_numpy(each) for name, each in packed.items()} for packed in arrays)
+
+
+def _same(packed: Packed) -> Packed:
+    return packed

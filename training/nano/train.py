@@ -40,9 +40,9 @@ def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
     schedule = Schedule(args.minutes, 1.0, 0.02, 100)
     folder = args.run / "checkpoint"
     write_config(folder, TINY if args.tiny else NANO)
-    model = new_model(folder, device, args.seed)
     each = 2 if args.tiny else 48
     stream = batches(folder, {"draw": each, "edit": each}, args.seed, args.workers)
+    model = new_model(folder, device, args.seed)
     train_vae(model, stream, schedule, journal, device=device)
     (args.run / "state.pt").unlink(missing_ok=True)
     journal.write(bytes=export(model, folder))

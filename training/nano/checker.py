@@ -1,0 +1,177 @@
+"""What a picture shows, by its pixels alone: connected components, their colours and their shapes.
+
+Nothing of the renderer is used but the names and RGB values of colours. Shapes are told apart by how well a component,
+stretched to a square, covers each of a few outlines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from training.nano.texts import Thing, Wanted
+from training.nano.world import BACKGROUNDS, CELLS, COLOURS
+
+Mask = NDArray[np.bool_]
+OUTLINE = 48
+LARGE = 33
+"""Pixels of the longest side from which an object is large."""
+COLOUR_REACH, BACKGROUND_REACH, FOREGROUND = 60.0, 40.0, 70.0
+SMALLEST = 60
+THIRDS = (48, 80)
+OVERLAP = 0.75
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object in a picture; shape or colour "?" if it is none of the known ones."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+    @property
+    def cell(self) -> int:
+        """Its cell of the 3 x 3 grid."""
+        column, row = (sum(v >= edge for edge in THIRDS) for v in (self.x, self.y))
+        return row * 3 + column
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture read: its background ("?" if unknown) and its objects."""
+
+    background: str
+    objects: tuple[Found, ...]
+
+    def __str__(self) -> str:
+        objects = ", ".join(f"{o.size} {o.colour} {o.shape} {CELLS[o.cell]}" for o in self.objects)
+        return f"{objects or 'nothing'} on {self.background}"
+
+
+def read(picture: Image.Image) -> Seen:
+    """Read a picture of 128 x 128."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    foreground: Mask = np.abs(pixels - ground).max(axis=-1) > FOREGROUND / 2
+    labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
+    found = []
+    for index, window in enumerate(ndimage.find_objects(labels), start=1):
+        component: Mask = labels[window] == index
+        if component.sum() >= SMALLEST:
+            found.append(_object(component, pixels[window], window))
+        elif component.sum() >= SMALLEST // 4:
+            found.append(Found("?", "?", "small", 0.0, 0.0))
+    return Seen(_nearest(ground, BACKGROUNDS, BACKGROUND_REACH), tuple(found))
+
+
+def _object(component: Mask, pixels: NDArray[np.float32], window: tuple[slice, slice]) -> Found:
+    height, width = component.shape
+    inner: Mask = ndimage.binary_erosion(component, iterations=2)
+    inside = pixels[inner if inner.sum() >= 12 else component]
+    colour = np.median(inside, axis=0)
+    even = float((np.abs(inside - colour).max(axis=1) < COLOUR_REACH).mean())
+    name = _nearest(colour, COLOURS, COLOUR_REACH) if even > 0.9 else "?"
+    y, x = window[0].start + (height - 1) / 2, window[1].start + (width - 1) / 2
+    return Found(_shape(component), name, "large" if max(height, width) >= LARGE else "small", x, y)
+
+
+def _nearest(colour: NDArray[np.float32], names: dict[str, tuple[int, int, int]], reach: float) -> str:
+    distance = {name: float(np.linalg.norm(colour - np.array(rgb))) for name, rgb in names.items()}
+    best = min(distance, key=lambda name: distance[name])
+    return best if distance[best] <= reach else "?"
+
+
+def _shape(component: Mask) -> str:
+    """The outline that overlaps most (intersection over union)."""
+    height, width = component.shape
+    if max(height, width) > 1.35 * min(height, width):
+        return "?"
+    image = Image.fromarray(component.astype(np.uint8) * 255).resize((OUTLINE, OUTLINE), Image.Resampling.BILINEAR)
+    stretched: Mask = np.asarray(image) > 127
+    overlap = {
+        name: float((stretched & outline).sum() / (stretched | outline).sum()) for name, outline in OUTLINES.items()
+    }
+    best = max(overlap, key=lambda name: overlap[name])
+    return best if overlap[best] >= OVERLAP else "?"
+
+
+def _outlines() -> dict[str, Mask]:
+    u, v = np.meshgrid(np.linspace(-1, 1, OUTLINE), np.linspace(-1, 1, OUTLINE))
+    star = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate([1.0, 0.44] * 5)]
+    turn = np.linspace(0, 2 * math.pi, 200)
+    heart = list(
+        zip(
+            (16 * np.sin(turn) ** 3).tolist(),
+            (-13 * np.cos(turn) + 5 * np.cos(2 * turn) + 2 * np.cos(3 * turn) + np.cos(4 * turn)).tolist(),
+            strict=True,
+        )
+    )
+    return {
+        "circle": u**2 + v**2 <= 1,
+        "square": np.ones_like(u, dtype=bool),
+        "triangle": np.abs(u) <= (v + 1) / 2,
+        "diamond": np.abs(u) + np.abs(v) <= 1,
+        "cross": np.minimum(np.abs(u), np.abs(v)) <= 0.34,
+        "star": _polygon(star),
+        "heart": _polygon(heart),
+    }
+
+
+def _polygon(points: Sequence[tuple[float, float]]) -> Mask:
+    """A polygon stretched to its square."""
+    array = np.array(points)
+    low, high = array.min(axis=0), array.max(axis=0)
+    scaled = (array - low) / (high - low) * (OUTLINE - 1)
+    image = Image.new("L", (OUTLINE, OUTLINE))
+    ImageDraw.Draw(image).polygon([(float(x), float(y)) for x, y in scaled], fill=255)
+    return np.asarray(image) > 127
+
+
+OUTLINES = _outlines()
+
+
+def satisfies(seen: Seen, wanted: Wanted) -> bool:
+    """Whether a picture shows exactly what was wanted, in some order of its objects."""
+    if wanted.background is not None and seen.background != wanted.background:
+        return False
+    if len(seen.objects) != len(wanted.things):
+        return False
+    return any(
+        all(_is(found, thing) for found, thing in zip(order, wanted.things, strict=True))
+        and all(_related(order[a], kind, order[b]) for a, kind, b in wanted.relations)
+        for order in permutations(seen.objects)
+    )
+
+
+def _is(found: Found, thing: Thing) -> bool:
+    return (
+        found.shape == thing.shape
+        and found.colour == thing.colour
+        and thing.size in (None, found.size)
+        and thing.cell in (None, found.cell)
+    )
+
+
+def _related(a: Found, kind: str, b: Found) -> bool:
+    dx, dy = b.x - a.x, b.y - a.y
+    along, across = {"left": (dx, dy), "right": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[kind]
+    return along > 8 and along > abs(across)
+
+
+def unchanged(before: Image.Image, after: Image.Image, allowed: Mask) -> float:
+    """Share of the pixels outside `allowed` that an edit left as they were (within 40 of 255)."""
+    one, other = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (before, after))
+    same = np.abs(one - other).max(axis=-1) <= 40
+    kept = ~allowed
+    return float(same[kept].mean()) if kept.any() else 1.0
