@@ -64,7 +64,7 @@ def read(picture: Image.Image) -> Seen:
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
     ground = np.median(border, axis=0)
     foreground: Mask = np.abs(pixels - ground).max(axis=-1) > FOREGROUND / 2
-    labels, count = ndimage.label(foreground, structure=np.ones((3, 3)))
+    labels, _ = ndimage.label(foreground, structure=np.ones((3, 3)))
     found = []
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         component: Mask = labels[window] == index

@@ -17,7 +17,7 @@ from training.nano.world import SIDE
 
 
 class VitInput:
-    """Pixels [b, 3, SIDE, SIDE] -> ViT patches [b, n, features]: Pillow's bicubic as one matrix, within its rounding."""
+    """Pixels [b, 3, SIDE, SIDE] -> ViT patches [b, n, features]: Pillow's bicubic as a matrix."""
 
     def __init__(self, device: torch.device | str) -> None:
         eye = torch.eye(SIDE)[None, None]

@@ -19,6 +19,7 @@ from training.nano.journal import Journal, Schedule
 from training.nano.optim import FlatOptimizer
 from training.nano.render import Renderer
 
+Prepared = tuple[Batch, Inputs, Tensor | None]
 TEXT_WEIGHT = {"plan": 0.15, "see": 0.25, "reason": 0.1}
 """Weight of a group's cross-entropy beside the flow's error, which is the mean over all pictures."""
 SHIFT = 2.0
@@ -57,15 +58,14 @@ class Trainer:
         """Gradients of one step's batches; their losses by name."""
         pictures = sum(len(each) for name, each in packed.items() if LAYOUTS[name].draws)
         losses: dict[str, Tensor] = {}
-        for name, each in packed.items():
-            batch = unpack(LAYOUTS[name], each, self.device)
-            inputs, velocity = self.inputs(batch)
+        for batch, inputs, velocity in self.prepare(packed):
+            name = batch.group.name
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
                 outputs = forward(self.model, batch, inputs, self.layer_fn)
             total = torch.zeros((), device=self.device)
             if outputs.velocity is not None and velocity is not None:
                 losses[f"{name}_flow"] = F.mse_loss(outputs.velocity, velocity)
-                total = total + losses[f"{name}_flow"] * (len(each) / pictures)
+                total = total + losses[f"{name}_flow"] * (len(batch.ids) / pictures)
             if name in TEXT_WEIGHT:
                 losses[f"{name}_text"] = cross_entropy(outputs.logits, batch.labels)
                 total = total + losses[f"{name}_text"] * TEXT_WEIGHT[name]
@@ -73,27 +73,37 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
-    def inputs(self, batch: Batch) -> tuple[Inputs, Tensor | None]:
-        """What the batch's scenes become: patches, latents and the velocity to learn."""
-        config, group = self.model.config.vae, batch.group
-        source = self.render(batch.source) if group.vit or group.vae else None
-        target = self.render(batch.target) if group.draws else None
-        patches = self.vit_input(source) if group.vit and source is not None else None
-        wanted = [each for each, on in ((source, group.vae), (target, group.draws)) if on and each is not None]
-        if not wanted:
-            return Inputs(patches), None
-        pixels = torch.cat(wanted)
+    def prepare(self, packed: Mapping[str, Tensor]) -> list[Prepared]:
+        """Batches with what their scenes become: patches, latents, and the velocity to learn.
+
+        All pictures are encoded at once: one shape to compile.
+        """
+        made = [unpack(LAYOUTS[name], each, self.device) for name, each in packed.items()]
+        read = [self.render(batch.source) if batch.group.vit else None for batch in made]
+        pixels = [source for batch, source in zip(made, read, strict=True) if source is not None and batch.group.vae]
+        pixels += [self.render(batch.target) for batch in made if batch.group.draws]
+        tokens = list(self._encode(torch.cat(pixels)).split([len(each) for each in pixels])) if pixels else []
+        clean = {batch.group.name: tokens.pop(0) for batch in made if batch.group.vae}
+        prepared: list[Prepared] = []
+        for batch, source in zip(made, read, strict=True):
+            patches = None if source is None else self.vit_input(source)
+            known = clean.get(batch.group.name)
+            if not batch.group.draws:
+                prepared.append((batch, Inputs(patches, known), None))
+                continue
+            data = tokens.pop(0)
+            noise, times = torch.randn_like(data), sample_times(len(data), self.device)
+            t = times[:, None, None]
+            prepared.append((batch, Inputs(patches, known, (1 - t) * data + t * noise, times), noise - data))
+        return prepared
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Latent tokens of posterior samples."""
+        assert self.model.vae is not None
         if self.fast:
             pixels = pixels.to(torch.bfloat16, memory_format=torch.channels_last)
         mean, logvar = moments(self.encoder, pixels)
-        tokens = latent_tokens(mean, logvar, config, torch.randn_like(mean))
-        clean = tokens[: len(batch.ids)] if group.vae else None
-        if not group.draws:
-            return Inputs(patches, clean), None
-        data = tokens[-len(batch.ids) :]
-        noise, times = torch.randn_like(data), sample_times(len(data), self.device)
-        t = times[:, None, None]
-        return Inputs(patches, clean, (1 - t) * data + t * noise, times), noise - data
+        return latent_tokens(mean, logvar, self.model.vae.config, torch.randn_like(mean))
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
