@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bagel.engine.context import Context, ContextBuilder
@@ -70,7 +71,7 @@ class _Both:
             outputs = forward(self.model, batch, Inputs(patches, clean, self.noise, torch.ones(1)))
         return outputs, batch.labels[0]
 
-    def picture(self):  # type: ignore[no-untyped-def]
+    def picture(self) -> Image.Image:
         assert self.example.source is not None
         return to_pictures(Renderer("cpu")(encode_scenes([self.example.source])))[0]
 

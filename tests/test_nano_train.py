@@ -92,7 +92,8 @@ def test_the_optimizer_learns_and_skips_what_is_not_finite() -> None:
     y = x[:, :1] * x[:, 1:2]
 
     def loss() -> torch.Tensor:
-        return (net(x) - y).square().mean()
+        error: torch.Tensor = net(x) - y
+        return error.square().mean()
 
     first = loss().item()
     for _ in range(100):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,9 +169,9 @@ class Stream(IterableDataset[Packed]):
             yield {name: self._batch(tokenizer, rng, name, count) for name, count in self.counts.items()}
 
     def _batch(self, tokenizer: BagelTokenizer, rng: Random, name: str, count: int) -> Array:
-        group, packed = LAYOUTS[name], []
-        while sum(map(len, packed)) < count:
-            wanted = count - sum(map(len, packed))
+        group = LAYOUTS[name]
+        packed: list[Array] = []
+        while (wanted := count - sum(len(each) for each in packed)) > 0:
             examples = [drop(rng, GROUPS[name](rng)) for _ in range(wanted)]
             packed.append(pack(tokenizer, group, examples).numpy())
         return np.concatenate(packed)
@@ -189,5 +190,5 @@ def batches(folder: Path, counts: dict[str, int], seed: int, workers: int) -> It
     return ({name: torch.from_numpy(each) for name, each in packed.items()} for packed in arrays)
 
 
-def _same(packed: Packed) -> Packed:
+def _same(packed: Any) -> Any:
     return packed

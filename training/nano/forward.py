@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bagel.model.bagel import Bagel
 from bagel.model.layers import Mlp, grid_position_ids
-from bagel.model.mot import Expert
 from bagel.model.vit import Vit
 from training.nano.batches import Batch
 
@@ -46,8 +45,8 @@ class Outputs:
     velocity: Tensor | None
 
 
-def expert_weights(expert: Expert) -> Weights:
-    """An expert's parameters as the layer takes them."""
+def expert_weights(expert: Any) -> Weights:
+    """Parameters of a bagel.model.mot.Expert as the layer takes them."""
     return (
         expert.input_layernorm.weight,
         expert.qkv_proj.weight,

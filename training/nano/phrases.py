@@ -21,7 +21,16 @@ SYNONYMS = {
     "grey": ("gray",),
     "centre": ("center", "middle"),
 }
-ORDERS = ("draw {}", "please draw {}", "create {}", "make {}", "generate {}", "show me {}", "paint {}", "i want {}")
+ORDERS: tuple[str, ...] = (
+    "draw {}",
+    "please draw {}",
+    "create {}",
+    "make {}",
+    "generate {}",
+    "show me {}",
+    "paint {}",
+    "i want {}",
+)
 ORDERS += ("a picture of {}", "an image of {}", "can you draw {}?", "could you make {} please", "i would like {}")
 ORDERS += ("draw me {}", "{} please", "give me {}", "a drawing of {}", "{}, nothing else")
 LEFT, RIGHT = ("to the left of", "left of", "on the left of"), ("to the right of", "right of", "on the right of")

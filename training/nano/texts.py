@@ -221,7 +221,7 @@ def recolour(rng: Random) -> Example:
     taken = {other.colour for other in source.items if other.shape == item.shape}
     colour = rng.choice([name for name in COLOURS if name not in taken])
     who = _refer(rng, item, source)
-    forms = (f"make {who} {colour}", f"turn {who} {colour}", f"change the colour of {who} to {colour}")
+    forms: tuple[str, ...] = (f"make {who} {colour}", f"turn {who} {colour}", f"change the colour of {who} to {colour}")
     forms += (
         f"change {who} to {colour}",
         f"paint {who} {colour}",
@@ -297,7 +297,11 @@ def background(rng: Random) -> Example:
     source = random_scene(rng)
     name = rng.choice([each for each in BACKGROUNDS if each != source.background])
     said = word(rng, name)
-    forms = (f"make the background {said}", f"change the background to {said}", f"turn the background {said}")
+    forms: tuple[str, ...] = (
+        f"make the background {said}",
+        f"change the background to {said}",
+        f"turn the background {said}",
+    )
     forms += (
         f"{said} background",
         f"put it on {article(said)} background",
@@ -326,7 +330,12 @@ def describe(rng: Random) -> tuple[Example, str]:
         source = counted_scene(rng, rng.choice((2, 3, 4)), random_background(rng))
     else:
         source = random_scene(rng)
-    forms = ("describe the image", "describe the image", "describe this picture", "what is in this picture?")
+    forms: tuple[str, ...] = (
+        "describe the image",
+        "describe the image",
+        "describe this picture",
+        "what is in this picture?",
+    )
     forms += (
         "what is in the image?",
         "what do you see?",
@@ -351,10 +360,10 @@ def ask_colour(rng: Random) -> tuple[Example, str]:
     """The colour of an object, or of the background."""
     if rng.random() < 0.2:
         source = random_scene(rng)
-        forms = ("what colour is the background?", "what is the background colour?", "which colour is the background?")
-        return _asked(
-            rng, "question", rng.choice(forms), f"{source.background}.", f"background: {source.background}.", source
+        question = rng.choice(
+            ("what colour is the background?", "what is the background colour?", "background colour?")
         )
+        return _asked(rng, "question", question, f"{source.background}.", f"background: {source.background}.", source)
     source, item = _pick_item(rng, "shape")
     noun = word(rng, item.shape)
     forms = (
@@ -459,7 +468,11 @@ def mix(rng: Random) -> tuple[Example, str]:
     """Two colours mixed."""
     pair = rng.choice(tuple(MIXES))
     a, b = pair if rng.random() < 0.5 else pair[::-1]
-    forms = (f"what do you get when you mix {a} and {b}?", f"mix {a} and {b}", f"which colour do {a} and {b} make?")
+    forms: tuple[str, ...] = (
+        f"what do you get when you mix {a} and {b}?",
+        f"mix {a} and {b}",
+        f"which colour do {a} and {b} make?",
+    )
     forms += (f"what colour is {a} mixed with {b}?", f"{a} and {b} make what colour?", f"what is {a} plus {b}?")
     return _asked(rng, "text", rng.choice(forms), f"{MIXES[pair]}.", f"{pair[0]} + {pair[1]} = {MIXES[pair]}.", None)
 

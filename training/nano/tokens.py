@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from training.nano.texts import GROUPS
 
 VOCABULARY = 1024
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>")
+CONTROL: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>")
 CONTROL += ("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>")
 CONTROL += ("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 PATTERN = (

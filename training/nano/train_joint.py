@@ -42,7 +42,7 @@ class Trainer:
             self._compile()
 
     def _compile(self) -> None:
-        config: Any = torch._dynamo.config  # type: ignore[attr-defined]
+        config: Any = torch._dynamo.config
         for name in ("cache_size_limit", "recompile_limit"):
             if hasattr(config, name):
                 setattr(config, name, 64)
