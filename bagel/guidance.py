@@ -1,4 +1,4 @@
-"""Which branches guide a picture, as `bagel.engine.denoise.needed_branches` says, for what must not load torch."""
+"""Which branches guide a picture, for what must not load torch: to the bit what bagel.model.flow computes."""
 
 from __future__ import annotations
 

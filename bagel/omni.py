@@ -21,7 +21,7 @@ from bagel.batch import AT_ONCE, OnServiceEvent, ask_of, events_of, generate_all
 from bagel.client import Client
 from bagel.config import DeployConfig
 from bagel.defaults import deployment_for, find_model, request_defaults
-from bagel.errors import BagelError, InvalidRequest, SourceUnavailable
+from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
 from bagel.launch import Deployment, OnReady, reachable
@@ -214,7 +214,7 @@ def describe(address: str, timeout_s: float = DESCRIBE_S) -> common_pb2.ModelInf
         try:
             return client.describe(timeout_s).model
         except BagelError as error:
-            if error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+            if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                 raise SourceUnavailable(f"no gateway answers at {address}; start one with bagel serve") from None
             raise
 

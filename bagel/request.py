@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from types import UnionType
@@ -22,6 +22,9 @@ MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
 MAX_STEPS = 1000
 MAX_SCALE = 100.0
+MAX_PARTS = 64
+MAX_TEXT_BYTES = 2**20
+"""UTF-8 of a prompt's texts and of the negative prompt: several times what any model has positions for."""
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -144,6 +147,8 @@ class Request:
         _kind("prompt", self.prompt, tuple, "a tuple of TextPart and ImagePart")
         for part in self.prompt:
             _kind("prompt", part, TextPart | ImagePart, "a TextPart or an ImagePart")
+        check_prompt_size("prompt", len(self.prompt), [p.text for p in self.prompt if isinstance(p, TextPart)])
+        check_prompt_size("negative_prompt", 1, [self.negative_prompt])
         if not self.prompt:
             raise InvalidRequest("prompt", "the prompt is empty; give a text, like --prompts 'a red cube'")
 
@@ -196,6 +201,15 @@ def resolve(
         image=ImageSettings(**image),
         **rest,
     )
+
+
+def check_prompt_size(field: str, parts: int, texts: Sequence[str]) -> None:
+    """Refuse what no model has positions for before time is spent on it; raises InvalidRequest."""
+    if parts > MAX_PARTS:
+        raise InvalidRequest(field, f"{field} has {parts} parts; it may have {MAX_PARTS}")
+    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if size > MAX_TEXT_BYTES:
+        raise InvalidRequest(field, f"{field} has {size} bytes of text; it may have {MAX_TEXT_BYTES}")
 
 
 def text_settings(request: Request) -> TextSettings:

@@ -60,8 +60,8 @@ class Log:
         """Something that an operator should know."""
         self._logger.warning(event, extra={"fields": fields})
 
-    def error(self, event: str, *, exc_info: bool = False, **fields: object) -> None:
-        """Something that failed; exc_info adds the traceback of the exception being handled."""
+    def error(self, event: str, *, exc_info: bool | BaseException = False, **fields: object) -> None:
+        """Something that failed; exc_info adds the traceback of that exception, or of the one being handled."""
         self._logger.error(event, exc_info=exc_info, extra={"fields": fields})
 
 

@@ -13,7 +13,15 @@ from bagel.images import ImageTransform, load_image
 from bagel.model.config import ModelConfig
 from bagel.model.sizes import PictureLimits
 from bagel.prompts import BranchName, ImagePart, Part, Prompt, TextPart
-from bagel.request import ImageSettings, Modality, PosteriorMode, RenormType, Request, TextSettings
+from bagel.request import (
+    ImageSettings,
+    Modality,
+    PosteriorMode,
+    RenormType,
+    Request,
+    TextSettings,
+    check_prompt_size,
+)
 from bagel.v1 import common_pb2, dit_pb2
 
 Timings = Mapping[str, float]
@@ -77,7 +85,9 @@ def part_from_wire(part: common_pb2.Part, *, for_generation: bool = False) -> Pa
 
 
 def prompt_from_wire(parts: Iterable[common_pb2.Part], *, for_generation: bool = False) -> Prompt:
-    """A prompt; see `part_from_wire`."""
+    """A prompt; see `part_from_wire`. Its size is checked before any of its images is decoded."""
+    parts = list(parts)
+    check_prompt_size("prompt", len(parts), [part.text.text for part in parts])
     return tuple(part_from_wire(part, for_generation=for_generation) for part in parts)
 
 

@@ -173,6 +173,8 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
             if self.failure is not None:
                 raise self.failure
             yield dit_pb2.DitServiceGenerateResponse(admitted=dit_pb2.Admitted(waited_seconds=0.25))
+            if request.HasField("request"):
+                yield dit_pb2.DitServiceGenerateResponse(prefill=common_pb2.PrefillDone(tokens=3))
             settings = request.draw.image if request.HasField("draw") else request.request.image
             yield dit_pb2.DitServiceGenerateResponse(step=common_pb2.StepDone(step=1, steps=settings.steps - 1))
             await self.go.wait()

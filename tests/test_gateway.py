@@ -214,7 +214,7 @@ def test_a_single_stage_gets_the_whole_request() -> None:
         heard: list[ServiceEvent] = []
         data = photo()
         await at.client.generate("make it red", modality="img2img", image=data, seed=3, on_event=heard.append)
-        assert [type(event) for event in heard] == [Accepted, DrawingStarted, StepDone, Result]
+        assert [type(event) for event in heard] == [Accepted, PrefillDone, DrawingStarted, StepDone, Result]
         request = at.dits[0].asked[0].request
         assert (request.seed, request.think, request.image.height, request.image.steps) == (3, False, 512, 50)
         assert request.prompt[0].image.data == data

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagel.engine import denoise
 from bagel.guidance import needed_branches, timesteps
 from bagel.model import flow
+from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
 SHIFTS = st.floats(0.001, 100.0)
@@ -33,4 +33,6 @@ def test_the_same_branches_are_needed(steps: int, shift: float, data: st.DataObj
         cfg_text_scale=data.draw(scale),
         cfg_img_scale=data.draw(scale),
     )
-    assert needed_branches(settings) == denoise.needed_branches(settings)
+    guided = any(flow.guided_steps(flow.timesteps(steps, shift)[:-1], (lo, hi)))
+    expected = flow.guiding_branches(settings) if guided else frozenset()
+    assert needed_branches(settings) == expected | {BranchName.GEN}

@@ -52,13 +52,6 @@ def latent_bucket(tokens: int) -> int:
     return -(-tokens // granularity) * granularity
 
 
-def needed_branches(settings: ImageSettings) -> frozenset[BranchName]:
-    """Branches whose K/V a picture needs: gen, and those that guide it in at least one step."""
-    times = timesteps(settings.steps, settings.timestep_shift)
-    guided = any(guided_steps(times[:-1], settings.cfg_interval))
-    return frozenset({BranchName.GEN}) | (guiding_branches(settings) if guided else frozenset())
-
-
 @dataclass
 class Picture:
     """One picture to draw.

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from bagel.engine.context import Context
-from bagel.engine.denoise import Picture, needed_branches
+from bagel.engine.denoise import Picture
 from bagel.engine.noise import initial_noise
 from bagel.engine.segments import Chain, ChainPlanner, InputImage
 from bagel.errors import InvalidRequest
+from bagel.guidance import needed_branches
 from bagel.model.sizes import check_positions, picture_size, text_positions
 from bagel.prompts import (
     Branch,

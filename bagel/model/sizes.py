@@ -56,10 +56,14 @@ def check_positions(prompt: int, text: int, limit: int) -> None:
     if prompt + text <= limit:
         return
     raise InvalidRequest(
-        "max_tokens" if text else "prompt",
+        "max_tokens" if prompt <= limit else "prompt",
         f"the prompt takes {prompt} positions and the text after it up to {text}; the limit is {limit} "
         "(max_model_len of the deploy file, at most the model's max_position_embeddings): "
-        + ("shorten the prompt, or lower --max-tokens or --max-think-tokens" if text else "shorten the prompt"),
+        + (
+            "lower --max-tokens or --max-think-tokens, or shorten the prompt"
+            if prompt <= limit
+            else "shorten the prompt"
+        ),
     )
 
 

@@ -494,6 +494,28 @@ class Request(_message.Message):
 Global___Request: _TypeAlias = Request  # noqa: Y015
 
 @_typing.final
+class PrefillDone(_message.Message):
+    """The contexts of the prompt are computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Rows of K/V over all distinct branches."""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillDone: _TypeAlias = PrefillDone  # noqa: Y015
+
+@_typing.final
 class TextDelta(_message.Message):
     """More text of an answer, or of the think text before a picture."""
 

@@ -256,6 +256,7 @@ class DitServiceGenerateResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     PICTURE_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PREFILL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """Its turn has come."""
@@ -276,6 +277,10 @@ class DitServiceGenerateResponse(_message.Message):
     def finished(self) -> Global___DitServiceGenerateFinished:
         """The end."""
 
+    @_builtins.property
+    def prefill(self) -> _common_pb2.PrefillDone:
+        """The prompt is read: of whole requests only."""
+
     def __init__(
         self,
         *,
@@ -284,12 +289,13 @@ class DitServiceGenerateResponse(_message.Message):
         step: _common_pb2.StepDone | None = ...,
         picture: _common_pb2.Picture | None = ...,
         finished: Global___DitServiceGenerateFinished | None = ...,
+        prefill: _common_pb2.PrefillDone | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "step", b"step", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "step", b"step", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admitted", "text", "step", "picture", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admitted", "text", "step", "picture", "finished", "prefill"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

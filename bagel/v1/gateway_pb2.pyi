@@ -84,28 +84,6 @@ class Accepted(_message.Message):
 Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
 
 @_typing.final
-class PrefillDone(_message.Message):
-    """The contexts of the prompt are computed."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKENS_FIELD_NUMBER: _builtins.int
-    tokens: _builtins.int
-    """Rows of K/V over all distinct branches."""
-    def __init__(
-        self,
-        *,
-        tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___PrefillDone: _TypeAlias = PrefillDone  # noqa: Y015
-
-@_typing.final
 class DrawingStarted(_message.Message):
     """The picture waits for its turn no more."""
 
@@ -185,7 +163,7 @@ class GenerateResponse(_message.Message):
         """Accepted and queued; always the first."""
 
     @_builtins.property
-    def prefill(self) -> Global___PrefillDone:
+    def prefill(self) -> _common_pb2.PrefillDone:
         """The prompt is read."""
 
     @_builtins.property
@@ -212,7 +190,7 @@ class GenerateResponse(_message.Message):
         self,
         *,
         accepted: Global___Accepted | None = ...,
-        prefill: Global___PrefillDone | None = ...,
+        prefill: _common_pb2.PrefillDone | None = ...,
         text: _common_pb2.TextDelta | None = ...,
         drawing: Global___DrawingStarted | None = ...,
         step: _common_pb2.StepDone | None = ...,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bagel.v1.common_pb2 import ModelInfo
 
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 5.0
+SILENCE_S = 15.0
 
 log = Log("bagel_gateway.backends")
 
@@ -49,10 +51,14 @@ class Backend:
 
     kind = "service"
 
-    def __init__(self, address: Address, security: Security) -> None:
+    def __init__(self, address: Address, security: Security, silence_s: float = SILENCE_S) -> None:
         self.address, self.under_way = address, 0
         self.model: ModelInfo | None = None
         self.why_not = "not checked yet"
+        self.silence_s = silence_s
+        self.silent = asyncio.Event()
+        """Set once it has answered no check for silence_s: its calls under way are given up."""
+        self._unanswered_since: float | None = None
         self._channel = channel(address.target, security)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -71,18 +77,28 @@ class Backend:
 
     async def check(self) -> None:
         """Ask whether it is ready and what it serves."""
+        began = time.monotonic()
         try:
             reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
+            self._answered()
             if reply.status != health_pb2.HealthCheckResponse.SERVING:
                 self.lost("not ready: it loads or shuts down")
                 return
             model = await self._describe()
         except grpc.RpcError as error:
             self.lost(str(from_rpc_error(error, self.name)))
+            self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
+            if time.monotonic() - self._unanswered_since >= self.silence_s:
+                self.silent.set()
         except ConfigError as error:
             self.lost(str(error))
         else:
             self._found(model)
+
+    def _answered(self) -> None:
+        self._unanswered_since = None
+        if self.silent.is_set():
+            self.silent = asyncio.Event()
 
     def lost(self, why: str) -> None:
         """Choose it no more until a check finds it ready."""
@@ -111,8 +127,8 @@ class ThinkerBackend(Backend):
 
     kind = "Thinker"
 
-    def __init__(self, address: Address, security: Security) -> None:
-        super().__init__(address, security)
+    def __init__(self, address: Address, security: Security, silence_s: float = SILENCE_S) -> None:
+        super().__init__(address, security, silence_s)
         self.source = address.name
         self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
         self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
@@ -140,8 +156,10 @@ class DitBackend(Backend):
 
     kind = "DiT"
 
-    def __init__(self, address: Address, security: Security, *, single_stage: bool) -> None:
-        super().__init__(address, security)
+    def __init__(
+        self, address: Address, security: Security, silence_s: float = SILENCE_S, *, single_stage: bool
+    ) -> None:
+        super().__init__(address, security, silence_s)
         self.sources: frozenset[str] = frozenset()
         self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
         self._single_stage = single_stage
@@ -169,9 +187,10 @@ class Backends:
         single_stage: bool,
         security: Security = PLAINTEXT,
         check_every_s: float = CHECK_EVERY_S,
+        silence_s: float = SILENCE_S,
     ) -> None:
-        self.thinkers = [ThinkerBackend(address, security) for address in thinkers]
-        self.dits = [DitBackend(address, security, single_stage=single_stage) for address in dits]
+        self.thinkers = [ThinkerBackend(address, security, silence_s) for address in thinkers]
+        self.dits = [DitBackend(address, security, silence_s, single_stage=single_stage) for address in dits]
         self._single_stage, self._check_every_s = single_stage, check_every_s
         self._watches: list[asyncio.Task[None]] = []
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
-from grpc.aio import UnaryStreamCall
+from grpc.aio import EOF, UnaryStreamCall
 
 from bagel import wire
 from bagel.errors import (
     BagelError,
     ContextRefused,
+    Draining,
     IncompleteContext,
     KvTimeout,
+    Loading,
     RemoteError,
+    RunnerDied,
     SourceUnavailable,
+    UnknownSegment,
 )
 from bagel.pipelines import kv_collector
 from bagel.prompts import BranchName
@@ -169,7 +173,7 @@ class Route:
     def _tell_prefill(self) -> None:
         if not self._told_prefill:
             self._told_prefill = True
-            self._emit(prefill=gateway_pb2.PrefillDone(tokens=sum(self._lengths.values())))
+            self._emit(prefill=common_pb2.PrefillDone(tokens=sum(self._lengths.values())))
 
     async def _draw(
         self, picture: dit_pb2.DrawPicture, builds: list[asyncio.Task[thinker_pb2.ContextBuilt]]
@@ -200,14 +204,19 @@ class Route:
         assert self._dit is not None
         request.output_format = self._plan.output_format
         call = self._dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
-        finished = None
+        finished, admitted = None, dit_pb2.Admitted()
         async for event in _responses(call, self._dit):
             if self._leases is not None:
                 self._leases.handed_over()
             match event.WhichOneof("event"):
-                case "admitted" if self._plan.makes_image:
-                    waited = event.admitted.waited_seconds
-                    self._emit(drawing=gateway_pb2.DrawingStarted(waited_seconds=waited))
+                case "admitted":
+                    admitted = event.admitted
+                    if self._plan.draw is not None:
+                        self._tell_drawing(admitted)
+                case "prefill":
+                    self._emit(prefill=event.prefill)
+                    if self._plan.makes_image:  # a single stage draws once it has read
+                        self._tell_drawing(admitted)
                 case "text":
                     self._emit(text=event.text)
                 case "step":
@@ -219,6 +228,9 @@ class Route:
         if finished is None:
             raise RemoteError(f"{self._dit.name} ended a request without its result", "INTERNAL")
         return finished
+
+    def _tell_drawing(self, admitted: dit_pb2.Admitted) -> None:
+        self._emit(drawing=gateway_pb2.DrawingStarted(waited_seconds=admitted.waited_seconds))
 
     def _merge(self, drawn: dit_pb2.DitServiceGenerateFinished) -> gateway_pb2.Finished:
         """The end of a picture in two stages. The prompt's tokens are gen's; work is that of all branches."""
@@ -243,7 +255,7 @@ class Route:
     def _emit(
         self,
         *,
-        prefill: gateway_pb2.PrefillDone | None = None,
+        prefill: common_pb2.PrefillDone | None = None,
         text: common_pb2.TextDelta | None = None,
         drawing: gateway_pb2.DrawingStarted | None = None,
         step: common_pb2.StepDone | None = None,
@@ -254,17 +266,32 @@ class Route:
 
 
 async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIterator[R]:
-    """A call's responses; its errors as BagelErrors. The call is cancelled when the caller leaves."""
+    """A call's responses; its errors as BagelErrors. The call is cancelled when the caller leaves.
+
+    RemoteError if the backend falls silent: a process that is stopped, or a network that swallows, ends no call.
+    """
+    silent = asyncio.ensure_future(backend.silent.wait())
+    reading: asyncio.Future[Any] | None = None
     try:
-        async for response in call:
+        while True:
+            reading = asyncio.ensure_future(call.read())
+            await asyncio.wait({reading, silent}, return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE")
+            if (response := reading.result()) is EOF:
+                return
             yield response
     except grpc.RpcError as error:
         told = from_rpc_error(error, backend.name)
-        if isinstance(told, RemoteError) and told.grpc_status == "UNAVAILABLE":
+        unreachable = isinstance(told, RemoteError) and told.grpc_status == "UNAVAILABLE"
+        if unreachable or isinstance(told, Draining | Loading | RunnerDied):
             backend.lost(str(told))  # the next request need not find out by itself
         raise told from None
     finally:
         call.cancel()
+        for task in (silent, reading):
+            if task is not None:
+                task.cancel()
 
 
 def _without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, float]:
@@ -273,5 +300,10 @@ def _without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, fl
 
 
 def _first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a stage. What is cancelled after it is no error, and is not in the group."""
-    return next((error for error in failed.exceptions if isinstance(error, BagelError)), failed.exceptions[0])
+    """The first error of a stage. What is cancelled after it is no error, and is not in the group.
+
+    A build whose leases were given back, as a DiT that failed does, fails for want of them: that is no cause.
+    """
+    told = [error for error in failed.exceptions if isinstance(error, BagelError)]
+    causes = [error for error in told if not isinstance(error, UnknownSegment)]
+    return next(iter([*causes, *told, *failed.exceptions]))

@@ -123,6 +123,7 @@ class Gateway:
             single_stage=settings.pipeline is BAGEL_SINGLE_STAGE,
             security=settings.security,
             check_every_s=settings.check_every_s,
+            silence_s=settings.silence_timeout_s,
         )
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
         service = GatewayService(

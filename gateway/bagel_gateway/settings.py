@@ -14,18 +14,21 @@ from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from bagel.transport import DRAIN_S, PLAINTEXT, Security
-from bagel_gateway.backends import CHECK_EVERY_S, Address
+from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 
 MAX_REQUESTS = 64
-BATCH_TIMEOUT_S = 5.0
+BATCH_TIMEOUT_S = service.BATCH_TIMEOUT_S
+BACKEND_TIMEOUT_S = 15.0
+"""Longer than a runner that died takes to come back with a small model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything that a gateway is started with. Raises ConfigError for what does not fit together.
 
-    batch_timeout_s: seconds that a request waits for a place before it is refused as Busy; sampling_defaults: the
-    deploy file's defaults for what a request leaves open.
+    batch_timeout_s: seconds that a request waits for a place before it is refused as Busy; backend_timeout_s: for a
+    service that is ready; silence_timeout_s: that a service may answer no check before its calls are ended;
+    sampling_defaults: the deploy file's defaults for what a request leaves open.
     """
 
     listen: str
@@ -37,6 +40,8 @@ class Settings:
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     drain_timeout_s: float = DRAIN_S
     check_every_s: float = CHECK_EVERY_S
+    silence_timeout_s: float = SILENCE_S
+    backend_timeout_s: float = BACKEND_TIMEOUT_S
     security: Security = PLAINTEXT
 
     def __post_init__(self) -> None:
@@ -52,7 +57,13 @@ class Settings:
             raise ConfigError(f"two services are called {min(twice)}; give each its own name")
         if self.max_requests < 1:
             raise ConfigError(f"--max-requests is {self.max_requests}; it must be at least 1")
-        for flag, seconds in (("--batch-timeout", self.batch_timeout_s), ("--drain-timeout", self.drain_timeout_s)):
+        times = {
+            "--batch-timeout": self.batch_timeout_s,
+            "--drain-timeout": self.drain_timeout_s,
+            "--silence-timeout": self.silence_timeout_s,
+            "--backend-timeout": self.backend_timeout_s,
+        }
+        for flag, seconds in times.items():
             if not 0 <= seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds")
         _check_defaults(self.sampling_defaults)
@@ -66,6 +77,8 @@ class Settings:
             "dits": [str(address) for address in self.dits],
             "max_requests": self.max_requests,
             "batch_timeout": self.batch_timeout_s,
+            "silence_timeout": self.silence_timeout_s,
+            "backend_timeout": self.backend_timeout_s,
             "sampling_defaults": dict(self.sampling_defaults),
             "drain_timeout": self.drain_timeout_s,
             "tls": self.security != PLAINTEXT,
@@ -81,6 +94,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dit", action="append", default=[], metavar="NAME=HOST:PORT", help="a DiT; may be repeated")
     add("--max-requests", type=int, default=MAX_REQUESTS, metavar="N", help="requests under way at once")
     add("--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="seconds to wait for a place")
+    add("--silence-timeout", type=float, default=SILENCE_S, metavar="S", help="of a service, then its calls are ended")
+    add("--backend-timeout", type=float, default=BACKEND_TIMEOUT_S, metavar="S", help="to wait for a ready service")
     add("--sampling-defaults", default="{}", metavar="JSON", help="defaults for what requests leave open")
     return flags
 
@@ -94,6 +109,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         dits=tuple(map(Address.parse, args.dit)),
         max_requests=args.max_requests,
         batch_timeout_s=args.batch_timeout,
+        silence_timeout_s=args.silence_timeout,
+        backend_timeout_s=args.backend_timeout,
         sampling_defaults=_read_json(args.sampling_defaults),
         drain_timeout_s=args.drain_timeout,
         security=service.security(args),

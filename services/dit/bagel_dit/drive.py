@@ -13,7 +13,7 @@ from bagel.kv.arena import Arena
 from bagel.status import from_status
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2
-from bagel_dit.messages import Begun, Command, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
+from bagel_dit.messages import Alive, Begun, Command, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
 from bagel_dit.runner_process import RunnerProcess
 from bagel_dit.scheduler import Scheduler
 
@@ -100,6 +100,8 @@ class Driver:
                 self._spawn(self._on_health(True))
             case LoadFailed():
                 self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
+            case Alive():
+                pass
             case Stepped():
                 self._under_way -= 1
                 if self._before_reading:  # a plan from before the last request: it says nothing of that one

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
+ALIVE_EVERY_S = 1.0
+SILENCE_S = 30.0
+"""A runner that has told nothing for so long is taken for dead."""
+
 
 @dataclass(frozen=True)
 class RunnerSettings:
@@ -85,6 +89,13 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Begin to read a request that is planned."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One turn: an Euler step of these pictures (all of one bucket), and a unit of reading and writing text."""
 
@@ -104,7 +115,7 @@ class Stop:
     """End the process."""
 
 
-Command = AddPicture | Land | Begin | Serve | StepPlan | Remove | Stop
+Command = AddPicture | Land | Begin | Serve | Read | StepPlan | Remove | Stop
 
 
 # Replies: runner to server
@@ -116,6 +127,27 @@ class Ready:
 
     info: bytes
     memory: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process runs; told every ALIVE_EVERY_S seconds."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A whole request has passed its checks."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The contexts of a whole request are computed: their distinct rows, and how many of them were computed for it."""
+
+    id: int
+    tokens: int
+    computed: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +178,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Written:
+class TextDone:
     """A request's text is complete. counts: fields of bagel.v1.Usage."""
 
     id: int
@@ -188,4 +220,4 @@ class LoadFailed:
     status: bytes
 
 
-Reply = Ready | Begun | Stepped | Text | Written | Drawn | Done | Failed | LoadFailed
+Reply = Ready | Alive | Planned | Prefilled | Begun | Stepped | Text | TextDone | Drawn | Done | Failed | LoadFailed

@@ -19,8 +19,7 @@ from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, late
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.noise import initial_noise
 from bagel.engine.plan import RequestPlan, plan_picture, plan_request
-from bagel.engine.reader import Reader, Reading
-from bagel.engine.reader import Written as Read
+from bagel.engine.reader import Reader, Reading, Written
 from bagel.errors import BagelError, NotFinite, OutOfMemory
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
@@ -35,7 +34,9 @@ from bagel.telemetry import Log, set_up_logs
 from bagel.v1 import common_pb2
 from bagel.wire import encode_picture, model_info, request_from_wire
 from bagel_dit.messages import (
+    ALIVE_EVERY_S,
     AddPicture,
+    Alive,
     Begin,
     Begun,
     Command,
@@ -46,6 +47,9 @@ from bagel_dit.messages import (
     LandedPage,
     LoadFailed,
     PlacedContext,
+    Planned,
+    Prefilled,
+    Read,
     Ready,
     Remove,
     Reply,
@@ -55,7 +59,7 @@ from bagel_dit.messages import (
     StepPlan,
     Stop,
     Text,
-    Written,
+    TextDone,
 )
 
 log = Log("bagel.dit.runner")
@@ -106,13 +110,14 @@ class _Drawing:
 
 @dataclass
 class _Serving:
-    """A whole request being read. waiting: distinct chains that are not built yet, by digest, with their branches."""
+    """A whole request. plan: None until it is made; left: distinct contexts that are not built yet."""
 
-    plan: RequestPlan
     image_format: int
+    plan: RequestPlan | None = None
     readings: list[Reading] = field(default_factory=list)
     contexts: dict[BranchName, Context] = field(default_factory=dict)
     left: int = 0
+    told_prefill: bool = False
 
 
 class Runner:
@@ -129,6 +134,7 @@ class Runner:
         self._drawings: dict[int, _Drawing] = {}
         self._serving: dict[int, _Serving] = {}
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._decode_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._reader = Reader(
             model,
@@ -148,6 +154,7 @@ class Runner:
             device=str(self._device),
         )
         self._send(Ready(info.SerializeToString(), self._loaded.memory()))
+        threading.Thread(target=self._tell_alive, name="alive", daemon=True).start()
 
     def run(self) -> None:
         """Carry out commands until Stop, or until the server is gone."""
@@ -156,6 +163,7 @@ class Runner:
             Land: self._land,
             Begin: self._begin,
             Serve: self._serve,
+            Read: self._read,
             StepPlan: self._step,
             Remove: self._remove,
         }
@@ -165,6 +173,7 @@ class Runner:
             except (EOFError, OSError):
                 return
             if isinstance(command, Stop):
+                self._planner.shutdown(cancel_futures=True)
                 self._decoder.shutdown()
                 return
             try:
@@ -267,7 +276,7 @@ class Runner:
             data = encode_picture(image, common_pb2.ImageFormat.ValueType(image_format))
             self._send(Drawn(id_, data, image.width, image.height, time.perf_counter() - start))
         except Exception as error:
-            self._fail(id_, error)
+            self._tell_failed(id_, error)
 
     def _remove(self, command: Remove) -> None:
         self._forget(command.id)
@@ -284,10 +293,28 @@ class Runner:
     # Whole requests
 
     def _serve(self, command: Serve) -> None:
+        """Plan a request in a thread: long texts and large images must not hold up the steps of others."""
+        self._serving[command.id] = _Serving(command.image_format)
+        self._planner.submit(self._plan_in_thread, command)
+
+    def _plan_in_thread(self, command: Serve) -> None:
+        serving = self._serving.get(command.id)
+        if serving is None:
+            return  # it has left
+        try:
+            request = request_from_wire(common_pb2.Request.FromString(command.request))
+            serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
+            self._send(Planned(command.id))
+        except Exception as error:
+            self._tell_failed(command.id, error)
+
+    def _read(self, command: Read) -> None:
+        """Begin to read a request whose plan is made."""
+        serving = self._serving.get(command.id)
+        if serving is None or serving.plan is None:
+            return  # it has left
         assert self._reader is not None
-        request = request_from_wire(common_pb2.Request.FromString(command.request))
-        plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
-        serving = self._serving[command.id] = _Serving(plan, command.image_format)
+        plan = serving.plan
         chains = plan.chains if plan.draws else {BranchName.GEN: plan.chain}
         distinct: dict[tuple[bytes, bool], list[BranchName]] = {}
         for name, chain in chains.items():
@@ -295,56 +322,89 @@ class Runner:
             distinct.setdefault((chain.digest, name is BranchName.GEN and plan.writes), []).append(name)
         serving.left = len(distinct)
         for (_, writes), names in distinct.items():
-            serving.readings.append(self._reading(command.id, serving, names, writes=writes))
+            serving.readings.append(self._reading(command.id, serving, plan, names, writes=writes))
         for reading in serving.readings:
             self._reader.add(reading)
 
-    def _reading(self, id_: int, serving: _Serving, names: list[BranchName], *, writes: bool) -> Reading:
-        plan = serving.plan
-        chain = plan.chains[names[0]] if plan.draws else plan.chain
-
-        def done(read: Read) -> None:
+    def _reading(
+        self, id_: int, serving: _Serving, plan: RequestPlan, names: list[BranchName], *, writes: bool
+    ) -> Reading:
+        def done(read: Written) -> None:
             serving.contexts |= dict.fromkeys(names, read.context)
             serving.left -= 1
             if writes:
-                self._send(Written(id_, read.text, read.token_ids, _counts(plan, len(read.token_ids))))
+                if not plan.draws:
+                    self._tell_prefill(id_, serving)
+                counts = _counts(plan, len(read.token_ids))
+                self._send(TextDone(id_, read.text, read.token_ids, counts))
             if not serving.left:
-                self._all_read(id_, serving)
+                self._all_read(id_, serving, plan)
 
-        return Reading(
-            chain,
+        def on_text(text: str) -> None:
+            if not plan.draws:  # an answer's prompt is read when its first text comes
+                self._tell_prefill(id_, serving)
+            self._send(Text(id_, text, think=plan.draws))
+
+        reading = Reading(
+            plan.chains[names[0]] if plan.draws else plan.chain,
             plan.request.seed,
             on_done=done,
             on_error=lambda error: self._fail(id_, error),
             settings=text_settings(plan.request) if writes else None,
             append=plan.draws and writes,
-            on_text=lambda text: self._send(Text(id_, text, think=plan.draws)),
+            on_text=on_text,
         )
+        reading.on_kv = lambda segment, *_: reading.computed.update({segment.digest: segment.length})
+        return reading
 
-    def _all_read(self, id_: int, serving: _Serving) -> None:
+    def _tell_prefill(self, id_: int, serving: _Serving) -> None:
+        """Tell once that the contexts are computed."""
+        if serving.told_prefill:
+            return
+        serving.told_prefill = True
+        computed = sum(sum(reading.computed.values()) for reading in serving.readings)
+        chains = [context.chain for context in serving.contexts.values()] or [each.chain for each in serving.readings]
+        segments = {segment.digest: segment.length for chain in chains for segment in chain.segments}
+        self._send(Prefilled(id_, sum(segments.values()), computed))
+
+    def _all_read(self, id_: int, serving: _Serving, plan: RequestPlan) -> None:
         """Text answers are over; pictures are drawn from now on."""
         del self._serving[id_]
-        if not serving.plan.draws:
+        self._tell_prefill(id_, serving)
+        if not plan.draws:
             self._send(Done(id_))
             return
-        if not serving.plan.writes:
-            self._send(Written(id_, "", (), _counts(serving.plan, 0)))
-        picture = plan_picture(self._loaded.planner, serving.plan, serving.contexts)
+        if not plan.writes:
+            self._send(TextDone(id_, "", (), _counts(plan, 0)))
+        picture = plan_picture(self._loaded.planner, plan, serving.contexts)
         self._announce(id_, self._place(id_, picture, serving.image_format))
 
     # Replies
 
     def _fail(self, id_: int | None, error: Exception) -> None:
+        if id_ is not None:
+            self._forget(id_)
+        self._tell_failed(id_, error)
+
+    def _tell_failed(self, id_: int | None, error: Exception) -> None:
+        """Tell of an error; the server answers with Remove. Also from other threads."""
         if not isinstance(error, BagelError):
             if isinstance(error, torch.OutOfMemoryError):
                 error = OutOfMemory("the memory of the device is full; draw fewer or smaller pictures at once")
             else:
-                log.error("internal error", exc_info=True)
+                log.error("internal error", exc_info=error)
                 error = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
-        if id_ is None:
-            return
-        self._forget(id_)
-        self._send(Failed(id_, rpc_status_of(error).SerializeToString()))
+        if id_ is not None:
+            self._send(Failed(id_, rpc_status_of(error).SerializeToString()))
+
+    def _tell_alive(self) -> None:
+        """Tell that the process runs, as a step may take minutes: until the server is gone."""
+        while True:
+            time.sleep(ALIVE_EVERY_S)
+            try:
+                self._send(Alive())
+            except OSError:
+                return
 
     def _send(self, reply: Reply) -> None:
         with self._sending:

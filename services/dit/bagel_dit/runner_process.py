@@ -15,7 +15,7 @@ from typing import Any
 
 from bagel.kv.arena import Arena
 from bagel.telemetry import Log
-from bagel_dit.messages import Command, Reply, RunnerSettings, Stop
+from bagel_dit.messages import SILENCE_S, Command, Reply, RunnerSettings, Stop
 
 STOP_S = 10.0
 
@@ -77,11 +77,17 @@ class RunnerProcess:
                 self._connection.send(command)
 
     def _receive_all(self) -> None:
+        silence: float | None = None  # loading takes as long as it takes
         while True:
             try:
+                if not self._connection.poll(silence):
+                    log.error("the runner is silent and is killed", seconds=silence)
+                    self._process.kill()
+                    break
                 reply: Reply = self._connection.recv()
             except (EOFError, OSError):
                 break
+            silence = SILENCE_S
             self._tell(self._on_reply, reply)
         self._process.join()
         self._commands.put(None)

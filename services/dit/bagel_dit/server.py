@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from bagel.guidance import needed_branches
 from bagel.kv.puller import KvPuller
 from bagel.model.sizes import check_side
 from bagel.prompts import BranchName
+from bagel.request import MAX_PARTS, MAX_SEED
 from bagel.slots import Slots
 from bagel.status import from_status, streaming, unary
 from bagel.telemetry import Log
@@ -42,13 +43,16 @@ from bagel_dit.messages import (
     Failed,
     Land,
     PlacedContext,
+    Planned,
+    Prefilled,
+    Read,
     Serve,
     Text,
-    Written,
+    TextDone,
 )
 
 Response = dit_pb2.DitServiceGenerateResponse
-Event = Begun | int | Text | Written | Drawn | Done | Failed | BagelError
+Event = Begun | Planned | Prefilled | int | Text | TextDone | Drawn | Done | Failed | BagelError
 
 log = Log("bagel.dit")
 
@@ -63,7 +67,7 @@ class _Work:
     timings: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     steps: int = 0
-    text: Written | None = None
+    text: TextDone | None = None
 
     def lap(self, stage: str) -> float:
         """The time since the last lap was spent on a stage; its seconds."""
@@ -187,7 +191,6 @@ class DitServicer(DitServiceServicer):
         await stack.enter_async_context(self._slots.place())
         yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
         self.driver.send(Serve(work.id, request.request.SerializeToString(), request.output_format))
-        self.driver.read()
         async for response in self._follow(work):
             yield response
 
@@ -196,8 +199,14 @@ class DitServicer(DitServiceServicer):
         while True:
             event = await work.next()
             match event:
-                case Begun():
+                case Planned():
+                    self.driver.send(Read(work.id))
+                    self.driver.read()
+                case Prefilled():
+                    work.counts |= {"computed_tokens": event.computed, "reused_tokens": event.tokens - event.computed}
                     work.lap("context")
+                    yield Response(prefill=common_pb2.PrefillDone(tokens=event.tokens))
+                case Begun():
                     work.steps = event.steps
                     self.driver.begin(event)
                 case int():
@@ -206,8 +215,9 @@ class DitServicer(DitServiceServicer):
                     yield Response(step=common_pb2.StepDone(step=event, steps=work.steps))
                 case Text():
                     yield Response(text=common_pb2.TextDelta(text=event.text, think=event.think))
-                case Written():
-                    work.lap("text" if event.token_ids else "context")
+                case TextDone():
+                    if event.token_ids:
+                        work.lap("text")
                     work.text = event
                 case Drawn():
                     work.timings["decode"] = event.seconds
@@ -256,6 +266,7 @@ def _add_picture(
             raise InvalidRequest(name, f"the picture has no {name}; a DiT that draws from contexts needs it set")
         check_side(name, side, limits)
     assert settings.height is not None and settings.width is not None
+    _check_draw(request, refs.values(), info)
     return AddPicture(
         id_,
         settings,
@@ -272,6 +283,25 @@ def _add_picture(
         },
         request.output_format,
     )
+
+
+def _check_draw(
+    request: dit_pb2.DitServiceGenerateRequest, refs: Iterable[kv_pb2.ContextRef], info: common_pb2.ModelInfo
+) -> None:
+    """InvalidRequest for what no gateway of ours would ask."""
+    if request.draw.seed > MAX_SEED:
+        raise InvalidRequest("seed", f"seed is {request.draw.seed}; it must be at most {MAX_SEED}")
+    if request.output_format not in common_pb2.ImageFormat.values():
+        raise InvalidRequest(
+            "output_format", f"output_format is {request.output_format}; it must be one of ImageFormat"
+        )
+    if any(ref.next_rope > info.max_positions for ref in refs):
+        raise InvalidRequest("contexts", f"a context goes past the last of the model's {info.max_positions} positions")
+    side = info.max_image_size // max(1, info.vae_downsample)
+    for shape in request.draw.posterior_shapes:
+        right = shape.channels == info.latent_channels and 0 < shape.height <= side and 0 < shape.width <= side
+        if not right or len(request.draw.posterior_shapes) > MAX_PARTS:
+            raise InvalidRequest("posterior_shapes", f"[{shape}] is no latent of this model; sides are at most {side}")
 
 
 def _picture(drawn: Drawn) -> common_pb2.Picture:
