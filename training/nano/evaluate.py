@@ -17,7 +17,6 @@ from typing import Protocol
 
 from PIL import Image, ImageDraw
 
-from bagel.batch import ask_of, generate_all
 from bagel.events import Result
 from bagel.request import Request
 from training.nano.rows import ROWS, Case, Row, cases, judge, picture_of
@@ -51,6 +50,7 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def through(endpoint: str, at_once: int) -> Generate:
     """A gateway."""
+    from bagel.batch import ask_of, generate_all  # gRPC is not needed otherwise
 
     def generate(requests: Sequence[Request]) -> list[Result]:
         return generate_all(endpoint, [ask_of(request) for request in requests], at_once=at_once)

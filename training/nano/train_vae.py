@@ -16,6 +16,7 @@ from training.nano.render import Renderer
 from training.nano.world import MAX_OBJECTS
 
 KL, MOMENTS, EDGES = 2e-4, 0.05, 0.5
+RATE = 1.2e-3
 
 
 def train_vae(model: Bagel, stream: Any, schedule: Schedule, journal: Journal, *, device: torch.device) -> None:
@@ -23,12 +24,12 @@ def train_vae(model: Bagel, stream: Any, schedule: Schedule, journal: Journal, *
     assert model.vae is not None
     autoencoder, config = model.vae.autoencoder, model.vae.config
     autoencoder.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     renderer, step, said = Renderer(device), 0, 0.0
     while not schedule.over:
         pixels = _pictures(renderer, next(stream), device)
         for entry in optimizer.param_groups:
-            entry["lr"] = 2e-3 * schedule.scale(step)
+            entry["lr"] = RATE * schedule.scale(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, parts = vae_loss(autoencoder, config, pixels)
         optimizer.zero_grad(set_to_none=True)
