@@ -13,10 +13,10 @@
     │   └── LeaseLapsed             its lease has run out
     ├── KvTimeout                   K/V that did not arrive in time
     ├── SourceUnavailable           the peer that holds K/V cannot be reached
-    ├── StoreFull                   a K/V store without room for what was asked
     ├── NotFinite                   a result that overflowed
     ├── InitTimeout                 a stage that was not ready in time
     ├── Busy                        no room for the request now (says when to try again)
+    │   └── StoreFull               a K/V store whose memory running requests hold
     ├── Draining                    a service that is shutting down
     ├── Loading                     a service whose model is not loaded yet
     ├── NoBackend                   no service of a stage that a request needs is ready
@@ -124,13 +124,6 @@ class SourceUnavailable(BagelError):
     http_status = 503
 
 
-class StoreFull(BagelError):
-    """The K/V store has no room: all of it is held by requests that run."""
-
-    grpc_status = "RESOURCE_EXHAUSTED"
-    http_status = 503
-
-
 class NotFinite(BagelError):
     """A result with infinite or undefined values, which is never passed on as a picture."""
 
@@ -151,6 +144,12 @@ class Busy(BagelError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StoreFull(Busy):
+    """The K/V store has no room now: all of it is held by requests that run."""
+
+    http_status = 503
 
 
 class Draining(BagelError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from bagel.telemetry import Log
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt's images and a picture fit; K/V pages are far smaller."""
 DRAIN_S = 30.0
+IDLE_CHECK_S = 0.05
 _PING = 10_000
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -173,20 +175,34 @@ class Host:
         """Health says NOT_SERVING, as after the loss of what serves."""
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    async def until_stopped(self, drain_s: float = DRAIN_S) -> None:
-        """Serve until SIGTERM or SIGINT, then drain: no new requests, drain_s for those under way."""
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    async def until_stopped(self, drain_s: float = DRAIN_S, idle: Callable[[], bool] | None = None) -> None:
+        """Serve until SIGTERM or SIGINT, then `drain`; a second signal ends what is under way at once."""
+        loop, stop, stop_now = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, stop.set)
+            loop.add_signal_handler(name, lambda: (stop_now if stop.is_set() else stop).set())
         await stop.wait()
-        await self.drain(drain_s)
+        draining, hurrying = asyncio.create_task(self.drain(drain_s, idle)), asyncio.create_task(stop_now.wait())
+        await asyncio.wait((draining, hurrying), return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            log.warning("stopping at once", why="a second signal")
+            draining.cancel()
+            await self.server.stop(None)
+        hurrying.cancel()
+        await asyncio.gather(draining, hurrying, return_exceptions=True)
 
-    async def drain(self, drain_s: float = DRAIN_S) -> None:
-        """Refuse new requests, wait for those under way, end those that take longer."""
+    async def drain(self, drain_s: float = DRAIN_S, idle: Callable[[], bool] | None = None) -> None:
+        """Refuse new requests, wait for those under way, end those that take longer than drain_s.
+
+        With `idle`, all calls are served until it says True: the servicers refuse by themselves what begins something
+        new (`draining` is set), and go on with what belongs to requests under way.
+        """
         log.info("draining", seconds=drain_s)
+        deadline = time.monotonic() + drain_s
         self.draining.set()
         await self._health.enter_graceful_shutdown()
-        await self.server.stop(drain_s)
+        while idle is not None and not idle() and time.monotonic() < deadline:
+            await asyncio.sleep(IDLE_CHECK_S)
+        await self.server.stop(max(deadline - time.monotonic(), 0))
 
     async def _set(self, status: int) -> None:
         for name in ("", *self._services):

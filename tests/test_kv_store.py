@@ -163,9 +163,73 @@ def test_a_lease_that_does_not_fit_evicts_and_holds_nothing() -> None:
     store.lease([(A, LENGTH)], 9)
     cached(store, B, C)
     with pytest.raises(StoreFull):
-        store.lease([(A, LENGTH), (D, 3 * LENGTH)], 9)
+        store.lease([(D, 3 * LENGTH)], 9)
     assert store.is_complete(B) and store.is_complete(C) and not store.has(D)
     assert store.stats().held_bytes == SIZE
+
+
+def test_what_can_never_fit_is_refused_at_once_by_the_name_of_its_flag() -> None:
+    store = KvStore(LAYOUT, b"tests", 2 * SIZE, flag="--kv-cache-bytes")
+
+    async def wait() -> None:
+        async with asyncio.timeout(1):
+            await store.lease_in_time([(A, 3 * LENGTH)], 9, wait_s=60)
+
+    with pytest.raises(InvalidRequest, match="--kv-cache-bytes"):
+        asyncio.run(wait())
+    lease = store.lease([(A, LENGTH)], 9)
+    with pytest.raises(InvalidRequest):
+        store.extend(lease, [(B, 2 * LENGTH)])
+    assert store.stats().held_bytes == SIZE
+
+
+def test_leases_wait_for_room_in_their_order() -> None:
+    async def main() -> None:
+        store = store_of(2)
+        first = store.lease([(A, 2 * LENGTH)], 9)
+        order: list[bytes] = []
+
+        async def hold(digest: bytes, rows: int, lease_id: str = "") -> str:
+            lease = await store.lease_in_time([(digest, rows)], 9, lease_id, wait_s=10)
+            order.append(digest)
+            return lease
+
+        waits = [asyncio.create_task(hold(digest, LENGTH)) for digest in (B, C, D)]
+        await asyncio.sleep(0.01)
+        begun = asyncio.get_running_loop().time()
+        store.release([first])
+        leases = [await waits[0], await waits[1]]
+        assert asyncio.get_running_loop().time() - begun < 0.2  # woken
+        assert order == [B, C] and not waits[2].done()
+        waits[2].cancel()
+        late = asyncio.create_task(hold(D, LENGTH, "late"))
+        await asyncio.sleep(0.01)
+        threading.Thread(target=store.release, args=([leases[0]],)).start()
+        store.release([leases[1], await late])
+        assert store.stats().held_bytes == 0
+
+    asyncio.run(main())
+
+
+def test_a_lease_that_gets_no_room_says_when_to_try_again() -> None:
+    clock = Clock()
+    store = store_of(1, clock)
+    store.lease([(A, LENGTH)], 9)
+
+    async def wait(seconds: float) -> str:
+        return await store.lease_in_time([(B, LENGTH)], 9, "mine", wait_s=seconds)
+
+    with pytest.raises(StoreFull, match=r"0\.1 s") as caught:
+        asyncio.run(wait(0.1))
+    assert caught.value.retry_after_s >= 0.1 and store.stats().leases == 1
+
+    async def lapse() -> str:
+        waits = asyncio.create_task(wait(10))
+        await asyncio.sleep(0.01)
+        clock.now = 10  # nobody releases the first lease: it runs out
+        return await waits
+
+    assert asyncio.run(lapse()) == "mine"
 
 
 def test_leases_lapse_unless_renewed() -> None:

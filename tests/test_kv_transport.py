@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 import torch
 
+from bagel import transport
 from bagel.errors import (
     BagelError,
     ConfigError,
@@ -22,6 +23,7 @@ from bagel.errors import (
     KvTimeout,
     LeaseLapsed,
     SourceUnavailable,
+    StoreFull,
 )
 from bagel.kv.codec import decode_page
 from bagel.kv.pages import KvLayout
@@ -35,6 +37,7 @@ LAYOUT = KvLayout(layers=3, kv_heads=4, head_dim=64, dtype="bfloat16")
 ROWS = LAYOUT.page_tokens + 7  # two pages a layer
 FINGERPRINT = b"fingerprint of tests"
 SEGMENTS = ((b"a" * 16, ROWS), (b"b" * 16, 5))
+PAGES = LAYOUT.layers * 3
 Damage = Callable[[bytes, int], bytes]
 
 
@@ -64,6 +67,7 @@ class Pair:
     here: KvStore
     puller: KvPuller
     channel: grpc.aio.Channel
+    port: int
 
     @property
     def there(self) -> KvStore:
@@ -112,7 +116,7 @@ async def _pair(layout: KvLayout, here: KvLayout | None = None, **options: Any) 
         store = KvStore(here or layout, FINGERPRINT, 64 << 20)
         puller = KvPuller(store, {"thinker": channel}, **{"page_timeout_s": 5.0, **options})
         try:
-            yield Pair(source, server, store, puller, channel)
+            yield Pair(source, server, store, puller, channel, port)
             await puller.close()
         finally:
             await server.stop(None)
@@ -307,6 +311,122 @@ def test_a_source_that_dies_fails_the_request() -> None:
             await fetch
         stats = pair.here.stats()
         assert (stats.leases, stats.pulls, stats.stored_bytes) == (0, 0, 0)
+
+    run(test)
+
+
+class Link:
+    """A TCP link to a source which breaks after `nbytes` of K/V, in its first `times` connections.
+
+    how "flip": a bit of the next frame's header is flipped; "reset": the connection is reset.
+    """
+
+    def __init__(self, port: int, how: str, times: int, nbytes: int) -> None:
+        self._port, self._how, self._left, self._nbytes = port, how, times, nbytes
+        self.connections = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        back, forth = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._up(reader, forth))
+                group.create_task(self._down(back, writer))
+        except* (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.transport.abort()  # a reset
+            forth.transport.abort()
+
+    async def _up(self, reader: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            forth.write(data)
+            await forth.drain()
+        raise ConnectionResetError
+
+    async def _down(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passed = 0
+        while True:
+            header = await back.readexactly(9)
+            payload = await back.readexactly(int.from_bytes(header[:3], "big"))
+            passed += len(payload)
+            if self._left and passed > self._nbytes:
+                self._left -= 1
+                await asyncio.sleep(0.2)  # what has passed arrives
+                if self._how == "reset":
+                    raise ConnectionResetError
+                header = bytes((header[0] ^ 0x80,)) + header[1:]
+            writer.write(header + payload)
+            await writer.drain()
+
+
+@asynccontextmanager
+async def linked(pair: Pair, link: Link) -> AsyncIterator[Pair]:
+    """The pair with a new store, which pulls through a link."""
+    server = await asyncio.start_server(link, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with transport.channel(f"127.0.0.1:{port}") as through:
+        puller = KvPuller(KvStore(LAYOUT, FINGERPRINT, 64 << 20), {"thinker": through}, page_timeout_s=5.0)
+        try:
+            yield replace(pair, here=puller.store, puller=puller)
+            await puller.close()
+        finally:
+            server.close()
+
+
+@pytest.mark.parametrize("how", ["flip", "reset"])
+def test_a_stream_that_breaks_is_pulled_once_more_for_what_is_missing(how: str) -> None:
+    async def test(pair: Pair) -> None:
+        link = Link(pair.port, how, times=1, nbytes=3 << 19)
+        async with linked(pair, link) as broken:
+            ref = broken.ref()
+            fill(broken.there)
+            await broken.fetch(ref)
+            check(broken.here)
+            stats = broken.here.stats()
+            assert stats.received_pages == PAGES
+            assert 0 < stats.retried_pages < PAGES and link.connections == 2
+            await broken.settled()
+
+    run(test)
+
+
+@pytest.mark.parametrize("how", ["flip", "reset"])
+def test_a_stream_that_breaks_twice_fails_the_request_with_its_cause(how: str) -> None:
+    async def test(pair: Pair) -> None:
+        async with linked(pair, Link(pair.port, how, times=2, nbytes=1000)) as broken:
+            ref = broken.ref()
+            fill(broken.there)
+            with pytest.raises(SourceUnavailable, match=r"thinker broke .*(UNAVAILABLE|INTERNAL|UNKNOWN), \w+"):
+                await broken.fetch(ref)
+            assert broken.here.stats().stored_bytes == 0
+            await broken.fetch(broken.ref())
+            check(broken.here)
+
+    run(test)
+
+
+def test_a_context_waits_for_room_in_the_store() -> None:
+    async def test(pair: Pair) -> None:
+        puller = KvPuller(
+            KvStore(LAYOUT, FINGERPRINT, LAYOUT.segment_bytes(ROWS + 5), flag="--kv-cache-bytes"),
+            {"thinker": pair.channel},
+            room_wait_s=0.2,
+        )
+        ref, other = pair.ref(), pair.ref((b"c" * 16, ROWS))
+        fill(pair.there, *SEGMENTS, (b"c" * 16, ROWS))
+        async with puller.hold([ref]) as held:
+            with pytest.raises(StoreFull, match="--kv-cache-bytes"):
+                async with puller.hold([other]):
+                    pass
+            puller.room_wait_s = 5.0
+            waits = asyncio.create_task(replace(pair, puller=puller).fetch(pair.ref((b"c" * 16, ROWS))))
+            await held.fetch()
+            assert not waits.done()
+        await waits
+        check(puller.store, (b"c" * 16, ROWS))
+        await puller.close()
+        await pair.settled()
 
     run(test)
 

@@ -276,6 +276,38 @@ def lose_the_thinker(client: Client, thinker: Service) -> None:
     pytest.fail(f"the gateway goes on choosing a Thinker that is gone: {caught.value}")
 
 
+def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage: Stage) -> None:
+    thinker = stage.thinker()
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    asked: dict[str, Any] = SMALL | {"think": True, "max_think_tokens": 200}
+    with Client(gateway.address(0)) as client:
+        whole = client.generate("a fox", **asked)
+        events = client.stream("a fox", **asked)
+        while "text" not in type(next(events)).__name__.lower():
+            pass
+        thinker.process.send_signal(signal.SIGTERM)
+        last = list(events)[-1]
+        assert isinstance(last, Result) and same(last, whole)
+        assert thinker.process.wait(DETECTED_WITHIN_S) == 0
+        with pytest.raises(BagelError) as caught:
+            client.generate("too late", **SMALL)
+        assert caught.value.grpc_status == "UNAVAILABLE"
+
+
+def test_a_full_store_makes_requests_wait(stage: Stage) -> None:
+    thinker = stage.thinker("127.0.0.1:0", "--kv-store-bytes", "3000000", "--batch-timeout", "30")
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    colours = ("red", "green", "blue", "navy", "gold")
+    edits = [EDIT | {"prompt": f"make it {each}", "image": sketch(80, 80, each)} for each in colours]
+    with Client(gateway.address(0)) as client:
+        assert all(result.image is not None for result in client.generate_many(edits))
+    assert released(thinker.address(0), dit.address(0))
+
+
 def test_services_of_different_models_never_share_kv(stage: Stage, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel import errors
-from bagel.errors import BagelError, Busy, ConfigError, InvalidImage, InvalidRequest, Loading, RemoteError
+from bagel.errors import BagelError, Busy, ConfigError, InvalidImage, InvalidRequest, Loading, RemoteError, StoreFull
 from bagel.status import from_rpc_error, from_status, rpc_status_of
 from bagel.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
@@ -23,29 +25,39 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 class Stats:
-    """Answers with a number."""
+    """Answers with a number, after a while."""
+
+    def __init__(self, after_s: float) -> None:
+        self._after_s = after_s
 
     async def GetStats(self, request: kv_pb2.GetStatsRequest, context: object) -> kv_pb2.GetStatsResponse:
+        await asyncio.sleep(self._after_s)
         return kv_pb2.GetStatsResponse(leases=7)
 
 
-def add_stats(host: Host) -> None:
+def add_stats(host: Host, after_s: float = 0) -> None:
     handler = grpc.unary_unary_rpc_method_handler(
-        Stats().GetStats,
+        Stats(after_s).GetStats,
         request_deserializer=kv_pb2.GetStatsRequest.FromString,
         response_serializer=kv_pb2.GetStatsResponse.SerializeToString,
     )
     host.methods.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"GetStats": handler}),))
 
 
-def through(work: Callable[[Host], Awaitable[None]], security: Security = PLAINTEXT, *, ready: bool = True) -> None:
+def through(
+    work: Callable[[Host], Awaitable[None]],
+    security: Security = PLAINTEXT,
+    *,
+    ready: bool = True,
+    answer_after_s: float = 0,
+) -> None:
     """Run work beside a host."""
 
     async def main() -> None:
         host = Host("127.0.0.1:0", [SERVICE], security)
         await host.start()
         if ready:
-            add_stats(host)
+            add_stats(host, answer_after_s)
             await host.ready()
         try:
             await work(host)
@@ -57,7 +69,7 @@ def through(work: Callable[[Host], Awaitable[None]], security: Security = PLAINT
 
 async def leases(host: Host, security: Security = PLAINTEXT) -> int:
     async with channel(f"localhost:{host.port}", security) as connection:
-        return (await KvBlocksServiceStub(connection).GetStats(kv_pb2.GetStatsRequest(), timeout=5)).leases
+        return (await KvBlocksServiceStub(connection).GetStats(kv_pb2.GetStatsRequest(), timeout=9)).leases
 
 
 @pytest.fixture
@@ -125,6 +137,42 @@ def test_while_it_loads_calls_are_told_so() -> None:
     through(work, ready=False)
 
 
+def test_while_it_drains_it_serves_until_it_is_idle() -> None:
+    async def work(host: Host) -> None:
+        idle = asyncio.Event()
+        draining = asyncio.create_task(host.drain(30, idle.is_set))
+        await asyncio.sleep(0.1)
+        assert host.draining.is_set() and await leases(host) == 7
+        async with channel(f"127.0.0.1:{host.port}") as connection:
+            reply = await health_pb2_grpc.HealthStub(connection).Check(health_pb2.HealthCheckRequest(service=SERVICE))
+            assert reply.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        idle.set()
+        async with asyncio.timeout(5):
+            await draining
+        with pytest.raises(grpc.RpcError):
+            await leases(host)
+
+    through(work)
+
+
+@pytest.mark.parametrize("idle", [None, lambda: False])
+def test_a_second_signal_ends_it_at_once(idle: Callable[[], bool] | None) -> None:
+    async def work(host: Host) -> None:
+        stopped = asyncio.create_task(host.until_stopped(60, idle))
+        call = asyncio.create_task(leases(host))
+        await asyncio.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.2)
+        assert host.draining.is_set() and not stopped.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(2):
+            await stopped
+        with pytest.raises(grpc.RpcError):
+            await call
+
+    through(work, answer_after_s=60)
+
+
 EVERY = [
     kind
     for kind in vars(errors).values()
@@ -142,8 +190,9 @@ def test_every_error_comes_back_as_itself(kind: type[BagelError]) -> None:
 def test_errors_keep_their_fields() -> None:
     wrong = from_status(rpc_status_of(InvalidImage("image", "no picture")), "a peer")
     assert isinstance(wrong, InvalidImage) and wrong.field == "image"
-    busy = from_status(rpc_status_of(Busy("full", 2.5)), "a peer")
-    assert isinstance(busy, Busy) and busy.retry_after_s == 2.5
+    for kind in (Busy, StoreFull):
+        busy = from_status(rpc_status_of(kind("full", 2.5)), "a peer")
+        assert isinstance(busy, kind) and busy.retry_after_s == 2.5
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:

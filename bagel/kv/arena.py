@@ -68,7 +68,7 @@ class Allocator:
 
     def allocate(self, nbytes: int) -> int | None:
         """Begin of a block of at least `nbytes`; None if no hole is large enough."""
-        size = _aligned(nbytes)
+        size = aligned(nbytes)
         for i, (begin, room) in enumerate(self._free):
             if room >= size:
                 self._free[i : i + 1] = [(begin + size, room - size)] if room > size else []
@@ -77,7 +77,7 @@ class Allocator:
 
     def free(self, begin: int, nbytes: int) -> None:
         """Give a block back, by the begin and size that it was allocated with."""
-        size = _aligned(nbytes)
+        size = aligned(nbytes)
         i = bisect_left(self._free, (begin, 0))
         if i < len(self._free) and self._free[i][0] == begin + size:
             size += self._free.pop(i)[1]
@@ -91,5 +91,6 @@ class Allocator:
         return sum(size for _, size in self._free)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """What a block of `nbytes` takes."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bagel.errors import BagelError, InvalidRequest, LeaseLapsed, StoreFull, UnknownSegment
-from bagel.kv.arena import Allocator
+from bagel.kv.arena import Allocator, aligned
 from bagel.kv.digests import DIGEST_BYTES
 from bagel.kv.pages import KvLayout
-from bagel.kv.segment import Lease, Segment, name
+from bagel.kv.segment import Lease, Segment, Waiter, name, wake
 
 LONGEST_ID = 64
 
 
 class Ledger:
-    """Segments and leases in `capacity_bytes`, and what of it was wanted again (reused)."""
+    """Segments and leases in `capacity_bytes`, and what of it was wanted again (reused).
 
-    def __init__(self, layout: KvLayout, capacity_bytes: int, clock: Callable[[], float]) -> None:
-        self.layout, self.capacity_bytes, self._clock = layout, capacity_bytes, clock
+    flag: the setting of the capacity, for messages; room_waiters: who waits for memory, the first that came first.
+    """
+
+    def __init__(self, layout: KvLayout, capacity_bytes: int, clock: Callable[[], float], flag: str) -> None:
+        self.layout, self.capacity_bytes, self._clock, self._flag = layout, capacity_bytes, clock, flag
+        self.room_waiters: dict[Waiter, None] = {}
         self.segments: OrderedDict[bytes, Segment] = OrderedDict()  # least recently used first
         self.leases: dict[str, Lease] = {}
         self.reused_segments = self.reused_bytes = 0
@@ -27,7 +31,7 @@ class Ledger:
         self._allocator = Allocator(capacity_bytes)
 
     def open(self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "") -> str:
-        """A new lease of segments; its id. Raises StoreFull."""
+        """A new lease of segments; its id. Raises StoreFull, or InvalidRequest for what can never fit."""
         if lease_id in self.leases or len(lease_id) > LONGEST_ID:
             raise InvalidRequest("lease_id", f"lease_id is {lease_id[:80]!r}; it must be new, of at most {LONGEST_ID}")
         lease = Lease(lease_id or secrets.token_hex(8), ttl_s, self._clock() + ttl_s)
@@ -76,6 +80,7 @@ class Ledger:
         wanted = {d: n for d, n in segments if (mine := lease.segments.get(d)) is None or not mine.stored}
         for digest, length in wanted.items():
             self._check(digest, length)
+        self._check_total({d: segment.length for d, segment in lease.segments.items() if segment.stored} | wanted)
         known = {digest: self.segments[digest] for digest in wanted if digest in self.segments}
         for segment in known.values():  # first, so that they are not evicted for the others
             segment.leases += 1
@@ -96,6 +101,15 @@ class Ledger:
             raise InvalidRequest("segments", f"{name(digest)} of {length} rows; digests have 16 bytes, rows are > 0")
         if (known := self.segments.get(digest)) and known.length != length:
             raise InvalidRequest("segments", f"{name(digest)} has {known.length} rows here; {length} were asked for")
+
+    def _check_total(self, lengths: Mapping[bytes, int]) -> None:
+        total = sum(aligned(self.layout.segment_bytes(length)) for length in lengths.values())
+        if total > self.capacity_bytes:
+            raise InvalidRequest(
+                "prompt",
+                f"the request needs {total} bytes of K/V at once; the store has {self.capacity_bytes} in all: shorten "
+                f"the prompt, send smaller images, or start the service with a larger {self._flag}",
+            )
 
     def _reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[Segment]:
         """New segments with one lease each; evicts what is needed for them."""
@@ -121,7 +135,7 @@ class Ledger:
         held = sum(segment.nbytes for segment in self.segments.values() if not segment.idle)
         return StoreFull(
             f"{nbytes} bytes of K/V do not fit: running requests hold {held} of the store's {self.capacity_bytes} "
-            "bytes; give it more with --kv-store-bytes, or send fewer requests at once"
+            f"bytes; try again later, give it more with {self._flag}, or send fewer requests at once"
         )
 
     def _let_go(self, lease: Lease) -> None:
@@ -129,6 +143,7 @@ class Ledger:
             segment.leases -= 1
             self._settle(segment)
             segment.wake()
+        wake(self.room_waiters)
 
     def unpin(self, segment: Segment) -> None:
         segment.pins -= 1
@@ -137,6 +152,8 @@ class Ledger:
         elif not segment.pins:
             self._orphans.remove(segment)
             self._allocator.free(segment.offset, segment.nbytes)
+        if not segment.pins:
+            wake(self.room_waiters)
 
     def _settle(self, segment: Segment) -> None:
         """What becomes of a segment that lost a lease or a pin."""
@@ -156,3 +173,4 @@ class Ledger:
         else:
             self._allocator.free(segment.offset, segment.nbytes)
         segment.wake()
+        wake(self.room_waiters)

@@ -18,7 +18,6 @@ from bagel.errors import (
     ForeignContext,
     IncompleteContext,
     KvTimeout,
-    RemoteError,
     SourceUnavailable,
 )
 from bagel.kv.codec import DTYPES, Page, checksum, decode_page
@@ -27,14 +26,21 @@ from bagel.kv.pages import PageKey
 from bagel.kv.service import SERVICE
 from bagel.kv.store import KvStore
 from bagel.status import from_rpc_error
+from bagel.telemetry import Log
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 
 CALL_TIMEOUT_S = 5.0
 """Most seconds of a Renew or Release; a source that is gone forgets its leases by itself."""
 
-LOST = ("UNAVAILABLE", "CANCELLED")
-"""Statuses of a connection or a server that went away; only this side's task cancels without one."""
+LOST = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED")
+"""Statuses that a transport ends a stream with: the last one for a message length that was damaged on its way.
+
+Only this side's task cancels without a status.
+"""
+DETAILS = "grpc-status-details-bin"
+
+log = Log("bagel.kv")
 
 
 @dataclass
@@ -56,8 +62,9 @@ class _Wanted:
 class KvPuller:
     """Brings contexts into a store from `sources`, channels by the names of configured peers.
 
-    page_timeout_s: longest time without a page before a pull fails; lease_ttl_s: seconds of the local lease, which is
-    renewed meanwhile; head_begin: first head of the model that this store keeps.
+    page_timeout_s: longest time without a page before a pull fails; room_wait_s: longest wait for room in the store;
+    lease_ttl_s: seconds of the local lease, which is renewed meanwhile; head_begin: first head of the model that this
+    store keeps.
     """
 
     def __init__(
@@ -66,12 +73,13 @@ class KvPuller:
         sources: Mapping[str, grpc.aio.Channel],
         *,
         page_timeout_s: float = 10.0,
+        room_wait_s: float = 5.0,
         lease_ttl_s: float = 30.0,
         head_begin: int = 0,
     ) -> None:
         reuse_freed_memory()
         self.store = store
-        self.page_timeout_s, self.lease_ttl_s = page_timeout_s, lease_ttl_s
+        self.page_timeout_s, self.room_wait_s, self.lease_ttl_s = page_timeout_s, room_wait_s, lease_ttl_s
         self.heads = (head_begin, head_begin + store.layout.kv_heads)
         self._stubs = {name: KvBlocksServiceStub(channel) for name, channel in sources.items()}
         # Without a deserializer: bytes that are damaged must not break the call, and protobuf would copy the payload.
@@ -87,11 +95,12 @@ class KvPuller:
     async def hold(self, refs: Iterable[kv_pb2.ContextRef]) -> AsyncIterator[HeldContexts]:
         """Keep contexts: their sources' leases from now on until they are fetched, the local one until the end.
 
-        Raises ConfigError for an unknown source, ForeignContext for another fingerprint, StoreFull.
+        Raises ConfigError for an unknown source, ForeignContext for another fingerprint, InvalidRequest for what is
+        larger than the store, StoreFull if there is no room within room_wait_s.
         """
         held = HeldContexts(self, list(refs))
         try:
-            held._open()
+            await held._open()
             yield held
         finally:
             held._close()
@@ -143,7 +152,10 @@ class KvPuller:
                 self.store.unclaim(digest)
 
     async def _pull(self, ref: kv_pb2.ContextRef, lengths: Mapping[bytes, int]) -> None:
-        """Fetch what is missing of segments; damaged or missing pages are asked for once more."""
+        """Fetch what is missing of segments; damaged or missing pages are asked for once more.
+
+        A stream that breaks leaves pages missing. Silence is not asked twice: it has taken its time.
+        """
         wanted = _Wanted(
             {
                 PageKey(digest, layer, begin): end
@@ -156,7 +168,10 @@ class KvPuller:
             for page in self.store.ready_pages(digest):  # of a pull that was cancelled
                 wanted.ends.pop(PageKey(digest, *page), None)
         with self.store.pulling():
-            await self._receive(ref, wanted)
+            try:
+                await self._receive(ref, wanted)
+            except SourceUnavailable as error:
+                log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), cause=str(error))
             if wanted.ends:
                 self.store.count_retried(len(wanted.ends))
                 await self._receive(ref, wanted)
@@ -299,14 +314,16 @@ class HeldContexts:
         if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
             self._let_go(ref)
 
-    def _open(self) -> None:
+    async def _open(self) -> None:
         puller = self._puller
         for ref in self._refs:
             if ref.source in puller._stubs and _lease(ref) not in self._keepers:
                 self._keepers[_lease(ref)] = asyncio.create_task(puller._keep(ref))
         for ref in self._refs:  # only now, so that the leases of all are given back
             puller._check(ref)
-        self.lease_id = puller.store.lease(self._segments(), puller.lease_ttl_s)
+        self.lease_id = await puller.store.lease_in_time(
+            self._segments(), puller.lease_ttl_s, wait_s=puller.room_wait_s
+        )
         self._own = asyncio.create_task(puller._keep_own(self.lease_id))
 
     def _segments(self) -> list[tuple[bytes, int]]:
@@ -331,8 +348,10 @@ def _lease(ref: kv_pb2.ContextRef) -> tuple[str, str]:
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
-    """What the end of a call with a source means."""
-    found = from_rpc_error(error, source)
-    if isinstance(found, RemoteError) and error.code().name in LOST:
-        return SourceUnavailable(f"{source} went away while K/V were fetched from it: {error.details()}")
-    return found
+    """What the end of a call with a source means: what the source says, or that the connection broke."""
+    told = any(key == DETAILS for key, _ in error.trailing_metadata() or ())
+    if not told and error.code().name in LOST:
+        return SourceUnavailable(
+            f"the connection to {source} broke while K/V were fetched from it: {error.code().name}, {error.details()}"
+        )
+    return from_rpc_error(error, source)

@@ -41,7 +41,7 @@ class Segment:
     error: BagelError | None = None
     log: list[tuple[int, int]] = field(default_factory=list)
     ready: set[tuple[int, int]] = field(default_factory=set)
-    waiters: set[Waiter] = field(default_factory=set)
+    waiters: dict[Waiter, None] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -59,10 +59,15 @@ class Segment:
 
     def wake(self) -> None:
         """Let all who wait for a change look again."""
-        for loop, future in self.waiters:
-            with suppress(RuntimeError):  # a loop that is closed waits for nothing
-                loop.call_soon_threadsafe(_resolve, future)
-        self.waiters.clear()
+        wake(self.waiters)
+
+
+def wake(waiters: dict[Waiter, None]) -> None:
+    """Let all of them look again, in their order; from any thread."""
+    for loop, future in waiters:
+        with suppress(RuntimeError):  # a loop that is closed waits for nothing
+            loop.call_soon_threadsafe(_resolve, future)
+    waiters.clear()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from bagel.errors import BagelError, ConfigError, IncompleteContext
+from bagel.errors import BagelError, ConfigError, IncompleteContext, StoreFull
 from bagel.kv.arena import ALIGNMENT, Arena
 from bagel.kv.ledger import Ledger
 from bagel.kv.pages import KvLayout, PageKey
@@ -44,15 +44,19 @@ class KvStore:
         capacity_bytes: int,
         *,
         arena: Arena | None = None,
+        flag: str = "--kv-store-bytes",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """arena: shared memory of at least capacity_bytes that is there already; made where not given."""
+        """arena: shared memory of at least capacity_bytes that is there already; made where not given.
+
+        flag: the setting that capacity_bytes comes from, for messages.
+        """
         if capacity_bytes < ALIGNMENT:
-            raise ConfigError(f"--kv-store-bytes is {capacity_bytes}; it must be at least {ALIGNMENT}")
+            raise ConfigError(f"{flag} is {capacity_bytes}; it must be at least {ALIGNMENT}")
         self.layout, self.fingerprint = layout, fingerprint
         self.capacity_bytes = capacity_bytes // ALIGNMENT * ALIGNMENT
         self.arena = arena if arena is not None else Arena(self.capacity_bytes)
-        self._ledger = Ledger(layout, self.capacity_bytes, clock)
+        self._ledger = Ledger(layout, self.capacity_bytes, clock, flag)
         self._lock = threading.Lock()
         self._subscribers: list[OnPage] = []
         self._counts = KvStats(capacity_bytes=self.capacity_bytes)
@@ -62,11 +66,32 @@ class KvStore:
     def lease(self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "") -> str:
         """Hold segments (digest, tokens) for `ttl_s` seconds, reserving those that are not there; the lease's id.
 
-        lease_id: a name of the caller's. Raises StoreFull, or InvalidRequest for a name that is taken, and then holds
-        nothing.
+        lease_id: a name of the caller's. Raises StoreFull, or InvalidRequest for a name that is taken or for what is
+        larger than the store, and then holds nothing.
         """
         with self._entered():
             return self._ledger.open(segments, ttl_s, lease_id)
+
+    async def lease_in_time(
+        self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "", *, wait_s: float
+    ) -> str:
+        """As `lease`, but waits up to `wait_s` seconds for room. Raises StoreFull after them.
+
+        Room goes to the first that came and fits: a small lease may pass a large one, as it may be what a request
+        lacks to end.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        while True:
+            waiter: Waiter = (loop, loop.create_future())
+            with self._entered():
+                try:
+                    return self._ledger.open(segments, ttl_s, lease_id)
+                except StoreFull as full:
+                    if (left := deadline - loop.time()) <= 0:
+                        raise StoreFull(f"{full}; none came free within {wait_s:g} s", max(wait_s, 1.0)) from None
+                self._ledger.room_waiters[waiter] = None
+            await self._woken(waiter, [self._ledger.room_waiters], min(left, LOOK_AGAIN_S))
 
     def extend(self, lease_id: str, segments: Sequence[tuple[bytes, int]]) -> None:
         """Hold more segments under a lease, or again those that failed. Raises LeaseLapsed or StoreFull."""
@@ -375,13 +400,17 @@ class KvStore:
                     return result
                 waiter: Waiter = (loop, loop.create_future())
                 for segment in segments:
-                    segment.waiters.add(waiter)
-            try:
-                await asyncio.wait([waiter[1]], timeout=LOOK_AGAIN_S)
-            finally:
-                with self._lock:
-                    for segment in segments:
-                        segment.waiters.discard(waiter)
+                    segment.waiters[waiter] = None
+            await self._woken(waiter, [segment.waiters for segment in segments], LOOK_AGAIN_S)
+
+    async def _woken(self, waiter: Waiter, places: Sequence[dict[Waiter, None]], limit_s: float) -> None:
+        """Returns once one of the places wakes the waiter, or after limit_s; it is in none of them then."""
+        try:
+            await asyncio.wait([waiter[1]], timeout=limit_s)
+        finally:
+            with self._lock:
+                for waiters in places:
+                    waiters.pop(waiter, None)
 
     def _offsets(self, segment: Segment, layer: int) -> tuple[int, int]:
         k = segment.offset + layer * self.layout.layer_bytes(segment.length)

@@ -18,6 +18,7 @@ from bagel.v1.thinker_pb2_grpc import add_ThinkerServiceServicer_to_server
 
 if TYPE_CHECKING:
     from bagel_thinker.engine import Engine
+    from bagel_thinker.server import ThinkerServicer
 
 log = Log("bagel.thinker")
 
@@ -46,10 +47,10 @@ async def _serve(args: argparse.Namespace) -> None:
         await host.server.stop(None)
         raise
     try:
-        _add_servicers(host, engine, args)
+        servicer = _add_servicers(host, engine, args)
         await host.ready()
         log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
-        await host.until_stopped(args.drain_timeout)
+        await host.until_stopped(args.drain_timeout, servicer.idle)
     finally:
         engine.close()
 
@@ -69,14 +70,22 @@ def _load(args: argparse.Namespace) -> Engine:
     )
 
 
-def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> None:
+def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> ThinkerServicer:
     from bagel.kv.service import KvBlocksServicer, add_kv_blocks
     from bagel_thinker.server import ThinkerServicer
 
     slots = Slots(args.name, args.max_num_seqs, args.batch_timeout)
-    servicer = ThinkerServicer(engine, args.name, slots, args.lease_seconds)
+    servicer = ThinkerServicer(
+        engine,
+        args.name,
+        slots,
+        lease_s=args.lease_seconds,
+        room_wait_s=args.batch_timeout,
+        draining=host.draining,
+    )
     add_ThinkerServiceServicer_to_server(servicer, host.methods)
     add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
+    return servicer
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, nullcontext, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from grpc.aio import ServicerContext
 
 from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
+from bagel.errors import Draining
 from bagel.kv.digests import SegmentKind
 from bagel.model.sizes import check_positions
 from bagel.request import TextSettings
@@ -50,26 +51,40 @@ class _Build:
 
 
 class ThinkerServicer(ThinkerServiceServicer):
-    """Serves one engine. name: what peers call this service; slots: for the texts written at once."""
+    """Serves one engine. name: what peers call this service; slots: for the texts written at once.
 
-    def __init__(self, engine: Engine, name: str, slots: Slots, lease_s: float) -> None:
-        self.engine, self.name, self.slots, self.lease_s = engine, name, slots, lease_s
+    room_wait_s: longest wait for room in the store; draining: set once no new context may be begun.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, slots: Slots, *, lease_s: float, room_wait_s: float, draining: asyncio.Event
+    ) -> None:
+        self.engine, self.name, self.slots = engine, name, slots
+        self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
+        self._under_way = 0
+
+    def idle(self) -> bool:
+        """Whether no context is built, and none is held for somebody."""
+        return not self._under_way and not self.engine.store.stats().leases
 
     @streaming
     async def BuildContext(
         self, request: thinker_pb2.BuildContextRequest, context: ServicerContext[Any, Any]
     ) -> AsyncIterator[Response]:
         """Build one context; its first event, before anything is computed, is the ContextRef."""
+        if self._draining.is_set():
+            raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place() if request.HasField("decode") else nullcontext()
-        async with place, aclosing(self._build(request)) as responses:
-            async for response in responses:
-                yield response
+        with self._counted():
+            async with place, aclosing(self._build(request)) as responses:
+                async for response in responses:
+                    yield response
 
     async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
         build = _Build(asyncio.get_running_loop())
         chain = await asyncio.to_thread(self._plan, request)
-        lease = self._lease(chain, request.lease_id) if request.send_kv else ""
+        lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build)
         finished = False
         renewing = asyncio.create_task(self._keep(lease)) if lease else None
@@ -110,6 +125,14 @@ class ThinkerServicer(ThinkerServiceServicer):
             model=self.engine.info, engine=self.engine.name, name=self.name
         )
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
     def _plan(self, request: thinker_pb2.BuildContextRequest) -> Chain:
         """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
         prompt, planner = prompt_from_wire(request.parts), self.engine.planner
@@ -131,8 +154,8 @@ class ThinkerServicer(ThinkerServiceServicer):
             on_chain=build.tell,
         )
 
-    def _lease(self, chain: Chain, lease_id: str) -> str:
-        return self.engine.store.lease(_lengths(chain), self.lease_s, lease_id)
+    async def _lease(self, chain: Chain, lease_id: str) -> str:
+        return await self.engine.store.lease_in_time(_lengths(chain), self.lease_s, lease_id, wait_s=self._room_wait_s)
 
     async def _keep(self, lease: str) -> None:
         """Renew a lease for as long as the call lasts: until its end the caller is the holder."""
