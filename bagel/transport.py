@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,7 +189,8 @@ class Host:
             draining.cancel()
             await self.server.stop(None)
         hurrying.cancel()
-        await asyncio.gather(draining, hurrying, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await draining
 
     async def drain(self, drain_s: float = DRAIN_S, idle: Callable[[], bool] | None = None) -> None:
         """Refuse new requests, wait for those under way, end those that take longer than drain_s.
