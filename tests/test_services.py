@@ -20,7 +20,7 @@ from PIL import Image
 from bagel.client import AsyncClient, Client
 from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.errors import BagelError, NoBackend, RunnerDied, SourceUnavailable
-from bagel.events import Result, StepDone
+from bagel.events import Result, StepDone, TextDelta
 from bagel.launch import Deployment, is_serving
 from bagel.process import Service
 from bagel.transport import sync_channel
@@ -191,10 +191,12 @@ class Stage:
         source = f"thinker-0={thinker.address(0)}"
         return self.start("dit-0", "bagel_dit", "--model", str(MODEL), "--source", source, *more)
 
-    def gateway(self, thinker: Service, dit: Service) -> Service:
+    def gateway(self, thinker: Service, dit: Service, *more: str) -> Service:
         named = [f"thinker-0={thinker.address(0)}", f"dit-0={dit.address(0)}"]
         stages = ["--thinker", named[0], "--dit", named[1]]
-        return self.start("gateway", "bagel_gateway", "--pipeline", "bagel", "--batch-timeout", "1", *stages)
+        return self.start(
+            "gateway", "bagel_gateway", "--pipeline", "bagel", *stages, *(more or ("--backend-timeout", "1"))
+        )
 
 
 @pytest.fixture
@@ -289,7 +291,8 @@ def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage:
             pass
         thinker.process.send_signal(signal.SIGTERM)
         last = list(events)[-1]
-        assert isinstance(last, Result) and same(last, whole)
+        assert isinstance(last, Result)
+        assert same(last, whole)
         assert thinker.process.wait(DETECTED_WITHIN_S) == 0
         with pytest.raises(BagelError) as caught:
             client.generate("too late", **SMALL)
@@ -305,6 +308,29 @@ def test_a_full_store_makes_requests_wait(stage: Stage) -> None:
     edits = [EDIT | {"prompt": f"make it {each}", "image": sketch(80, 80, each)} for each in colours]
     with Client(gateway.address(0)) as client:
         assert all(result.image is not None for result in client.generate_many(edits))
+    assert released(thinker.address(0), dit.address(0))
+
+
+def test_a_service_that_falls_silent_is_given_up_in_its_time(stage: Stage) -> None:
+    thinker = stage.thinker()
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit, "--silence-timeout", "2", "--backend-timeout", "30")
+    until_serving(thinker, dit, gateway)
+    with Client(gateway.address(0)) as client:
+        for service, request in (
+            (thinker, {"modality": "text2text", "max_tokens": 20_000}),
+            (dit, {"steps": 900, "height": 64, "width": 64}),
+        ):
+            events = client.stream("on and on", seed=1, **request)
+            while not isinstance(next(events), StepDone | TextDelta):
+                pass
+            service.process.send_signal(signal.SIGSTOP)
+            with fails_within(2 + DETECTED_WITHIN_S, BagelError) as caught:
+                list(events)
+            assert caught.value.grpc_status == "UNAVAILABLE"
+            assert "has not answered" in str(caught.value)
+            service.process.send_signal(signal.SIGCONT)
+            assert client.generate("and on", **SMALL).image is not None
     assert released(thinker.address(0), dit.address(0))
 
 

@@ -79,7 +79,8 @@ class Backend:
         """Ask whether it is ready and what it serves."""
         began = time.monotonic()
         try:
-            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CHECK_TIMEOUT_S)
+            limit = min(CHECK_TIMEOUT_S, self.silence_s)
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=limit)
             self._answered()
             if reply.status != health_pb2.HealthCheckResponse.SERVING:
                 self.lost("not ready: it loads or shuts down")
