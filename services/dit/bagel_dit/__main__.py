@@ -90,10 +90,10 @@ def _servicer(args: argparse.Namespace, driver: Driver, puller: KvPuller | None)
 def _puller(args: argparse.Namespace, arena: Arena, info: common_pb2.ModelInfo) -> KvPuller:
     llm = find_checkpoint(args.model).config.llm
     layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, info.dtype)
-    store = KvStore(layout, info.kv_fingerprint, args.kv_cache_bytes, arena=arena)
+    store = KvStore(layout, info.kv_fingerprint, args.kv_cache_bytes, arena=arena, flag="--kv-cache-bytes")
     secure = service.security(args)
     sources = {name: channel(address, secure) for name, address in args.source}
-    return KvPuller(store, sources, page_timeout_s=args.kv_page_timeout)
+    return KvPuller(store, sources, page_timeout_s=args.kv_page_timeout, room_wait_s=args.batch_timeout)
 
 
 def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
