@@ -389,7 +389,7 @@ def test_a_stream_that_breaks_is_pulled_once_more_for_what_is_missing(how: str) 
             check(broken.here)
             stats = broken.here.stats()
             assert stats.received_pages == PAGES
-            assert 0 < stats.retried_pages and link.connections >= 2
+            assert stats.retried_pages > 0 and link.connections >= 2
             await broken.settled()
 
     run(test)
