@@ -40,6 +40,7 @@ def stage(**settings: object) -> object:
     return parse_deploy_config({"pipeline": "bagel_single_stage", "stages": [{"stage_id": 0, **settings}]}).stages[0]
 
 
+@pytest.mark.slow
 def test_process_draws_what_the_engine_draws(engine: BagelEngine, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "BAGEL_MODEL"}
     command = [sys.executable, "-m", "bagel.cli", "generate", "--prompts", "a red cube", "--output", str(tmp_path)]

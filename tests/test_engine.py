@@ -180,6 +180,7 @@ def test_a_long_negative_prompt_is_refused_too(engine: BagelEngine) -> None:
         small.generate([request("text2img", negative_prompt="blue " * 100)])
 
 
+@pytest.mark.slow
 def test_tiling_leaves_small_pictures_as_they_are(checkpoint: Checkpoint, engine: BagelEngine) -> None:
     tiled = BagelEngine.load(checkpoint, vae_use_tiling=True)
     asked = [request("text2img"), request("text2img", height=528, width=640, steps=2)]

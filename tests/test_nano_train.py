@@ -18,6 +18,8 @@ from training.nano.optim import FlatOptimizer, Rates
 from training.nano.rows import ROWS, answered, cases
 from training.nano.texts import GROUPS, Example, drop
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -124,6 +124,7 @@ def test_inventory_refuses_what_does_not_fit(public: dict[str, dict[str, tuple[i
         inventory(shrunk, BAGEL_7B_MOT, "here")
 
 
+@pytest.mark.slow
 def test_command_prints_one_line_a_role() -> None:
     command = [sys.executable, "-m", "bagel.model.weights", str(PUBLIC)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
