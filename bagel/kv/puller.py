@@ -33,6 +33,9 @@ from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 CALL_TIMEOUT_S = 5.0
 """Most seconds of a Renew or Release; a source that is gone forgets its leases by itself."""
 
+RECONNECT_S = 0.25
+"""Before a broken stream is pulled again: a call made at once can go out on the connection that is just breaking."""
+
 LOST = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED")
 """Statuses that a transport ends a stream with: the last one for a message length that was damaged on its way.
 
@@ -172,6 +175,7 @@ class KvPuller:
                 await self._receive(ref, wanted)
             except SourceUnavailable as error:
                 log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), cause=str(error))
+                await asyncio.sleep(RECONNECT_S)
             if wanted.ends:
                 self.store.count_retried(len(wanted.ends))
                 await self._receive(ref, wanted)
