@@ -236,7 +236,7 @@ def test_it_is_ready_while_each_stage_is() -> None:
         await until(lambda: at.gateway.backends.ready)
         assert (await at.client.generate("a red cube")).image is not None
 
-    through(work, batch_timeout_s=0.2)
+    through(work, backend_timeout_s=0.2)
 
 
 def test_without_backends_it_says_which() -> None:
@@ -246,7 +246,7 @@ def test_without_backends_it_says_which() -> None:
         with pytest.raises(NoBackend, match="dit-0"):
             await at.client.describe()
 
-    through(work, batch_timeout_s=0.2)
+    through(work, backend_timeout_s=0.2)
 
 
 def test_a_request_waits_for_a_backend_that_is_started_again() -> None:
@@ -258,7 +258,7 @@ def test_a_request_waits_for_a_backend_that_is_started_again() -> None:
         await at.hosts[0].ready()
         assert (await waiting).image is not None
 
-    through(work, batch_timeout_s=20)
+    through(work, backend_timeout_s=20)
 
 
 def test_the_least_busy_of_several_serves() -> None:
@@ -355,7 +355,7 @@ def gateway_process(*flags: str) -> subprocess.Popen[str]:
 
 
 def test_the_process_listens_before_it_is_ready_and_ends_on_sigterm() -> None:
-    process = gateway_process("--batch-timeout", "0.2", *STAGES)
+    process = gateway_process("--backend-timeout", "0.2", *STAGES)
     try:
         assert process.stdout is not None
         line = json.loads(process.stdout.readline())

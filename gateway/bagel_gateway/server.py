@@ -127,7 +127,7 @@ class Gateway:
         )
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
         service = GatewayService(
-            settings.pipeline, self.backends, self.admission, settings.sampling_defaults, settings.batch_timeout_s
+            settings.pipeline, self.backends, self.admission, settings.sampling_defaults, settings.backend_timeout_s
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, self.host.methods)
         self._drain_s = settings.drain_timeout_s
