@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import bagel
+from bagel.config import shipped_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.images import ImageTransform
 from bagel.model.checkpoint import AE, EMA, Checkpoint
@@ -96,3 +98,18 @@ def test_every_modality_works_and_batches(other: Path) -> None:
         assert alone.token_ids == result.token_ids
         if result.image is not None and alone.image is not None:
             assert agree(result.image, alone.image)
+
+
+@pytest.mark.slow
+def test_services_serve_it(other: Path) -> None:
+    requests = [
+        request("text2img", think=True, max_think_tokens=4),
+        request("img2img", image=sketch(), cfg_img_scale=2.0, posterior="seed"),
+        request("img2text", max_tokens=4),
+    ]
+    expected = BagelEngine.load(Checkpoint(other)).generate(requests)
+    with bagel.Omni(other, deploy_config=shipped_deploy_config("bagel"), device="cpu", init_timeout=120) as omni:
+        served = omni.generate(requests)
+    assert [each.text for each in served] == [each.text for each in expected]
+    for one, wanted in zip(served[:2], expected[:2], strict=True):
+        assert one.image is not None and wanted.image is not None and agree(one.image, wanted.image)
