@@ -97,8 +97,12 @@ class Reader:
             self._build(self._building.popleft())
         while self._waiting and len(self._texts) < self.max_num_seqs:
             reading, run = self._waiting.popleft()
-            self._writing[id(run)] = reading
-            self._texts.add(run)
+            try:
+                self._texts.add(run)
+            except Exception as error:  # its K/V found no room, say: the others go on
+                reading.on_error(error)
+            else:
+                self._writing[id(run)] = reading
         if len(self._texts):
             self._write()
 

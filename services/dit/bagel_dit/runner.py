@@ -247,8 +247,13 @@ class Runner:
             taken[id_] = picture.step
             if picture.finished:
                 self._decode(id_, drawing, picture)
-        if plan.read and self._reader is not None and self._reader.busy:
-            self._reader.work()
+        try:
+            if plan.read and self._reader is not None and self._reader.busy:
+                self._reader.work()
+        finally:  # the server waits for this reply before it plans on
+            self._send_stepped(taken)
+
+    def _send_stepped(self, taken: dict[int, int]) -> None:
         self._send(Stepped(taken, reading=self._reader is not None and self._reader.busy))
 
     def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
