@@ -6,6 +6,7 @@ torch is imported where it is needed: most tests do without it, and it takes sec
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from bagel.model.tokenizer import BagelTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
+
+# A shell that starts the tests in the background ignores Ctrl-C for them; the processes that they start must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A shared machine may take its time over an example, the first above all.
 # CI sees the same examples every time; a developer's machine looks for new ones.
