@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bagel.engine.context import Context, ContextBuilder, OnKv
@@ -68,6 +69,7 @@ class Reader:
         """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text."""
         self.tokenizer, self.planner, self.builder = tokenizer, planner, builder
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self._model = model
         self._texts = TextBatch(model, tokenizer)
         self._building: deque[Reading] = deque()
         self._waiting: deque[tuple[Reading, TextRun]] = deque()
@@ -91,30 +93,49 @@ class Reader:
         if reading._run is not None and self._writing.pop(id(reading._run), None) is not None:
             self._texts.remove(reading._run)
 
+    def abandon(self, error: Exception) -> None:
+        """Drop every reading, tell each of the error, and give the memory of their texts back."""
+        readings = [*self._building, *(reading for reading, _ in self._waiting), *self._writing.values()]
+        for queue in (self._building, self._waiting, self._writing):
+            queue.clear()
+        self._texts = TextBatch(self._model, self.tokenizer)
+        for reading in readings:
+            reading.on_error(error)
+
     def work(self) -> None:
-        """One segment of the reading whose turn it is, then one token of every text."""
+        """One segment of the reading whose turn it is, then one token of every text.
+
+        What goes wrong with one reading ends that one; an exception from here is about the engine as a whole.
+        """
         if self._building:
-            self._build(self._building.popleft())
+            reading = self._building.popleft()
+            with self._alone(reading):
+                self._build(reading)
         while self._waiting and len(self._texts) < self.max_num_seqs:
             reading, run = self._waiting.popleft()
-            try:
+            with self._alone(reading):  # its K/V may find no room
                 self._texts.add(run)
-            except Exception as error:  # its K/V found no room, say: the others go on
-                reading.on_error(error)
-            else:
                 self._writing[id(run)] = reading
         if len(self._texts):
             self._write()
+
+    @contextmanager
+    def _alone(self, reading: Reading) -> Iterator[None]:
+        """What the block fails with ends this reading, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self.cancel(reading)
+            reading.on_error(error)
 
     def _build(self, reading: Reading) -> None:
         assert reading._steps is not None
         try:
             next(reading._steps)
-            self._building.append(reading)
         except StopIteration as done:
             self._built(reading, done.value)
-        except Exception as error:
-            reading.on_error(error)
+        else:
+            self._building.append(reading)
 
     def _built(self, reading: Reading, context: Context) -> None:
         if reading._run is not None or reading.settings is None:
@@ -135,12 +156,14 @@ class Reader:
         for run, token in shown:
             reading = self._writing[id(run)]
             assert reading._stream is not None
-            if text := reading._stream.push(token):
-                reading.on_text(text)
+            with self._alone(reading):
+                if text := reading._stream.push(token):
+                    reading.on_text(text)
         for run_id, reading in list(self._writing.items()):
             if reading._run is not None and reading._run.finished:
                 del self._writing[run_id]
-                self._written(reading)
+                with self._alone(reading):
+                    self._written(reading)
 
     def _written(self, reading: Reading) -> None:
         assert reading._run is not None and reading._stream is not None
@@ -149,13 +172,9 @@ class Reader:
         if not reading.append:
             self._done(reading, reading._run.context)
             return
-        try:
-            chain = self.planner.append_text(reading._run.context.chain, self._reply(reading))
-            check_positions(chain.rope, 0, self.max_model_len)
-            reading.on_chain(chain)
-        except Exception as error:
-            reading.on_error(error)
-            return
+        chain = self.planner.append_text(reading._run.context.chain, self._reply(reading))
+        check_positions(chain.rope, 0, self.max_model_len)
+        reading.on_chain(chain)
         reading._steps = self.builder.steps(chain, reading.on_kv)
         self._building.append(reading)
 

@@ -51,9 +51,10 @@ class TextBatch:
     @torch.inference_mode()
     def add(self, run: TextRun) -> None:
         """Let a text take part from the next step on."""
+        uniforms = text_uniforms(run.seed, run.settings.max_tokens).tolist()
         start = self._space.take(run.context.length + run.settings.max_tokens)
         run.context.copy_to(self._space.slab, start)
-        self._entries.append(_Entry(run, start, text_uniforms(run.seed, run.settings.max_tokens).tolist()))
+        self._entries.append(_Entry(run, start, uniforms))
 
     def remove(self, run: TextRun) -> None:
         """Let a text leave; nothing if it has left, as a finished one has."""

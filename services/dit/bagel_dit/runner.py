@@ -250,6 +250,9 @@ class Runner:
         try:
             if plan.read and self._reader is not None and self._reader.busy:
                 self._reader.work()
+        except Exception as error:  # of the reader as a whole: which request it was cannot be told
+            assert self._reader is not None
+            self._reader.abandon(error)
         finally:  # the server waits for this reply before it plans on
             self._send_stepped(taken)
 
