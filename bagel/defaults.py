@@ -15,9 +15,10 @@ from bagel.errors import CheckpointError, ConfigError
 from bagel.model.checkpoint import Checkpoint, find_checkpoint
 from bagel.pipelines import pipeline_for_architecture
 
-TEST_MODEL = Path(bagel.__file__).resolve().parents[1] / "tests" / "golden" / "checkpoint"
-TEST_MODEL_NAME = "tests/golden/checkpoint"
-MEANINGLESS = "no --model given: using the tests' tiny random model, whose pictures and answers mean nothing"
+NANO_NAME = "bagel-nano"
+NANO_FOLDERS = tuple(Path(bagel.__file__).resolve().parents[up] / "models" / "nano" for up in (0, 1))
+"""Where the shipped model is: in an installed wheel, in a checkout."""
+NANO_NOTE = f"no --model given: using {NANO_NAME}, a small model that knows coloured shapes on plain backgrounds"
 
 
 def named_model(name: str | None) -> str | None:
@@ -26,17 +27,25 @@ def named_model(name: str | None) -> str | None:
 
 
 def find_model(name: str | None) -> tuple[str, Checkpoint]:
-    """A model and what to call it: the one named, BAGEL_MODEL's, or the tests' own.
+    """A model and what to call it: the one named, BAGEL_MODEL's, or the shipped one, also called bagel-nano.
 
     Raises CheckpointError if it is not there.
     """
-    name = named_model(name)
-    if name:
-        with missing_install_told():  # a name on the hub needs its client
-            return name, find_checkpoint(name)
-    if not TEST_MODEL.is_dir():
-        raise CheckpointError("no model is given; use --model FOLDER, or set BAGEL_MODEL in the environment")
-    return TEST_MODEL_NAME, find_checkpoint(str(TEST_MODEL))
+    name = named_model(name) or NANO_NAME
+    if name == NANO_NAME:
+        return name, find_checkpoint(str(_shipped_model()))
+    with missing_install_told():  # a name on the hub needs its client
+        return name, find_checkpoint(name)
+
+
+def _shipped_model() -> Path:
+    for folder in NANO_FOLDERS:
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"no model is given, and the shipped {NANO_NAME} is not in {NANO_FOLDERS[0]}; install again, "
+        "use --model FOLDER, or set BAGEL_MODEL in the environment"
+    )
 
 
 def deployment_for(checkpoint: Checkpoint, path: str | Path | None = None, **overrides: object) -> DeployConfig:

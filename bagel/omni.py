@@ -38,7 +38,7 @@ ENDED_S = 0.1
 class Omni:
     """All services of a deploy file on this machine, started at once and ended by `close` or the end of `with`.
 
-    model: a checkpoint folder or hub name (None: BAGEL_MODEL, else the tests' tiny model). deploy_config: a deploy file
+    model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
     (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
     as a keyword, override it. device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N; dtype: auto, bfloat16 or
     float32. log_stats: a table on stderr after each `generate`. logs: a folder or stream for the services' logs.

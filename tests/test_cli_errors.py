@@ -128,6 +128,6 @@ def test_install_without_engine_says_what_to_install(capsys: pytest.CaptureFixtu
 @pytest.mark.usefixtures("folder")
 def test_no_model_at_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("BAGEL_MODEL")
-    monkeypatch.setattr(defaults, "TEST_MODEL", Path("/no/such/folder"))
+    monkeypatch.setattr(defaults, "NANO_FOLDERS", (Path("/no/such/folder"),))
     assert main(["generate", *P]) == 2
     assert "use --model FOLDER, or set BAGEL_MODEL" in capsys.readouterr().err

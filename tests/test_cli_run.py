@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from bagel.cli import main
-from bagel.defaults import TEST_MODEL
 from bagel.images import read_settings
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality, PosteriorMode, RenormType
@@ -230,12 +229,16 @@ def test_tables(capsys: Captured) -> None:
 
 
 @pytest.mark.usefixtures("engine")
-def test_default_model_says_that_it_means_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_default_model_says_what_it_is(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.delenv("BAGEL_MODEL")
     generate("--prompts", "a")
-    assert capsys.readouterr().err.splitlines()[0].endswith("whose pictures and answers mean nothing")
-    generate("--prompts", "a", "--model", str(TEST_MODEL))
-    assert "mean nothing" not in capsys.readouterr().err
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[0]
+        .endswith("using bagel-nano, a small model that knows coloured shapes on plain backgrounds")
+    )
+    generate("--prompts", "a", "--model", str(GOLDEN / "checkpoint"))
+    assert "bagel-nano" not in capsys.readouterr().err
 
 
 def test_img2img_defaults_are_an_edits(engine: FakeEngine) -> None:

@@ -160,7 +160,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(group: Group) -> None:
-    model = "BAGEL_MODEL of the environment, else the tests' tiny random model"
+    model = "BAGEL_MODEL of the environment, else bagel-nano"
     _add(group, "--model", model, "checkpoint folder or hub name", type=_given, metavar="MODEL")
     _add(group, "--device", "auto, cuda if there is one", "auto, cpu, cuda or cuda:N", type=_device, metavar="DEVICE")
     _add(group, "--dtype", "auto, bfloat16 on cuda, float32 on cpu", "number type of the model", choices=DTYPES)

@@ -32,7 +32,7 @@ from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
 from bagel.commands.tables import profile_table, stats_table
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
-from bagel.defaults import MEANINGLESS, find_model, missing_install_told, named_model, request_defaults
+from bagel.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
 from bagel.events import Result, ServiceEvent
 from bagel.model.checkpoint import Checkpoint
@@ -84,7 +84,7 @@ def _generate_here(args: argparse.Namespace) -> None:
     for note in (*config.notes(), *notes):  # an error stands alone
         say(f"note: {note}")
     if not named_model(args.model):
-        say(MEANINGLESS)
+        say(NANO_NOTE)
     say(f"loading {model}")
     open_engine = _in_process if in_process else _in_services
     with open_engine(args, config, model, checkpoint) as engine:

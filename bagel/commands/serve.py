@@ -12,7 +12,7 @@ from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, IN
 from bagel.commands.outputs import write_out
 from bagel.commands.progress import say
 from bagel.config import DeployConfig, effective_settings
-from bagel.defaults import MEANINGLESS, deployment_for, find_model, named_model
+from bagel.defaults import NANO_NOTE, deployment_for, find_model, named_model
 from bagel.errors import ConfigError
 from bagel.launch import Deployment, reachable
 from bagel.model.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ def serve(args: argparse.Namespace) -> None:
     for note in config.notes():
         say(f"note: {note}")
     if not named_model(args.model):
-        say(MEANINGLESS)
+        say(NANO_NOTE)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         say(f"loading {model}")
