@@ -21,6 +21,7 @@
     ├── Loading                     a service whose model is not loaded yet
     ├── NoBackend                   no service of a stage that a request needs is ready
     ├── RunnerDied                  a worker process that ended under its requests
+    ├── EngineDied                  an engine that can compute no more
     ├── RemoteError                 an error of a peer that has no name here (keeps its status)
     └── OutOfMemory                 a device without memory for what was asked
 
@@ -175,6 +176,13 @@ class Loading(BagelError):
 
 class RunnerDied(BagelError):
     """A service's worker process ended while it served requests; a new one is started."""
+
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+
+
+class EngineDied(BagelError):
+    """A service's engine can compute no more; the service ends, to be started again."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503

@@ -18,6 +18,8 @@ DEFAULT_KV_BYTES = 2 * 2**30
 BATCH_TIMEOUT_S = 5.0
 LEASE_S = 10.0
 """Seconds that K/V are kept for a holder who is not heard of."""
+LAST_WORDS_S = 1.0
+"""For the calls of a service that has failed: they were told, and the telling may take a moment."""
 
 log = Log("bagel.service")
 
@@ -67,6 +69,22 @@ def announce(host: Host, listen: str) -> None:
     address = f"{listen.rpartition(':')[0]}:{host.port}"
     print(json.dumps({"event": "listening", "address": address}), flush=True)
     log.info("listening", address=address)
+
+
+async def serve(
+    host: Host, drain_s: float, failed: asyncio.Future[None], idle: Callable[[], bool] | None = None
+) -> None:
+    """Serve until SIGTERM, then drain. An error of `failed` ends it at once: NOT_SERVING, then the error is raised."""
+    stopping = asyncio.create_task(host.until_stopped(drain_s, idle))
+    await asyncio.wait((stopping, failed), return_when=asyncio.FIRST_COMPLETED)
+    if stopping.done():
+        await stopping
+        return
+    log.error("the service has failed and ends", error=str(failed.exception()))
+    stopping.cancel()
+    await host.not_ready()
+    await host.server.stop(LAST_WORDS_S)
+    failed.result()
 
 
 def run(

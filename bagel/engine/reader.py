@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from bagel.engine.context import Context, ContextBuilder, OnKv
@@ -100,7 +100,8 @@ class Reader:
             queue.clear()
         self._texts = TextBatch(self._model, self.tokenizer)
         for reading in readings:
-            reading.on_error(error)
+            with suppress(Exception):  # a listener that fails must not keep it from the others
+                reading.on_error(error)
 
     def work(self) -> None:
         """One segment of the reading whose turn it is, then one token of every text.

@@ -15,6 +15,7 @@ from bagel.errors import (
     BagelError,
     ContextRefused,
     Draining,
+    EngineDied,
     IncompleteContext,
     KvTimeout,
     Loading,
@@ -284,7 +285,7 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
     except grpc.RpcError as error:
         told = from_rpc_error(error, backend.name)
         unreachable = isinstance(told, RemoteError) and told.grpc_status == "UNAVAILABLE"
-        if unreachable or isinstance(told, Draining | Loading | RunnerDied):
+        if unreachable or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
             backend.lost(str(told))  # the next request need not find out by itself
         raise told from None
     finally:

@@ -50,7 +50,7 @@ async def _serve(args: argparse.Namespace) -> None:
         servicer = _add_servicers(host, engine, args)
         await host.ready()
         log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
-        await host.until_stopped(args.drain_timeout, servicer.idle)
+        await service.serve(host, args.drain_timeout, asyncio.wrap_future(engine.failed), servicer.idle)
     finally:
         engine.close()
 

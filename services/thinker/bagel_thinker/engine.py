@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
 from bagel.engine.reader import Reading
@@ -14,13 +15,14 @@ class Engine(Protocol):
     """Builds contexts, hands each layer's K/V to the store as it is computed, writes text if asked.
 
     A reading's callbacks are called from the engine's own thread. K/V go to the segments of the store that a lease
-    has reserved; nothing is stored for the others.
+    has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can compute no more.
     """
 
     name: str
     store: KvStore
     planner: ChainPlanner
     info: common_pb2.ModelInfo
+    failed: Future[None]
 
     def submit(self, reading: Reading) -> None:
         """Take a reading on."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.reader import Reader, Reading
-from bagel.engine.segments import Segment
-from bagel.errors import UnknownSegment
+from bagel.engine.segments import Chain, Segment
+from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel.local import DTYPES, choose_device
 from bagel.model.checkpoint import Checkpoint
@@ -79,6 +80,7 @@ class TorchEngine:
     def __init__(self, loaded: LoadedModel, store: KvStore, *, model_name: str, max_num_seqs: int) -> None:
         self.store, self.planner, self._loaded = store, loaded.planner, loaded
         self._filling: bytes | None = None
+        self.failed: Future[None] = Future()
         self.info = model_info(
             loaded.model.config,
             name=model_name,
@@ -128,10 +130,11 @@ class TorchEngine:
         def on_error(error: Exception) -> None:
             if self._filling is not None:  # others may want the segment that this one did not finish
                 self.store.unclaim(self._filling)
+                self._filling = None
             told(error)
 
         reading.on_error = on_error
-        self._commands.put(lambda: self._reader.add(reading))
+        self._commands.put(lambda: self._take_on(reading))
 
     def cancel(self, reading: Reading) -> None:
         """Drop a reading."""
@@ -145,8 +148,15 @@ class TorchEngine:
     def _run(self) -> None:
         if self._loaded.model.device.type == "cuda":
             torch.cuda.set_device(self._loaded.model.device)
-        while self._take_commands():
-            self._reader.work()
+        while True:
+            try:
+                while self._take_commands():
+                    self._reader.work()
+                self._reader.abandon(Draining("the Thinker has shut down; send the request again"))
+                return
+            except Exception as error:
+                log.error("the engine failed", exc_info=True)
+                self._recover(error)
 
     def _take_commands(self) -> bool:
         """Run what waits; blocks while there is nothing else to do. False: stop."""
@@ -159,6 +169,37 @@ class TorchEngine:
                 return False
             command()
 
+    def _take_on(self, reading: Reading) -> None:
+        if self.failed.done():
+            reading.on_error(_died())
+            return
+        try:
+            self._reader.add(reading)
+        except Exception as error:
+            reading.on_error(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Fail all readings. An engine that can compute no more takes no others, and says so in `failed`."""
+        self._reader.abandon(
+            BagelError(f"internal error of the engine: {type(error).__name__}; the log of this service has the details")
+        )
+        if self.failed.done():
+            return
+        try:
+            self._check()
+        except Exception:
+            log.error("the engine cannot go on", exc_info=True)
+            self.failed.set_exception(_died())
+        else:
+            log.warning("the engine goes on")
+
+    def _check(self) -> None:
+        """Compute a short text past all caches; raises what is wrong with the engine."""
+        builder = ContextBuilder(self._loaded.model, SegmentCache(0))
+        context = builder.build(self.planner.append_text(Chain(), "ok"))
+        if not all(kv.k.isfinite().all() and kv.v.isfinite().all() for kv in context.kv):
+            raise NotFinite("the K/V of a short text are not finite")
+
     def _on_kv(self, reading: Reading, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
         """Write a layer of a segment to the store, if somebody reserved it there."""
         reading.kv_times.append(time.monotonic())
@@ -169,3 +210,7 @@ class TorchEngine:
             self.store.write_layer(segment.digest, layer, k, v)
             if layer + 1 == self.store.layout.layers:
                 self._filling = None
+
+
+def _died() -> EngineDied:
+    return EngineDied("the Thinker's engine cannot go on, and the service ends; its log has the details; try again")

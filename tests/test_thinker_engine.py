@@ -1,0 +1,182 @@
+"""The Thinker's engine thread: what escapes from it is told to everybody, and never leaves a request waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bagel import service
+from bagel.engine.context import ContextBuilder
+from bagel.engine.reader import Reader
+from bagel.errors import BagelError, EngineDied
+from bagel.model.checkpoint import Checkpoint
+from bagel.slots import Slots
+from bagel.status import from_rpc_error
+from bagel.transport import Host, channel
+from bagel.v1 import common_pb2, thinker_pb2
+from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub, add_ThinkerServiceServicer_to_server
+from bagel_thinker.server import ThinkerServicer
+from bagel_thinker.torch_engine import TorchEngine
+
+LIMIT_S = 30
+
+
+@pytest.fixture
+def engine(checkpoint: Checkpoint) -> Iterator[TorchEngine]:
+    engine = TorchEngine.load("tiny", checkpoint, device="cpu", dtype="auto", kv_store_bytes=2**24, max_num_seqs=4)
+    yield engine
+    engine.close()
+
+
+def build(text: str = "a red cup", max_tokens: int = 3, *, kv: bool = True) -> thinker_pb2.BuildContextRequest:
+    settings = common_pb2.TextSettings(max_tokens=max_tokens)
+    decode = thinker_pb2.DecodeText(settings=settings, append=kv)
+    part = common_pb2.Part(text=common_pb2.TextPart(text=text))
+    return thinker_pb2.BuildContextRequest(parts=[part], decode=decode, send_kv=kv)
+
+
+class Served:
+    """An engine behind a Thinker's server."""
+
+    def __init__(self, engine: TorchEngine, host: Host, target: str, stub: Any, health: Any) -> None:
+        self.engine, self.host, self.target, self.stub, self._health = engine, host, target, stub, health
+
+    async def text(self, request: thinker_pb2.BuildContextRequest) -> str:
+        """The text that is written; raises what the call ends with."""
+        try:
+            events = [event async for event in self.stub.BuildContext(request, timeout=LIMIT_S)]
+        except Exception as error:
+            raise from_rpc_error(error, "thinker") from None  # type: ignore[arg-type]
+        assert isinstance(events[-1], thinker_pb2.BuildContextResponse)
+        return events[-1].built.text
+
+    async def health(self) -> int:
+        return int((await self._health.Check(health_pb2.HealthCheckRequest())).status)
+
+
+def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> None:
+    """Run a test with a Thinker's server."""
+
+    async def main() -> None:
+        host = Host("127.0.0.1:0", ["bagel.v1.ThinkerService"])
+        slots = Slots("thinker", 4, 5.0)
+        servicer = ThinkerServicer(engine, "thinker", slots, lease_s=5, room_wait_s=1, draining=host.draining)
+        add_ThinkerServiceServicer_to_server(servicer, host.methods)
+        await host.start()
+        await host.ready()
+        target = f"127.0.0.1:{host.port}"
+        try:
+            async with asyncio.timeout(LIMIT_S), channel(target) as connection:
+                stub, health = ThinkerServiceStub(connection), health_pb2_grpc.HealthStub(connection)
+                await test(Served(engine, host, target, stub, health))
+        finally:
+            await host.server.stop(None)
+
+    asyncio.run(main())
+
+
+def breaks(patch: pytest.MonkeyPatch, owner: type, name: str, after: int = 0) -> threading.Event:
+    """Let a method work so many times and then raise; the event is set once it has raised."""
+    right, calls, raised = getattr(owner, name), iter(range(10**9)), threading.Event()
+
+    def call(*args: Any) -> Any:
+        if next(calls) < after:
+            return right(*args)
+        raised.set()
+        raise RuntimeError("out of luck")
+
+    patch.setattr(owner, name, call)
+    return raised
+
+
+def test_what_escapes_fails_every_request_and_the_next_one_works(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(at: Served) -> None:
+        whole = await at.text(build(kv=False))
+        with monkeypatch.context() as patch:
+            breaks(patch, Reader, "work", after=5)
+            asked = [at.text(build(text, max_tokens=500)) for text in ("a red cup", "a blue cup")]
+            told = await asyncio.gather(*asked, return_exceptions=True)
+        assert [getattr(error, "grpc_status", "") for error in told] == ["INTERNAL"] * 2
+        assert all("internal error of the engine: RuntimeError" in str(error) for error in told)
+        assert (engine.store.stats().leases, engine.store.stats().held_bytes) == (0, 0)
+        assert await at.health() == health_pb2.HealthCheckResponse.SERVING and not engine.failed.done()
+        assert await at.text(build(kv=False)) == whole
+
+    with caplog.at_level(logging.ERROR, "bagel.thinker"):
+        served(engine, test)
+    (record,) = [record for record in caplog.records if record.message == "the engine failed"]
+    assert record.exc_info is not None and "out of luck" in str(record.exc_info[1])
+
+
+def test_a_request_that_cannot_be_taken_on_is_told(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(at: Served) -> None:
+        with monkeypatch.context() as patch:
+            breaks(patch, Reader, "add")
+            with pytest.raises(BagelError, match="internal error"):
+                await at.text(build())
+        assert await at.text(build())
+
+    served(engine, test)
+
+
+def test_an_engine_that_cannot_go_on_ends_its_service(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(at: Served) -> None:
+        serving = asyncio.create_task(service.serve(at.host, 5, asyncio.wrap_future(engine.failed)))
+        with monkeypatch.context() as patch:
+            broken = breaks(patch, ContextBuilder, "build")
+            breaks(patch, Reader, "work", after=2)
+            with pytest.raises(BagelError, match="internal error of the engine"):
+                await at.text(build(max_tokens=500))
+            await asyncio.to_thread(broken.wait, LIMIT_S)
+        with pytest.raises(BagelError) as caught:
+            await at.text(build())
+        assert caught.value.grpc_status == "UNAVAILABLE"
+        with pytest.raises(EngineDied) as ended:
+            await serving
+        assert ended.value.exit_code == 1
+        assert (engine.store.stats().leases, engine.store.stats().held_bytes) == (0, 0)
+
+    served(engine, test)
+
+
+def test_an_engine_that_has_failed_takes_nothing_on(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(at: Served) -> None:
+        with monkeypatch.context() as patch:
+            breaks(patch, ContextBuilder, "build")
+            breaks(patch, Reader, "work")
+            with pytest.raises(BagelError, match="internal error of the engine"):
+                await at.text(build())
+            await asyncio.wait([asyncio.ensure_future(asyncio.wrap_future(engine.failed))])
+        with pytest.raises(EngineDied, match="cannot go on"):
+            await at.text(build())
+
+    served(engine, test)
+
+
+def test_the_process_ends_with_its_service(tmp_path: Path) -> None:
+    """What `service.serve` raises is one line on stderr and exit code 1."""
+
+    async def failing(args: object) -> None:
+        host = Host("127.0.0.1:0", ())
+        await host.start()
+        await host.ready()
+        failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        failed.set_exception(EngineDied("it is over"))
+        await service.serve(host, 5, failed)
+
+    flags = service.parser("bagel_thinker", "", "127.0.0.1:0")
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        assert service.run(flags, [], failing, "thinker") == 1
+    finally:
+        root.handlers[:], root.level = before[0], before[1]
