@@ -20,7 +20,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from bagel.client import Client
-from bagel.errors import BagelError, Busy, ConfigError, Draining, ForeignContext, NoBackend, RemoteError
+from bagel.errors import (
+    BagelError,
+    Busy,
+    ConfigError,
+    Draining,
+    ForeignContext,
+    KvTimeout,
+    NoBackend,
+    RemoteError,
+    UnknownSegment,
+)
 from bagel.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.backends import Address
@@ -316,6 +326,20 @@ def test_a_thinker_that_dies_is_told_as_such() -> None:
         assert (await at.client.generate("a red cube")).image is not None
 
     through(work, thinkers=(b"k",) * 2)
+
+
+def test_a_build_that_fails_for_want_of_its_lease_hides_no_cause() -> None:
+    async def work(at: Deployment) -> None:
+        at.thinkers[0].go.clear()
+        at.dits[0].failure, at.thinkers[0].failure = KvTimeout("nothing came"), UnknownSegment("given back")
+        drawn = asyncio.create_task(at.client.generate("a red cube", cfg_text_scale=1.0))
+        await until(lambda: "draw begins" in at.journal.events and at.journal.open_calls == 1)
+        await asyncio.sleep(0.2)  # its status is on its way
+        at.thinkers[0].go.set()
+        with pytest.raises(KvTimeout, match="nothing came"):
+            await drawn
+
+    through(work)
 
 
 def parse(*flags: str) -> Settings:

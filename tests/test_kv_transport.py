@@ -450,6 +450,63 @@ def test_a_silent_source_fails_the_request_in_its_time() -> None:
     run(test, page_timeout_s=0.3)
 
 
+def test_a_long_queue_is_no_silence() -> None:
+    async def test(pair: Pair) -> None:
+        (digest, length), pages = SEGMENTS[1], LAYOUT.layers
+        fetch = asyncio.create_task(pair.fetch(pair.ref(SEGMENTS[1])))
+        await asyncio.sleep(1.0)  # queued
+        assert pair.there.claim(digest)
+        for layer in range(pages):  # computed slowly
+            pair.there.write_layer(digest, layer, *layer_of(LAYOUT, digest, length, layer))
+            await asyncio.sleep(0.5)
+        await fetch
+        check(pair.here, SEGMENTS[1])
+        there, here = pair.there.stats(), pair.here.stats()
+        assert (there.sent_pages, here.received_pages, here.retried_pages) == (pages, pages, 0)
+        await pair.settled()
+
+    run(test, page_timeout_s=0.3)
+
+
+def test_a_source_that_falls_silent_in_its_queue_fails_the_request_in_its_time() -> None:
+    async def test(pair: Pair) -> None:
+        pair.source.silent_after = 3  # signs of life
+        await fails(pair, KvTimeout, "thinker", "0.3 s")
+        assert pair.source.sent == 3
+
+    run(test, page_timeout_s=0.3)
+
+
+async def reading(call: Any) -> AsyncIterator[kv_pb2.PullResponse]:
+    """The rest of a stream."""
+    while (response := await call.read()) is not grpc.aio.EOF:
+        yield response
+
+
+def test_only_who_asks_for_signs_of_life_gets_them() -> None:
+    async def test(pair: Pair) -> None:
+        ref = pair.ref(SEGMENTS[1])
+        request = kv_pb2.PullRequest(digests=[SEGMENTS[1][0]], fingerprint=FINGERPRINT, lease_id=ref.lease_id)
+        stub, quiet = KvBlocksServiceStub(pair.channel), kv_pb2.PullRequest()
+        quiet.CopyFrom(request)
+        request.waiting_seconds = 1e-9  # no more often than the source likes
+        told, silent = stub.Pull(request), stub.Pull(quiet)
+        for _ in range(3):
+            life = await told.read()
+            assert isinstance(life, kv_pb2.PullResponse)
+            assert life == kv_pb2.PullResponse(waiting=kv_pb2.Waiting(pages=LAYOUT.layers))
+            assert decode_page(life.SerializeToString()) is None
+        fill(pair.there, SEGMENTS[1])
+        assert [page.layer async for page in silent] == list(range(LAYOUT.layers))
+        rest = [page async for page in reading(told)]
+        assert [page.layer for page in rest if not page.HasField("waiting")] == list(range(LAYOUT.layers))
+        assert pair.source.sent < 100
+        pair.there.release([ref.lease_id])
+        await pair.settled()
+
+    run(test)
+
+
 def test_what_does_not_fit_is_refused_with_its_name() -> None:
     async def test(pair: Pair) -> None:
         fill_later = pair.ref()
@@ -550,7 +607,8 @@ def test_a_stock_client_reads_pages_and_stats() -> None:
         k, v = layer_of(LAYOUT, *SEGMENTS[1], 1)
         assert [page.layer for page in pages] == [1]
         assert pages[0].payload == torch.stack((k, v)).view(torch.uint8).numpy().tobytes()
-        assert decode_page(pages[0].SerializeToString()).payload == pages[0].payload
+        page = decode_page(pages[0].SerializeToString())
+        assert page is not None and page.payload == pages[0].payload
         stats = await stub.GetStats(kv_pb2.GetStatsRequest())
         assert (stats.sent_pages, stats.computed_segments, stats.leases) == (1, 2, 1)
         await stub.Release(kv_pb2.ReleaseRequest(lease_ids=[ref.lease_id]))

@@ -311,6 +311,17 @@ def test_a_full_store_makes_requests_wait(stage: Stage) -> None:
     assert released(thinker.address(0), dit.address(0))
 
 
+def test_a_queue_longer_than_the_page_timeout_fails_no_picture(stage: Stage) -> None:
+    thinker = stage.thinker()
+    dit = stage.dit(thinker, "--kv-page-timeout", "2")
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    edits = [EDIT | {"prompt": f"more light, {i}", "image": sketch(1024, 1024 - 16 * i)} for i in range(3)]
+    with Client(gateway.address(0)) as client:
+        assert all(result.image is not None for result in client.generate_many(edits))
+    assert released(thinker.address(0), dit.address(0))
+
+
 def test_a_service_that_falls_silent_is_given_up_in_its_time(stage: Stage) -> None:
     thinker = stage.thinker()
     dit = stage.dit(thinker)

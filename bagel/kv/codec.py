@@ -65,15 +65,22 @@ def encode_page(
     return b"".join((header, bytes((PAYLOAD_TAG,)), _varint(size), *payload))
 
 
-def decode_page(data: bytes) -> Page:
+def encode_waiting(pages: int) -> bytes:
+    """A serialized `PullResponse` that is a sign of life: so many pages are still to come."""
+    return kv_pb2.PullResponse(waiting=kv_pb2.Waiting(pages=pages)).SerializeToString()
+
+
+def decode_page(data: bytes) -> Page | None:
     """The page in any valid serialization, its payload a view of `data` where the payload comes last.
 
-    Raises IncompleteContext for bytes that are no `PullResponse`.
+    None for a sign of life. Raises IncompleteContext for bytes that are no `PullResponse`.
     """
     try:
         found = _find_payload(data)
         if found is None:
             message = kv_pb2.PullResponse.FromString(data)
+            if message.HasField("waiting") and not message.payload:
+                return None
             return _page(message, memoryview(message.payload))
         header_end, begin = found
         return _page(kv_pb2.PullResponse.FromString(data[:header_end]), memoryview(data)[begin:])

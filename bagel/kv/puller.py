@@ -36,6 +36,9 @@ CALL_TIMEOUT_S = 5.0
 RECONNECT_S = 0.25
 """Before a broken stream is pulled again: a call made at once can go out on the connection that is just breaking."""
 
+WAITING_SHARE = 4
+"""Signs of life that a source is asked for in one page timeout: some may be late, and one is enough."""
+
 LOST = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED")
 """Statuses that a transport ends a stream with: the last one for a message length that was damaged on its way.
 
@@ -65,7 +68,8 @@ class _Wanted:
 class KvPuller:
     """Brings contexts into a store from `sources`, channels by the names of configured peers.
 
-    page_timeout_s: longest time without a page before a pull fails; room_wait_s: longest wait for room in the store;
+    page_timeout_s: longest silence of a source before a pull fails. One whose pages are queued or being computed says
+    so meanwhile, however long it takes; room_wait_s: longest wait for room in the store;
     lease_ttl_s: seconds of the local lease, which is renewed meanwhile; head_begin: first head of the model that this
     store keeps.
     """
@@ -206,7 +210,8 @@ class KvPuller:
                 data = await call.read()
         except TimeoutError:
             raise KvTimeout(
-                f"no page of K/V came from {source} for {self.page_timeout_s:g} s; see whether it is alive and busy"
+                f"nothing came from {source} for {self.page_timeout_s:g} s, no page of K/V and no sign of life; see "
+                "whether it and the network to it are alive"
             ) from None
         except grpc.aio.AioRpcError as error:
             raise _source_error(error, source) from error
@@ -218,6 +223,8 @@ class KvPuller:
         except IncompleteContext as error:
             wanted.note(None, str(error))
             return
+        if page is None:
+            return  # a sign of life
         if page.key not in wanted.ends:  # a page twice, or one damaged in its header: then its own stays wanted
             wanted.note(None, f"a page of segment {page.key.digest.hex()}, layer {page.key.layer} came unasked")
         elif cause := self._damage(page, wanted.ends[page.key]):
@@ -259,6 +266,7 @@ class KvPuller:
             lease_id=ref.lease_id,
             head_begin=self.heads[0],
             head_end=self.heads[1],
+            waiting_seconds=self.page_timeout_s / WAITING_SHARE,
         )
 
     async def _keep(self, ref: kv_pb2.ContextRef) -> None:

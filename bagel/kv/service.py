@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -10,7 +11,7 @@ import grpc
 import grpc.aio
 
 from bagel.errors import ForeignContext, InvalidRequest
-from bagel.kv.codec import Parts, encode_page
+from bagel.kv.codec import Parts, encode_page, encode_waiting
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
@@ -19,6 +20,8 @@ from bagel.status import streaming, unary
 from bagel.v1 import kv_pb2
 
 SERVICE = "bagel.v1.KvBlocksService"
+SHORTEST_WAITING_S = 0.05
+"""Between two signs of life, whatever a puller asks for."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -30,7 +33,7 @@ class KvBlocksServicer:
 
     @streaming
     async def Pull(self, request: kv_pb2.PullRequest, context: Context) -> AsyncIterator[bytes]:
-        """Serialized `PullResponse` messages, page by page as the pages become ready."""
+        """Serialized `PullResponse` messages, page by page as the pages become ready, signs of life between."""
         with self.store.pulling():
             async with aclosing(self._pages(request)) as pages:
                 async for page in pages:
@@ -60,9 +63,10 @@ class KvBlocksServicer:
         heads = _interval("head", request.head_begin, request.head_end, layout.kv_heads)
         wanted = [key for digest in request.digests for key in self.store.page_keys(digest, layers)]
         wanted += [PageKey(ref.digest, ref.layer, ref.token_begin) for ref in request.pages]
-        async with aclosing(self.store.pages(wanted, request.lease_id)) as pages:
+        tell_s = max(request.waiting_seconds, SHORTEST_WAITING_S) if request.waiting_seconds > 0 else math.inf
+        async with aclosing(self.store.pages(wanted, request.lease_id, tell_s)) as pages:
             async for page in pages:
-                yield self._encode(page, heads)
+                yield encode_waiting(page) if isinstance(page, int) else self._encode(page, heads)
 
     def _check_fingerprint(self, fingerprint: bytes) -> None:
         own = self.store.fingerprint

@@ -6,6 +6,7 @@ Thread-safe: an engine's thread writes while an event loop serves. All numbers o
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -252,10 +253,13 @@ class KvStore:
             ranges = self.layout.page_ranges(self._ledger.get(digest).length)
             return [PageKey(digest, layer, begin) for layer in layers for begin, _ in ranges]
 
-    async def pages(self, wanted: Iterable[PageKey], lease_id: str) -> AsyncGenerator[ReadyPage, None]:
+    async def pages(
+        self, wanted: Iterable[PageKey], lease_id: str, tell_s: float = math.inf
+    ) -> AsyncGenerator[ReadyPage | int, None]:
         """The pages wanted, each once, in whatever order they become ready. Pins their segments meanwhile.
 
-        Raises a segment's error, or LeaseLapsed if the lease runs out while there is something to wait for.
+        After every tell_s seconds without a page, how many are still to come. Raises a segment's error, or LeaseLapsed
+        if the lease runs out while there is something to wait for.
         Close it (`contextlib.aclosing`) if it is left early.
         """
         open_: dict[Segment, OpenPages] = {}
@@ -267,7 +271,14 @@ class KvStore:
             for segment in open_:
                 segment.pins += 1
         try:
-            while batch := await self._until(list(open_), lambda: self._news(open_, lease_id)):
+            while True:
+                try:
+                    batch = await self._until(list(open_), lambda: self._news(open_, lease_id), tell_s)
+                except TimeoutError:
+                    yield sum(len(each.pages) for each in open_.values())
+                    continue
+                if not batch:
+                    return
                 for page in batch:
                     yield page
         finally:
@@ -391,17 +402,23 @@ class KvStore:
             counts.received_pages += len(new)
             counts.received_bytes += nbytes
 
-    async def _until(self, segments: Sequence[Segment], probe: Callable[[], T | None]) -> T:
-        """The first result of probe (called under the lock) that is not None, asked again when a segment changes."""
+    async def _until(self, segments: Sequence[Segment], probe: Callable[[], T | None], limit_s: float = math.inf) -> T:
+        """The first result of probe (called under the lock) that is not None, asked again when a segment changes.
+
+        Raises TimeoutError if there is none within limit_s seconds.
+        """
         loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
         while True:
             with self._entered():
                 if (result := probe()) is not None:
                     return result
+                if (left := deadline - loop.time()) <= 0:
+                    raise TimeoutError
                 waiter: Waiter = (loop, loop.create_future())
                 for segment in segments:
                     segment.waiters[waiter] = None
-            await self._woken(waiter, [segment.waiters for segment in segments], LOOK_AGAIN_S)
+            await self._woken(waiter, [segment.waiters for segment in segments], min(left, LOOK_AGAIN_S))
 
     async def _woken(self, waiter: Waiter, places: Sequence[dict[Waiter, None]], limit_s: float) -> None:
         """Returns once one of the places wakes the waiter, or after limit_s; it is in none of them then."""

@@ -161,6 +161,7 @@ class PullRequest(_message.Message):
     HEAD_END_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
+    WAITING_SECONDS_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """The puller's fingerprint; another one is refused."""
     layer_begin: _builtins.int
@@ -173,6 +174,8 @@ class PullRequest(_message.Message):
     """One past the last K/V head; 0 is all."""
     lease_id: _builtins.str
     """Lease that keeps the segments while they are sent."""
+    waiting_seconds: _builtins.float
+    """Seconds without a page after which the sender tells that it waits; 0: never."""
     @_builtins.property
     def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Digests of the segments wanted, all their pages."""
@@ -192,18 +195,41 @@ class PullRequest(_message.Message):
         head_end: _builtins.int = ...,
         lease_id: _builtins.str = ...,
         pages: _abc.Iterable[Global___PageRef] | None = ...,
+        waiting_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprint", b"fingerprint", "head_begin", b"head_begin", "head_end", b"head_end", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "lease_id", b"lease_id", "pages", b"pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprint", b"fingerprint", "head_begin", b"head_begin", "head_end", b"head_end", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "lease_id", b"lease_id", "pages", b"pages", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
+class Waiting(_message.Message):
+    """A sign of life: no page is ready, and those wanted are queued or being computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    pages: _builtins.int
+    """Pages that are still to come."""
+    def __init__(
+        self,
+        *,
+        pages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
+
+@_typing.final
 class PullResponse(_message.Message):
-    """One page: K then V of a token range of one layer of one segment, each [token, head, head dim]."""
+    """One page: K then V of a token range of one layer of one segment, each [token, head, head dim]. Or a sign of life."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -216,6 +242,7 @@ class PullResponse(_message.Message):
     HEAD_DIM_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     CHECKSUM_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """The segment."""
@@ -237,6 +264,10 @@ class PullResponse(_message.Message):
     """xxh3 (64 bits) of the payload."""
     payload: _builtins.bytes
     """K, then V; at most 2 MiB. The last field, so that a sender need not copy it."""
+    @_builtins.property
+    def waiting(self) -> Global___Waiting:
+        """A message of its own: nothing else is set in it."""
+
     def __init__(
         self,
         *,
@@ -249,11 +280,12 @@ class PullResponse(_message.Message):
         head_dim: _builtins.int = ...,
         dtype: Global___KvDtype.ValueType = ...,
         checksum: _builtins.int = ...,
+        waiting: Global___Waiting | None = ...,
         payload: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "digest", b"digest", "dtype", b"dtype", "head_begin", b"head_begin", "head_dim", b"head_dim", "head_end", b"head_end", "layer", b"layer", "payload", b"payload", "token_begin", b"token_begin", "token_end", b"token_end"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "digest", b"digest", "dtype", b"dtype", "head_begin", b"head_begin", "head_dim", b"head_dim", "head_end", b"head_end", "layer", b"layer", "payload", b"payload", "token_begin", b"token_begin", "token_end", b"token_end", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,7 +62,8 @@ class KvBlocksServiceServicer:
     """
 
     def Pull(self, request, context):
-        """Streams pages of segments in whatever order they become ready; waits for those that are being computed.
+        """Streams pages of segments in whatever order they become ready; waits for those that are queued or being computed,
+        and tells so from time to time where it is asked to. A stream that says nothing at all is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class KvBlocksServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvBlocksServiceAsyncStub: ...
     Pull: _grpc.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]
-    """Streams pages of segments in whatever order they become ready; waits for those that are being computed."""
+    """Streams pages of segments in whatever order they become ready; waits for those that are queued or being computed,
+    and tells so from time to time where it is asked to. A stream that says nothing at all is lost.
+    """
     Renew: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]
     """Keeps leases alive."""
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
@@ -48,7 +50,9 @@ class KvBlocksServiceAsyncStub(KvBlocksServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pull: _aio.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]  # type: ignore[assignment]
-    """Streams pages of segments in whatever order they become ready; waits for those that are being computed."""
+    """Streams pages of segments in whatever order they become ready; waits for those that are queued or being computed,
+    and tells so from time to time where it is asked to. A stream that says nothing at all is lost.
+    """
     Renew: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewRequest, _kv_pb2.RenewResponse]  # type: ignore[assignment]
     """Keeps leases alive."""
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
@@ -65,7 +69,9 @@ class KvBlocksServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.PullResponse], _abc.AsyncIterator[_kv_pb2.PullResponse]]:
-        """Streams pages of segments in whatever order they become ready; waits for those that are being computed."""
+        """Streams pages of segments in whatever order they become ready; waits for those that are queued or being computed,
+        and tells so from time to time where it is asked to. A stream that says nothing at all is lost.
+        """
 
     @_abc_1.abstractmethod
     def Renew(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -185,10 +186,11 @@ class Route:
         draw.contexts.extend(self._collect(refs))
         try:
             return await self._call_dit(dit_pb2.DitServiceGenerateRequest(draw=draw))
-        except _FROM_THE_THINKER:
-            # What went wrong went wrong at the Thinker; its own error, if one comes, ends this task first.
-            await asyncio.wait(builds, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
-            raise
+        except _FROM_THE_THINKER as error:
+            # What went wrong went wrong at the Thinker; its own error, if one comes, is told instead.
+            with suppress(asyncio.CancelledError):  # a build has failed, perhaps for want of what this DiT gave back
+                await asyncio.wait(builds, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
+            raise error
 
     def _collect(self, refs: list[kv_pb2.ContextRef]) -> list[dit_pb2.BranchContext]:
         """The contexts of all branches needed; one without parts is empty and was not built."""

@@ -22,7 +22,7 @@ from bagel_dit.messages import RunnerSettings
 from bagel_dit.server import DitServicer
 
 PAGE_TIMEOUT_S = 30.0
-"""Longer than a Thinker's queue and one prefill; a connection that is dead is noticed sooner, by keepalive."""
+"""A source that waits says so; a connection that is dead is noticed sooner, by keepalive."""
 
 log = Log("bagel.dit")
 
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     flags.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles: less memory")
     flags.add_argument("--kv-cache-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
-    flags.add_argument("--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without any page")
+    flags.add_argument(
+        "--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without a word of a source"
+    )
     return service.run(flags, argv, _serve, "dit")
 
 
