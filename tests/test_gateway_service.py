@@ -31,6 +31,7 @@ from bagel.errors import (
     RemoteError,
     UnknownSegment,
 )
+from bagel.events import Result, ServiceEvent, TextDelta
 from bagel.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.backends import Address
@@ -326,6 +327,66 @@ def test_a_thinker_that_dies_is_told_as_such() -> None:
         assert (await at.client.generate("a red cube")).image is not None
 
     through(work, thinkers=(b"k",) * 2)
+
+
+async def thinking(at: Deployment) -> asyncio.Task[Result]:
+    """A picture whose think text is being written."""
+    at.thinkers[0].think_go.clear()
+    heard: list[ServiceEvent] = []
+    drawn = asyncio.create_task(at.client.generate("a red cube", think=True, on_event=heard.append))
+    await until(lambda: any(isinstance(event, TextDelta) for event in heard))
+    return drawn
+
+
+def test_a_dit_that_leaves_while_a_think_text_is_written_is_not_missed() -> None:
+    async def work(at: Deployment) -> None:
+        drawn = await thinking(at)
+        await at.hosts[1].drain(0)
+        at.thinkers[0].think_go.set()
+        assert (await drawn).image is not None
+        assert [len(dit.asked) for dit in at.dits] == [0, 1]
+        assert not any(backend.under_way for backend in (*at.gateway.backends.thinkers, *at.gateway.backends.dits))
+
+    through(work, dits=(b"k",) * 2)
+
+
+@pytest.mark.parametrize("topology", ["bagel", "bagel_think", "bagel_single_stage"])
+def test_what_a_dit_refuses_as_it_shuts_down_another_gets(topology: str) -> None:
+    async def work(at: Deployment) -> None:
+        at.dits[0].failure = Draining("dit-0 is shutting down")
+        assert (await at.client.generate("a red cube")).image is not None
+        assert [len(dit.asked) for dit in at.dits] == [1, 1]
+
+    through(work, topology, dits=(b"k",) * 2)
+
+
+def test_the_only_dit_that_leaves_is_told_as_unavailable() -> None:
+    async def work(at: Deployment) -> None:
+        drawn = await thinking(at)
+        await at.hosts[1].drain(0)
+        at.thinkers[0].think_go.set()
+        with pytest.raises(NoBackend, match=r"no DiT is ready: dit-0 \(127.0.0.1:\d+\)") as told:
+            await drawn
+        assert told.value.grpc_status == "UNAVAILABLE"
+        await at.settled()
+        asked = {request.lease_id for request in at.thinkers[0].asked}
+        await until(lambda: asked <= at.thinkers[0].leases.released)
+
+    through(work, backend_timeout_s=0.2)
+
+
+def test_what_a_dit_has_begun_no_other_is_asked_for() -> None:
+    async def work(at: Deployment) -> None:
+        at.dits[0].go.clear()
+        drawn = asyncio.create_task(at.client.generate("a red cube"))
+        await at.dits[0].called.wait()
+        await asyncio.sleep(0.2)  # its first events have come
+        await at.hosts[1].server.stop(0)
+        with pytest.raises(RemoteError, match="dit-0"):
+            await drawn
+        assert not at.dits[1].asked
+
+    through(work, dits=(b"k",) * 2)
 
 
 def test_a_build_that_fails_for_want_of_its_lease_hides_no_cause() -> None:

@@ -187,9 +187,9 @@ class Stage:
     def thinker(self, listen: str = "127.0.0.1:0", *more: str, model: Path = MODEL) -> Service:
         return self.start("thinker-0", "bagel_thinker", "--model", str(model), *more, listen=listen)
 
-    def dit(self, thinker: Service, *more: str) -> Service:
+    def dit(self, thinker: Service, *more: str, name: str = "dit-0") -> Service:
         source = f"thinker-0={thinker.address(0)}"
-        return self.start("dit-0", "bagel_dit", "--model", str(MODEL), "--source", source, *more)
+        return self.start(name, "bagel_dit", "--model", str(MODEL), "--name", name, "--source", source, *more)
 
     def gateway(self, thinker: Service, dit: Service, *more: str) -> Service:
         named = [f"thinker-0={thinker.address(0)}", f"dit-0={dit.address(0)}"]
@@ -297,6 +297,29 @@ def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage:
         with pytest.raises(BagelError) as caught:
             client.generate("too late", **SMALL)
         assert caught.value.grpc_status == "UNAVAILABLE"
+
+
+def test_a_dit_that_is_told_to_stop_under_a_think_text_leaves_the_picture_to_another(stage: Stage) -> None:
+    thinker = stage.thinker()
+    dits = [stage.dit(thinker, name=name) for name in ("dit-0", "dit-1")]
+    gateway = stage.gateway(thinker, dits[0], "--dit", f"dit-1={dits[1].address(0)}", "--backend-timeout", "1")
+    until_serving(thinker, *dits, gateway)
+    asked: dict[str, Any] = SMALL | {"think": True, "max_think_tokens": 200}
+    with Client(gateway.address(0)) as client:
+        whole = client.generate("a fox", **asked)
+        for dit in dits:
+            events = client.stream("a fox", **asked)
+            while not isinstance(next(events), TextDelta):
+                pass
+            dit.process.send_signal(signal.SIGTERM)
+            if dit is dits[0]:
+                last = list(events)[-1]
+                assert isinstance(last, Result) and same(last, whole)
+            else:
+                with pytest.raises(NoBackend, match="no DiT is ready"):
+                    list(events)
+            assert dit.process.wait(DETECTED_WITHIN_S) == 0
+    assert released(thinker.address(0))
 
 
 def test_a_full_store_makes_requests_wait(stage: Stage) -> None:

@@ -231,9 +231,20 @@ class Backends:
         thinkers, dits = _ready("Thinker", self.thinkers), _ready("DiT", self.dits)
         for thinker in thinkers:
             for dit in dits:
-                if _misfit(thinker, dit) is None:
+                if _misfit(thinker, thinker.model, dit) is None:
                     return thinker, dit
-        raise ForeignContext(str(_misfit(thinkers[0], dits[0])))
+        raise ForeignContext(str(_misfit(thinkers[0], thinkers[0].model, dits[0])))
+
+    def dit_for(self, thinker: ThinkerBackend | None, model: ModelInfo) -> DitBackend:
+        """The least busy DiT for a request that is under way: planned for that model, its contexts at that Thinker.
+
+        Raises NoBackend if none is ready, ForeignContext if none of them fits.
+        """
+        dits = _ready("DiT", self.dits)
+        for dit in dits:
+            if _misfit(thinker, model, dit) is None:
+                return dit
+        raise ForeignContext(str(_misfit(thinker, model, dits[0])))
 
     async def _watch(self, backend: Backend) -> None:
         while True:
@@ -258,10 +269,13 @@ def _ready(kind: str, backends: Sequence[B]) -> list[B]:
     return sorted(ready, key=lambda backend: backend.under_way)
 
 
-def _misfit(thinker: ThinkerBackend, dit: DitBackend) -> str | None:
-    """Why a DiT cannot draw from a Thinker; None if it can."""
-    assert thinker.model is not None and dit.model is not None
-    ours, theirs = thinker.model.kv_fingerprint, dit.model.kv_fingerprint
+def _misfit(thinker: ThinkerBackend | None, model: ModelInfo | None, dit: DitBackend) -> str | None:
+    """Why a DiT cannot go on with what a Thinker of that model begins; None if it can. No Thinker: a single stage."""
+    assert model is not None and dit.model is not None
+    if thinker is None:
+        same = model.checkpoint_fingerprint == dit.model.checkpoint_fingerprint
+        return None if same else f"{dit.address} serves another model than the request was begun with; send it again"
+    ours, theirs = model.kv_fingerprint, dit.model.kv_fingerprint
     if ours != theirs:
         return (
             f"{thinker.address} and {dit.address} do not share K/V: their fingerprints are {ours.hex()} and "

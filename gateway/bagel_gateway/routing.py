@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -28,17 +28,22 @@ from bagel.errors import (
 from bagel.pipelines import kv_collector
 from bagel.prompts import BranchName
 from bagel.status import from_rpc_error
-from bagel.telemetry import request_metadata
+from bagel.telemetry import Log, request_metadata
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
 from bagel_gateway.leases import Leases
 from bagel_gateway.planning import Build, Plan
 
+log = Log("bagel_gateway.routing")
 Q = TypeVar("Q")
 R = TypeVar("R")
 Remaining = Callable[[], float | None]
 """Seconds until the client's deadline; None without one."""
+ChooseDit = Callable[[], Awaitable[DitBackend]]
+"""A DiT that is ready; waits for one, and raises NoBackend if none comes."""
 
+MOVES = 4
+"""Other DiTs that a request is taken to when one that seemed ready refuses it."""
 CAUSE_S = 1.0
 """How long a DiT that lost its K/V waits for the Thinker's own account of why."""
 _FROM_THE_THINKER = (ContextRefused, IncompleteContext, KvTimeout, SourceUnavailable)
@@ -48,16 +53,14 @@ _OF_THE_PROMPT = ("prompt_tokens", "image_tokens", "completion_tokens", "think_t
 class Route:
     """One request, from its plan to its end. Ends with the first error of a stage; all other calls are cancelled."""
 
-    def __init__(
-        self, plan: Plan, thinker: ThinkerBackend | None, dit: DitBackend | None, remaining: Remaining
-    ) -> None:
-        self._plan, self._thinker, self._dit, self._remaining = plan, thinker, dit, remaining
+    def __init__(self, plan: Plan, thinker: ThinkerBackend | None, choose_dit: ChooseDit, remaining: Remaining) -> None:
+        self._plan, self._thinker, self._choose_dit, self._remaining = plan, thinker, choose_dit, remaining
         self._queue: asyncio.Queue[gateway_pb2.GenerateResponse | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         self._handed_over: list[asyncio.Future[kv_pb2.ContextRef]] = [loop.create_future() for _ in plan.builds]
         self._built: dict[int, thinker_pb2.ContextBuilt] = {}
         self._lengths: dict[int, int] = {}
-        self._told_prefill = False
+        self._told_prefill = self._dit_began = False
         self._leases = None if thinker is None else Leases(thinker)
         self._started = time.perf_counter()
 
@@ -203,12 +206,29 @@ class Route:
         return [dit_pb2.BranchContext(branch=wire.branch_to_wire(name), context=ref) for name, ref in collected.items()]
 
     async def _call_dit(self, request: dit_pb2.DitServiceGenerateRequest) -> dit_pb2.DitServiceGenerateFinished:
-        """The DiT's part; its events go on as they come."""
-        assert self._dit is not None
+        """The DiT's part, at one that is ready when its turn comes. What one refuses as it shuts down, another gets."""
         request.output_format = self._plan.output_format
-        call = self._dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
+        moves = 0
+        while True:
+            dit = await self._choose_dit()
+            try:
+                with dit.busy():
+                    return await self._follow(dit, request)
+            except BagelError as error:
+                going = isinstance(error, Draining | Loading) or _unreachable(error)
+                if self._dit_began or dit.silent.is_set() or not going or moves == MOVES:
+                    raise
+                moves += 1
+                log.info("refused by a DiT; another is chosen", dit=str(dit.address), why=str(error))
+
+    async def _follow(
+        self, dit: DitBackend, request: dit_pb2.DitServiceGenerateRequest
+    ) -> dit_pb2.DitServiceGenerateFinished:
+        """The call of one DiT; its events go on as they come."""
+        call = dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
         finished, admitted = None, dit_pb2.Admitted()
-        async for event in _responses(call, self._dit):
+        async for event in _responses(call, dit):
+            self._dit_began = True
             if self._leases is not None:
                 self._leases.handed_over()
             match event.WhichOneof("event"):
@@ -229,7 +249,7 @@ class Route:
                 case "finished":
                     finished = event.finished
         if finished is None:
-            raise RemoteError(f"{self._dit.name} ended a request without its result", "INTERNAL")
+            raise RemoteError(f"{dit.name} ended a request without its result", "INTERNAL")
         return finished
 
     def _tell_drawing(self, admitted: dit_pb2.Admitted) -> None:
@@ -286,8 +306,7 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
             yield response
     except grpc.RpcError as error:
         told = from_rpc_error(error, backend.name)
-        unreachable = isinstance(told, RemoteError) and told.grpc_status == "UNAVAILABLE"
-        if unreachable or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
+        if _unreachable(told) or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
             backend.lost(str(told))  # the next request need not find out by itself
         raise told from None
     finally:
@@ -295,6 +314,10 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
         for task in (silent, reading):
             if task is not None:
                 task.cancel()
+
+
+def _unreachable(error: BagelError) -> bool:
+    return isinstance(error, RemoteError) and error.grpc_status == "UNAVAILABLE"
 
 
 def _without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, float]:

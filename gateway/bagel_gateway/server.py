@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import ExitStack, aclosing
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, nullcontext
+from typing import Any, TypeVar
 
 import bagel
 from bagel.errors import NoBackend
@@ -15,6 +15,7 @@ from bagel.status import streaming, unary
 from bagel.telemetry import Log, current_request
 from bagel.transport import Host
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
+from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends, DitBackend, ThinkerBackend
 from bagel_gateway.planning import Asked, plan, read_request
@@ -24,6 +25,8 @@ from bagel_gateway.settings import Settings
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
 LOOK_AGAIN_S = 0.05
+
+T = TypeVar("T")
 
 log = Log("bagel_gateway.server")
 
@@ -61,55 +64,60 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.DescribeModelRequest, context: Any
     ) -> gateway_pb2.DescribeModelResponse:
         """Say what is served; NoBackend while nothing is."""
-        thinker, dit = await self._ready(makes_image=True)
-        model = thinker.model if thinker is not None else dit.model if dit is not None else None
+        _, model = await self._in_time(lambda: self._choose(makes_image=True))
         return gateway_pb2.DescribeModelResponse(
             model=model, pipeline=self._deployed.model_type, version=bagel.__version__
         )
 
     async def _serve(self, asked: Asked, context: Any) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         began = time.perf_counter()
-        thinker, dit = await self._ready(asked.request.modality.makes_image)
-        model = next(backend.model for backend in (thinker, dit) if backend is not None)
-        assert model is not None
+        makes_image = asked.request.modality.makes_image
+        thinker, model = await self._in_time(lambda: self._choose(makes_image))
         planned = plan(asked, model)
         del asked  # its images are decoded, and large
-        with ExitStack() as counted:
-            for backend in (thinker, dit):
-                if backend is not None:
-                    counted.enter_context(backend.busy())
+        with thinker.busy() if thinker is not None else nullcontext():
             accepted = gateway_pb2.Accepted(
                 request_id=current_request.get(),
                 seed=planned.resolved.seed,
                 pipeline=planned.pipeline.model_type,
                 resolved=planned.resolved,
             )
-            log.info("accepted", pipeline=accepted.pipeline, backends=_names(thinker, dit))
+            log.info("accepted", pipeline=accepted.pipeline, thinker=thinker.name if thinker is not None else None)
             yield gateway_pb2.GenerateResponse(accepted=accepted)
-            events = Route(planned, thinker, dit, context.time_remaining).events()
+
+            async def choose_dit() -> DitBackend:
+                return await self._in_time(lambda: self._backends.dit_for(thinker, model))
+
+            events = Route(planned, thinker, choose_dit, context.time_remaining).events()
             async with aclosing(events):
                 async for event in events:
                     yield event
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
-    async def _ready(self, makes_image: bool) -> tuple[ThinkerBackend | None, DitBackend | None]:
-        """The services that a request goes through; NoBackend if they are not ready in time."""
+    async def _in_time(self, choose: Callable[[], T]) -> T:
+        """What is chosen; NoBackend if what it is chosen from is not ready in time."""
         deadline = time.monotonic() + self._wait_s
         while True:
             try:
-                return self._choose(makes_image)
+                return choose()
             except NoBackend:
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(LOOK_AGAIN_S)
 
-    def _choose(self, makes_image: bool) -> tuple[ThinkerBackend | None, DitBackend | None]:
-        """The services that a request goes through."""
+    def _choose(self, makes_image: bool) -> tuple[ThinkerBackend | None, ModelInfo]:
+        """The Thinker that a request goes to, and the model that it is planned for.
+
+        The DiT is chosen when its turn comes: while a think text is written, another one may have gone.
+        """
+        thinker: ThinkerBackend | None = None
         if self._deployed is BAGEL_SINGLE_STAGE:
-            return None, self._backends.dit()
-        if not makes_image:
-            return self._backends.thinker(), None
-        return self._backends.pair()
+            model = self._backends.dit().model
+        else:
+            thinker = self._backends.pair()[0] if makes_image else self._backends.thinker()
+            model = thinker.model
+        assert model is not None
+        return thinker, model
 
 
 class Gateway:
@@ -149,7 +157,3 @@ class Gateway:
 
     async def _on_ready(self, ready: bool) -> None:
         await (self.host.ready() if ready else self.host.not_ready())
-
-
-def _names(*backends: ThinkerBackend | DitBackend | None) -> list[str]:
-    return [backend.name for backend in backends if backend is not None]
