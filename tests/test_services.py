@@ -22,6 +22,7 @@ from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.errors import BagelError, NoBackend, RunnerDied, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.launch import Deployment, is_serving
+from bagel.model.checkpoint import EMA
 from bagel.process import Service
 from bagel.transport import sync_channel
 from bagel.v1 import kv_pb2
@@ -385,6 +386,22 @@ def test_services_of_different_models_never_share_kv(stage: Stage, tmp_path: Pat
         client.generate("a chimera", **SMALL)
     assert caught.value.grpc_status == "FAILED_PRECONDITION"
     assert "fingerprint" in str(caught.value)
+
+
+def test_a_dit_whose_runner_cannot_be_loaded_again_ends_with_exit_code_1(stage: Stage, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in MODEL.iterdir():
+        (model / file.name).symlink_to(file)
+    dit = stage.start("dit-0", "bagel_dit", "--model", str(model))
+    until_serving(dit)
+    (model / EMA).unlink()
+    os.kill(runner_pid(dit), signal.SIGKILL)
+    assert dit.process.wait(60) == 1
+    with pytest.raises(BagelError, match=f"the runner died and could not be loaded again: .*{EMA}"):
+        dit.check()
+    log = (tmp_path / "dit-0.log").read_text()
+    assert '"event": "the service has failed and ends"' in log and "Traceback" not in log
 
 
 def test_a_wrong_setting_ends_the_process_with_one_line(stage: Stage) -> None:

@@ -70,7 +70,7 @@ async def _serve(args: argparse.Namespace) -> None:
         added = True
         await host.ready()
         log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
-        await host.until_stopped(args.drain_timeout)
+        await service.serve(host, args.drain_timeout, driver.failed)
     finally:
         await host.server.stop(None)
         if puller is not None:

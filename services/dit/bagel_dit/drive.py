@@ -24,7 +24,10 @@ log = Log("bagel.dit")
 
 
 class Driver:
-    """Owns the runner process and the scheduler. on_health is told when the runner can serve, and when it cannot."""
+    """Owns the runner process and the scheduler. on_health is told when the runner can serve, and when it cannot.
+
+    failed gets a RunnerDied once a runner that died could not be loaded again.
+    """
 
     def __init__(
         self, settings: RunnerSettings, arena: Arena | None, on_health: Callable[[bool], Awaitable[None]]
@@ -36,6 +39,8 @@ class Driver:
         self._under_way = 0
         self._before_reading = 0
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._has_served = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._runner = self._start()
@@ -97,6 +102,7 @@ class Driver:
                 self.info = common_pb2.ModelInfo.FromString(reply.info)
                 log.info("memory", weights_bytes=dict(reply.memory), runner_pid=self._runner.pid)
                 self._ready.set_result(None)
+                self._has_served = True
                 self._spawn(self._on_health(True))
             case LoadFailed():
                 self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
@@ -128,13 +134,18 @@ class Driver:
             events.put_nowait(error)
         if not self._ready.done():
             self._ready.set_exception(BagelError(f"the DiT's runner process ended ({cause}) while it loaded the model"))
-            return
-        if self._ready.exception() is not None:
+        if (why := self._ready.exception()) is not None:
+            self._give_up(why)
             return
         self._ready = asyncio.get_running_loop().create_future()
         self._scheduler, self._under_way, self._before_reading = Scheduler(), 0, 0
         self._spawn(self._on_health(False))
         self._runner = self._start()
+
+    def _give_up(self, why: BaseException) -> None:
+        """A first load that fails is told by `loaded`; a later one ends the service, for its supervisor to start."""
+        if self._has_served:
+            self.failed.set_exception(RunnerDied(f"the runner died and could not be loaded again: {why}"))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

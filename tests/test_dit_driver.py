@@ -1,0 +1,97 @@
+"""A DiT whose runner dies: it is started again, and if that cannot be, the service ends for its supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bagel.errors import BagelError, Loading, RunnerDied
+from bagel.model.checkpoint import EMA
+from bagel_dit.drive import Driver
+from bagel_dit.messages import RunnerSettings
+from tests.conftest import GOLDEN
+
+pytestmark = pytest.mark.slow  # each start of a runner takes seconds
+
+LIMIT_S = 90
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The checkpoint, in a folder that may lose a file."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in (GOLDEN / "checkpoint").iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.02)
+
+
+def kill_runner(driver: Driver) -> int:
+    pid = driver._runner.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def driven(model: Path, test: Callable[[Driver, list[bool]], object]) -> None:
+    async def main() -> None:
+        health: list[bool] = []
+
+        async def on_health(healthy: bool) -> None:
+            health.append(healthy)
+
+        settings = RunnerSettings(str(model), False, "cpu", "auto", 4, None, False, "ERROR")
+        async with asyncio.timeout(LIMIT_S):
+            driver = Driver(settings, None, on_health)
+            try:
+                await test(driver, health)  # type: ignore[misc]
+            finally:
+                await driver.stop()
+
+    asyncio.run(main())
+
+
+def test_a_runner_that_dies_is_started_again(model: Path) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        await driver.loaded()
+        kill_runner(driver)
+        await until(lambda: health == [True, False, True])
+        await driver.loaded()
+        assert not driver.failed.done()
+
+    driven(model, test)
+
+
+def test_a_runner_that_dies_while_it_loads_again_fails_the_driver(model: Path) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        await driver.loaded()
+        first = kill_runner(driver)
+        await until(lambda: driver._runner.pid != first)
+        kill_runner(driver)
+        with pytest.raises(RunnerDied, match=r"could not be loaded again: .*signal 9"):
+            await driver.failed
+        assert health == [True, False]
+        with pytest.raises(Loading):
+            driver.listen(1, asyncio.Queue())
+
+    driven(model, test)
+
+
+def test_a_first_load_that_fails_is_told_as_it_is(model: Path) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        with pytest.raises(BagelError, match=EMA):
+            await driver.loaded()
+        assert not driver.failed.done()
+
+    (model / EMA).unlink()
+    driven(model, test)
