@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from PIL.Image import Image
 
 from bagel.client import AsyncClient
-from bagel.errors import Busy
 from bagel.events import Result, ServiceEvent
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Request
@@ -94,45 +93,10 @@ def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
 
 async def _ask_all(target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox) -> None:
     """Fill the inbox: events, then None or the error that ended it."""
+    requests = [{"prompt": ask.prompt, "modality": ask.modality, "image": ask.image, **ask.options} for ask in asks]
     try:
-        async with AsyncClient(target) as client, asyncio.TaskGroup() as group:
-            batch = _Batch(client, at_once, inbox)
-            for index, ask in enumerate(asks):
-                group.create_task(batch.ask(index, ask))
+        async with AsyncClient(target) as client:
+            await client.generate_many(requests, inbox.put, at_once=at_once)
         inbox.put(None)
-    except* Exception as errors:
-        inbox.put(_first(errors))
-
-
-def _first(error: BaseException) -> BaseException:
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
-class _Batch:
-    def __init__(self, client: AsyncClient, at_once: int, inbox: Inbox) -> None:
-        self._client, self._inbox = client, inbox
-        self._slots = asyncio.Semaphore(at_once)
-        self._under_way = 0
-
-    async def ask(self, index: int, ask: Ask) -> None:
-        """Serve one request; while others of this batch keep the gateway busy, try again."""
-        async with self._slots:
-            while (busy := await self._try(index, ask)) is not None:
-                await asyncio.sleep(busy.retry_after_s)
-
-    async def _try(self, index: int, ask: Ask) -> Busy | None:
-        """None when it is done; Busy if it was refused, nothing has come of it yet and others of ours run."""
-        begun = False
-        self._under_way += 1
-        try:
-            stream = self._client.stream(ask.prompt, modality=ask.modality, image=ask.image, **ask.options)
-            async for event in stream:
-                begun = True
-                self._inbox.put(replace(event, index=index))
-        except Busy as busy:
-            if begun or self._under_way == 1:
-                raise
-            return busy
-        finally:
-            self._under_way -= 1
-        return None
+    except Exception as error:
+        inbox.put(error)

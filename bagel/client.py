@@ -7,13 +7,14 @@ with Client("127.0.0.1:50051") as client:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import aclosing, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,13 +22,14 @@ import grpc
 from PIL import Image
 
 from bagel import wire
-from bagel.errors import InvalidImage, InvalidRequest, RemoteError
+from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
 from bagel.status import from_rpc_error
 from bagel.telemetry import REQUEST_ID, new_request_id
+from bagel.together import Together
 from bagel.transport import PLAINTEXT, Security, channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 
@@ -84,18 +86,23 @@ class Client:
         return self._events(call, 0, _UnderWay())
 
     def generate_many(
-        self, requests: Sequence[Mapping[str, Any]], on_event: OnServiceEvent | None = None
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        on_event: OnServiceEvent | None = None,
+        *,
+        at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; each is the arguments of `generate`, `prompt` among them.
 
-        Events carry the request's index, and come from several threads. The first error cancels the others.
+        Events carry the request's index, and come from several threads. The first error cancels the others. One that
+        the gateway is too busy for waits and is sent again while others of them run (`bagel.together`).
         """
-        calls, under_way = [_Call.of(request) for request in requests], _UnderWay()
+        calls, under_way, together = [_Call.of(request) for request in requests], _UnderWay(), Together()
 
         def run(index: int, call: _Call) -> Result:
-            return _last(self._events(call, index, under_way), on_event)
+            return _last(self._patiently(call, index, under_way, together), on_event)
 
-        with ThreadPoolExecutor(max(1, min(MANY, len(calls)))) as pool:
+        with ThreadPoolExecutor(max(1, min(at_once, len(calls)))) as pool:
             futures = [pool.submit(run, index, call) for index, call in enumerate(calls)]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -111,6 +118,19 @@ class Client:
             return self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
+
+    def _patiently(
+        self, call: _Call, index: int, under_way: _UnderWay, together: Together
+    ) -> Generator[ServiceEvent, None, None]:
+        left: _Call | None = call
+        while left is not None:
+            with together.attempt() as attempt, closing(self._events(left, index, under_way)) as events:
+                for event in events:
+                    attempt.begun = True
+                    yield event
+            left = call.again(attempt.refused)
+            if attempt.refused is not None and under_way.ends_within(attempt.refused.retry_after_s):
+                raise attempt.refused
 
     def _events(self, call: _Call, index: int, under_way: _UnderWay) -> Generator[ServiceEvent, None, None]:
         reader = _Reader(index)
@@ -166,14 +186,18 @@ class AsyncClient:
         return self._events(_Call.make(prompt, modality, image, timeout, request_id, output_format, options), 0)
 
     async def generate_many(
-        self, requests: Sequence[Mapping[str, Any]], on_event: OnServiceEvent | None = None
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        on_event: OnServiceEvent | None = None,
+        *,
+        at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; see Client.generate_many."""
-        calls, places = [_Call.of(request) for request in requests], asyncio.Semaphore(MANY)
+        calls, places, together = [_Call.of(request) for request in requests], asyncio.Semaphore(at_once), Together()
 
         async def run(index: int, call: _Call) -> Result:
             async with places:
-                return await _last_of(self._events(call, index), on_event)
+                return await _last_of(self._patiently(call, index, together), on_event)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -188,6 +212,18 @@ class AsyncClient:
             return await self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
+
+    async def _patiently(self, call: _Call, index: int, together: Together) -> AsyncGenerator[ServiceEvent, None]:
+        left: _Call | None = call
+        while left is not None:
+            with together.attempt() as attempt:
+                async with aclosing(self._events(left, index)) as events:
+                    async for event in events:
+                        attempt.begun = True
+                        yield event
+            left = call.again(attempt.refused)
+            if attempt.refused is not None:
+                await asyncio.sleep(attempt.refused.retry_after_s)
 
     async def _events(self, call: _Call, index: int) -> AsyncGenerator[ServiceEvent, None]:
         reader = _Reader(index)
@@ -210,6 +246,16 @@ class _Call:
     message: gateway_pb2.GenerateRequest
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
+    began: float = field(default_factory=time.monotonic)
+
+    def again(self, refused: Busy | None) -> _Call | None:
+        """The call to make after the pause that a refusal asks for; None without one. Busy if no time is left then."""
+        if refused is None or self.timeout is None:
+            return None if refused is None else self
+        left = self.began + self.timeout - time.monotonic() - refused.retry_after_s
+        if left <= 0:
+            raise refused
+        return replace(self, timeout=left)
 
     @classmethod
     def make(
@@ -309,18 +355,22 @@ class _UnderWay:
     """Calls of several threads that end together."""
 
     def __init__(self) -> None:
-        self._lock, self._cancelled = Lock(), False
+        self._lock, self._cancelled = Lock(), Event()
         self._calls: list[_Cancellable] = []
 
     def add(self, call: _Cancellable) -> None:
         with self._lock:
             self._calls.append(call)
-            if self._cancelled:
+            if self._cancelled.is_set():
                 call.cancel()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for so long; whether they were cancelled meanwhile."""
+        return self._cancelled.wait(seconds)
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled = True
+            self._cancelled.set()
             for call in self._calls:
                 call.cancel()
 

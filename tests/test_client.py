@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from bagel.batch import Ask, generate_all
 from bagel.client import AsyncClient, Client, PromptPart
-from bagel.errors import InvalidImage, InvalidRequest, RemoteError
+from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, Result, ServiceEvent
 from bagel.images import load_image
 from bagel.prompts import ImagePart, TextPart
@@ -23,11 +24,15 @@ from tests.gateway_stages import Deployment, deployment
 
 @pytest.fixture
 def at() -> Iterator[Deployment]:
+    yield from serving(max_requests=4)
+
+
+def serving(**settings: Any) -> Iterator[Deployment]:
     """A deployment in a thread of its own, as for a client in another process."""
     started: Queue[tuple[Deployment, asyncio.AbstractEventLoop, asyncio.Event]] = Queue()
 
     async def serve() -> None:
-        async with deployment(max_requests=4) as made:
+        async with deployment(**settings) as made:
             stop = asyncio.Event()
             started.put((made, asyncio.get_running_loop(), stop))
             await stop.wait()
@@ -174,3 +179,54 @@ def test_asyncio(at: Deployment) -> None:
 def test_describe(client: Client) -> None:
     described = client.describe(timeout=10)
     assert (described.pipeline, described.model.max_image_size) == ("bagel", 1024)
+
+
+def drawn_by(way: str, target: str, count: int) -> list[Result]:
+    """Pictures of seeds 0, 1, ..., asked for at once in one of the ways there are."""
+    requests: list[dict[str, Any]] = [{"prompt": "a red cube", "seed": seed} for seed in range(count)]
+
+    async def from_asyncio() -> list[Result]:
+        async with AsyncClient(target) as client:
+            return await client.generate_many(requests)
+
+    if way == "batch":
+        return generate_all(target, [Ask("a red cube", "text2img", options={"seed": seed}) for seed in range(count)])
+    if way == "asyncio":
+        return asyncio.run(from_asyncio())
+    with Client(target) as client:
+        return client.generate_many(requests)
+
+
+@pytest.fixture
+def narrow() -> Iterator[Deployment]:
+    """A gateway that serves one request at a time and lets none wait."""
+    yield from serving(max_requests=1, batch_timeout_s=0)
+
+
+WAYS = ("threads", "asyncio", "batch")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_requests_that_keep_a_gateway_busy_for_each_other_are_all_served(narrow: Deployment, way: str) -> None:
+    results = drawn_by(way, narrow.target, 3)
+    assert [result.seed for result in results] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gateway_that_others_keep_busy_is_told(narrow: Deployment, way: str) -> None:
+    narrow.dits[0].go.clear()
+    with Client(narrow.target) as other:
+        events = other.stream("a long one")
+        next(events)
+        with pytest.raises(Busy, match="its limit"):
+            drawn_by(way, narrow.target, 2)
+        events.close()
+
+
+def test_waiting_for_its_turn_is_part_of_the_timeout(narrow: Deployment) -> None:
+    narrow.dits[0].go.clear()
+    requests = [{"prompt": "a red cube", "timeout": 1.5}, {"prompt": "another", "timeout": 1.5}]
+    with Client(narrow.target) as client, pytest.raises((Busy, RemoteError)) as told:
+        client.generate_many(requests)
+    assert told.value.grpc_status in ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+    asyncio.run(narrow.settled())
