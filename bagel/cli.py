@@ -13,7 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from bagel import __version__
-from bagel.commands.flags import INTERRUPTED, Parser, add_generate_flags, add_serve_flags, complain_of_unknown
+from bagel.commands.flags import (
+    INTERRUPTED,
+    Parser,
+    add_eval_nano_flags,
+    add_generate_flags,
+    add_serve_flags,
+    complain_of_unknown,
+)
 from bagel.errors import BagelError, ConfigError
 
 BROKEN_PIPE = 141
@@ -57,6 +64,13 @@ def _run(argv: Sequence[str] | None) -> None:
         "gateway's address goes to stdout once it is ready, everything else to stderr.",
     )
     add_serve_flags(serve)
+    evaluate = commands.add_parser(
+        "eval-nano",
+        help="score the shipped model",
+        description="Ask a gateway for pictures and answers of bagel-nano's world, judge them by their pixels and "
+        "words, and print how many are right, with 95% Wilson intervals.",
+    )
+    add_eval_nano_flags(evaluate)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         complain_of_unknown(unknown, commands.choices.get(args.command, parser))
@@ -64,6 +78,8 @@ def _run(argv: Sequence[str] | None) -> None:
         raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
     if args.command == "serve":
         from bagel.commands.serve import serve as run
+    elif args.command == "eval-nano":
+        from bagel.commands.eval_nano import eval_nano as run
     else:
         from bagel.commands.generate import generate as run
     run(args)

@@ -17,6 +17,7 @@ MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "text_channel", "channel")
 POSTERIOR_MODES = ("content", "seed", "mean")
 WORKER_BACKENDS = ("process", "ray")
+TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 DTYPES = ("auto", "bfloat16", "float32")
 
 INIT_TIMEOUT_S = 300
@@ -24,6 +25,8 @@ BATCH_TIMEOUT_S = 5
 GATEWAY_PORT = 50051
 GATEWAY_HOST = "127.0.0.1"
 OUTPUT = "."
+EVALUATION, EVALUATED = "demo-output/eval-nano", 200
+TOPOLOGY = "bagel"
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -159,6 +162,22 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
 
 
+def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of `bagel eval-nano`."""
+    group = parser.add_argument_group("what to ask")
+    _add(group, "--seed", 1, "prompts and noise are drawn from it", type=_whole, metavar="N")
+    _add(group, "--count", EVALUATED, "requests of each row", type=_some, metavar="N")
+    rows = "only rows whose name contains one of these"
+    _add(group, "--rows", "all but each kind of edit", rows, nargs="+", action="extend", type=_given, metavar="TEXT")
+    _add(group, "--output", EVALUATION, "folder for table, results and sheet", type=_given, metavar="FOLDER")
+    group = parser.add_argument_group("what serves")
+    _add(group, "--endpoint", "none", "a running gateway, instead of own services", type=_endpoint, metavar="HOST:PORT")
+    _add(group, "--topology", TOPOLOGY, "services to start", choices=TOPOLOGIES)
+    _add_model(group)
+    _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
+    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+
+
 def _add_model(group: Group) -> None:
     model = "BAGEL_MODEL of the environment, else bagel-nano"
     _add(group, "--model", model, "checkpoint folder or hub name", type=_given, metavar="MODEL")
@@ -212,6 +231,12 @@ def _number(value: str) -> float:
 def _count(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is no whole number of seconds from 1 on")
+    return int(value)
+
+
+def _some(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,6}", value) or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 1 on")
     return int(value)
 
 

@@ -27,17 +27,21 @@ COLOUR_REACH, BACKGROUND_REACH, FOREGROUND = 60.0, 40.0, 70.0
 SMALLEST = 60
 THIRDS = (48, 80)
 OVERLAP = 0.75
+BLURS = (2.0, 3.0)
+"""Of an outline of 48 pixels: half as much on a small object."""
+SAME = 40
 
 
 @dataclass(frozen=True)
 class Found:
-    """One object in a picture; shape or colour "?" if it is none of the known ones."""
+    """One object in a picture; shape or colour "?" if it is none of the known ones. reach: half its longest side."""
 
     shape: str
     colour: str
     size: str
     x: float
     y: float
+    reach: float = 0.0
 
     @property
     def cell(self) -> int:
@@ -69,21 +73,28 @@ def read(picture: Image.Image) -> Seen:
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         component: Mask = labels[window] == index
         if component.sum() >= SMALLEST:
-            found.append(_object(component, pixels[window], window))
+            found.append(_object(component, pixels[window], window, ground))
         elif component.sum() >= SMALLEST // 4:
             found.append(Found("?", "?", "small", 0.0, 0.0))
     return Seen(_nearest(ground, BACKGROUNDS, BACKGROUND_REACH), tuple(found))
 
 
-def _object(component: Mask, pixels: NDArray[np.float32], window: tuple[slice, slice]) -> Found:
-    height, width = component.shape
+def _object(
+    component: Mask, pixels: NDArray[np.float32], window: tuple[slice, slice], ground: NDArray[np.float32]
+) -> Found:
     inner: Mask = ndimage.binary_erosion(component, iterations=2)
     inside = pixels[inner if inner.sum() >= 12 else component]
     colour = np.median(inside, axis=0)
     even = float((np.abs(inside - colour).max(axis=1) < COLOUR_REACH).mean())
     name = _nearest(colour, COLOURS, COLOUR_REACH) if even > 0.9 else "?"
-    y, x = window[0].start + (height - 1) / 2, window[1].start + (width - 1) / 2
-    return Found(_shape(component), name, "large" if max(height, width) >= LARGE else "small", x, y)
+    # Up to the middle of a soft edge: what only differs from the ground makes a shape rounder than it looks.
+    solid: Mask = component & (np.linalg.norm(pixels - colour, axis=-1) < np.linalg.norm(pixels - ground, axis=-1))
+    rows, columns = (np.flatnonzero(solid.any(axis=axis)) for axis in (1, 0))
+    (top, bottom), (left, right) = ((int(each[0]), int(each[-1])) for each in (rows, columns))
+    side = max(bottom - top, right - left) + 1
+    shape = _shape(solid[top : bottom + 1, left : right + 1])
+    x, y = window[1].start + (left + right) / 2, window[0].start + (top + bottom) / 2
+    return Found(shape, name, "large" if side >= LARGE else "small", x, y, side / 2)
 
 
 def _nearest(colour: NDArray[np.float32], names: dict[str, tuple[int, int, int]], reach: float) -> str:
@@ -97,13 +108,26 @@ def _shape(component: Mask) -> str:
     height, width = component.shape
     if max(height, width) > 1.35 * min(height, width):
         return "?"
-    image = Image.fromarray(component.astype(np.uint8) * 255).resize((OUTLINE, OUTLINE), Image.Resampling.BILINEAR)
-    stretched: Mask = np.asarray(image) > 127
+    stretched = _stretched(component)
     overlap = {
-        name: float((stretched & outline).sum() / (stretched | outline).sum()) for name, outline in OUTLINES.items()
+        name: max(float((stretched & each).sum() / (stretched | each).sum()) for each in outlines)
+        for name, outlines in OUTLINES.items()
     }
     best = max(overlap, key=lambda name: overlap[name])
     return best if overlap[best] >= OVERLAP else "?"
+
+
+def _stretched(mask: Mask) -> Mask:
+    """A mask stretched to the outlines' square."""
+    image = Image.fromarray(mask.astype(np.uint8) * 255).resize((OUTLINE, OUTLINE), Image.Resampling.BILINEAR)
+    return np.asarray(image) > 127
+
+
+def _softened(outline: Mask, blur: float) -> Mask:
+    """An outline as it is with soft edges, whose tips are lost: what the blur (of OUTLINE) leaves more than half of."""
+    soft: Mask = ndimage.gaussian_filter(np.pad(outline, OUTLINE // 4).astype(np.float32), blur) > 0.5
+    (rows, columns) = ndimage.find_objects(soft.astype(np.int8))[0]
+    return _stretched(soft[rows, columns])
 
 
 def _outlines() -> dict[str, Mask]:
@@ -138,7 +162,10 @@ def _polygon(points: Sequence[tuple[float, float]]) -> Mask:
     return np.asarray(image) > 127
 
 
-OUTLINES = _outlines()
+OUTLINES = {
+    name: tuple(_softened(outline, blur) if blur else outline for blur in BLURS)
+    for name, outline in _outlines().items()
+}
 
 
 def satisfies(seen: Seen, wanted: Wanted) -> bool:
@@ -170,8 +197,8 @@ def _related(a: Found, kind: str, b: Found) -> bool:
 
 
 def unchanged(before: Image.Image, after: Image.Image, allowed: Mask) -> float:
-    """Share of the pixels outside `allowed` that an edit left as they were (within 40 of 255)."""
+    """Share of the pixels outside `allowed` that an edit left as they were (within SAME of 255 in every channel)."""
     one, other = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (before, after))
-    same = np.abs(one - other).max(axis=-1) <= 40
+    same = np.abs(one - other).max(axis=-1) <= SAME
     kept = ~allowed
     return float(same[kept].mean()) if kept.any() else 1.0

@@ -1,6 +1,7 @@
 """Score a bagel-nano: prompts from a seed, pictures read by an independent checker, a table and a contact sheet.
 
-python -m training.nano.evaluate --endpoint HOST:PORT --seed 7           through a gateway
+bagel eval-nano --seed 7                                                 through services of its own
+python -m training.nano.evaluate --endpoint HOST:PORT --seed 7           through a gateway that runs
 python -m training.nano.evaluate --model RUN/checkpoint --seed 7         in this process
 """
 
@@ -9,17 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from PIL import Image, ImageDraw
-
+from bagel.errors import BagelError
 from bagel.events import Result
+from bagel.prompts import TextPart
 from bagel.request import Request
-from training.nano.rows import ROWS, Case, Row, cases, judge, picture_of
+from training.nano.rows import ROWS, Case, Row, cases, judge, picture_of, rows_named
+from training.nano.sheet import Cell, Section, contact_sheet
+
+COLUMNS = 8
+"""Cases of a row on the contact sheet: its first ones, right or wrong."""
+MISTAKES = 40
+"""Most mistakes of a row in results.json."""
+HEADER = f"{'row':<26} {'right':>9} {'share':>7}  {'95% interval':<15}  {'goal':>4}"
 
 
 class Generate(Protocol):
@@ -81,8 +90,9 @@ def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
 def evaluate(
     generate: Generate, rows: Sequence[Row], seed: int, count: int, steps: int, until: float = math.inf
 ) -> dict[str, list[Judged]]:
-    """All rows, each printed as it is done; a row that fails, or comes after `until` (monotonic), is left out."""
+    """All rows, each printed as it is done; one that fails, or comes after `until` (monotonic), is left out."""
     judged: dict[str, list[Judged]] = {}
+    print(HEADER, flush=True)
     for row in rows:
         if time.monotonic() > until:
             print(f"{row.name}: no time left", flush=True)
@@ -91,13 +101,13 @@ def evaluate(
         try:
             asked = cases(row, seed, count, steps)
             results = generate([case.request for case in asked])
-            judged[row.name] = [
-                Judged(case, result, *judge(case, result)) for case, result in zip(asked, results, strict=True)
-            ]
         except Exception as error:  # one row less is better than none
             print(f"{row.name}: {type(error).__name__}: {error}", flush=True)
             continue
-        print(f"{line(row, judged[row.name])}  {time.monotonic() - start:.1f} s", flush=True)
+        judged[row.name] = [
+            Judged(case, result, *judge(case, result)) for case, result in zip(asked, results, strict=True)
+        ]
+        print(f"{line(row, judged[row.name])}  {time.monotonic() - start:.0f} s", flush=True)
     return judged
 
 
@@ -106,59 +116,72 @@ def line(row: Row, judged: Sequence[Judged]) -> str:
     right, count = sum(each.right for each in judged), len(judged)
     low, high = wilson(right, count)
     goal = f"{row.goal:.0%}" if row.goal is not None else ""
-    return f"{row.name:<22} {right:>4}/{count:<4} {right / max(1, count):>6.1%}  [{low:.1%}, {high:.1%}]  {goal:>4}"
+    interval = f"{low:.1%} to {high:.1%}"
+    return f"{row.name:<26} {right:>4}/{count:<4} {right / max(1, count):>7.1%}  {interval:<15}  {goal:>4}"
 
 
-def sheet(judged: dict[str, list[Judged]], columns: int = 8) -> Image.Image:
-    """Pictures of every drawing row, edits below their inputs; a red frame where the checker says no."""
-    lines: list[list[tuple[Image.Image, bool]]] = []
-    for each in judged.values():
-        drawn = [item for item in each if item.result.image is not None][:columns]
-        if not drawn:
-            continue
-        sources = [item.case.example.source for item in drawn]
-        if all(source is not None for source in sources):
-            lines.append([(picture_of(source), True) for source in sources if source is not None])
-        lines.append([(item.result.image, item.right) for item in drawn if item.result.image is not None])
-    canvas = Image.new("RGB", (columns * 136 + 8, len(lines) * 136 + 8), (210, 210, 210))
-    pen = ImageDraw.Draw(canvas)
-    for y, entries in enumerate(lines):
-        for x, (picture, right) in enumerate(entries):
-            corner = (8 + 136 * x, 8 + 136 * y)
-            canvas.paste(picture, corner)
-            if not right:
-                pen.rectangle((corner[0] - 3, corner[1] - 3, corner[0] + 130, corner[1] + 130), outline="red", width=3)
-    return canvas
+def section(row: Row, judged: Sequence[Judged]) -> Section | None:
+    """A row's first cases: the input of what reads one, above what was drawn; prompts and answers in words."""
+    cells = []
+    for item in judged[:COLUMNS]:
+        source, drawn = item.case.example.source, item.result.image
+        pictures = [picture_of(source)] if source is not None else []
+        said = item.result.text if drawn is None or row.think else ""
+        caption = item.case.example.texts[-1] + (f"\n{said}" if said else "")
+        if drawn is not None:
+            pictures.append(drawn)
+        if pictures:
+            cells.append(Cell(tuple(pictures), caption, item.right))
+    title = f"{row.name}: {sum(item.right for item in judged)} of {len(judged)} right"
+    return Section(title, tuple(cells)) if cells else None
 
 
-def write(judged: dict[str, list[Judged]], folder: Path, seed: int) -> None:
-    """table.txt, results.json (with the wrong ones in words) and sheet.png."""
+def write(judged: dict[str, list[Judged]], folder: Path, about: Mapping[str, Any]) -> None:
+    """table.txt, results.json (with what was wrong, in words) and sheet.png; about: what was run, like the seed."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {row.name: row for row in ROWS}
-    (folder / "table.txt").write_text("\n".join(line(named[name], each) for name, each in judged.items()) + "\n")
-    content = {
-        name: {
-            "seed": seed,
-            "right": sum(item.right for item in each),
-            "count": len(each),
-            "wrong": [_mistake(item) for item in each if not item.right][:40],
-        }
-        for name, each in judged.items()
-    }
+    table = [line(named[name], each) for name, each in judged.items()]
+    (folder / "table.txt").write_text("\n".join([HEADER, *table]) + "\n")
+    content = {**about, "rows": {name: _content(named[name], each) for name, each in judged.items()}}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    sheet(judged).save(folder / "sheet.png")
+    sections = (section(named[name], each) for name, each in judged.items())
+    contact_sheet([each for each in sections if each is not None]).save(folder / "sheet.png")
 
 
-def _mistake(item: Judged) -> dict[str, str]:
-    example = item.case.example
-    return {"prompt": example.texts[-1], "answer": example.answer or "", "seen": item.seen, "text": item.result.text}
+def _content(row: Row, judged: Sequence[Judged]) -> dict[str, Any]:
+    right, count = sum(item.right for item in judged), len(judged)
+    return {
+        "right": right,
+        "count": count,
+        "interval": [round(bound, 4) for bound in wilson(right, count)],
+        "goal": row.goal,
+        "wrong": [_mistake(item) for item in judged if not item.right][:MISTAKES],
+    }
+
+
+def _mistake(item: Judged) -> dict[str, str | int]:
+    example, request = item.case.example, item.case.request
+    prompt = " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
+    told = {"prompt": prompt, "answer": example.answer or "", "seen": item.seen, "text": item.result.text}
+    return {**told, "seed": item.result.seed}
+
+
+def score(
+    generate: Generate, rows: Sequence[Row], folder: Path, *, seed: int, count: int, steps: int = 50, **about: Any
+) -> None:
+    """Evaluate, write everything to a folder, and say where; BagelError if a row failed."""
+    judged = evaluate(generate, rows, seed, count, steps)
+    write(judged, folder, {"seed": seed, "steps": steps, **about})
+    print(f"table.txt, results.json and sheet.png are in {folder}", flush=True)
+    if failed := [row.name for row in rows if row.name not in judged]:
+        raise BagelError(f"not evaluated: {', '.join(failed)}; the errors are above")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate and print the table."""
+    """Evaluate and print the table; 1 if a row failed or had no time."""
     parser = argparse.ArgumentParser(prog="python -m training.nano.evaluate", description="Score a bagel-nano.")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--endpoint", default="localhost:8000", help="a running gateway")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--endpoint", help="a running gateway's HOST:PORT")
     where.add_argument("--model", type=Path, help="a checkpoint, loaded in this process")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=200, help="requests a row")
@@ -171,15 +194,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further row after so long")
     args = parser.parse_args(argv)
     until = time.monotonic() + args.seconds
-    wanted = [word.strip() for word in args.rows.split(",") if word.strip()]
-    rows = [row for row in ROWS if not wanted or any(word in row.name for word in wanted)]
-    if args.model is not None:
-        generate = in_process(args.model, args.device, args.dtype, args.batch)
-    else:
-        generate = through(args.endpoint, args.batch)
+    try:
+        rows = rows_named([word.strip() for word in args.rows.split(",") if word.strip()])
+        if args.model is not None:
+            generate = in_process(args.model, args.device, args.dtype, args.batch)
+        else:
+            generate = through(args.endpoint, args.batch)
+    except BagelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     judged = evaluate(generate, rows, args.seed, args.count, args.steps, until)
-    write(judged, args.out, args.seed)
-    return 0
+    write(judged, args.out, {"seed": args.seed, "steps": args.steps, "model": str(args.model or args.endpoint)})
+    return 0 if len(judged) == len(rows) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
@@ -12,29 +13,38 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from bagel.errors import ConfigError
 from bagel.events import Result
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
 from training.nano import texts
-from training.nano.checker import Mask, read, satisfies, unchanged
+from training.nano.checker import Mask, Seen, read, satisfies, unchanged
 from training.nano.images import to_pictures
-from training.nano.phrases import plural
+from training.nano.phrases import NUMBERS, article, plural
 from training.nano.render import Renderer, encode_scenes
 from training.nano.texts import Example
 from training.nano.world import COLOURS, SHAPES, Scene
 
 OFF = {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
+EDGE = 4
+"""Pixels around a change that may change with it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. goal: the share to reach, None where there is none; options go with every request."""
+    """One line of the table.
+
+    goal: the share to reach, None where there is none. options go with every request. prompts: the row whose prompts
+    and seeds these are, if not its own, so that both can be compared. extra: only evaluated if named.
+    """
 
     name: str
     make: Callable[[Random], Example]
     goal: float | None = None
     think: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    prompts: str = ""
+    extra: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,60 +66,95 @@ def _only(make: Callable[[Random], Example], what: str) -> Callable[[Random], Ex
     return again
 
 
-def _question(rng: Random) -> Example:
-    return _only(texts.see, "question")(rng)
+SIDES = {
+    "left": ("left of", "to the left of", "on the left of"),
+    "right": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "underneath"),
+}
+GROUNDED = (
+    "{bare}, {ground} bg",
+    "{bare} {ground} background",
+    "{bare} on {ground} bg pls",
+    "please draw {body} on {ground} background.",
+    "Could you please draw {body}? The background should be {ground}.",
+    "I want to see {body} on {ground}",
+    "Hi! Draw {body}, background {ground}, thanks",
+    "pls make {bare} with a {ground} bg",
+    "just {body}, background {ground}",
+)
+"""Ways to ask with a background. Training has the words and a few of the templates, most are new to the model."""
+OPEN = ("{bare}", "please draw {body}", "draw {bare} please", "could you draw {body} for me?", "hi, i need {body}")
+"""Ways that leave the background open."""
 
 
 def person(rng: Random) -> Example:
-    """Drawing as a person asks for it, in forms that training has not."""
+    """Drawing as a person asks for it: no articles, abbreviations, capitals, polite words."""
     example = rng.choice((texts.one, texts.two, texts.count))(rng)
     wanted = example.wanted
     assert wanted is not None
-    things = [f"{t.size + ' ' if t.size else ''}{t.colour} {t.shape}" for t in wanted.things]
+    named = [f"{thing.size + ' ' if thing.size else ''}{thing.colour} {thing.shape}" for thing in wanted.things]
     if example.what == "two":
-        side = {"left": "left of", "right": "to the right of", "above": "above", "below": "below"}
-        body = f"{things[0]} {side[wanted.relations[0][1]]} a {things[1]}"
+        side = rng.choice(SIDES[wanted.relations[0][1]])
+        body = f"{article(named[0])} {side} {article(named[1])}"
+        bare = f"{named[0]} {side} {rng.choice((named[1], article(named[1])))}"
     elif example.what == "count":
-        body = f"{len(things)} {plural(things[0])}"
+        many = rng.choice((str(len(named)), NUMBERS[len(named)]))
+        body = bare = f"{many} {plural(named[0])}"
     else:
-        body = f"a {things[0]}"
-        wanted = replace(wanted, things=(replace(wanted.things[0], cell=None),))
-    ground = wanted.background or "white"
-    forms = (
-        "{body}, {ground} bg",
-        "please draw {body} on a {ground} background.",
-        "Could you please draw {body}? The background should be {ground}.",
-        "I want to see {body} on {ground}",
-        "{body} {ground} background",
-        "Hi! Draw {body}, background {ground}, thanks",
-        "pls make {body} with a {ground} bg",
-    )
-    text = rng.choice(forms).format(body=body, ground=ground)
-    text = rng.choice((text, text, text.upper(), text[0].upper() + text[1:] + "."))
-    return replace(example, what="person", texts=(text,), wanted=wanted)
+        body, bare = article(named[0]), named[0]
+    ground = wanted.background if rng.random() < 0.75 else None
+    form = rng.choice(OPEN if ground is None else GROUNDED)
+    text = _typed(rng, form.format(body=body, bare=bare, ground=ground))
+    things = tuple(replace(thing, cell=None) for thing in wanted.things)  # no place is said
+    return replace(example, what="person", texts=(text,), wanted=replace(wanted, things=things, background=ground))
 
 
+def _typed(rng: Random, text: str) -> str:
+    kind = rng.random()
+    if kind < 0.2:
+        return text.upper()
+    if kind < 0.55:
+        return text[0].upper() + text[1:] + ("" if text[-1] in ".?!" else ".")
+    return text
+
+
+def _again(row: Row, name: str, **changes: Any) -> Row:
+    """A row with the prompts and seeds of another."""
+    return replace(row, name=f"{name}: {row.name}", goal=None, prompts=row.name, **changes)
+
+
+ONE, TWO = Row("one object", texts.one, 0.97), Row("two objects", texts.two, 0.92)
+COUNT, THREE = Row("count to four", texts.count, 0.85), Row("three objects", _only(texts.three, "three"), 0.80)
+DESCRIBE = Row("description", _only(texts.see, "describe"), 0.90)
+QUESTIONS, TEXT = Row("questions", _only(texts.see, "question"), 0.93), Row("text", _only(texts.see, "text"), 0.97)
 ROWS = (
-    Row("one object", texts.one, 0.97),
-    Row("two, relation", texts.two, 0.92),
-    Row("count to four", texts.count, 0.85),
-    Row("three objects", _only(texts.three, "three"), 0.80),
+    ONE,
+    TWO,
+    COUNT,
+    THREE,
     Row("as a person asks", person, 0.85),
-    Row("edit: recolour", texts.recolour, 0.85),
-    Row("edit: add", texts.add, 0.85),
-    Row("edit: remove", texts.remove, 0.85),
-    Row("edit: move", texts.move, 0.85),
-    Row("edit: background", texts.background, 0.85),
-    Row("description", _only(texts.see, "describe"), 0.90),
-    Row("questions", _question, 0.93),
-    Row("text to text", _only(texts.see, "text"), 0.97),
-    Row("think: two, relation", texts.two, None, think=True),
-    Row("think: count", texts.count, None, think=True),
-    Row("think: questions", _question, None, think=True),
-    Row("think: text", _only(texts.see, "text"), None, think=True),
-    Row("no guidance: two", texts.two, None, options=OFF),
-    Row("no guidance: count", texts.count, None, options=OFF),
+    Row("edits", texts.edit, 0.85),
+    DESCRIBE,
+    QUESTIONS,
+    TEXT,
+    *(_again(row, "think", think=True) for row in (TWO, COUNT, QUESTIONS, TEXT)),
+    *(_again(row, "no guidance", options=OFF) for row in (TWO, COUNT)),
+    *(
+        Row(f"edit: {make.__name__}", make, extra=True)
+        for make in (texts.recolour, texts.add, texts.remove, texts.move, texts.background)
+    ),
 )
+
+
+def rows_named(words: Sequence[str]) -> list[Row]:
+    """The rows whose name contains one of the words; without words all but the extra ones. ConfigError for a word that
+    names none.
+    """
+    for word in words:
+        if not any(word in row.name for row in ROWS):
+            raise ConfigError(f"{word!r} names no row; the rows are: {', '.join(row.name for row in ROWS)}")
+    return [row for row in ROWS if (any(word in row.name for word in words) if words else not row.extra)]
 
 
 def picture_of(scene: Scene) -> Image.Image:
@@ -122,7 +167,7 @@ _renderer = Renderer("cpu")
 
 def cases(row: Row, seed: int, count: int, steps: int) -> list[Case]:
     """The requests of a row: prompts and noise from the seed."""
-    rng = Random(f"{row.name}-{seed}".replace("no guidance: ", "").replace("think: ", ""))
+    rng = Random(f"{row.prompts or row.name}-{seed}")
     return [_case(row, row.make(rng), seed * 1_000_003 + i, steps) for i in range(count)]
 
 
@@ -151,21 +196,21 @@ def judge(case: Case, result: Result) -> tuple[bool, str]:
     seen = read(result.image)
     right = satisfies(seen, example.wanted)
     if example.source is not None:
-        allowed = touched(example.source, example.target)
+        allowed = touched(example.source, example.target, seen)
         share = unchanged(picture_of(example.source), result.image, allowed)
         return right and share >= 0.95, f"{seen}; {share:.1%} of the rest unchanged"
     return right, str(seen)
 
 
-def touched(source: Scene, target: Scene) -> Mask:
-    """Where an edit may change pixels: around the difference, and the cells where something is put."""
+def touched(source: Scene, target: Scene, seen: Seen) -> Mask:
+    """Where an edit may change pixels: around the difference, and where a new object was put within its cell."""
     before, after = (np.asarray(picture_of(each), dtype=np.int16) for each in (source, target))
-    mask: Mask = ndimage.binary_dilation(np.abs(before - after).max(axis=-1) > 0, iterations=4)
-    for item in target.items:
-        if item not in source.items:
-            y, x = item.y, item.x
-            reach = item.radius + 14
-            mask[max(0, y - reach) : y + reach, max(0, x - reach) : x + reach] = True
+    mask: Mask = ndimage.binary_dilation(np.abs(before - after).max(axis=-1) > 0, iterations=EDGE)
+    new = {(item.shape, item.colour, item.cell) for item in target.items if item not in source.items}
+    for found in seen.objects:
+        if (found.shape, found.colour, found.cell) in new:
+            y, x, reach = round(found.y), round(found.x), round(found.reach) + EDGE
+            mask[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = True
     return mask
 
 
@@ -178,10 +223,14 @@ def answered(example: Example, reply: str) -> bool:
     return said.rstrip(".") == right.rstrip(".")
 
 
-_NOUNS = "|".join([*SHAPES, *(plural(shape) for shape in SHAPES)])
-_NAMED = re.compile(rf"(?:\b(one|two|three|four|an?) )?(?:large |small )?\b({'|'.join(COLOURS)}) ({_NOUNS})")
+_MANY = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+_NOUNS = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
+_NAMED = re.compile(rf"(?:\b({'|'.join(_MANY)}) )?(?:large |small )?\b({'|'.join(COLOURS)}) ({'|'.join(_NOUNS)})\b")
 
 
-def _named(text: str) -> list[tuple[str, ...]]:
-    found = [(match[1], match[2], match[3]) for match in _NAMED.finditer(text)]
-    return sorted(("a" if many in (None, "an") else many, colour, noun) for many, colour, noun in found)
+def _named(text: str) -> Counter[tuple[str, str]]:
+    """How many objects of which colour and shape a text names."""
+    found: Counter[tuple[str, str]] = Counter()
+    for many, colour, noun in _NAMED.findall(text):
+        found[colour, _NOUNS[noun]] += _MANY.get(many, 1)
+    return found
