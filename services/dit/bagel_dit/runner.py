@@ -7,19 +7,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bagel.engine.context import Context, ContextBuilder
 from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.noise import initial_noise
-from bagel.engine.plan import RequestPlan, plan_picture, plan_request
-from bagel.engine.reader import Reader, Reading, Written
 from bagel.errors import BagelError, NotFinite, OutOfMemory
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
@@ -27,12 +24,10 @@ from bagel.model.attention import KvSlab
 from bagel.model.checkpoint import find_checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
-from bagel.prompts import BranchName
-from bagel.request import text_settings
 from bagel.status import rpc_status_of
 from bagel.telemetry import Log, set_up_logs
 from bagel.v1 import common_pb2
-from bagel.wire import encode_picture, model_info, request_from_wire
+from bagel.wire import encode_picture, model_info
 from bagel_dit.messages import (
     ALIVE_EVERY_S,
     AddPicture,
@@ -40,15 +35,12 @@ from bagel_dit.messages import (
     Begin,
     Begun,
     Command,
-    Done,
     Drawn,
     Failed,
     Land,
     LandedPage,
     LoadFailed,
     PlacedContext,
-    Planned,
-    Prefilled,
     Read,
     Ready,
     Remove,
@@ -58,9 +50,8 @@ from bagel_dit.messages import (
     Stepped,
     StepPlan,
     Stop,
-    Text,
-    TextDone,
 )
+from bagel_dit.whole import WholeRequests
 
 log = Log("bagel.dit.runner")
 
@@ -108,18 +99,6 @@ class _Drawing:
     image_format: int
 
 
-@dataclass
-class _Serving:
-    """A whole request. plan: None until it is made; left: distinct contexts that are not built yet."""
-
-    image_format: int
-    plan: RequestPlan | None = None
-    readings: list[Reading] = field(default_factory=list)
-    contexts: dict[BranchName, Context] = field(default_factory=dict)
-    left: int = 0
-    told_prefill: bool = False
-
-
 class Runner:
     """One rank's worker."""
 
@@ -132,18 +111,20 @@ class Runner:
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
-        self._serving: dict[int, _Serving] = {}
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="vae")
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._decode_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._reader = Reader(
-            model,
-            self._loaded.tokenizer,
-            self._loaded.planner,
-            ContextBuilder(model),
-            max_num_seqs=settings.max_num_seqs,
-            max_model_len=self._loaded.max_model_len,
-        ) if settings.single_stage else None  # fmt: skip
+        self._whole = (
+            WholeRequests(
+                self._loaded,
+                settings.max_num_seqs,
+                send=self._send,
+                fail=self._fail,
+                tell_failed=self._tell_failed,
+                draw=self._draw_whole,
+            )
+            if settings.single_stage
+            else None
+        )
         info = model_info(
             model.config,
             name=settings.model,
@@ -162,18 +143,19 @@ class Runner:
             AddPicture: self._add,
             Land: self._land,
             Begin: self._begin,
-            Serve: self._serve,
-            Read: self._read,
             StepPlan: self._step,
             Remove: self._remove,
         }
+        if self._whole is not None:
+            handlers |= {Serve: self._whole.serve, Read: self._whole.read}
         while True:
             try:
                 command: Command = self._connection.recv()
             except (EOFError, OSError):
                 return
             if isinstance(command, Stop):
-                self._planner.shutdown(cancel_futures=True)
+                if self._whole is not None:
+                    self._whole.close()
                 self._decoder.shutdown()
                 return
             try:
@@ -228,6 +210,10 @@ class Runner:
         rows = len({context.digest for context in picture.contexts.values()})
         self._send(Begun(id_, picture.steps, drawing.canvas.padded, rows))
 
+    def _draw_whole(self, id_: int, picture: Picture, image_format: int) -> None:
+        """A picture of a whole request, whose contexts have been read here."""
+        self._announce(id_, self._place(id_, picture, image_format))
+
     # Steps
 
     def _step(self, plan: StepPlan) -> None:
@@ -248,16 +234,10 @@ class Runner:
             if picture.finished:
                 self._decode(id_, drawing, picture)
         try:
-            if plan.read and self._reader is not None and self._reader.busy:
-                self._reader.work()
-        except Exception as error:  # of the reader as a whole: which request it was cannot be told
-            assert self._reader is not None
-            self._reader.abandon(error)
+            if plan.read and self._whole is not None:
+                self._whole.work()
         finally:  # the server waits for this reply before it plans on
-            self._send_stepped(taken)
-
-    def _send_stepped(self, taken: dict[int, int]) -> None:
-        self._send(Stepped(taken, reading=self._reader is not None and self._reader.busy))
+            self._send(Stepped(taken, reading=self._whole is not None and self._whole.busy))
 
     def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
         """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
@@ -290,102 +270,12 @@ class Runner:
         self._forget(command.id)
 
     def _forget(self, id_: int) -> None:
-        if (serving := self._serving.pop(id_, None)) is not None and self._reader is not None:
-            for reading in serving.readings:
-                self._reader.cancel(reading)
+        if self._whole is not None:
+            self._whole.forget(id_)
         if (drawing := self._drawings.pop(id_, None)) is not None:
             drawing.canvas.remove(drawing.number)
             if not drawing.canvas.pictures:
                 self._canvases.pop(drawing.canvas.padded, None)  # its slab with it
-
-    # Whole requests
-
-    def _serve(self, command: Serve) -> None:
-        """Plan a request in a thread: long texts and large images must not hold up the steps of others."""
-        self._serving[command.id] = _Serving(command.image_format)
-        self._planner.submit(self._plan_in_thread, command)
-
-    def _plan_in_thread(self, command: Serve) -> None:
-        serving = self._serving.get(command.id)
-        if serving is None:
-            return  # it has left
-        try:
-            request = request_from_wire(common_pb2.Request.FromString(command.request))
-            serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
-            self._send(Planned(command.id))
-        except Exception as error:
-            self._tell_failed(command.id, error)
-
-    def _read(self, command: Read) -> None:
-        """Begin to read a request whose plan is made."""
-        serving = self._serving.get(command.id)
-        if serving is None or serving.plan is None:
-            return  # it has left
-        assert self._reader is not None
-        plan = serving.plan
-        chains = plan.chains if plan.draws else {BranchName.GEN: plan.chain}
-        distinct: dict[tuple[bytes, bool], list[BranchName]] = {}
-        for name, chain in chains.items():
-            # The think text makes gen's context another one than that of a branch with the same prompt.
-            distinct.setdefault((chain.digest, name is BranchName.GEN and plan.writes), []).append(name)
-        serving.left = len(distinct)
-        for (_, writes), names in distinct.items():
-            serving.readings.append(self._reading(command.id, serving, plan, names, writes=writes))
-        for reading in serving.readings:
-            self._reader.add(reading)
-
-    def _reading(
-        self, id_: int, serving: _Serving, plan: RequestPlan, names: list[BranchName], *, writes: bool
-    ) -> Reading:
-        def done(read: Written) -> None:
-            serving.contexts |= dict.fromkeys(names, read.context)
-            serving.left -= 1
-            if writes:
-                if not plan.draws:
-                    self._tell_prefill(id_, serving)
-                counts = _counts(plan, len(read.token_ids))
-                self._send(TextDone(id_, read.text, read.token_ids, counts))
-            if not serving.left:
-                self._all_read(id_, serving, plan)
-
-        def on_text(text: str) -> None:
-            if not plan.draws:  # an answer's prompt is read when its first text comes
-                self._tell_prefill(id_, serving)
-            self._send(Text(id_, text, think=plan.draws))
-
-        reading = Reading(
-            plan.chains[names[0]] if plan.draws else plan.chain,
-            plan.request.seed,
-            on_done=done,
-            on_error=lambda error: self._fail(id_, error),
-            settings=text_settings(plan.request) if writes else None,
-            append=plan.draws and writes,
-            on_text=on_text,
-        )
-        reading.on_kv = lambda segment, *_: reading.computed.update({segment.digest: segment.length})
-        return reading
-
-    def _tell_prefill(self, id_: int, serving: _Serving) -> None:
-        """Tell once that the contexts are computed."""
-        if serving.told_prefill:
-            return
-        serving.told_prefill = True
-        computed = sum(sum(reading.computed.values()) for reading in serving.readings)
-        chains = [context.chain for context in serving.contexts.values()] or [each.chain for each in serving.readings]
-        segments = {segment.digest: segment.length for chain in chains for segment in chain.segments}
-        self._send(Prefilled(id_, sum(segments.values()), computed))
-
-    def _all_read(self, id_: int, serving: _Serving, plan: RequestPlan) -> None:
-        """Text answers are over; pictures are drawn from now on."""
-        del self._serving[id_]
-        self._tell_prefill(id_, serving)
-        if not plan.draws:
-            self._send(Done(id_))
-            return
-        if not plan.writes:
-            self._send(TextDone(id_, "", (), _counts(plan, 0)))
-        picture = plan_picture(self._loaded.planner, plan, serving.contexts)
-        self._announce(id_, self._place(id_, picture, serving.image_format))
 
     # Replies
 
@@ -430,10 +320,3 @@ def _load(settings: RunnerSettings) -> LoadedModel:
     if settings.vae_use_tiling:
         loaded.model.autoencoder().use_tiling()
     return loaded
-
-
-def _counts(plan: RequestPlan, tokens: int) -> dict[str, int]:
-    """What a request used, as fields of bagel.v1.Usage; branches that are equal count once."""
-    images = sum(segment.length for segment in plan.chain.segments if segment.image is not None)
-    kind = "think_tokens" if plan.draws else "completion_tokens"
-    return {"prompt_tokens": plan.chain.length - images, "image_tokens": images, kind: tokens}
