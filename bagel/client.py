@@ -303,6 +303,7 @@ class _Reader:
     def __init__(self, index: int) -> None:
         self._index = index
         self._accepted = gateway_pb2.Accepted()
+        self._settings: Mapping[str, Any] = {}
         self._image: Image.Image | None = None
         self._finished = False
 
@@ -311,7 +312,8 @@ class _Reader:
         match response.WhichOneof("event"):
             case "accepted":
                 self._accepted = told = response.accepted
-                return Accepted(self._index, told.request_id, told.seed, told.pipeline)
+                self._settings = wire.options_from_wire(told.resolved)
+                return Accepted(self._index, told.request_id, told.seed, told.pipeline, self._settings)
             case "prefill":
                 return PrefillDone(self._index, response.prefill.tokens)
             case "text":
@@ -344,6 +346,7 @@ class _Reader:
             wire.timings_from_wire(finished.timings),
             usage,
             self._accepted.request_id,
+            self._settings,
         )
 
 

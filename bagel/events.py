@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A gateway took request `index`: its name in every log, its seed, and the pipeline that serves it."""
+    """A gateway took request `index`: its name in every log, its seed, and the pipeline that serves it.
+
+    settings: every setting as it is used, by the names of bagel.request: what the user left open is filled in.
+    """
 
     index: int
     request_id: str
     seed: int
     pipeline: str
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Result:
 
     text: the reply, or the think text before a picture ("" if there is none); token_ids: its visible ids.
     timings: seconds by stage (context, text, denoise, decode). From a service also usage, tokens and steps by the
-    names of bagel.v1.Usage, and the request's name in its logs.
+    names of bagel.v1.Usage, the request's name in its logs, and the settings of `Accepted`.
     """
 
     index: int
@@ -69,6 +74,7 @@ class Result:
     timings: Mapping[str, float] = field(default_factory=dict)
     usage: Mapping[str, int] = field(default_factory=dict)
     request_id: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 Event = TextDelta | StepDone | Result

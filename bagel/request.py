@@ -157,6 +157,7 @@ REFERENCE_EDIT = {"cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "cfg_renorm_
 """Where an edit's defaults differ from text-to-image's: the reference's interval and renorm, vllm-omni's scale."""
 
 
+_OWN = ("seed", "think", "max_think_tokens", "negative_prompt", "posterior")
 _LIMITS = ("max_think_tokens", "max_tokens")
 
 
@@ -201,6 +202,13 @@ def resolve(
         image=ImageSettings(**image),
         **rest,
     )
+
+
+def with_settings(request: Request, settings: Mapping[str, Any]) -> Request:
+    """The request with other settings, named as its fields are: with those that a service says it used."""
+    own = {name: settings[name] for name in _OWN if name in settings}
+    text, image = (replace(part, **_pick(settings, type(part))) for part in (request.text, request.image))
+    return replace(request, text=text, image=image, **own)
 
 
 def check_prompt_size(field: str, parts: int, texts: Sequence[str]) -> None:

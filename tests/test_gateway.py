@@ -14,6 +14,7 @@ from bagel.client import PromptPart
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
 from bagel.prompts import THINK_IMAGE_PROMPT, THINK_TEXT_PROMPT, ImagePart, TextPart
+from bagel.request import Modality, resolve, with_settings
 from bagel.v1 import common_pb2, dit_pb2, thinker_pb2
 from tests.gateway_stages import Deployment, deployment
 
@@ -66,11 +67,25 @@ def test_a_picture_is_drawn_while_its_contexts_are_built() -> None:
     through(work)
 
 
+def test_a_result_says_with_which_settings_it_was_made() -> None:
+    async def work(at: Deployment) -> None:
+        asked = {"steps": 3, "seed": 5, "think": True, "top_k": 7}
+        result = await at.client.generate("a red cube", **asked)
+        mine = resolve(Modality.TEXT2IMG, (TextPart("a red cube"),), asked)
+        drawn = with_settings(mine, result.settings)
+        assert drawn == resolve(Modality.TEXT2IMG, mine.prompt, asked | defaults | {"height": 1024, "width": 512})
+        assert (drawn.image.cfg_text_scale, drawn.text.temperature, drawn.negative_prompt) == (2.5, 0.9, "blurred")
+
+    defaults = {"cfg_text_scale": 2.5, "temperature": 0.9, "negative_prompt": "blurred", "posterior": "mean"}
+    through(work, sampling_defaults=defaults)
+
+
 def test_what_a_picture_tells() -> None:
     async def work(at: Deployment) -> None:
         heard: list[ServiceEvent] = []
         result = await at.client.generate("a red cube", seed=5, steps=3, on_event=heard.append, request_id="cube")
         assert heard[0] == Accepted(0, "cube", 5, "bagel")
+        assert isinstance(heard[0], Accepted) and heard[0].settings == result.settings
         assert heard[-1] == result
         assert {PrefillDone(0, 2), DrawingStarted(0, 0.25), StepDone(0, 1, 2)} <= set(heard[1:-1])
         assert (result.seed, result.request_id, result.text) == (5, "cube", "")
