@@ -112,7 +112,7 @@ class LeaseLapsed(ContextRefused):
 
 
 class KvTimeout(BagelError):
-    """No page of K/V arrived for the configured time."""
+    """Nothing came from the holder of K/V for the configured time, neither a page nor a sign of life."""
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504

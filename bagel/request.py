@@ -207,7 +207,8 @@ def resolve(
 def with_settings(request: Request, settings: Mapping[str, Any]) -> Request:
     """The request with other settings, named as its fields are: with those that a service says it used."""
     own = {name: settings[name] for name in _OWN if name in settings}
-    text, image = (replace(part, **_pick(settings, type(part))) for part in (request.text, request.image))
+    text = replace(request.text, **_pick(settings, TextSettings))
+    image = replace(request.image, **_pick(settings, ImageSettings))
     return replace(request, text=text, image=image, **own)
 
 

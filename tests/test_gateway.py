@@ -69,7 +69,7 @@ def test_a_picture_is_drawn_while_its_contexts_are_built() -> None:
 
 def test_a_result_says_with_which_settings_it_was_made() -> None:
     async def work(at: Deployment) -> None:
-        asked = {"steps": 3, "seed": 5, "think": True, "top_k": 7}
+        asked: dict[str, Any] = {"steps": 3, "seed": 5, "think": True, "top_k": 7}
         result = await at.client.generate("a red cube", **asked)
         mine = resolve(Modality.TEXT2IMG, (TextPart("a red cube"),), asked)
         drawn = with_settings(mine, result.settings)
