@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Omni", "__version__"]
 __version__ = "0.1.0"
+
+# Read when torch is loaded, so set before. PyTorch's threads on a CPU spin where they wait for each other; beside any
+# other process on the same cores that costs tens of times what they compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m bench [cpu|gpu|pull|stages]`: prints tables; with --json FILE also writes their rows as JSON lines."""
+"""`python -m bench PART`: prints tables; with --json FILE also writes their rows as JSON lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bagel.errors import BagelError, ConfigError
-from bench import cpu, gpu, pull, stages
+from bench import cpu, gpu, nano, pull, stages
 from bench.report import Table, machine, write_json
 
 
@@ -35,6 +35,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     parts: dict[str, Callable[[], Iterator[Table]]] = {
         "cpu": lambda: cpu.run(options.only, options.repeats),
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
+        "nano": lambda: nano.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
     }
@@ -68,10 +69,10 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parser.add_argument("part", nargs="?", choices=("cpu", "gpu", "pull", "stages"), default="cpu")
+    parser.add_argument("part", nargs="?", choices=("cpu", "gpu", "nano", "pull", "stages"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
-    parser.add_argument("--repeats", type=int, default=5, help="cpu: least samples of each side (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="cpu, nano, stages: least samples (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")
