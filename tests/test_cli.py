@@ -164,6 +164,9 @@ def test_demo(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "examples.demo", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("$ bagel generate --endpoint 127.0.0.1:") == 5
-    assert "the pictures are coloured noise" in done.stdout
-    assert len(list(tmp_path.glob("*.png"))) == 4  # three of the model's and the input
+    assert f"The contact sheet: {tmp_path / 'sheet.png'}" in done.stdout
+    assert "bagel-nano is served at 127.0.0.1:" in done.stdout
+    assert done.stdout.count("  describe the image -> ") == 4
+    assert done.stdout.count("-> <think> ") == 2
+    names = {path.stem.split("-")[0] for path in tmp_path.glob("*.png")}
+    assert names == {"picture", "edit", "think", "sheet"}

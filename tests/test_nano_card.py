@@ -1,0 +1,43 @@
+"""The model card says what the log and the evaluation say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from training.nano import card
+
+LOG = (
+    {"stage": "vae", "s": 30.0, "step": 100, "l1": 0.3},
+    {"stage": "vae", "s": 60.0, "step": 200, "l1": 0.1},
+    {"stage": "joint", "s": 0.0, "learned": 9},
+    {"stage": "joint", "s": 60.0, "step": 50, "draw_flow": 2.0, "see_text": 5.0},
+    {"stage": "joint", "s": 30.0, "step": 60, "draw_flow": 0.2, "see_text": 0.01},
+)
+
+
+def test_minutes_go_on_over_the_stages() -> None:
+    curves, starts = card.series(LOG)
+    assert curves["l1"] == [(0.5, 0.3), (1.0, 0.1)]
+    assert curves["draw_flow"] == [(2.0, 2.0), (2.5, 0.2)]
+    assert starts == [1.0, 2.0]
+
+
+def test_card_and_picture_are_written(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text('{"default_image_size": [128, 128]}')
+    (checkpoint / "ema.safetensors").write_bytes(bytes(2_000_000))
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
+    rows = {"one object": {"right": 194, "count": 200, "interval": [0.9361, 0.9862], "goal": 0.97, "wrong": []}}
+    (tmp_path / "results.json").write_text(json.dumps({"seed": 4, "steps": 50, "rows": rows}))
+    assert card.main([str(tmp_path / "run"), str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| one object | 194 of 200 | 97.0% | 93.6% to 98.6% | 97% |" in text
+    assert "bagel eval-nano --seed 4 --count 200" in text
+    assert "1.0 M parameters" in text
+    assert "| joint | 0.5 | 60 | drawing: flow 0.2, answers: text 0.01 |" in text
+    with Image.open(tmp_path / "out" / "training.png") as picture:
+        assert len(picture.getcolors() or ()) > 5

@@ -1,0 +1,130 @@
+"""What the shipped model draws and says means something: prompts, guidance, edits and plans are followed.
+
+Seeds are fixed. Pictures are judged by their pixels (training/nano/checker.py), through the services.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import bagel
+from bagel.config import shipped_deploy_config
+from bagel.defaults import NANO_NAME
+from bagel.events import Result
+from tests.helpers import agree
+from training.nano.checker import Seen, read
+from training.nano.rows import ROWS, Case, cases, judge, picture_of
+from training.nano.world import CELLS, Item, Scene
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+SEED = 20261
+
+
+@pytest.fixture(scope="module")
+def omni() -> Iterator[bagel.Omni]:
+    with bagel.Omni(NANO_NAME, device="cpu") as omni:
+        yield omni
+
+
+def asked(row: str, count: int) -> list[Case]:
+    found = next(each for each in ROWS if each.name == row)
+    return cases(found, SEED, count, STEPS)
+
+
+def right(omni: bagel.Omni, chosen: Sequence[Case]) -> int:
+    """How many are answered rightly."""
+    results = omni.generate([case.request for case in chosen])
+    return sum(judge(case, result)[0] for case, result in zip(chosen, results, strict=True))
+
+
+def drawn(result: Result) -> Seen:
+    assert result.image is not None
+    return read(result.image)
+
+
+def test_guidance_beats_no_guidance(omni: bagel.Omni) -> None:
+    on, off = (
+        sum(right(omni, asked(f"{prefix}{row}", 8)) for row in ("two objects", "count to four"))
+        for prefix in ("", "no guidance: ")
+    )
+    assert on >= 12
+    assert on > off
+
+
+def test_the_negative_prompt_takes_something_away(omni: bagel.Omni) -> None:
+    prompt, count = "a large red circle and a large blue square", 8
+
+    def pictures_with(**options: Any) -> Counter[str]:
+        """In how many of the pictures each colour is."""
+        results = [omni.generate(prompt, seed=seed, steps=STEPS, **options)[0] for seed in range(count)]
+        return Counter(colour for result in results for colour in {each.colour for each in drawn(result).objects})
+
+    without, steered = pictures_with(), pictures_with(negative_prompt="two large blue squares")
+    assert without["blue"] >= count - 2
+    assert steered["blue"] <= without["blue"] - 3
+    assert min(without["red"], steered["red"]) >= count - 2
+
+
+def test_edits_change_what_they_name_and_leave_the_rest(omni: bagel.Omni) -> None:
+    assert right(omni, asked("edits", 8)) >= 6
+
+
+def test_another_instruction_makes_another_picture(omni: bagel.Omni) -> None:
+    circle = Item("circle", "red", "large", 21, 3, 30, 64)
+    square = Item("square", "blue", "small", 12, 8, 100, 98)
+    before = picture_of(Scene((circle, square)))
+    for instruction, expected in (
+        ("make the circle green", {("green", "circle"), ("blue", "square")}),
+        ("remove the square", {("red", "circle")}),
+        (
+            "add a small yellow star in the top right corner",
+            {("red", "circle"), ("blue", "square"), ("yellow", "star")},
+        ),
+    ):
+        [result] = omni.generate(instruction, modality="img2img", image=before, seed=3, steps=STEPS)
+        assert {(each.colour, each.shape) for each in drawn(result).objects} == expected, instruction
+
+
+def test_the_plan_is_what_is_drawn(omni: bagel.Omni) -> None:
+    chosen = asked("think: two objects", 4) + asked("think: count to four", 4)
+    results = omni.generate([case.request for case in chosen])
+    assert all(re.fullmatch(r"<think> .* </think>", result.text) for result in results)
+    assert sum(planned(result.text) == shown(drawn(result)) for result in results) >= 6
+
+
+PLANNED = re.compile(rf": (small|large) (\w+) (\w+) at the ({'|'.join(sorted(CELLS, key=len, reverse=True))})\b")
+
+
+def planned(text: str) -> tuple[list[tuple[str, ...]], str]:
+    """Objects and background of a think text."""
+    ground = re.search(r"\. (\w+) background\.", text)
+    return sorted(match.groups() for match in PLANNED.finditer(text)), ground[1] if ground else "?"
+
+
+def shown(seen: Seen) -> tuple[list[tuple[str, ...]], str]:
+    return sorted((o.size, o.colour, o.shape, CELLS[o.cell]) for o in seen.objects), seen.background
+
+
+def test_descriptions_name_the_objects_and_questions_are_answered(omni: bagel.Omni) -> None:
+    assert right(omni, asked("description", 10)) >= 8
+    assert right(omni, asked("questions", 10)) >= 8
+    assert right(omni, asked("text", 10)) >= 8
+
+
+@pytest.mark.parametrize("topology", ["bagel_think", "bagel_single_stage"])
+def test_every_topology_gives_the_same(omni: bagel.Omni, topology: str) -> None:
+    chosen = [case for row in ("two objects", "think: count to four", "edits", "questions") for case in asked(row, 1)]
+    requests = [case.request for case in chosen]
+    with bagel.Omni(NANO_NAME, deploy_config=shipped_deploy_config(topology), device="cpu") as other:
+        pairs = list(zip(omni.generate(requests), other.generate(requests), strict=True))
+    for one, same in pairs:
+        assert one.text == same.text
+        if one.image is not None and same.image is not None:
+            assert agree(one.image, same.image)
+    assert sum(one.image is not None for one, _ in pairs) == 3

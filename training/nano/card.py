@@ -1,0 +1,187 @@
+"""The model card from a run: python -m training.nano.card RUN EVALUATION [--out models/nano].
+
+Reads RUN/log.jsonl and EVALUATION/results.json, writes README.md and training.png. The figures of the card are those
+of the two files; nothing is trained or evaluated here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+Entry = Mapping[str, Any]
+Series = dict[str, list[tuple[float, float]]]
+CURVES = ("l1", "draw_flow", "plan_flow", "edit_flow", "plan_text", "see_text", "reason_text")
+NAMES = {
+    "l1": "autoencoder: absolute error",
+    "draw_flow": "drawing: flow",
+    "plan_flow": "drawing after a plan: flow",
+    "edit_flow": "edits: flow",
+    "plan_text": "plans: text",
+    "see_text": "answers: text",
+    "reason_text": "reasoning: text",
+}
+COLOURS = ("#555555", "#d62828", "#f77f00", "#1d4ed8", "#b5179e", "#15803d", "#0e9aa7")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 460, 64, 250, 44, 52
+
+CARD = """# bagel-nano
+
+A small BAGEL of our own, in the exact layout of ByteDance-Seed/BAGEL-7B-MoT's checkpoint, so that every feature can
+be seen and tested on a laptop's CPU: {parameters:.1f} M parameters, {size:.1f} MiB, pictures of {side} x {side}.
+The code that serves it is the code that serves the 7B. Its world is coloured shapes on plain backgrounds, in
+English.
+
+## Data
+
+Procedural, drawn while training: nothing is downloaded and no picture or text of others is used. Scenes hold up to
+four of seven shapes in eight colours and two sizes on five backgrounds; texts come from templates with synonyms and
+the ways people type. Tasks: drawing, edits (recolour, add, remove, move, background), descriptions and questions,
+small sums, counting and colour mixing, and drawing or answering after a plan in words. See `training/nano` and
+`docs/nano.md`.
+
+## Training
+
+{training}
+
+![Losses over training](training.png)
+
+## Evaluation
+
+`bagel eval-nano --seed {seed} --count {count}`: prompts drawn from a seed that training has not, {steps} timesteps,
+default guidance, pictures judged by their pixels alone, answers word for word; 95% Wilson intervals.
+
+{table}
+
+A drawing is right if exactly the objects asked for are there, in shape, colour and what the prompt says of size,
+place, relation and background; an edit, if also at least 95% of the untouched area is unchanged. "think" and "no
+guidance" have the prompts and seeds of the rows they are named after.
+
+## Limits
+
+It knows nothing outside its world: other words are ignored or misread, other pictures are described as shapes. It
+draws {side} x {side} alone, up to four objects, and counts no further. Its words for places are those of a 3 x 3
+grid ("to the left" is the middle of the left side). It is a means of testing and of showing features, not a model
+of language or of images. Apache-2.0.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the card."""
+    parser = argparse.ArgumentParser(prog="python -m training.nano.card", description="Write the model card.")
+    parser.add_argument("run", type=Path, help="folder with checkpoint/ and log.jsonl")
+    parser.add_argument("evaluation", type=Path, help="folder with results.json, as bagel eval-nano leaves it")
+    parser.add_argument("--out", type=Path, default=Path("models/nano"))
+    args = parser.parse_args(argv)
+    entries = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines() if line.strip()]
+    results = json.loads((args.evaluation / "results.json").read_text())
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(*series(entries)).save(args.out / "training.png", optimize=True)
+    (args.out / "README.md").write_text(card(entries, results, args.run / "checkpoint"))
+    return 0
+
+
+def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
+    """Points (minutes of training, loss) of every curve, and the minutes at which stages begin after the first."""
+    curves: Series = {name: [] for name in CURVES}
+    starts, before = [], 0.0
+    for run in stages(entries):
+        if before:
+            starts.append(before)
+        for entry in run:
+            for name in CURVES:
+                if isinstance(entry.get(name), float) and entry[name] > 0:
+                    curves[name].append((before + entry["s"] / 60, entry[name]))
+        before += max(entry["s"] for entry in run) / 60
+    return {name: points for name, points in curves.items() if points}, starts
+
+
+def stages(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """The entries of each call of the training command: its clock starts again, or the stage is another."""
+    runs: list[list[Entry]] = []
+    for entry in entries:
+        if not runs or entry["stage"] != runs[-1][-1]["stage"] or entry["s"] < runs[-1][-1]["s"]:
+            runs.append([])
+        runs[-1].append(entry)
+    return runs
+
+
+def plot(curves: Series, starts: Sequence[float]) -> Image.Image:
+    """Losses on a logarithmic axis over minutes; a line where a stage begins."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen, small = ImageDraw.Draw(image), ImageFont.load_default(12)
+    values = [value for points in curves.values() for _, value in points]
+    last = max(minute for points in curves.values() for minute, _ in points)
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+
+    def at(minute: float, value: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * minute / last
+        return x, TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(value)) / max(1, high - low)
+
+    pen.text((LEFT, 12), "Losses of bagel-nano over minutes of training on one GPU", fill="black", font=small)
+    for power in range(low, high + 1):
+        (_, y) = at(0, 10.0**power)
+        pen.line((LEFT, y, WIDTH - RIGHT, y), fill="#dddddd")
+        pen.text((LEFT - 8, y), f"{10.0**power:g}", fill="#444444", font=small, anchor="rm")
+    for minute in range(0, int(last) + 1, max(1, int(last / 8))):
+        x, y = at(minute, 10.0**low)
+        pen.text((x, y + 8), str(minute), fill="#444444", font=small, anchor="ma")
+    for start in starts:
+        x, _ = at(start, 1)
+        pen.line((x, TOP, x, HEIGHT - BOTTOM), fill="#bbbbbb", width=2)
+    for index, (name, points) in enumerate(curves.items()):
+        colour = COLOURS[CURVES.index(name)]
+        pen.line([at(*point) for point in points], fill=colour, width=2)
+        pen.line((WIDTH - RIGHT + 16, TOP + 10 + 24 * index, WIDTH - RIGHT + 40, TOP + 10 + 24 * index), colour, 3)
+        pen.text((WIDTH - RIGHT + 48, TOP + 10 + 24 * index), NAMES[name], fill="black", font=small, anchor="lm")
+    return image
+
+
+def card(entries: Sequence[Entry], results: Mapping[str, Any], checkpoint: Path) -> str:
+    """The text of README.md."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return CARD.format(
+        parameters=weights / 2e6,  # bfloat16
+        size=weights / 2**20,
+        side=config["default_image_size"][0],
+        training=training(entries),
+        table=table(results["rows"]),
+        seed=results["seed"],
+        count=max(row["count"] for row in results["rows"].values()),
+        steps=results["steps"],
+    )
+
+
+def training(entries: Sequence[Entry]) -> str:
+    """What each stage took."""
+    lines = ["| stage | minutes | steps | last losses |", "|---|--:|--:|---|"]
+    for run in stages(entries):
+        steps = [entry["step"] for entry in run if "step" in entry]
+        losses: dict[str, float] = {}
+        for entry in run:
+            losses |= {name: entry[name] for name in CURVES if isinstance(entry.get(name), float)}
+        told = ", ".join(f"{NAMES[name]} {value:.3g}" for name, value in losses.items())
+        lines.append(f"| {run[0]['stage']} | {run[-1]['s'] / 60:.1f} | {max(steps, default=0):,} | {told} |")
+    return "\n".join(lines)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The evaluation as Markdown."""
+    lines = ["| row | right | share | 95% interval | goal |", "|---|--:|--:|---|--:|"]
+    for name, row in rows.items():
+        low, high = row["interval"]
+        goal = f"{row['goal']:.0%}" if row["goal"] is not None else ""
+        share = row["right"] / row["count"]
+        interval = f"{low:.1%} to {high:.1%}"
+        lines.append(f"| {name} | {row['right']} of {row['count']} | {share:.1%} | {interval} | {goal} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
