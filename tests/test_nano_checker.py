@@ -133,8 +133,8 @@ def test_rows_compared_have_the_same_prompts_and_noise() -> None:
         for other in (f"think: {name}", f"no guidance: {name}"):
             assert [case.example for case in named[name]] == [case.example for case in named[other]]
             assert [case.request.seed for case in named[name]] == [case.request.seed for case in named[other]]
-    one, other = (cases(ROWS[0], seed, 20, 50) for seed in (1, 2))
-    assert not {case.example.texts for case in one} & {case.example.texts for case in other}
+    first, second = (cases(ROWS[0], seed, 20, 50) for seed in (1, 2))
+    assert not {case.example.texts for case in first} & {case.example.texts for case in second}
 
 
 def test_rows_are_chosen_by_words() -> None:
