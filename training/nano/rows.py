@@ -83,8 +83,14 @@ GROUNDED = (
     "pls make {bare} with a {ground} bg",
     "just {body}, background {ground}",
 )
-"""Ways to ask with a background. Training has the words and a few of the templates, most are new to the model."""
-OPEN = ("{bare}", "please draw {body}", "draw {bare} please", "could you draw {body} for me?", "hi, i need {body}")
+"""Ways to ask with a background. Training has the first one and some words; keep the others out of its phrases."""
+OPEN = (
+    "{bare}",
+    "please draw {body}",
+    "Would it be possible to get {body}?",
+    "quick one: {bare}",
+    "hi there! i was hoping for {body}",
+)
 """Ways that leave the background open."""
 
 
