@@ -68,7 +68,8 @@ class _Both:
         elif self.group.vit:
             patches = torch.zeros(1, 64, 588)
         with torch.no_grad():
-            outputs = forward(self.model, batch, Inputs(patches, clean, self.noise, torch.ones(1)))
+            inputs = Inputs(patches, clean, *((self.noise, torch.ones(1)) if self.group.draws else ()))
+            [outputs] = forward(self.model, [(batch, inputs)])
         return outputs, batch.labels[0]
 
     def picture(self) -> Image.Image:
@@ -128,6 +129,7 @@ def test_logits_are_the_engines(folder: Path, model: Bagel, name: str) -> None:
         *both.tokenizer.encode(both.example.answer or ""),
         both.tokenizer.eos,
     ]
+    assert outputs.logits is not None
     torch.testing.assert_close(outputs.logits[0][labels != IGNORED], expected, atol=1e-4, rtol=0)
 
 

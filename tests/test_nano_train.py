@@ -101,10 +101,10 @@ def test_the_optimizer_learns_and_skips_what_is_not_finite() -> None:
     for _ in range(100):
         optimizer.zero_grad()
         loss().backward()
-        optimizer.step(1.0)
+        optimizer.step()
     assert loss().item() < 0.3 * first
     before = optimizer.flat.clone()
     optimizer.grad.fill_(float("nan"))
-    optimizer.step(1.0)
+    optimizer.step()
     assert torch.equal(optimizer.flat, before)
     assert float(optimizer.skipped) == 1

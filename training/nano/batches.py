@@ -31,13 +31,14 @@ EMPTY = Scene(())
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one shape: room for `text` tokens, and which blocks they may have."""
+    """Sequences of one shape: room for `text` tokens, which blocks they may have, and whether an answer is learned."""
 
     name: str
     text: int
     vit: bool = False
     vae: bool = False
     draws: bool = False
+    answers: bool = False
 
     @property
     def width(self) -> int:
@@ -47,10 +48,10 @@ class Group:
 # Texts are as long as to make whole sequences a multiple of 16 tokens, which suits the attention kernels.
 LAYOUTS = {
     "draw": Group("draw", 46, draws=True),
-    "plan": Group("plan", 142, draws=True),
+    "plan": Group("plan", 142, draws=True, answers=True),
     "edit": Group("edit", 26, vit=True, vae=True, draws=True),
-    "see": Group("see", 46, vit=True),
-    "reason": Group("reason", 110, vit=True),
+    "see": Group("see", 46, vit=True, answers=True),
+    "reason": Group("reason", 110, vit=True, answers=True),
 }
 
 
@@ -75,8 +76,7 @@ class Batch:
 
 def unpack(group: Group, packed: Tensor, device: torch.device | str) -> Batch:
     """The batch of an array [b, group.width] int16, on a device."""
-    pinned = packed.pin_memory() if torch.device(device).type == "cuda" else packed
-    moved = pinned.to(device, non_blocking=True).long()
+    moved = packed.to(device).long()
     n = group.text
     ids, segments, ropes, labels, blocks, source, target = moved.split((n, n, n, n, 6, CODE, CODE), dim=1)
     vit_segment, vit_rope, vae_segment, vae_rope, segment, rope = blocks.unbind(1)

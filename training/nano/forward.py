@@ -7,8 +7,9 @@ understanding [text | ViT block | VAE delimiters | latent delimiters], generatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from training.nano.batches import Batch
 
 Weights = tuple[Tensor, ...]
 Rope = tuple[Tensor, Tensor]
-LayerFn = Callable[..., tuple[Tensor, Tensor | None]]
+LayerFn = Callable[..., tuple[Tensor, Tensor]]
+Size = tuple[int, int, int]
+"""Sequences of a batch, and how many tokens of either expert each has."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits [b, text, vocabulary]; velocity of the noisy latents [b, n, features], None if there are none."""
+    """logits [b, text, vocabulary] of a group that answers; velocity of the noisy latents [b, n, features] of one that
+    draws.
+    """
 
-    logits: Tensor
+    logits: Tensor | None
     velocity: Tensor | None
 
 
@@ -65,12 +70,12 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _project(x: Tensor, w: Weights, rope: Rope, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [b, n, hidden] -> q, k, v [b, heads, n, head_dim]."""
+    """x [rows, hidden] -> q, k, v [rows, heads, head_dim]."""
     head_dim = w[3].shape[0]
     qkv = F.linear(_rms(x, w[0], eps), w[1], w[2]).unflatten(-1, (-1, head_dim))
     q, k, v = qkv.split((qkv.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), dim=-2)
     q, k = (_rotate(_rms(y, norm, eps), rope).to(v.dtype) for y, norm in ((q, w[3]), (k, w[4])))
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return q, k, v
 
 
 def _rotate(x: Tensor, rope: Rope) -> Tensor:
@@ -86,43 +91,56 @@ def _finish(x: Tensor, attended: Tensor, w: Weights, eps: float) -> Tensor:
 
 def layer(
     und: Tensor,
-    gen: Tensor | None,
+    gen: Tensor,
     und_weights: Weights,
     gen_weights: Weights,
-    und_rope: Rope,
-    gen_rope: Rope | None,
-    mask: Tensor,
+    ropes: tuple[Rope, Rope],
+    masks: Sequence[Tensor],
+    sizes: Sequence[Size],
     kv_heads: int,
     eps: float,
-) -> tuple[Tensor, Tensor | None]:
-    """One decoder layer: und [b, u, hidden], gen [b, g, hidden] or None, mask [b, 1, u + g, u + g]."""
-    count = und.shape[1]
-    q, k, v = _project(und, und_weights, und_rope, kv_heads, eps)
-    if gen is not None and gen_rope is not None:
-        more = _project(gen, gen_weights, gen_rope, kv_heads, eps)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), more, strict=True))
-    if k.shape[1] != q.shape[1]:
-        repeats = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
-    und = _finish(und, attended[:, :count], und_weights, eps)
-    return und, None if gen is None else _finish(gen, attended[:, count:], gen_weights, eps)
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer over all batches at once: und [rows, hidden], gen [rows, hidden], of which each batch has b * u
+    and b * g rows in turn; masks [b, 1, u + g, u + g], added to its scores.
+    """
+    und_heads = _project(und, und_weights, ropes[0], kv_heads, eps)
+    gen_heads = _project(gen, gen_weights, ropes[1], kv_heads, eps)
+    und_parts = [x.split([b * u for b, u, _ in sizes]) for x in und_heads]
+    gen_parts = [x.split([b * g for b, _, g in sizes]) for x in gen_heads]
+    und_out, gen_out = [], []
+    for i, ((b, u, g), mask) in enumerate(zip(sizes, masks, strict=True)):
+        q, k, v = (
+            torch.cat((one[i].unflatten(0, (b, u)), other[i].unflatten(0, (b, g))), dim=1).transpose(1, 2)
+            for one, other in zip(und_parts, gen_parts, strict=True)
+        )
+        if k.shape[1] != q.shape[1]:
+            repeats = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        shown = mask.to(q.dtype).expand(-1, q.shape[1], -1, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=shown).transpose(1, 2).flatten(2)
+        und_out.append(attended[:, :u].flatten(0, 1))
+        gen_out.append(attended[:, u:].flatten(0, 1))
+    return _finish(und, torch.cat(und_out), und_weights, eps), _finish(gen, torch.cat(gen_out), gen_weights, eps)
 
 
 def visible(segments: Tensor, text: int) -> Tensor:
-    """Mask [b, 1, n, n], true where the second token is seen by the first; the first `text` tokens are causal."""
+    """Mask [b, 1, n, n]: 0 where the second token is seen by the first (every token by itself), else minus infinity.
+
+    The first `text` tokens are causal.
+    """
     n = segments.shape[1]
     index = torch.arange(n, device=segments.device)
     order = (index[:, None] >= text) | (index[None, :] <= index[:, None])
     query, key = segments[:, :, None], segments[:, None, :]
-    return ((key < query) | ((key == query) & order))[:, None]
+    seen = (key < query) | ((key == query) & order)
+    return torch.where(seen, 0.0, float("-inf"))[:, None]
 
 
 def encode_vit(vit: Vit, connector: Mlp, patches: Tensor) -> Tensor:
     """patches [b, n, features] of square images -> [b, n, hidden] of the decoder, without the position table."""
     side = vit.embeddings.position_embedding.num_embeddings**0.5
     count = patches.shape[1]
-    ids = grid_position_ids(int(count**0.5), int(count**0.5), int(side)).to(patches.device)
+    ids = _square_ids(count, int(side), patches.device)
     x = vit.embeddings.patch_embedding(patches).float() + vit.embeddings.position_embedding(ids)
     for block in vit.layers:
         x = vit_layer(block, x)
@@ -141,65 +159,129 @@ def vit_layer(block: Any, x: Tensor) -> Tensor:
     return out
 
 
-def forward(model: Bagel, batch: Batch, inputs: Inputs, layer_fn: LayerFn = layer) -> Outputs:
-    """Logits and velocities of a batch."""
+def forward(model: Bagel, parts: Sequence[tuple[Batch, Inputs]], layer_fn: LayerFn = layer) -> list[Outputs]:
+    """Logits and velocities of several batches, which share every product but those of attention."""
     decoder, llm = model.language_model, model.config.llm
-    start, end = model.delimiter_embeddings()
-    b, device = len(batch.ids), batch.ids.device
-    und, gen = [decoder.embed_tokens(batch.ids).float()], []
-    und_at, gen_at = [(batch.segments, batch.ropes)], []
+    laid = _lay_out(model, parts)
+    sizes = tuple((len(each.und), each.und.shape[1], each.gen.shape[1]) for each in laid)
+    und, gen = (torch.cat([x.flatten(0, 1) for x in xs]) for xs in ([e.und for e in laid], [e.gen for e in laid]))
+    ropes = tuple(
+        _flat_rope(decoder.rope, [positions[i] for positions in (each.ropes for each in laid)]) for i in range(2)
+    )
+    masks = [visible(each.segments, batch.group.text) for each, (batch, _) in zip(laid, parts, strict=True)]
+    if torch.is_autocast_enabled(und.device.type):
+        masks = [mask.to(torch.get_autocast_dtype(und.device.type)) for mask in masks]
+    for each in decoder.layers:
+        weights = expert_weights(each.und), expert_weights(each.gen)
+        und, gen = layer_fn(und, gen, *weights, ropes, masks, sizes, llm.num_key_value_heads, llm.rms_norm_eps)
+    und_parts = _apart(und, [(b, u) for b, u, _ in sizes])
+    gen_parts = _apart(gen, [(b, g) for b, _, g in sizes])
+    return [_read(model, *each) for each in zip(parts, und_parts, gen_parts, strict=True)]
+
+
+def _apart(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Rows of all batches -> [b, n, hidden] of each."""
+    parts = x.split([b * n for b, n in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _read(model: Bagel, part: tuple[Batch, Inputs], und: Tensor, gen: Tensor) -> Outputs:
+    """The heads: logits where the group answers, velocities where it draws."""
+    (batch, inputs), decoder = part, model.language_model
+    logits = velocity = None
+    if batch.group.answers:
+        assert decoder.norm is not None and decoder.lm_head is not None
+        logits = decoder.lm_head(_rms(und[:, : batch.group.text], decoder.norm.weight, decoder.norm.eps))
+    if batch.group.draws:
+        norm = decoder.norm_moe_gen
+        assert norm is not None and inputs.noisy is not None and model.llm2vae is not None
+        velocity = model.llm2vae(_rms(gen[:, -inputs.noisy.shape[1] :], norm.weight, norm.eps)).float()
+    return Outputs(logits, velocity)
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A batch as the decoder takes it: inputs [b, u, hidden] and [b, g, hidden], their rope positions, and the segments
+    [b, u + g].
+    """
+
+    und: Tensor
+    gen: Tensor
+    ropes: tuple[Tensor, Tensor]
+    segments: Tensor
+
+
+def _lay_out(model: Bagel, parts: Sequence[tuple[Batch, Inputs]]) -> list[_Laid]:
+    """Inputs of the decoder; images and latents of all batches are embedded together."""
+    embed = model.language_model.embed_tokens
+    device = parts[0][0].ids.device
+    delimiters = embed(_constant(tuple(model.delimiter_rows), device)).float()
+    patches, tokens, times = [], [], []
+    for _, inputs in parts:
+        if inputs.patches is not None:
+            patches.append(inputs.patches)
+        if inputs.clean is not None:
+            tokens.append(inputs.clean)
+            times.append(torch.zeros(len(inputs.clean), device=device))
+        if inputs.noisy is not None and inputs.times is not None:
+            tokens.append(inputs.noisy)
+            times.append(inputs.times)
+    features = iter(_embed_vit(model, torch.cat(patches)).split([len(x) for x in patches]) if patches else ())
+    latents = iter(
+        _embed_latents(model, torch.cat(tokens), torch.cat(times)).split([len(x) for x in tokens]) if tokens else ()
+    )
+    return [_lay_out_one(batch, embed(batch.ids).float(), delimiters, features, latents) for batch, _ in parts]
+
+
+def _lay_out_one(
+    batch: Batch, text: Tensor, delimiters: Tensor, features: Iterator[Tensor], latents: Iterator[Tensor]
+) -> _Laid:
+    b, hidden = len(text), text.shape[-1]
+    und, gen = [text], [text.new_zeros(b, 0, hidden)]
+    und_at, gen_at = [(batch.segments, batch.ropes)], [(batch.segments[:, :0], batch.ropes[:, :0])]
+    start, end = (each.expand(b, 1, -1) for each in delimiters)
 
     def at(block: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
         return block[0][:, None].expand(b, count), block[1][:, None].expand(b, count)
 
-    delimiters = torch.stack((start, end)).expand(b, 2, -1)
     if batch.group.vit:
-        assert inputs.patches is not None and model.vit_model is not None
-        assert model.connector is not None and model.vit_pos_embed is not None
-        features = encode_vit(model.vit_model, model.connector, inputs.patches).float()
-        ids = _square_ids(features.shape[1], model.vit_pos_embed.side, device)
-        features = features + model.vit_pos_embed(ids)
-        und.append(torch.cat((delimiters[:, :1], features, delimiters[:, 1:]), dim=1))
+        und.append(torch.cat((start, next(features), end), dim=1))
         und_at.append(at(batch.vit, und[-1].shape[1]))
-    for present, block, tokens, times in (
-        (batch.group.vae, batch.vae, inputs.clean, torch.zeros(b, device=device)),
-        (batch.group.draws, batch.latents, inputs.noisy, inputs.times),
-    ):
+    for present, block in ((batch.group.vae, batch.vae), (batch.group.draws, batch.latents)):
         if present:
-            assert tokens is not None and times is not None and model.latent_pos_embed is not None
-            und.append(delimiters)
+            und += [start, end]
             und_at.append(at(block, 2))
-            gen.append(
-                model.embed_latents(tokens, times, _square_ids(tokens.shape[1], model.latent_pos_embed.side, device))
-            )
-            gen_at.append(at(block, tokens.shape[1]))
+            gen.append(next(latents))
+            gen_at.append(at(block, gen[-1].shape[1]))
     segments = torch.cat([each[0] for each in (*und_at, *gen_at)], dim=1)
-    mask = visible(segments, batch.group.text)
-    und_x, und_rope = torch.cat(und, dim=1), decoder.rope(torch.cat([each[1] for each in und_at], dim=1))
-    gen_x = torch.cat(gen, dim=1) if gen else None
-    gen_rope = decoder.rope(torch.cat([each[1] for each in gen_at], dim=1)) if gen else None
-    for each in decoder.layers:
-        und_x, gen_x = layer_fn(
-            und_x,
-            gen_x,
-            expert_weights(each.und),
-            expert_weights(each.gen),
-            und_rope,
-            gen_rope,
-            mask,
-            llm.num_key_value_heads,
-            llm.rms_norm_eps,
-        )
-    assert decoder.norm is not None and decoder.lm_head is not None and decoder.norm_moe_gen is not None
-    logits = decoder.lm_head(_rms(und_x[:, : batch.group.text], decoder.norm.weight, decoder.norm.eps))
-    if gen_x is None or not batch.group.draws:
-        return Outputs(logits, None)
-    assert inputs.noisy is not None and model.llm2vae is not None
-    last = gen_x[:, -inputs.noisy.shape[1] :]
-    velocity = model.llm2vae(_rms(last, decoder.norm_moe_gen.weight, decoder.norm_moe_gen.eps))
-    return Outputs(logits, velocity.float())
+    ropes = tuple(torch.cat([each[1] for each in ats], dim=1) for ats in (und_at, gen_at))
+    return _Laid(torch.cat(und, dim=1), torch.cat(gen, dim=1), (ropes[0], ropes[1]), segments)
 
 
+def _embed_vit(model: Bagel, patches: Tensor) -> Tensor:
+    assert model.vit_model is not None and model.connector is not None and model.vit_pos_embed is not None
+    features = encode_vit(model.vit_model, model.connector, patches).float()
+    table: Tensor = model.vit_pos_embed(_square_ids(features.shape[1], model.vit_pos_embed.side, patches.device))
+    return features + table
+
+
+def _embed_latents(model: Bagel, tokens: Tensor, times: Tensor) -> Tensor:
+    assert model.latent_pos_embed is not None
+    return model.embed_latents(tokens, times, _square_ids(tokens.shape[1], model.latent_pos_embed.side, tokens.device))
+
+
+def _flat_rope(rope: Callable[[Tensor], Rope], positions: Sequence[Tensor]) -> Rope:
+    """Factors [rows, 1, head_dim] of all batches' positions."""
+    direct, swapped = rope(torch.cat([each.flatten() for each in positions])[None])
+    return direct[0], swapped[0]
+
+
+@cache
 def _square_ids(count: int, side: int, device: torch.device) -> Tensor:
     length = int(count**0.5)
     return grid_position_ids(length, length, side).to(device)
+
+
+@cache
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, device=device)

@@ -34,11 +34,12 @@ class Sizes:
     vit_hidden: int = 128
     vit_layers: int = 4
     vit_intermediate: int = 384
-    vae_mult: tuple[int, ...] = (1, 1, 2, 2)
+    vae_channels: int = 64
+    """Of the autoencoder at every depth: with 32, a group of its norms would be one channel, and lose its colour."""
 
 
 NANO = Sizes()
-TINY = Sizes(64, 2, 1, 1, 96, 32, 1, 48, (1, 1, 1, 1))
+TINY = Sizes(64, 2, 1, 1, 96, 32, 1, 48, 32)
 VIT_SIDE, PATCH = 112, 14
 
 
@@ -93,8 +94,8 @@ def write_config(folder: Path, sizes: Sizes) -> None:
         "timestep_shift": 1.0,
         "torch_dtype": "bfloat16",
         "vae_config": {
-            "ch": 32,
-            "ch_mult": list(sizes.vae_mult),
+            "ch": sizes.vae_channels,
+            "ch_mult": [1, 1, 1, 1],
             "downsample": 8,
             "in_channels": 3,
             "num_res_blocks": 1,

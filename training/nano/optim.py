@@ -30,23 +30,25 @@ class FlatOptimizer:
     """Owns the parameters: they become views of one buffer, their gradients of another."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rates: Rates) -> None:
-        """Matrices whose name has `.layers.` in it take Muon."""
-        parameters = list(named)
-        self.rates, self.count = rates, 0
+        """Matrices whose name has `.layers.` in it take Muon; those of one shape lie side by side."""
+        parameters = sorted(named, key=lambda each: _matrix_shape(*each))
+        self.rates = rates
         device = parameters[0][1].device
         self.flat = torch.cat([p.detach().float().flatten() for _, p in parameters])
         self.grad = torch.zeros_like(self.flat)
-        self.matrices: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self.matrices: dict[tuple[int, int], tuple[int, int]] = {}
         start = 0
         for name, parameter in parameters:
             stop = start + parameter.numel()
             parameter.data = self.flat[start:stop].view(parameter.shape)
             parameter.grad = self.grad[start:stop].view(parameter.shape)
-            if parameter.dim() == 2 and ".layers." in name:
-                self.matrices.setdefault((parameter.shape[0], parameter.shape[1]), []).append((start, stop))
+            shape = _matrix_shape(name, parameter)
+            if all(shape):
+                self.matrices[shape] = (self.matrices.get(shape, (start, stop))[0], stop)
             start = stop
         self.ema = self.flat.clone()
         self.first, self.second, self.momentum = (torch.zeros_like(self.flat) for _ in range(3))
+        self.count, self.scale = torch.zeros((), device=device), torch.ones((), device=device)
         self.norm = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
 
@@ -54,31 +56,29 @@ class FlatOptimizer:
         self.grad.zero_()
 
     @torch.no_grad()
-    def step(self, scale: float) -> None:
-        """One step with the rates times scale."""
+    def step(self) -> None:
+        """One step with the rates times `scale`; the host reads nothing, so that a step can be captured as a graph."""
         self.count += 1
         rates, n = self.rates, self.count
-        self.norm = torch.linalg.vector_norm(self.grad)
+        torch.linalg.vector_norm(self.grad, out=self.norm)
         finite = self.norm.isfinite()
         self.skipped += (~finite).float()
         self.grad.nan_to_num_(0.0, 0.0, 0.0)
         self.grad.mul_(
             torch.where(finite, (rates.clip / (self.norm + 1e-6)).clamp(max=1.0), torch.zeros_like(self.norm))
         )
-        go = finite.float()
+        go = self.scale * finite
         self.first.lerp_(self.grad, 0.1)
         self.second.lerp_(self.grad.square(), 0.05)
         update = (self.first / (1 - 0.9**n)) / ((self.second / (1 - 0.95**n)).sqrt() + 1e-8)
-        update.mul_(rates.adam * scale)
+        update.mul_(rates.adam)
         self.momentum.mul_(0.95).add_(self.grad)
         nesterov = self.grad + 0.95 * self.momentum
-        for (rows, columns), places in self.matrices.items():
-            stacked = torch.stack([nesterov[a:b] for a, b in places]).view(-1, rows, columns)
-            change = orthogonal(stacked).mul_(rates.muon * scale * 0.2 * max(rows, columns) ** 0.5).flatten(1)
-            for each, (a, b) in zip(change, places, strict=True):
-                update[a:b] = torch.add(each, self.flat[a:b], alpha=rates.muon * scale * rates.decay)
+        for (rows, columns), (a, b) in self.matrices.items():
+            change = orthogonal(nesterov[a:b].view(-1, rows, columns)).mul_(0.2 * max(rows, columns) ** 0.5).flatten()
+            update[a:b] = change.add_(self.flat[a:b], alpha=rates.decay).mul_(rates.muon)
         self.flat.sub_(update.mul_(go))
-        self.ema.lerp_(self.flat, 1 - min(rates.ema, (1 + n) / (10 + n)))
+        self.ema.lerp_(self.flat, 1 - ((1 + n) / (10 + n)).clamp(max=rates.ema))
 
     def state(self) -> dict[str, object]:
         """Everything needed to go on."""
@@ -93,11 +93,10 @@ class FlatOptimizer:
 
     def load(self, state: Mapping[str, object]) -> None:
         """Go on from a state of a model with the same parameters."""
-        for name in ("flat", "ema", "first", "second", "momentum"):
+        for name in ("flat", "ema", "first", "second", "momentum", "count"):
             saved = state[name]
             assert isinstance(saved, Tensor)
             getattr(self, name).copy_(saved)
-        self.count = int(str(state["count"]))
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -105,6 +104,11 @@ class FlatOptimizer:
         kept = self.flat.clone()
         self.flat.copy_(self.ema)
         self.ema.copy_(kept)
+
+
+def _matrix_shape(name: str, parameter: Tensor) -> tuple[int, int]:
+    """The shape of a matrix that Muon takes; zeros for others."""
+    return (parameter.shape[0], parameter.shape[1]) if parameter.dim() == 2 and ".layers." in name else (0, 0)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

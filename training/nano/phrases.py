@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from random import Random
 
@@ -32,8 +33,17 @@ ORDERS: tuple[str, ...] = (
     "i want {}",
 )
 ORDERS += ("a picture of {}", "an image of {}", "can you draw {}?", "could you make {} please", "i would like {}")
-ORDERS += ("draw me {}", "{} please", "give me {}", "a drawing of {}", "{}, nothing else")
+ORDERS += ("draw me {}", "{} please", "give me {}", "a drawing of {}", "{}, nothing else", "make me {}", "i need {}")
+ORDERS += ("could you draw {} for me?", "can i get {}?", "i'd like to see {}", "let's see {}", "paint me {}")
+ORDERS += ("please make a picture of {}", "kindly draw {}", "would you draw {}?", "just {}", "try to draw {}")
+OPENINGS, THANKS = ("hey, ", "hello, ", "ok, ", "so, ", "hello! "), (", thank you", " thanks", " pls", ", ok?", " :)")
 LEFT, RIGHT = ("to the left of", "left of", "on the left of"), ("to the right of", "right of", "on the right of")
+WITH = {
+    "left": ("to its left", "on its left"),
+    "right": ("to its right", "on its right"),
+    "above": ("above it", "over it"),
+    "below": ("below it", "under it"),
+}
 ABOVE, BELOW = ("above", "over", "on top of"), ("below", "under", "beneath", "underneath")
 
 
@@ -83,6 +93,13 @@ def on_background(rng: Random, phrase: str, background: str) -> str:
         f"on {article(name)} background, {phrase}",
         f"{phrase}. the background is {name}",
         f"{phrase}, bg {name}",
+        f"{phrase} {name} bg",
+        f"{phrase}; background: {name}",
+        f"{phrase}, the bg is {name}",
+        f"{phrase} in front of {article(name)} background",
+        f"{phrase} on a plain {name} background",
+        f"{phrase} - {name} background",
+        f"{name} bg, {phrase}",
     )
     return rng.choice(forms)
 
@@ -110,15 +127,19 @@ def ordered(rng: Random, phrase: str) -> str:
 
 
 def styled(rng: Random, text: str) -> str:
-    """As people type: a capital and a full stop, all capitals, no articles, or none of it."""
-    if rng.random() < 0.12:
-        text = text.replace("a ", "", 1) if text.startswith("a ") else text.replace(" a ", " ")
+    """As people type: greetings and thanks, a capital and a full stop, all capitals, no articles, or none of it."""
+    if rng.random() < 0.05:
+        text = rng.choice(OPENINGS) + text
+    if rng.random() < 0.05:
+        text = text.rstrip(".?!") + rng.choice(THANKS)
+    if rng.random() < 0.15:
+        text = re.sub(r"\ban? ", lambda found: "" if rng.random() < 0.7 else found[0], text)
     kind = rng.random()
     if kind < 0.22:
         text = text[0].upper() + text[1:]
-    elif kind < 0.27:
+    elif kind < 0.3:
         text = text.upper()
-    elif kind < 0.31:
+    elif kind < 0.34:
         text = text.title()
     ending = rng.random()
     if ending < 0.25 and text[-1] not in ".?!":

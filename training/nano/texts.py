@@ -18,6 +18,7 @@ from training.nano.phrases import (
     LEFT,
     NUMBERS,
     RIGHT,
+    WITH,
     article,
     described,
     listed,
@@ -139,9 +140,13 @@ def two(rng: Random) -> Example:
     forward = rng.random() < 0.5
     a, b = (first, second) if forward else (second, first)
     kind = (("above", "below") if vertical else ("left", "right"))[0 if forward else 1]
-    words = {"left": LEFT, "right": RIGHT, "above": ABOVE, "below": BELOW}[kind]
     size = rng.random() < 0.35
-    phrase = f"{article(varied(rng, a, size=size))} {relation(rng, words)} {article(varied(rng, b, size=size))}"
+    one_, other = (article(varied(rng, each, size=size)) for each in (a, b))
+    if rng.random() < 0.1:
+        phrase = f"{other} with {one_} {rng.choice(WITH[kind])}"
+    else:
+        words = {"left": LEFT, "right": RIGHT, "above": ABOVE, "below": BELOW}[kind]
+        phrase = f"{one_} {relation(rng, words)} {other}"
     wanted = Wanted(_things([a, b], size=size, cell=False), background, ((0, kind, 1),))
     return _drawn(rng, "two", phrase, make_scene(items, background), wanted, named=named)
 

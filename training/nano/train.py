@@ -1,8 +1,8 @@
 """Train bagel-nano, in stages that each take as long as they are given.
 
-python -m training.nano.train vae --run RUN --minutes 2          the autoencoder
-python -m training.nano.train joint --run RUN --minutes 8        the whole model; again to go on
-python -m training.nano.train joint --run RUN --minutes 8 --rate-from 1 --rate-to 0.3    a first part of two
+python -m training.nano.train vae --run RUN --minutes 3                       the autoencoder
+python -m training.nano.train joint --run RUN --minutes 6 --rate-to 0.7       the whole model, the first part of two
+python -m training.nano.train joint --run RUN --minutes 9 --rate-from 0.7     the second part
 
 RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
 starts from the weights of checkpoint/.
@@ -28,10 +28,11 @@ from training.nano.journal import Journal, Schedule
 from training.nano.network import NANO, TINY, export, new_model, write_config
 from training.nano.optim import FlatOptimizer, Rates
 from training.nano.train_joint import Trainer, train_joint
-from training.nano.train_vae import train_vae
+from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
-COUNTS = {"draw": 224, "plan": 64, "edit": 144, "see": 128, "reason": 48}
-TINY_COUNTS = {"draw": 4, "plan": 2, "edit": 2, "see": 4, "reason": 2}
+COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 48, "reason": 24}
+"""New examples a step; groups that draw learn from train_joint.REUSE times as many."""
+TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 
 
 def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
@@ -40,10 +41,11 @@ def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
     schedule = Schedule(args.minutes, 1.0, 0.02, 100)
     folder = args.run / "checkpoint"
     write_config(folder, TINY if args.tiny else NANO)
-    each = 2 if args.tiny else 48
+    each = 2 if args.tiny else 32
     stream = batches(folder, {"draw": each, "edit": each}, args.seed, args.workers)
     model = new_model(folder, device, args.seed)
-    train_vae(model, stream, schedule, journal, device=device)
+    compiled = args.compile and device.type == "cuda"
+    train_vae(VaeTrainer(model, device, compiled=compiled, noise=args.noise), stream, schedule, journal)
     (args.run / "state.pt").unlink(missing_ok=True)
     journal.write(bytes=export(model, folder))
 
@@ -61,7 +63,7 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
     state = args.run / "state.pt"
     if state.is_file() and not args.fresh:
         optimizer.load(torch.load(state, map_location=device, weights_only=True))
-        journal.write(resumed=optimizer.count)
+        journal.write(resumed=int(optimizer.count))
     journal.write(learned=optimizer.flat.numel(), device=str(device))
 
     def save() -> None:
@@ -70,7 +72,7 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
         optimizer.swap()
         size = export(model, folder)
         optimizer.swap()
-        journal.write(saved=optimizer.count, bytes=size)
+        journal.write(saved=int(optimizer.count), bytes=size)
 
     trainer = Trainer(model, device, compiled=args.compile and device.type == "cuda")
     try:
@@ -97,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, required=True, help="of the whole stage, compiling included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=min(14, max(1, (os.cpu_count() or 2) - 2)))
-    parser.add_argument("--rate", type=float, default=2e-3, help="Muon's highest; AdamW's is three quarters of it")
+    parser.add_argument("--noise", type=float, default=NOISE, help="the most noise that the autoencoder reads through")
+    parser.add_argument("--rate", type=float, default=2.5e-3, help="Muon's highest; AdamW's is three quarters of it")
     parser.add_argument("--rate-from", type=float, default=1.0, help="factor of the rates at the stage's start")
     parser.add_argument("--rate-to", type=float, default=0.0, help="factor of the rates at the stage's end")
     parser.add_argument("--rise", type=int, default=200, help="steps until the rates are at their height")

@@ -14,15 +14,20 @@ from torch import Tensor
 from bagel.model.bagel import Bagel
 from training.nano.batches import IGNORED, LAYOUTS, Batch, unpack
 from training.nano.forward import Inputs, LayerFn, forward, layer
-from training.nano.images import VitInput, latent_tokens, moments
+from training.nano.images import VitInput, latent_tokens, moments, patchify
 from training.nano.journal import Journal, Schedule
 from training.nano.optim import FlatOptimizer
+from training.nano.pool import Pool
 from training.nano.render import Renderer
+from training.nano.steps import Losses, Steps
 
 Prepared = tuple[Batch, Inputs, Tensor | None]
 TEXT_WEIGHT = {"plan": 0.15, "see": 0.25, "reason": 0.1}
 """Weight of a group's cross-entropy beside the flow's error, which is the mean over all pictures."""
-SHIFT = 2.0
+SHIFT = 3.0
+"""Times are shifted as inference shifts its timesteps: the layout of a picture is decided near t = 1."""
+REUSE, KEPT = 4, 256
+"""How often an encoded picture is learned from on average, and of how many steps they are kept."""
 
 
 class Trainer:
@@ -31,79 +36,92 @@ class Trainer:
     def __init__(self, model: Bagel, device: torch.device, *, compiled: bool) -> None:
         assert model.vae is not None
         self.model, self.device = model, device
-        self.render, self.vit_input = Renderer(device), VitInput(device)
+        self.render: Any = Renderer(device)
+        self.vit_input = VitInput(device)
         self.fast = device.type == "cuda"
         self.encoder: Any = copy.deepcopy(model.vae.autoencoder.encoder).requires_grad_(False)
         if self.fast:
             self.encoder.to(device, torch.bfloat16, memory_format=torch.channels_last)
             torch.backends.cuda.enable_cudnn_sdp(False)
+        self.pools: dict[str, Pool] = {}
         self.layer_fn: LayerFn = layer
         if compiled:
-            self._compile()
+            self.layer_fn = torch.compile(layer, dynamic=False)
+            self.encoder = torch.compile(self.encoder, dynamic=False)
+            self.render = torch.compile(self.render.__call__, dynamic=False)
 
-    def _compile(self) -> None:
-        config: Any = torch._dynamo.config
-        for name in ("cache_size_limit", "recompile_limit"):
-            if hasattr(config, name):
-                setattr(config, name, 64)
-        self.layer_fn = torch.compile(layer, dynamic=False)
-        self.encoder = torch.compile(self.encoder, dynamic=False)
-
-    def eager(self) -> None:
-        """Do without the compiler."""
-        self.layer_fn = layer
-        self.encoder = getattr(self.encoder, "_orig_mod", self.encoder)
-
-    def backward(self, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def backward(self, packed: Mapping[str, Tensor]) -> Losses:
         """Gradients of one step's batches; their losses by name."""
-        pictures = sum(len(each) for name, each in packed.items() if LAYOUTS[name].draws)
-        losses: dict[str, Tensor] = {}
-        for batch, inputs, velocity in self.prepare(packed):
+        prepared = self.prepare(packed)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast, cache_enabled=False):
+            outputs = forward(self.model, [(batch, inputs) for batch, inputs, _ in prepared], self.layer_fn)
+        losses: Losses = {}
+        pictures = sum(len(batch.ids) for batch, _, _ in prepared if batch.group.draws)
+        total = torch.zeros((), device=self.device)
+        for (batch, _, velocity), output in zip(prepared, outputs, strict=True):
             name = batch.group.name
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast):
-                outputs = forward(self.model, batch, inputs, self.layer_fn)
-            total = torch.zeros((), device=self.device)
-            if outputs.velocity is not None and velocity is not None:
-                losses[f"{name}_flow"] = F.mse_loss(outputs.velocity, velocity)
+            if output.velocity is not None and velocity is not None:
+                losses[f"{name}_flow"] = F.mse_loss(output.velocity, velocity)
                 total = total + losses[f"{name}_flow"] * (len(batch.ids) / pictures)
-            if name in TEXT_WEIGHT:
-                losses[f"{name}_text"] = cross_entropy(outputs.logits, batch.labels)
+            if output.logits is not None:
+                losses[f"{name}_text"] = cross_entropy(output.logits, batch.labels)
                 total = total + losses[f"{name}_text"] * TEXT_WEIGHT[name]
-            total.backward()
+        total.backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     @torch.no_grad()
     def prepare(self, packed: Mapping[str, Tensor]) -> list[Prepared]:
         """Batches with what their scenes become: patches, latents, and the velocity to learn.
 
-        All pictures are encoded at once: one shape to compile.
+        Examples of a group that draws are encoded and put into its pool, from which REUSE times as many are taken. A
+        picture to edit enters as a sample of its posterior, as in serving; what is drawn is the posterior's mean.
         """
-        made = [unpack(LAYOUTS[name], each, self.device) for name, each in packed.items()]
-        read = [self.render(batch.source) if batch.group.vit else None for batch in made]
-        pixels = [source for batch, source in zip(made, read, strict=True) if source is not None and batch.group.vae]
-        pixels += [self.render(batch.target) for batch in made if batch.group.draws]
-        tokens = list(self._encode(torch.cat(pixels)).split([len(each) for each in pixels])) if pixels else []
-        clean = {batch.group.name: tokens.pop(0) for batch in made if batch.group.vae}
+        self._encode({name: each for name, each in packed.items() if LAYOUTS[name].draws})
         prepared: list[Prepared] = []
-        for batch, source in zip(made, read, strict=True):
-            patches = None if source is None else self.vit_input(source)
-            known = clean.get(batch.group.name)
-            if not batch.group.draws:
-                prepared.append((batch, Inputs(patches, known), None))
-                continue
-            data = tokens.pop(0)
-            noise, times = torch.randn_like(data), sample_times(len(data), self.device)
-            t = times[:, None, None]
-            prepared.append((batch, Inputs(patches, known, (1 - t) * data + t * noise, times), noise - data))
+        for name, rows in packed.items():
+            group = LAYOUTS[name]
+            taken = self.pools[name].take(REUSE * len(rows)) if group.draws else {"packed": rows}
+            batch = unpack(group, taken["packed"], self.device)
+            patches = self.vit_input(self.render(batch.source)) if group.vit else None
+            clean = velocity = noisy = times = None
+            if group.vae:
+                clean = taken["source"] + taken["spread"] * torch.randn_like(taken["source"])
+            if group.draws:
+                data = taken["target"]
+                noise, times = torch.randn_like(data), sample_times(len(data), self.device)
+                t = times[:, None, None]
+                noisy, velocity = (1 - t) * data + t * noise, noise - data
+            prepared.append((batch, Inputs(patches, clean, noisy, times), velocity))
         return prepared
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Latent tokens of posterior samples."""
+    def _encode(self, packed: Mapping[str, Tensor]) -> None:
+        """Put new examples into their groups' pools; all their pictures are drawn and encoded at once."""
+        codes: dict[tuple[str, str], Tensor] = {}
+        for name, rows in packed.items():
+            batch = unpack(LAYOUTS[name], rows, self.device)
+            codes |= {(name, "source"): batch.source} if batch.group.vae else {}
+            codes[name, "target"] = batch.target
+        if not codes:
+            return
         assert self.model.vae is not None
+        config, pixels = self.model.vae.config, self.render(torch.cat(list(codes.values())))
         if self.fast:
             pixels = pixels.to(torch.bfloat16, memory_format=torch.channels_last)
         mean, logvar = moments(self.encoder, pixels)
-        return latent_tokens(mean, logvar, self.model.vae.config, torch.randn_like(mean))
+        counts = [len(each) for each in codes.values()]
+        means = dict(zip(codes, latent_tokens(mean, logvar, config, None).split(counts), strict=True))
+        spreads = dict(zip(codes, patchify(config.scale_factor * torch.exp(0.5 * logvar)).split(counts), strict=True))
+        for name, rows in packed.items():
+            fields = {"packed": rows, "target": means[name, "target"]}
+            if LAYOUTS[name].vae:
+                fields |= {"source": means[name, "source"], "spread": spreads[name, "source"]}
+            self._pool(name, fields).put(**fields)
+
+    def _pool(self, name: str, fields: Mapping[str, Tensor]) -> Pool:
+        if name not in self.pools:
+            shapes = {field: (tuple(rows.shape[1:]), rows.dtype) for field, rows in fields.items()}
+            self.pools[name] = Pool(KEPT * len(fields["packed"]), shapes, self.device)
+        return self.pools[name]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,7 +133,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def sample_times(count: int, device: torch.device) -> Tensor:
     """Times of flow matching: logit-normal, some uniform, shifted towards noise as inference is."""
     t = torch.randn(count, device=device).sigmoid()
-    t = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), t)
+    t = torch.where(torch.rand(count, device=device) < 0.3, torch.rand(count, device=device), t)
     return SHIFT * t / (1 + (SHIFT - 1) * t)
 
 
@@ -129,25 +147,25 @@ def train_joint(
     *,
     save_every: float = 120.0,
 ) -> None:
-    """Train until the schedule is over, saving now and then; falls back to eager if the compiler fails."""
+    """Train until the schedule is over, saving now and then."""
+
+    def step_once(packed: Mapping[str, Tensor]) -> Losses:
+        optimizer.zero_grad()
+        losses = trainer.backward(packed)
+        optimizer.step()
+        return losses
+
+    steps = Steps(step_once, trainer.device)
     step, said, saved, waited = 0, time.monotonic(), time.monotonic(), 0.0
+    optimizer.scale.fill_(0.01)  # of the steps that warm up
     while not schedule.over:
         before = time.monotonic()
         packed = next(stream)
         waited += time.monotonic() - before
-        optimizer.zero_grad()
-        try:
-            losses = trainer.backward(packed)
-        except Exception as error:
-            if step > 0 or trainer.layer_fn is layer:
-                raise
-            journal.write(compiler=f"{type(error).__name__}: {error}"[:300])
-            trainer.eager()
-            optimizer.zero_grad()
-            losses = trainer.backward(packed)
-        optimizer.step(schedule.scale(step))
+        if step > 0:
+            optimizer.scale.fill_(schedule.scale(step))
+        losses = steps(packed)
         if step == 0:
-            _settle(trainer.device)
             journal.write(first_step=time.monotonic() - before)
             schedule.begin()
         step += 1
@@ -156,7 +174,7 @@ def train_joint(
             numbers = {name: float(loss) for name, loss in losses.items()}
             journal.write(
                 step=step,
-                count=optimizer.count,
+                count=int(optimizer.count),
                 rate=schedule.scale(step),
                 norm=float(optimizer.norm),
                 skipped=float(optimizer.skipped),
@@ -168,8 +186,3 @@ def train_joint(
         if now - saved > save_every:
             saved = now
             save()
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
