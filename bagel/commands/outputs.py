@@ -17,7 +17,7 @@ from bagel.commands.progress import Progress
 from bagel.errors import InvalidRequest
 from bagel.events import Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import free_path, picture_name, save_png
-from bagel.request import Request
+from bagel.request import Request, with_settings
 
 
 class Output:
@@ -47,7 +47,8 @@ class Output:
                 self._finish(event)
 
     def _finish(self, result: Result) -> None:
-        request = replace(self._requests[result.index], seed=result.seed)  # where a gateway drew it
+        # What the user left open, a gateway has filled in, or drawn.
+        request = replace(with_settings(self._requests[result.index], result.settings), seed=result.seed)
         if result.image is not None and self._folder is not None:
             with self._progress.finish(result):
                 path = save_picture(self._folder, result.image, picture_settings(request, result, self._engine))
