@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+import bagel  # noqa: F401  before any torch: it sets how PyTorch's threads wait
+
 if TYPE_CHECKING:
     from bagel.engine.engine import BagelEngine
     from bagel.model.checkpoint import Checkpoint
