@@ -16,6 +16,7 @@ from bagel.client import AsyncClient
 from bagel.events import Result, ServiceEvent
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Request
+from bagel.transport import PLAINTEXT, Security
 
 AT_ONCE = 8
 """Requests of one call that are under way together: more would only wait elsewhere, until they are refused as busy."""
@@ -45,7 +46,12 @@ def ask_of(request: Request) -> Ask:
 
 
 def generate_all(
-    target: str, asks: Sequence[Ask], on_event: OnServiceEvent | None = None, *, at_once: int = AT_ONCE
+    target: str,
+    asks: Sequence[Ask],
+    on_event: OnServiceEvent | None = None,
+    *,
+    at_once: int = AT_ONCE,
+    security: Security = PLAINTEXT,
 ) -> list[Result]:
     """The results of all requests, in their order; on_event sees what happens meanwhile, in the calling thread.
 
@@ -53,7 +59,7 @@ def generate_all(
     other requests.
     """
     results: dict[int, Result] = {}
-    with events_of(target, asks, at_once=at_once) as events:
+    with events_of(target, asks, at_once=at_once, security=security) as events:
         for event in events:
             if isinstance(event, Result):
                 results[event.index] = event
@@ -63,11 +69,13 @@ def generate_all(
 
 
 @contextmanager
-def events_of(target: str, asks: Sequence[Ask], *, at_once: int = AT_ONCE) -> Iterator[Iterator[ServiceEvent]]:
+def events_of(
+    target: str, asks: Sequence[Ask], *, at_once: int = AT_ONCE, security: Security = PLAINTEXT
+) -> Iterator[Iterator[ServiceEvent]]:
     """What happens to the requests, as it happens; leaving ends those that are still under way."""
     inbox: Inbox = SimpleQueue()
     loop = asyncio.new_event_loop()
-    task = loop.create_task(_ask_all(target, asks, at_once, inbox))
+    task = loop.create_task(_ask_all(target, asks, at_once, inbox, security))
     thread = Thread(target=_run, args=(loop, task), name="bagel requests", daemon=True)
     thread.start()
     try:
@@ -91,11 +99,11 @@ def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
         yield item
 
 
-async def _ask_all(target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox) -> None:
+async def _ask_all(target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox, security: Security) -> None:
     """Fill the inbox: events, then None or the error that ended it."""
     requests = [{"prompt": ask.prompt, "modality": ask.modality, "image": ask.image, **ask.options} for ask in asks]
     try:
-        async with AsyncClient(target) as client:
+        async with AsyncClient(target, security) as client:
             await client.generate_many(requests, inbox.put, at_once=at_once)
         inbox.put(None)
     except Exception as error:

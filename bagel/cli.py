@@ -18,6 +18,7 @@ from bagel.commands.flags import (
     Parser,
     add_eval_nano_flags,
     add_generate_flags,
+    add_health_flags,
     add_serve_flags,
     complain_of_unknown,
 )
@@ -71,6 +72,13 @@ def _run(argv: Sequence[str] | None) -> None:
         "words, and print how many are right, with 95% Wilson intervals.",
     )
     add_eval_nano_flags(evaluate)
+    ask = commands.add_parser(
+        "health",
+        help="ask a service whether it is ready",
+        description="Ask a Thinker, a DiT or a gateway whether it is ready (grpc.health.v1). The exit code is 0 if it "
+        "is; else 1, with its state on stderr.",
+    )
+    add_health_flags(ask)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         complain_of_unknown(unknown, commands.choices.get(args.command, parser))
@@ -80,6 +88,8 @@ def _run(argv: Sequence[str] | None) -> None:
         from bagel.commands.serve import serve as run
     elif args.command == "eval-nano":
         from bagel.commands.eval_nano import eval_nano as run
+    elif args.command == "health":
+        from bagel.commands.health import health as run
     else:
         from bagel.commands.generate import generate as run
     run(args)

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bagel.config import DeployConfig, StageDeploy
 from bagel.errors import ConfigError, InitTimeout
 from bagel.process import POLL_S, Logs, Service
-from bagel.transport import DRAIN_S, sync_channel
+from bagel.transport import DRAIN_S, PLAINTEXT, Security, sync_channel
 
 LOOPBACK = "127.0.0.1"
 GATEWAY = "gateway"
@@ -39,8 +39,9 @@ class Deployment:
 
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
-    cuda:N; dtype auto, bfloat16 or float32. Entering raises InitTimeout naming the stage that is not ready after
-    init_timeout_s seconds, or the BagelError that a service ended with.
+    cuda:N; dtype auto, bfloat16 or float32. security is the gateway's TLS towards its callers. Entering
+    raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that a service
+    ended with.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Deployment:
         init_timeout_s: float = 300,
         batch_timeout_s: float = 5,
         drain_timeout_s: float = DRAIN_S,
+        security: Security = PLAINTEXT,
         logs: Logs = None,
         on_ready: OnReady | None = None,
         env: Mapping[str, str] | None = None,
@@ -64,7 +66,7 @@ class Deployment:
         self._listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
         self._device, self._dtype = device, dtype
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
-        self._logs, self._on_ready = logs, on_ready
+        self._logs, self._on_ready, self._security = logs, on_ready, security
         self._env = {**os.environ, **(env or {})}
         self._began = 0.0
         self.services: list[Service] = []
@@ -138,13 +140,19 @@ class Deployment:
         while waiting:
             self.check()
             for name in list(waiting):
-                if is_serving(addresses[name]):
+                if self._is_ready(waiting[name], addresses[name]):
                     del waiting[name]
                     if self._on_ready:
                         self._on_ready(name, addresses[name], time.monotonic() - self._began)
             if waiting and time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(POLL_S if waiting else 0)
+
+    def _is_ready(self, service: Service, address: str) -> bool:
+        """Whether it says so; a gateway with TLS says it on stdout, as its certificate may be for another name."""
+        if service.name == GATEWAY and self._security != PLAINTEXT:
+            return service.said_ready
+        return is_serving(address)
 
     def _raise_late(self, waiting: Mapping[str, Service]) -> NoReturn:
         stages = [service.title for name, service in waiting.items() if name != GATEWAY]
@@ -181,18 +189,30 @@ class Deployment:
         for name, address in addresses.items():
             arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+        if self._security != PLAINTEXT:
+            arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]
 
 
-def is_serving(address: str, timeout_s: float = 1.0) -> bool:
+def is_serving(address: str, timeout_s: float = 1.0, security: Security = PLAINTEXT) -> bool:
     """Whether the service there says that it is ready (grpc.health.v1)."""
-    with sync_channel(reachable(address)) as channel:
+    return health_of(address, timeout_s, security) == "SERVING"
+
+
+def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) -> str:
+    """What the service there says of itself (a ServingStatus of grpc.health.v1), or "unreachable"."""
+    with sync_channel(reachable(address), security) as channel:
         check: Any = health_pb2_grpc.HealthStub(channel).Check
         try:
             answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
         except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+            return "unreachable"
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+def _tls_arguments(security: Security) -> list[str]:
+    files = {"certificate": security.certificate, "key": security.key, "ca": security.ca}
+    return [argument for what, file in files.items() if file is not None for argument in (f"--tls-{what}", str(file))]
 
 
 def reachable(address: str) -> str:

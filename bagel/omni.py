@@ -28,6 +28,7 @@ from bagel.launch import Deployment, OnReady, reachable
 from bagel.process import Logs
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
+from bagel.transport import PLAINTEXT, Security
 from bagel.v1 import common_pb2
 
 DESCRIBE_S = 10.0
@@ -208,14 +209,17 @@ class ServedEngine:
             raise
 
 
-def describe(address: str, timeout_s: float = DESCRIBE_S) -> common_pb2.ModelInfo:
+def describe(address: str, timeout_s: float = DESCRIBE_S, security: Security = PLAINTEXT) -> common_pb2.ModelInfo:
     """What the gateway there serves; SourceUnavailable if none answers."""
-    with Client(address) as client:
+    with Client(address, security) as client:
         try:
             return client.describe(timeout_s).model
         except BagelError as error:
             if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                raise SourceUnavailable(f"no gateway answers at {address}; start one with bagel serve") from None
+                how = (
+                    "start one with bagel serve" if security == PLAINTEXT else "or TLS failed: check its name, --tls-ca"
+                )
+                raise SourceUnavailable(f"no gateway answers at {address}; {how}") from None
             raise
 
 

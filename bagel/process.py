@@ -24,6 +24,7 @@ GROUP_LIMIT_S = 0.5
 TAIL_LINES = 40
 TOLD_LINES = 3
 ERROR = "error: "
+READY = json.dumps({"event": "ready"})
 
 Logs = Path | TextIO | None
 """Where the services' output goes: a folder (a file each), a stream (lines with their names), or nowhere."""
@@ -38,6 +39,8 @@ class Service:
         self.name, self.title = name, title
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._listening: Future[str] = Future()
+        self.said_ready = False
+        """Whether it has said so on stdout, as the gateway does."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bagel.child", module, *arguments],
             stdin=subprocess.PIPE,  # never written to: bagel.child ends with it
@@ -118,6 +121,9 @@ class Service:
             for line in stream:
                 if not self._listening.done() and (address := _address(line)):
                     self._listening.set_result(address)
+                    continue
+                if not self.said_ready and line.strip() == READY:
+                    self.said_ready = True
                     continue
                 self._tail.append(line.rstrip("\n"))
                 write(line)

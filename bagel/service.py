@@ -71,6 +71,11 @@ def announce(host: Host, listen: str) -> None:
     log.info("listening", address=address)
 
 
+def announce_ready() -> None:
+    """Say on stdout that the service is ready for the first time."""
+    print(json.dumps({"event": "ready"}), flush=True)
+
+
 async def serve(
     host: Host, drain_s: float, failed: asyncio.Future[None], idle: Callable[[], bool] | None = None
 ) -> None:

@@ -16,6 +16,7 @@ from bagel.batch import ask_of, generate_all
 from bagel.commands.flags import EVALUATED, EVALUATION, TOPOLOGY, flag_name
 from bagel.commands.progress import say
 from bagel.commands.serve import deployment
+from bagel.commands.tls import refuse_without_endpoint, security_of
 from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.defaults import find_model
 from bagel.errors import ConfigError
@@ -52,10 +53,12 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
     if args.endpoint is not None:
         if given := [flag_name(flag) for flag in OWN_SERVICES if getattr(args, flag) is not None]:
             raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
-        model = describe(args.endpoint)
+        security = security_of(args)
+        model = describe(args.endpoint, security=security)
         about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
-        yield lambda requests: generate_all(args.endpoint, [ask_of(each) for each in requests]), about
+        yield lambda requests: generate_all(args.endpoint, list(map(ask_of, requests)), security=security), about
         return
+    refuse_without_endpoint(args)
     name, checkpoint = find_model(args.model)
     topology = args.topology or TOPOLOGY
     config = load_deploy_config(shipped_deploy_config(topology))

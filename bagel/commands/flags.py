@@ -27,6 +27,7 @@ GATEWAY_HOST = "127.0.0.1"
 OUTPUT = "."
 EVALUATION, EVALUATED = "demo-output/eval-nano", 200
 TOPOLOGY = "bagel"
+HEALTH_TIMEOUT_S = 3
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
@@ -67,6 +68,8 @@ SERVER_FLAGS = (
     "enable_diffusion_pipeline_profiler",
 )
 """Flags that configure what serves, which a running gateway has settled."""
+
+TLS_FLAGS = ("tls_certificate", "tls_key", "tls_ca")
 
 Group = argparse._ArgumentGroup
 
@@ -109,6 +112,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_text(parser.add_argument_group("text"))
     _add_picture(parser.add_argument_group("pictures"))
     _add_engine(parser.add_argument_group("model and engine"))
+    _add_client_tls(parser)
     _add_reports(parser.add_argument_group("reports"))
 
 
@@ -157,6 +161,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
     _add(group, "--port", GATEWAY_PORT, "its port, 0 for any free one", type=_port, metavar="N")
     _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
+    _add_tls(parser.add_argument_group("TLS of the gateway"), "none, plaintext", "clients need a certificate of it")
     group = parser.add_argument_group("times")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
@@ -176,6 +181,25 @@ def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
     _add_model(group)
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+    _add_client_tls(parser)
+
+
+def add_health_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of `bagel health`."""
+    group = parser.add_argument_group("what to ask")
+    _add(group, "--endpoint", "none, it must be given", "any of the services", type=_endpoint, metavar="HOST:PORT")
+    _add(group, "--timeout", HEALTH_TIMEOUT_S, "seconds for an answer", type=_count, metavar="S")
+    _add_client_tls(parser)
+
+
+def _add_client_tls(parser: argparse.ArgumentParser) -> None:
+    _add_tls(parser.add_argument_group("TLS to --endpoint"), "none", "the other side is checked against it")
+
+
+def _add_tls(group: Group, default: str, what_for: str) -> None:
+    _add(group, "--tls-ca", default, f"PEM file; {what_for}", type=_given, metavar="FILE")
+    _add(group, "--tls-certificate", default, "PEM file; our own certificate", type=_given, metavar="FILE")
+    _add(group, "--tls-key", default, "PEM file; its key", type=_given, metavar="FILE")
 
 
 def _add_model(group: Group) -> None:

@@ -31,6 +31,7 @@ from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
 from bagel.commands.tables import profile_table, stats_table
+from bagel.commands.tls import refuse_without_endpoint, security_of
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
@@ -72,6 +73,7 @@ def generate(args: argparse.Namespace) -> None:
 
 def _generate_here(args: argparse.Namespace) -> None:
     _refuse_unbuilt_flags(args)
+    refuse_without_endpoint(args)
     config = load_deploy_config(args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
     in_process = config.spec is BAGEL_SINGLE_STAGE
     defaults = request_defaults(config)
@@ -99,7 +101,8 @@ def _generate_there(args: argparse.Namespace) -> None:
     from bagel.batch import Ask, generate_all
     from bagel.omni import describe
 
-    model = describe(args.endpoint)
+    security = security_of(args)
+    model = describe(args.endpoint, security=security)
     about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
     folder = _folder(args, requests)
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
@@ -107,7 +110,11 @@ def _generate_there(args: argparse.Namespace) -> None:
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
     images = (next((part.image for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
     asks = [Ask(prompt_text(each), each.modality, image, options) for each, image in zip(requests, images, strict=True)]
-    _produce(args, requests, folder, about, lambda _, on_event: generate_all(args.endpoint, asks, on_event))
+
+    def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:
+        return generate_all(args.endpoint, asks, on_event, security=security)
+
+    _produce(args, requests, folder, about, run)
 
 
 def _produce(

@@ -11,12 +11,14 @@ from pathlib import Path
 from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S
 from bagel.commands.outputs import write_out
 from bagel.commands.progress import say
+from bagel.commands.tls import security_of
 from bagel.config import DeployConfig, effective_settings
 from bagel.defaults import NANO_NOTE, deployment_for, find_model, named_model
 from bagel.errors import ConfigError
 from bagel.launch import Deployment, reachable
 from bagel.model.checkpoint import Checkpoint
 from bagel.process import Logs
+from bagel.transport import PLAINTEXT, Security
 
 WATCH_S = 0.2
 
@@ -35,8 +37,9 @@ def serve(args: argparse.Namespace) -> None:
         port = GATEWAY_PORT if args.port is None else args.port
         logs = sys.stderr if args.log_dir is None else _folder(args.log_dir)
         host = args.host or GATEWAY_HOST
-        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs) as running:
-            _say_how_to_call(running.address)
+        security = _front(args)
+        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs, security=security) as running:
+            _say_how_to_call(running.address, security)
             while True:
                 running.check()
                 time.sleep(WATCH_S)
@@ -55,6 +58,7 @@ def deployment(
     host: str = GATEWAY_HOST,
     port: int = 0,
     logs: Logs = None,
+    security: Security = PLAINTEXT,
 ) -> Deployment:
     """The services as the flags say, telling the user when each is ready. model: what it is called."""
 
@@ -73,14 +77,27 @@ def deployment(
         dtype=args.dtype or "auto",
         init_timeout_s=args.init_timeout or INIT_TIMEOUT_S,
         batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
+        security=security,
         logs=logs,
         on_ready=on_ready,
     )
 
 
-def _say_how_to_call(address: str) -> None:
+def _front(args: argparse.Namespace) -> Security:
+    """TLS of the gateway's port; ConfigError for files that are missing or cannot be read."""
+    security = security_of(args)
+    if security.ca is not None and security.certificate is None:
+        raise ConfigError("--tls-ca alone serves no TLS; give --tls-certificate and --tls-key too")
+    security.server_credentials()
+    return security
+
+
+def _say_how_to_call(address: str, security: Security) -> None:
     write_out(f"{address}\n")
-    say(f"ready; try: bagel generate --endpoint {reachable(address)} --prompts 'a red cube'")
+    tls = (
+        "" if security == PLAINTEXT else " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca)
+    )
+    say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls} --prompts 'a red cube'")
     say("Ctrl-C stops it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
 
@@ -25,7 +26,15 @@ async def _serve(args: argparse.Namespace) -> None:
     await gateway.start()
     service.announce(gateway.host, settings.listen)
     log.info("configuration", **settings.shown())
+    telling = asyncio.create_task(_tell_ready(gateway))
     await gateway.until_stopped()
+    telling.cancel()
+
+
+async def _tell_ready(gateway: Gateway) -> None:
+    """For who started it, and may have no certificate to ask with."""
+    await gateway.was_ready.wait()
+    service.announce_ready()
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class Gateway:
     """A gateway that listens, watches its backends, and is ready while each stage has one. Ends with `close`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.host = Host(settings.listen, (SERVICE,), settings.security)
+        self.host = Host(settings.listen, (SERVICE,), settings.front_security)
         self.backends = Backends(
             settings.thinkers,
             settings.dits,
@@ -139,6 +139,8 @@ class Gateway:
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(service, self.host.methods)
         self._drain_s = settings.drain_timeout_s
+        self.was_ready = asyncio.Event()
+        """Set once every stage had a service that is ready."""
 
     async def start(self) -> None:
         """Listen, and watch the backends."""
@@ -157,3 +159,5 @@ class Gateway:
 
     async def _on_ready(self, ready: bool) -> None:
         await (self.host.ready() if ready else self.host.not_ready())
+        if ready:
+            self.was_ready.set()

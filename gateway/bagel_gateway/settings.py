@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bagel import service
@@ -28,7 +28,8 @@ class Settings:
 
     batch_timeout_s: seconds that a request waits for a place before it is refused as Busy; backend_timeout_s: for a
     service that is ready; silence_timeout_s: that a service may answer no check before its calls are ended;
-    sampling_defaults: the deploy file's defaults for what a request leaves open.
+    sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
+    own port; security: of its calls to the services.
     """
 
     listen: str
@@ -43,6 +44,7 @@ class Settings:
     silence_timeout_s: float = SILENCE_S
     backend_timeout_s: float = BACKEND_TIMEOUT_S
     security: Security = PLAINTEXT
+    front_security: Security = PLAINTEXT
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -81,7 +83,8 @@ class Settings:
             "backend_timeout": self.backend_timeout_s,
             "sampling_defaults": dict(self.sampling_defaults),
             "drain_timeout": self.drain_timeout_s,
-            "tls": self.security != PLAINTEXT,
+            "tls": self.front_security != PLAINTEXT,
+            "tls_to_services": self.security != PLAINTEXT,
         }
 
 
@@ -96,12 +99,15 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="seconds to wait for a place")
     add("--silence-timeout", type=float, default=SILENCE_S, metavar="S", help="of a service, then its calls are ended")
     add("--backend-timeout", type=float, default=BACKEND_TIMEOUT_S, metavar="S", help="to wait for a ready service")
+    add("--tls-any-client", action="store_true", help="callers need no certificate; --tls-ca is for the services alone")
+    add("--plaintext-services", action="store_true", help="TLS is for callers alone: the services are on this machine")
     add("--sampling-defaults", default="{}", metavar="JSON", help="defaults for what requests leave open")
     return flags
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Settings from the flags; ConfigError for wrong ones."""
+    secure = service.security(args)
     return Settings(
         listen=args.listen,
         pipeline=pipeline(args.pipeline),
@@ -113,7 +119,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         backend_timeout_s=args.backend_timeout,
         sampling_defaults=_read_json(args.sampling_defaults),
         drain_timeout_s=args.drain_timeout,
-        security=service.security(args),
+        security=PLAINTEXT if args.plaintext_services else secure,
+        front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )
 
 
