@@ -30,7 +30,7 @@ from training.nano.optim import FlatOptimizer, Rates
 from training.nano.train_joint import Trainer, train_joint
 from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
-COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 48, "reason": 24}
+COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 40, "reason": 16}
 """New examples a step; groups that draw learn from train_joint.REUSE times as many."""
 TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 
