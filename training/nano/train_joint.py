@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,22 +77,33 @@ class Trainer:
         picture to edit enters as a sample of its posterior, as in serving; what is drawn is the posterior's mean.
         """
         self._encode({name: each for name, each in packed.items() if LAYOUTS[name].draws})
+        taken = {
+            name: self.pools[name].take(REUSE * len(rows)) if LAYOUTS[name].draws else {"packed": rows}
+            for name, rows in packed.items()
+        }
+        batches = [unpack(LAYOUTS[name], rows["packed"], self.device) for name, rows in taken.items()]
+        patches = iter(self._patches([batch.source for batch in batches if batch.group.vit]))
         prepared: list[Prepared] = []
-        for name, rows in packed.items():
-            group = LAYOUTS[name]
-            taken = self.pools[name].take(REUSE * len(rows)) if group.draws else {"packed": rows}
-            batch = unpack(group, taken["packed"], self.device)
-            patches = self.vit_input(self.render(batch.source)) if group.vit else None
+        for batch in batches:
+            latents = taken[batch.group.name]
             clean = velocity = noisy = times = None
-            if group.vae:
-                clean = taken["source"] + taken["spread"] * torch.randn_like(taken["source"])
-            if group.draws:
-                data = taken["target"]
+            if batch.group.vae:
+                clean = latents["source"] + latents["spread"] * torch.randn_like(latents["source"])
+            if batch.group.draws:
+                data = latents["target"]
                 noise, times = torch.randn_like(data), sample_times(len(data), self.device)
                 t = times[:, None, None]
                 noisy, velocity = (1 - t) * data + t * noise, noise - data
-            prepared.append((batch, Inputs(patches, clean, noisy, times), velocity))
+            inputs = Inputs(next(patches) if batch.group.vit else None, clean, noisy, times)
+            prepared.append((batch, inputs, velocity))
         return prepared
+
+    def _patches(self, codes: list[Tensor]) -> Sequence[Tensor]:
+        """ViT patches of several batches of scenes."""
+        if not codes:
+            return ()
+        patches: Tensor = self.vit_input(self.render(torch.cat(codes)))
+        return patches.split([len(each) for each in codes])
 
     def _encode(self, packed: Mapping[str, Tensor]) -> None:
         """Put new examples into their groups' pools; all their pictures are drawn and encoded at once."""
