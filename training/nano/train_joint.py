@@ -102,8 +102,8 @@ class Trainer:
         """ViT patches of several batches of scenes."""
         if not codes:
             return ()
-        patches: Tensor = self.vit_input(self.render(torch.cat(codes)))
-        return patches.split([len(each) for each in codes])
+        parts: Sequence[Tensor] = self.vit_input(self.render(torch.cat(codes))).split([len(each) for each in codes])
+        return parts
 
     def _encode(self, packed: Mapping[str, Tensor]) -> None:
         """Put new examples into their groups' pools; all their pictures are drawn and encoded at once."""
