@@ -23,7 +23,7 @@ from PIL import Image
 
 from bagel import wire
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
-from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
+from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
@@ -75,14 +75,18 @@ class Client:
         timeout: float | None = None,
         request_id: str | None = None,
         output_format: str = "PNG",
+        output_compression: int | None = None,
+        partial_images: int = 0,
         **options: Any,
     ) -> Generator[ServiceEvent, None, None]:
         """What happens, the Result last; closing the iterator cancels the request.
 
-        image: goes before the prompt. timeout: seconds for everything. output_format: PNG, JPEG or WEBP. options: the
-        fields of bagel.request, such as steps, seed, cfg_text_scale or think; an unknown one raises InvalidRequest.
+        image: goes before the prompt. timeout: seconds for everything. output_format: PNG, JPEG or WEBP;
+        output_compression: quality of the latter two, from 0 to 100. partial_images: Preview events wanted, at most 3.
+        options: the fields of bagel.request, such as steps, seed or think; an unknown one raises InvalidRequest.
         """
-        call = _Call.make(prompt, modality, image, timeout, request_id, output_format, options)
+        output = _Output(output_format, output_compression, partial_images)
+        call = _Call.make(prompt, modality, image, timeout, request_id, output, options)
         return self._events(call, 0, _UnderWay())
 
     def generate_many(
@@ -180,10 +184,13 @@ class AsyncClient:
         timeout: float | None = None,
         request_id: str | None = None,
         output_format: str = "PNG",
+        output_compression: int | None = None,
+        partial_images: int = 0,
         **options: Any,
     ) -> AsyncGenerator[ServiceEvent, None]:
         """What happens, the Result last; see Client.stream."""
-        return self._events(_Call.make(prompt, modality, image, timeout, request_id, output_format, options), 0)
+        output = _Output(output_format, output_compression, partial_images)
+        return self._events(_Call.make(prompt, modality, image, timeout, request_id, output, options), 0)
 
     async def generate_many(
         self,
@@ -240,6 +247,26 @@ class AsyncClient:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """How a picture is given out."""
+
+    format: str
+    quality: int | None
+    previews: int
+
+    def request(self) -> gateway_pb2.GenerateRequest:
+        """A request for that, else empty; raises InvalidRequest for what no message can say."""
+        if self.format.upper() not in wire.FORMATS:
+            names = ", ".join(wire.FORMATS)
+            raise InvalidRequest("output_format", f"output_format is {self.format!r}; it must be one of {names}")
+        format_ = wire.FORMATS[self.format.upper()]
+        wire.check_output(format_, self.quality, self.previews)
+        return gateway_pb2.GenerateRequest(
+            output_format=format_, output_compression=self.quality, partial_images=self.previews
+        )
+
+
+@dataclass(frozen=True)
 class _Call:
     """One request as it goes out."""
 
@@ -265,19 +292,14 @@ class _Call:
         image: ImageInput | None,
         timeout: float | None,
         request_id: str | None,
-        output_format: str,
+        output: _Output,
         options: Mapping[str, Any],
     ) -> _Call:
         """Raises InvalidRequest for what no message can say; the gateway checks the rest."""
         if modality not in list(Modality):
             raise InvalidRequest("modality", f"modality is {modality!r}; it must be one of {', '.join(Modality)}")
-        if output_format.upper() not in wire.FORMATS:
-            names = ", ".join(wire.FORMATS)
-            raise InvalidRequest("output_format", f"output_format is {output_format!r}; it must be one of {names}")
-        message = gateway_pb2.GenerateRequest(
-            request=wire.options_to_wire(Modality(modality), _parts(prompt, image), options),
-            output_format=wire.FORMATS[output_format.upper()],
-        )
+        message = output.request()
+        message.request.CopyFrom(wire.options_to_wire(Modality(modality), _parts(prompt, image), options))
         return cls(message, timeout, ((REQUEST_ID, request_id or new_request_id()),))
 
     @classmethod
@@ -292,7 +314,11 @@ class _Call:
             image=options.pop("image", None),
             timeout=options.pop("timeout", None),
             request_id=options.pop("request_id", None),
-            output_format=options.pop("output_format", "PNG"),
+            output=_Output(
+                options.pop("output_format", "PNG"),
+                options.pop("output_compression", None),
+                options.pop("partial_images", 0),
+            ),
             options=options,
         )
 
@@ -322,9 +348,12 @@ class _Reader:
                 return DrawingStarted(self._index, response.drawing.waited_seconds)
             case "step":
                 return StepDone(self._index, response.step.step, response.step.steps)
+            case "preview":
+                told_preview = response.preview
+                image = _image(told_preview.picture)
+                return Preview(self._index, told_preview.index, told_preview.step, image)
             case "picture":
-                self._image = Image.open(BytesIO(response.picture.data))
-                self._image.load()
+                self._image = _image(response.picture)
             case "finished":
                 self._finished = True
                 return self._result(response.finished)
@@ -409,6 +438,12 @@ def _image_bytes(image: ImageInput) -> bytes:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InvalidImage("image", f"the image {str(image)!r} cannot be read: {reason}; {_READ_IMAGE}") from None
+
+
+def _image(picture: common_pb2.Picture) -> Image.Image:
+    image = Image.open(BytesIO(picture.data))
+    image.load()
+    return image
 
 
 def _last(events: Generator[ServiceEvent, None, None], on_event: OnServiceEvent | None) -> Result:

@@ -58,6 +58,16 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """The picture of request `index` under way: its preview `number` (from 0), as it looked in Euler step `step`."""
+
+    index: int
+    number: int
+    step: int
+    image: Image
+
+
+@dataclass(frozen=True)
 class Result:
     """What request `index` came to.
 
@@ -79,5 +89,5 @@ class Result:
 
 Event = TextDelta | StepDone | Result
 OnEvent = Callable[[Event], None]
-ServiceEvent = Accepted | PrefillDone | DrawingStarted | Event
+ServiceEvent = Accepted | PrefillDone | DrawingStarted | Preview | Event
 """What a gateway reports beside."""

@@ -53,6 +53,9 @@ FORMATS = {
     "WEBP": common_pb2.IMAGE_FORMAT_WEBP,
 }
 """Pillow's name of each format."""
+QUALITY = 95
+"""Of a JPEG or WebP where none is asked for."""
+MAX_PREVIEWS = 3
 _TEXT_FIELDS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
 _IMAGE_FIELDS = ("steps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "height", "width")
 
@@ -223,11 +226,25 @@ def timings_from_wire(timings: Iterable[common_pb2.StageTiming]) -> dict[str, fl
     return {timing.stage: timing.seconds for timing in timings}
 
 
-def encode_picture(image: Image, format_: common_pb2.ImageFormat.ValueType) -> bytes:
-    """A picture as a file: PNG by default, JPEG and WebP at quality 95."""
+def check_output(format_: common_pb2.ImageFormat.ValueType, quality: int | None, previews: int) -> None:
+    """Refuse an output that no picture is given out in; raises InvalidRequest."""
+    if format_ not in (common_pb2.IMAGE_FORMAT_UNSPECIFIED, *FORMATS.values()):
+        raise InvalidRequest("output_format", f"output_format is {format_}; it must be one of {', '.join(FORMATS)}")
+    if quality is not None and format_ not in (FORMATS["JPEG"], FORMATS["WEBP"]):
+        raise InvalidRequest("output_compression", "output_compression is for JPEG and WEBP; leave it out for PNG")
+    if quality is not None and not 0 <= quality <= 100:
+        raise InvalidRequest("output_compression", f"output_compression is {quality}; it must be from 0 to 100")
+    if not 0 <= previews <= MAX_PREVIEWS:
+        raise InvalidRequest("partial_images", f"partial_images is {previews}; it must be from 0 to {MAX_PREVIEWS}")
+
+
+def encode_picture(image: Image, format_: common_pb2.ImageFormat.ValueType, quality: int | None = None) -> bytes:
+    """A picture as a file: PNG by default; quality is that of JPEG and WebP, from 0 to 100."""
     name = next((name for name, number in FORMATS.items() if number == format_), "PNG")
     stream = BytesIO()
-    options: dict[str, Any] = {"compress_level": 1} if name == "PNG" else {"quality": 95}
+    options: dict[str, Any] = (
+        {"compress_level": 1} if name == "PNG" else {"quality": QUALITY if quality is None else quality}
+    )
     image.save(stream, name, **options)
     return stream.getvalue()
 

@@ -23,6 +23,7 @@ from bagel_dit.messages import (
     Done,
     Drawn,
     Failed,
+    Output,
     Planned,
     Read,
     Ready,
@@ -70,7 +71,7 @@ class Server:
         """Give the runner a request, up to where it is to be read."""
         asked = request(modality, **options)
         message = wire.request_to_wire(asked, (wire.part_to_wire(part) for part in asked.prompt))
-        self.send(Serve(id_, message.SerializeToString(), 0))
+        self.send(Serve(id_, message.SerializeToString(), Output()))
         assert self.until(Planned)[-1] == Planned(id_)
         self.send(Read(id_))
 

@@ -602,6 +602,38 @@ class Picture(_message.Message):
 Global___Picture: _TypeAlias = Picture  # noqa: Y015
 
 @_typing.final
+class Preview(_message.Message):
+    """The picture under way: what it would be if it went on from here in a straight line."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PICTURE_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which of the request's previews, from 0."""
+    step: _builtins.int
+    """The Euler step that it was made in, from 1."""
+    @_builtins.property
+    def picture(self) -> Global___Picture:
+        """What it looks like, of the picture's size and format."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        step: _builtins.int = ...,
+        picture: Global___Picture | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["picture", b"picture"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "picture", b"picture", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Preview: _TypeAlias = Preview  # noqa: Y015
+
+@_typing.final
 class StageTiming(_message.Message):
     """Seconds that one stage took for one request."""
 

@@ -156,8 +156,14 @@ class DitServiceGenerateRequest(_message.Message):
     DRAW_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
+    PARTIAL_IMAGES_FIELD_NUMBER: _builtins.int
+    OUTPUT_COMPRESSION_FIELD_NUMBER: _builtins.int
     output_format: _common_pb2.ImageFormat.ValueType
     """How a picture is encoded."""
+    partial_images: _builtins.int
+    """Previews of the picture under way that are wanted, at most 3; they change nothing of the picture."""
+    output_compression: _builtins.int
+    """Quality of a JPEG or WebP from 0 to 100; 95 where not set. Refused for PNG."""
     @_builtins.property
     def draw(self) -> Global___DrawPicture:
         """A picture from contexts: the second of two stages."""
@@ -172,13 +178,20 @@ class DitServiceGenerateRequest(_message.Message):
         draw: Global___DrawPicture | None = ...,
         request: _common_pb2.Request | None = ...,
         output_format: _common_pb2.ImageFormat.ValueType = ...,
+        partial_images: _builtins.int = ...,
+        output_compression: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["draw", b"draw", "request", b"request", "work", b"work"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "draw", b"draw", "output_compression", b"output_compression", "request", b"request", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draw", b"draw", "output_format", b"output_format", "request", b"request", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "draw", b"draw", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__output_compression: _TypeAlias = _typing.Literal["output_compression"]  # noqa: Y015
+    _WhichOneofArgType__output_compression: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression"]  # noqa: Y015
     _WhichOneofReturnType_work: _TypeAlias = _typing.Literal["draw", "request"]  # noqa: Y015
     _WhichOneofArgType_work: _TypeAlias = _typing.Literal["work", b"work"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_compression) -> _WhichOneofReturnType__output_compression | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_work) -> _WhichOneofReturnType_work | None: ...
 
 Global___DitServiceGenerateRequest: _TypeAlias = DitServiceGenerateRequest  # noqa: Y015
@@ -257,6 +270,7 @@ class DitServiceGenerateResponse(_message.Message):
     PICTURE_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted:
         """Its turn has come."""
@@ -281,6 +295,10 @@ class DitServiceGenerateResponse(_message.Message):
     def prefill(self) -> _common_pb2.PrefillDone:
         """The prompt is read: of whole requests only."""
 
+    @_builtins.property
+    def preview(self) -> _common_pb2.Preview:
+        """The picture under way, where previews are wanted."""
+
     def __init__(
         self,
         *,
@@ -290,12 +308,13 @@ class DitServiceGenerateResponse(_message.Message):
         picture: _common_pb2.Picture | None = ...,
         finished: Global___DitServiceGenerateFinished | None = ...,
         prefill: _common_pb2.PrefillDone | None = ...,
+        preview: _common_pb2.Preview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "preview", b"preview", "step", b"step", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "preview", b"preview", "step", b"step", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admitted", "text", "step", "picture", "finished", "prefill"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["admitted", "text", "step", "picture", "finished", "prefill", "preview"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -27,8 +27,14 @@ class GenerateRequest(_message.Message):
 
     REQUEST_FIELD_NUMBER: _builtins.int
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
+    PARTIAL_IMAGES_FIELD_NUMBER: _builtins.int
+    OUTPUT_COMPRESSION_FIELD_NUMBER: _builtins.int
     output_format: _common_pb2.ImageFormat.ValueType
     """How a picture is encoded."""
+    partial_images: _builtins.int
+    """Previews of the picture under way that are wanted, at most 3. Few steps give fewer of them."""
+    output_compression: _builtins.int
+    """Quality of a JPEG or WebP from 0 to 100; 95 where not set. Refused for PNG."""
     @_builtins.property
     def request(self) -> _common_pb2.Request:
         """What is wanted."""
@@ -38,12 +44,16 @@ class GenerateRequest(_message.Message):
         *,
         request: _common_pb2.Request | None = ...,
         output_format: _common_pb2.ImageFormat.ValueType = ...,
+        partial_images: _builtins.int = ...,
+        output_compression: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "output_compression", b"output_compression", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output_format", b"output_format", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__output_compression: _TypeAlias = _typing.Literal["output_compression"]  # noqa: Y015
+    _WhichOneofArgType__output_compression: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__output_compression) -> _WhichOneofReturnType__output_compression | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -158,6 +168,7 @@ class GenerateResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     PICTURE_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """Accepted and queued; always the first."""
@@ -186,6 +197,10 @@ class GenerateResponse(_message.Message):
     def finished(self) -> Global___Finished:
         """Always the last."""
 
+    @_builtins.property
+    def preview(self) -> _common_pb2.Preview:
+        """The picture under way, where previews are wanted."""
+
     def __init__(
         self,
         *,
@@ -196,12 +211,13 @@ class GenerateResponse(_message.Message):
         step: _common_pb2.StepDone | None = ...,
         picture: _common_pb2.Picture | None = ...,
         finished: Global___Finished | None = ...,
+        preview: _common_pb2.Preview | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drawing", b"drawing", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drawing", b"drawing", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "preview", b"preview", "step", b"step", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drawing", b"drawing", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "step", b"step", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drawing", b"drawing", "event", b"event", "finished", b"finished", "picture", b"picture", "prefill", b"prefill", "preview", b"preview", "step", b"step", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "prefill", "text", "drawing", "step", "picture", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "prefill", "text", "drawing", "step", "picture", "finished", "preview"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

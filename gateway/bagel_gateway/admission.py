@@ -18,10 +18,9 @@ class Admission:
     """
 
     def __init__(self, limit: int, wait_s: float, draining: asyncio.Event) -> None:
-        self.under_way = 0
+        self.under_way = self.waiting = 0
         self._limit, self._wait_s, self._draining = limit, wait_s, draining
         self._places = asyncio.Semaphore(limit)
-        self._waiting = 0
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
@@ -45,16 +44,16 @@ class Admission:
             await self._places.acquire()
 
     async def _wait(self) -> None:
-        if self._waiting >= self._limit or self._wait_s <= 0:
+        if self.waiting >= self._limit or self._wait_s <= 0:
             raise self._busy()
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._places.acquire()
         except TimeoutError:
             raise self._busy() from None
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
     def _busy(self) -> Busy:
         return Busy(

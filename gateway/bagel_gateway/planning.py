@@ -15,9 +15,18 @@ from bagel.model.sizes import picture_size
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig, pipeline_for_request, prompt_expander
 from bagel.prompts import Branch, BranchName, ImagePart, Prompt, TextPart, text_prompt
 from bagel.request import Modality, PosteriorMode, Request, resolve, text_settings
-from bagel.v1 import common_pb2, dit_pb2, thinker_pb2
+from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, thinker_pb2
 
 WireParts = list[common_pb2.Part]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a picture is given out. quality: of a JPEG or WebP; None is the default; previews: how many of it."""
+
+    format: common_pb2.ImageFormat.ValueType = common_pb2.IMAGE_FORMAT_UNSPECIFIED
+    quality: int | None = None
+    previews: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class Asked:
     request: Request
     parts: WireParts
     pipeline: PipelineConfig
-    output_format: common_pb2.ImageFormat.ValueType
+    output: Output
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Plan:
     pipeline: PipelineConfig
     makes_image: bool
     resolved: common_pb2.Request
-    output_format: common_pb2.ImageFormat.ValueType
+    output: Output
     whole: common_pb2.Request | None = None
     builds: tuple[Build, ...] = ()
     draw: dit_pb2.DrawPicture | None = None
@@ -65,16 +74,13 @@ class Plan:
 
 
 async def read_request(
-    message: common_pb2.Request,
-    output_format: common_pb2.ImageFormat.ValueType,
+    whole: gateway_pb2.GenerateRequest,
     deployed: PipelineConfig,
     defaults: Mapping[str, Any],
 ) -> Asked:
     """Check a request as far as it goes without the model; raises InvalidRequest or InvalidImage."""
+    message, output = whole.request, _output(whole)
     modality = wire.modality_from_wire(message.modality)
-    if output_format not in (common_pb2.IMAGE_FORMAT_UNSPECIFIED, *wire.FORMATS.values()):
-        names = ", ".join(wire.FORMATS)
-        raise InvalidRequest("output_format", f"output_format is {output_format}; it must be one of {names}")
     _check_parts(modality, message.prompt)
     parts = [_explicit(part, modality) for part in message.prompt]
     options = wire.options_from_wire(message)
@@ -84,7 +90,7 @@ async def read_request(
     # Without its images first: a wrong setting need not wait for them to be decoded.
     resolve(modality, (TextPart("checked below"),), options, defaults)
     prompt = await asyncio.to_thread(wire.prompt_from_wire, parts)
-    return Asked(resolve(modality, prompt, options, defaults), parts, pipeline, output_format)
+    return Asked(resolve(modality, prompt, options, defaults), parts, pipeline, output)
 
 
 def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
@@ -97,7 +103,7 @@ def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
         pipeline=asked.pipeline,
         makes_image=request.modality.makes_image,
         resolved=wire.request_to_wire(request, (_without_data(part) for part in asked.parts)),
-        output_format=asked.output_format,
+        output=asked.output,
     )
     if asked.pipeline is BAGEL_SINGLE_STAGE:
         return replace(made, whole=wire.request_to_wire(request, asked.parts))
@@ -176,6 +182,12 @@ def _posterior_shapes(request: Request, model: common_pb2.ModelInfo) -> list[dit
         scale = model.vae_downsample
         shapes.append(dit_pb2.LatentShape(channels=model.latent_channels, height=height // scale, width=width // scale))
     return shapes
+
+
+def _output(message: gateway_pb2.GenerateRequest) -> Output:
+    quality = message.output_compression if message.HasField("output_compression") else None
+    wire.check_output(message.output_format, quality, message.partial_images)
+    return Output(message.output_format, quality, message.partial_images)
 
 
 def _check_parts(modality: Modality, parts: Iterable[common_pb2.Part]) -> None:

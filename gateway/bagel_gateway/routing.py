@@ -207,7 +207,10 @@ class Route:
 
     async def _call_dit(self, request: dit_pb2.DitServiceGenerateRequest) -> dit_pb2.DitServiceGenerateFinished:
         """The DiT's part, at one that is ready when its turn comes. What one refuses as it shuts down, another gets."""
-        request.output_format = self._plan.output_format
+        output = self._plan.output
+        request.output_format, request.partial_images = output.format, output.previews
+        if output.quality is not None:
+            request.output_compression = output.quality
         moves = 0
         while True:
             dit = await self._choose_dit()
@@ -244,6 +247,8 @@ class Route:
                     self._emit(text=event.text)
                 case "step":
                     self._emit(step=event.step)
+                case "preview":
+                    self._emit(preview=event.preview)
                 case "picture":
                     self._emit(picture=event.picture)
                 case "finished":
@@ -282,9 +287,12 @@ class Route:
         text: common_pb2.TextDelta | None = None,
         drawing: gateway_pb2.DrawingStarted | None = None,
         step: common_pb2.StepDone | None = None,
+        preview: common_pb2.Preview | None = None,
         picture: common_pb2.Picture | None = None,
     ) -> None:
-        event = gateway_pb2.GenerateResponse(prefill=prefill, text=text, drawing=drawing, step=step, picture=picture)
+        event = gateway_pb2.GenerateResponse(
+            prefill=prefill, text=text, drawing=drawing, step=step, preview=preview, picture=picture
+        )
         self._queue.put_nowait(event)
 
 

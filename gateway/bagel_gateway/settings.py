@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 
 MAX_REQUESTS = 64
 BATCH_TIMEOUT_S = service.BATCH_TIMEOUT_S
+MAX_BODY_BYTES = 64 * 2**20
+"""As a gRPC message may have."""
 BACKEND_TIMEOUT_S = 15.0
 """Longer than a runner that died takes to come back with a small model."""
 
@@ -29,7 +32,9 @@ class Settings:
     batch_timeout_s: seconds that a request waits for a place before it is refused as Busy; backend_timeout_s: for a
     service that is ready; silence_timeout_s: that a service may answer no check before its calls are ended;
     sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
-    own port; security: of its calls to the services.
+    own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
+    called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
+    max_body_bytes: of one HTTP request.
     """
 
     listen: str
@@ -45,6 +50,10 @@ class Settings:
     backend_timeout_s: float = BACKEND_TIMEOUT_S
     security: Security = PLAINTEXT
     front_security: Security = PLAINTEXT
+    http: str | None = None
+    model_names: tuple[str, ...] = ()
+    image_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = MAX_BODY_BYTES
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -59,6 +68,10 @@ class Settings:
             raise ConfigError(f"two services are called {min(twice)}; give each its own name")
         if self.max_requests < 1:
             raise ConfigError(f"--max-requests is {self.max_requests}; it must be at least 1")
+        if self.http is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}", self.http):
+            raise ConfigError(f"--http is {self.http!r}; write HOST:PORT, like 127.0.0.1:8000")
+        if self.max_body_bytes < 1:
+            raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1")
         times = {
             "--batch-timeout": self.batch_timeout_s,
             "--drain-timeout": self.drain_timeout_s,
@@ -83,6 +96,9 @@ class Settings:
             "backend_timeout": self.backend_timeout_s,
             "sampling_defaults": dict(self.sampling_defaults),
             "drain_timeout": self.drain_timeout_s,
+            "http": self.http,
+            "model_names": list(self.model_names),
+            "image_hosts": list(self.image_hosts),
             "tls": self.front_security != PLAINTEXT,
             "tls_to_services": self.security != PLAINTEXT,
         }
@@ -102,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
     add("--tls-any-client", action="store_true", help="callers need no certificate; --tls-ca is for the services alone")
     add("--plaintext-services", action="store_true", help="TLS is for callers alone: the services are on this machine")
     add("--sampling-defaults", default="{}", metavar="JSON", help="defaults for what requests leave open")
+    add("--http", metavar="HOST:PORT", help="also speak the OpenAI API there; port 0: any free one (default: not)")
+    add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
+    add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
+    add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
     return flags
 
 
@@ -119,6 +139,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
         backend_timeout_s=args.backend_timeout,
         sampling_defaults=_read_json(args.sampling_defaults),
         drain_timeout_s=args.drain_timeout,
+        http=args.http,
+        model_names=tuple(args.served_model_name),
+        image_hosts=tuple(args.allow_image_host),
+        max_body_bytes=args.max_body_bytes,
         security=PLAINTEXT if args.plaintext_services else secure,
         front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )

@@ -40,8 +40,17 @@ class PlacedContext:
 
 
 @dataclass(frozen=True)
+class Output:
+    """How a picture is given out. image_format: of bagel.v1; quality: of a JPEG or WebP; previews: how many of it."""
+
+    image_format: int = 0
+    quality: int | None = None
+    previews: int = 0
+
+
+@dataclass(frozen=True)
 class AddPicture:
-    """Make room for a picture. posterior_shapes: drawn before its noise; image_format: of bagel.v1."""
+    """Make room for a picture. posterior_shapes: drawn before its noise."""
 
     id: int
     settings: ImageSettings
@@ -49,7 +58,7 @@ class AddPicture:
     seed: int
     posterior_shapes: tuple[tuple[int, ...], ...]
     contexts: Mapping[BranchName, PlacedContext]
-    image_format: int
+    output: Output
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Serve:
 
     id: int
     request: bytes
-    image_format: int
+    output: Output
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,18 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Previewed:
+    """A picture under way is decoded and encoded: its preview `index` (from 0), made in `step`."""
+
+    id: int
+    index: int
+    step: int
+    data: bytes
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Done:
     """A request without a picture is over."""
 
@@ -220,4 +241,18 @@ class LoadFailed:
     status: bytes
 
 
-Reply = Ready | Alive | Planned | Prefilled | Begun | Stepped | Text | TextDone | Drawn | Done | Failed | LoadFailed
+Reply = (
+    Ready
+    | Alive
+    | Planned
+    | Prefilled
+    | Begun
+    | Stepped
+    | Text
+    | TextDone
+    | Previewed
+    | Drawn
+    | Done
+    | Failed
+    | LoadFailed
+)

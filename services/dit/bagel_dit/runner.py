@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,9 +12,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
+from bagel.engine.denoise import (
+    Canvas,
+    OnVelocity,
+    Picture,
+    StepGate,
+    Velocities,
+    clean_estimate,
+    decode_picture,
+    latent_bucket,
+    preview_steps,
+)
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.noise import initial_noise
 from bagel.errors import BagelError, NotFinite, OutOfMemory
@@ -40,7 +51,9 @@ from bagel_dit.messages import (
     Land,
     LandedPage,
     LoadFailed,
+    Output,
     PlacedContext,
+    Previewed,
     Read,
     Ready,
     Remove,
@@ -96,7 +109,22 @@ class _Drawing:
 
     canvas: Canvas
     number: int
-    image_format: int
+    output: Output
+    previews: tuple[int, ...] = ()
+    """Steps that a preview is made in."""
+
+
+@dataclass(frozen=True)
+class _Preview:
+    """A preview to decode: what its latents tend to, once `done`."""
+
+    id: int
+    index: int
+    step: int
+    latents: Tensor
+    picture: Picture
+    output: Output
+    done: torch.cuda.Event | None
 
 
 class Runner:
@@ -170,7 +198,7 @@ class Runner:
         features = self._model.config.latent_features
         noise = initial_noise(command.seed, rows * columns, features, command.posterior_shapes)
         contexts = {name: _LateContext(placed) for name, placed in command.contexts.items()}
-        self._place(command.id, Picture(command.settings, command.grid, noise, contexts), command.image_format)
+        self._place(command.id, Picture(command.settings, command.grid, noise, contexts), command.output)
 
     @torch.inference_mode()
     def _land(self, command: Land) -> None:
@@ -195,14 +223,16 @@ class Runner:
         if drawing is not None:
             self._announce(command.id, drawing)
 
-    def _place(self, id_: int, picture: Picture, image_format: int) -> _Drawing:
+    def _place(self, id_: int, picture: Picture, output: Output) -> _Drawing:
         """Give a picture a place on the canvas of its bucket."""
         # On a CPU nothing is compiled or captured, so there a picture is padded to nothing.
         bucket = latent_bucket(picture.tokens) if self._device.type == "cuda" else picture.tokens
         canvas = self._canvases.get(bucket)
         if canvas is None:
             canvas = self._canvases[bucket] = Canvas(self._model, [], bucket)
-        drawing = self._drawings[id_] = _Drawing(canvas, canvas.add(picture), image_format)
+        drawing = self._drawings[id_] = _Drawing(
+            canvas, canvas.add(picture), output, preview_steps(picture.steps, output.previews)
+        )
         return drawing
 
     def _announce(self, id_: int, drawing: _Drawing) -> None:
@@ -210,9 +240,9 @@ class Runner:
         rows = len({context.digest for context in picture.contexts.values()})
         self._send(Begun(id_, picture.steps, drawing.canvas.padded, rows))
 
-    def _draw_whole(self, id_: int, picture: Picture, image_format: int) -> None:
+    def _draw_whole(self, id_: int, picture: Picture, output: Output) -> None:
         """A picture of a whole request, whose contexts have been read here."""
-        self._announce(id_, self._place(id_, picture, image_format))
+        self._announce(id_, self._place(id_, picture, output))
 
     # Steps
 
@@ -222,7 +252,7 @@ class Runner:
         if drawings:
             canvas = next(iter(drawings.values())).canvas
             try:
-                canvas.step([drawing.number for drawing in drawings.values()])
+                canvas.step([drawing.number for drawing in drawings.values()], self._on_velocity(drawings))
                 self._gate.passed()
             except Exception as error:  # one forward for all of them
                 for id_ in drawings:
@@ -242,29 +272,70 @@ class Runner:
     def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
         """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
         latents = drawing.canvas.latents(drawing.number).clone()
-        done = torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
+        done = self._launched()
         self._forget(id_)
-        self._decoder.submit(self._decode_in_thread, id_, latents, picture.grid, drawing.image_format, done)
+        self._decoder.submit(self._decode_in_thread, id_, latents, picture.grid, drawing.output, done)
+
+    def _launched(self) -> torch.cuda.Event | None:
+        """An event after all that was launched so far; None on a CPU, where it is done."""
+        return torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
 
     def _decode_in_thread(
-        self, id_: int, latents: Tensor, grid: tuple[int, int], image_format: int, done: torch.cuda.Event | None
+        self, id_: int, latents: Tensor, grid: tuple[int, int], output: Output, done: torch.cuda.Event | None
     ) -> None:
         start = time.perf_counter()
         try:
-            with torch.cuda.stream(self._decode_stream) if self._decode_stream else nullcontext():
-                if done is not None and self._decode_stream is not None:
-                    self._decode_stream.wait_event(done)
-                    latents.record_stream(self._decode_stream)
-                decoded = decode_picture(self._model, latents, grid)
-                if not decoded.isfinite().all():
-                    raise NotFinite(
-                        "the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32"
-                    )
-                image = to_image(decoded)
-            data = encode_picture(image, common_pb2.ImageFormat.ValueType(image_format))
+            image = self._image(latents, grid, done)
+            data = _encode(image, output)
             self._send(Drawn(id_, data, image.width, image.height, time.perf_counter() - start))
         except Exception as error:
             self._tell_failed(id_, error)
+
+    def _image(
+        self, latents: Tensor, grid: tuple[int, int], done: torch.cuda.Event | None, *, quick: bool = False
+    ) -> Image.Image:
+        """The image of latents that are there once `done`; raises NotFinite for one that overflowed."""
+        with torch.cuda.stream(self._decode_stream) if self._decode_stream else nullcontext():
+            if done is not None and self._decode_stream is not None:
+                self._decode_stream.wait_event(done)
+                latents.record_stream(self._decode_stream)
+            decoded = decode_picture(self._model, latents, grid, quick=quick)
+            if not decoded.isfinite().all():
+                raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
+            return to_image(decoded)
+
+    # Previews
+
+    def _on_velocity(self, drawings: Mapping[int, _Drawing]) -> OnVelocity | None:
+        """What hands previews on while a step is taken; None where it makes none."""
+        wanted = {
+            drawing.number: (id_, drawing)
+            for id_, drawing in drawings.items()
+            if drawing.canvas.pictures[drawing.number].step + 1 in drawing.previews
+        }
+        if not wanted:
+            return None
+
+        def on_velocity(number: int, step: int, velocities: Velocities, guided: Tensor) -> None:
+            if number in wanted:
+                id_, drawing = wanted[number]
+                picture = drawing.canvas.pictures[number]
+                estimate = clean_estimate(drawing.canvas.latents(number), guided, picture.times[step])
+                index = drawing.previews.index(step + 1)
+                preview = _Preview(id_, index, step + 1, estimate, picture, drawing.output, self._launched())
+                self._decoder.submit(self._preview_in_thread, preview)
+
+        return on_velocity
+
+    def _preview_in_thread(self, preview: _Preview) -> None:
+        if preview.id not in self._drawings and not preview.picture.finished:
+            return  # it has left
+        try:
+            image = self._image(preview.latents, preview.picture.grid, preview.done, quick=True)
+            data = _encode(image, preview.output)
+            self._send(Previewed(preview.id, preview.index, preview.step, data, image.width, image.height))
+        except Exception as error:  # the picture itself may come out right, and tells if it does not
+            log.warning("a preview failed", why=str(error))
 
     def _remove(self, command: Remove) -> None:
         self._forget(command.id)
@@ -307,6 +378,10 @@ class Runner:
     def _send(self, reply: Reply) -> None:
         with self._sending:
             self._connection.send(reply)
+
+
+def _encode(image: Image.Image, output: Output) -> bytes:
+    return encode_picture(image, common_pb2.ImageFormat.ValueType(output.image_format), output.quality)
 
 
 def _load(settings: RunnerSettings) -> LoadedModel:

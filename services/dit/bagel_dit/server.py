@@ -26,6 +26,7 @@ from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
 from bagel.wire import (
     branch_from_wire,
+    check_output,
     image_settings_from_wire,
     modality_from_wire,
     picture_format,
@@ -42,9 +43,11 @@ from bagel_dit.messages import (
     Drawn,
     Failed,
     Land,
+    Output,
     PlacedContext,
     Planned,
     Prefilled,
+    Previewed,
     Read,
     Serve,
     Text,
@@ -52,7 +55,7 @@ from bagel_dit.messages import (
 )
 
 Response = dit_pb2.DitServiceGenerateResponse
-Event = Begun | Planned | Prefilled | int | Text | TextDone | Drawn | Done | Failed | BagelError
+Event = Begun | Planned | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
 
 log = Log("bagel.dit")
 
@@ -188,9 +191,10 @@ class DitServicer(DitServiceServicer):
         if self.puller is not None:
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
+        output = _output(request)
         await stack.enter_async_context(self._slots.place())
         yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
-        self.driver.send(Serve(work.id, request.request.SerializeToString(), request.output_format))
+        self.driver.send(Serve(work.id, request.request.SerializeToString(), output))
         async for response in self._follow(work):
             yield response
 
@@ -219,6 +223,9 @@ class DitServicer(DitServiceServicer):
                     if event.token_ids:
                         work.lap("text")
                     work.text = event
+                case Previewed():
+                    preview = common_pb2.Preview(index=event.index, step=event.step, picture=_picture(event))
+                    yield Response(preview=preview)
                 case Drawn():
                     work.timings["decode"] = event.seconds
                     yield Response(picture=_picture(event))
@@ -281,8 +288,15 @@ def _add_picture(
             )
             for branch, ref in refs.items()
         },
-        request.output_format,
+        _output(request),
     )
+
+
+def _output(request: dit_pb2.DitServiceGenerateRequest) -> Output:
+    """How the picture is given out; InvalidRequest for what there is not."""
+    quality = request.output_compression if request.HasField("output_compression") else None
+    check_output(request.output_format, quality, request.partial_images)
+    return Output(request.output_format, quality, request.partial_images)
 
 
 def _check_draw(
@@ -291,10 +305,6 @@ def _check_draw(
     """InvalidRequest for what no gateway of ours would ask."""
     if request.draw.seed > MAX_SEED:
         raise InvalidRequest("seed", f"seed is {request.draw.seed}; it must be at most {MAX_SEED}")
-    if request.output_format not in common_pb2.ImageFormat.values():
-        raise InvalidRequest(
-            "output_format", f"output_format is {request.output_format}; it must be one of ImageFormat"
-        )
     if any(ref.next_rope > info.max_positions for ref in refs):
         raise InvalidRequest("contexts", f"a context goes past the last of the model's {info.max_positions} positions")
     side = info.max_image_size // max(1, info.vae_downsample)
@@ -304,7 +314,7 @@ def _check_draw(
             raise InvalidRequest("posterior_shapes", f"[{shape}] is no latent of this model; sides are at most {side}")
 
 
-def _picture(drawn: Drawn) -> common_pb2.Picture:
+def _picture(drawn: Drawn | Previewed) -> common_pb2.Picture:
     return common_pb2.Picture(
         format=picture_format(drawn.data), data=drawn.data, width=drawn.width, height=drawn.height
     )

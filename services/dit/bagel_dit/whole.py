@@ -15,14 +15,14 @@ from bagel.prompts import BranchName
 from bagel.request import text_settings
 from bagel.v1 import common_pb2
 from bagel.wire import request_from_wire
-from bagel_dit.messages import Done, Planned, Prefilled, Read, Reply, Serve, Text, TextDone
+from bagel_dit.messages import Done, Output, Planned, Prefilled, Read, Reply, Serve, Text, TextDone
 
 
 @dataclass
 class _Serving:
     """A whole request. plan: None until it is made; left: distinct contexts that are not built yet."""
 
-    image_format: int
+    output: Output
     plan: RequestPlan | None = None
     readings: list[Reading] = field(default_factory=list)
     contexts: dict[BranchName, Context] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class WholeRequests:
     """Serves requests up to where their pictures are drawn.
 
     send: tells the server; fail and tell_failed: of a request's error, the latter from any thread and without
-    forgetting the request; draw: takes a picture on, with its request's id and image format.
+    forgetting the request; draw: takes a picture on, with its request's id and how it is given out.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class WholeRequests:
         send: Callable[[Reply], None],
         fail: Callable[[int, Exception], None],
         tell_failed: Callable[[int, Exception], None],
-        draw: Callable[[int, Picture, int], None],
+        draw: Callable[[int, Picture, Output], None],
     ) -> None:
         self._loaded, self._send, self._fail, self._tell_failed, self._draw = loaded, send, fail, tell_failed, draw
         self._serving: dict[int, _Serving] = {}
@@ -85,7 +85,7 @@ class WholeRequests:
 
     def serve(self, command: Serve) -> None:
         """Plan a request in a thread: long texts and large images must not hold up the steps of others."""
-        self._serving[command.id] = _Serving(command.image_format)
+        self._serving[command.id] = _Serving(command.output)
         self._thread.submit(self._plan_in_thread, command)
 
     def _plan_in_thread(self, command: Serve) -> None:
@@ -166,7 +166,7 @@ class WholeRequests:
             return
         if not plan.writes:
             self._send(TextDone(id_, "", (), _counts(plan, 0)))
-        self._draw(id_, plan_picture(self._loaded.planner, plan, serving.contexts), serving.image_format)
+        self._draw(id_, plan_picture(self._loaded.planner, plan, serving.contexts), serving.output)
 
 
 def _counts(plan: RequestPlan, tokens: int) -> dict[str, int]:
