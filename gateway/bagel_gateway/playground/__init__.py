@@ -1,0 +1,43 @@
+"""The playground: one page at `/`, its files beside this one, nothing to build and nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+STATIC = Path(__file__).parent / "static"
+PREFIX = "/playground"
+HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked again each time; an ETag makes that cheap
+}
+
+
+def add_playground(app: FastAPI) -> None:
+    """Serve the page at `/` and its files under `/playground`."""
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html", headers=dict(HEADERS))
+
+    app.mount(PREFIX, _Files(directory=STATIC), name="playground")
+
+
+class _Files(StaticFiles):
+    """Static files with the page's headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """One file."""
+        response = await super().get_response(path, scope)
+        response.headers.update(HEADERS)
+        return response
