@@ -39,9 +39,9 @@ class Deployment:
 
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
-    cuda:N; dtype auto, bfloat16 or float32. security is the gateway's TLS towards its callers. Entering
-    raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that a service
-    ended with.
+    cuda:N; dtype auto, bfloat16 or float32. security is the gateway's TLS towards its callers; http: a host:port where
+    it speaks the OpenAI API too. Entering raises InitTimeout naming the stage that is not ready after init_timeout_s
+    seconds, or the BagelError that a service ended with.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Deployment:
         batch_timeout_s: float = 5,
         drain_timeout_s: float = DRAIN_S,
         security: Security = PLAINTEXT,
+        http: str | None = None,
         logs: Logs = None,
         on_ready: OnReady | None = None,
         env: Mapping[str, str] | None = None,
@@ -67,12 +68,15 @@ class Deployment:
         self._device, self._dtype = device, dtype
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
+        self._http = http
         self._env = {**os.environ, **(env or {})}
         self._began = 0.0
         self.services: list[Service] = []
         """Thinker, DiT, gateway: in the order of their start."""
         self.address = ""
         """The gateway's host:port, once entered."""
+        self.http = ""
+        """Where it speaks HTTP, if it was asked to."""
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -133,7 +137,7 @@ class Deployment:
             self._until_ready(waiting, addresses, deadline)
         except TimeoutError:
             self._raise_late(waiting)
-        self.address = addresses[GATEWAY]
+        self.address, self.http = addresses[GATEWAY], self.services[-1].http
 
     def _until_ready(self, waiting: dict[str, Service], addresses: Mapping[str, str], deadline: float) -> None:
         """Take out of waiting what is ready until nothing is left."""
@@ -191,6 +195,8 @@ class Deployment:
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
         if self._security != PLAINTEXT:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
+        if self._http is not None:
+            arguments += ["--http", self._http, "--served-model-name", self._name]
         return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]
 
 

@@ -39,6 +39,8 @@ class Service:
         self.name, self.title = name, title
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._listening: Future[str] = Future()
+        self.http = ""
+        """Where it speaks HTTP, once it listens; empty if it does not."""
         self.said_ready = False
         """Whether it has said so on stdout, as the gateway does."""
         self.process = subprocess.Popen(
@@ -119,8 +121,9 @@ class Service:
     def _read(self, stream: IO[str]) -> None:
         with stream, _sink(self._logs, self.name) as write:
             for line in stream:
-                if not self._listening.done() and (address := _address(line)):
-                    self._listening.set_result(address)
+                if not self._listening.done() and (told := _listening(line)):
+                    self.http = told.get("http", "")
+                    self._listening.set_result(told["address"])
                     continue
                 if not self.said_ready and line.strip() == READY:
                     self.said_ready = True
@@ -129,12 +132,12 @@ class Service:
                 write(line)
 
 
-def _address(line: str) -> str | None:
-    """The address in the line that a service prints when it listens; None for any other line."""
+def _listening(line: str) -> dict[str, str] | None:
+    """The addresses in the line that a service prints when it listens; None for any other line."""
     with suppress(ValueError, AttributeError):
         event = json.loads(line)
         if event.get("event") == "listening":
-            return str(event["address"])
+            return {name: str(value) for name, value in event.items()}
     return None
 
 

@@ -64,11 +64,11 @@ def named_address(text: str) -> tuple[str, str]:
     return name, address
 
 
-def announce(host: Host, listen: str) -> None:
-    """Say on stdout where the service listens, for who started it with port 0."""
-    address = f"{listen.rpartition(':')[0]}:{host.port}"
-    print(json.dumps({"event": "listening", "address": address}), flush=True)
-    log.info("listening", address=address)
+def announce(host: Host, listen: str, http: str | None = None) -> None:
+    """Say on stdout where the service listens, for who started it with port 0. http: where it speaks HTTP too."""
+    addresses = {"address": f"{listen.rpartition(':')[0]}:{host.port}", **({"http": http} if http else {})}
+    print(json.dumps({"event": "listening", **addresses}), flush=True)
+    log.info("listening", **addresses)
 
 
 def announce_ready() -> None:

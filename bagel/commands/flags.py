@@ -160,6 +160,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where")
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
     _add(group, "--port", GATEWAY_PORT, "its port, 0 for any free one", type=_port, metavar="N")
+    _add(group, "--http", "none", "where the gateway also speaks the OpenAI API", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
     _add_tls(parser.add_argument_group("TLS of the gateway"), "none, plaintext", "clients need a certificate of it")
     group = parser.add_argument_group("times")

@@ -40,6 +40,8 @@ def serve(args: argparse.Namespace) -> None:
         security = _front(args)
         with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs, security=security) as running:
             _say_how_to_call(running.address, security)
+            if running.http:
+                say(f"the OpenAI API is at http{'' if security == PLAINTEXT else 's'}://{reachable(running.http)}/v1")
             while True:
                 running.check()
                 time.sleep(WATCH_S)
@@ -78,6 +80,7 @@ def deployment(
         init_timeout_s=args.init_timeout or INIT_TIMEOUT_S,
         batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
         security=security,
+        http=getattr(args, "http", None),
         logs=logs,
         on_ready=on_ready,
     )

@@ -24,7 +24,7 @@ async def _serve(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     gateway = Gateway(settings)
     await gateway.start()
-    service.announce(gateway.host, settings.listen)
+    service.announce(gateway.host, settings.listen, gateway.rest.address if gateway.rest is not None else None)
     log.info("configuration", **settings.shown())
     telling = asyncio.create_task(_tell_ready(gateway))
     await gateway.until_stopped()

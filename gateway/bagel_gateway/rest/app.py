@@ -1,0 +1,147 @@
+"""The application: routes, and what becomes of errors."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+import bagel
+from bagel.errors import BagelError, Draining, NoBackend
+from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_request, new_request_id
+from bagel_gateway.backends import Backends
+from bagel_gateway.metrics import Metrics
+from bagel_gateway.playground import add_playground
+from bagel_gateway.rest.chat import Chat
+from bagel_gateway.rest.docs import add_docs, form_body, json_body
+from bagel_gateway.rest.errors import ClientGone, error_response
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.images import Images
+from bagel_gateway.rest.parameters import (
+    REFUSED_CHAT,
+    REFUSED_EDIT,
+    REFUSED_GENERATION,
+    ChatParameters,
+    ImageParameters,
+)
+from bagel_gateway.rest.serve import Front
+
+ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
+GONE = 499
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+log = Log("bagel_gateway.rest")
+
+
+def make_app(
+    front: Front, fetcher: Fetcher, metrics: Metrics, backends: Backends, draining: Callable[[], bool], created: int
+) -> FastAPI:
+    """The application. created: when the models of the list came to be, in Unix seconds."""
+    app = FastAPI(title="bagel-serving", version=bagel.__version__, description=ABOUT, docs_url=None, redoc_url=None)
+    images, chat = Images(front), Chat(front, fetcher)
+
+    def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any]) -> None:
+        told = _told(endpoint, path, metrics)
+        app.add_api_route(path, told, methods=["POST"], summary=summary, openapi_extra=dict(body), response_model=None)
+
+    def get(path: str, endpoint: Endpoint, summary: str, route: str | None = None) -> None:
+        told = _told(endpoint, route or path, metrics)
+        app.add_api_route(path, told, methods=["GET"], summary=summary, response_model=None)
+
+    post("/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION))
+    post("/v1/images/edits", images.edit, "Edit images", form_body(ImageParameters, REFUSED_EDIT))
+    post("/v1/chat/completions", chat.complete, "Answer, or draw", json_body(ChatParameters, REFUSED_CHAT))
+    models = _Models(front, created)
+    get("/v1/models", models.all, "The served model and its aliases")
+    get("/v1/models/{model:path}", models.one, "One of them")
+    get("/healthz", _healthz, "Whether the process lives")
+    get("/readyz", _readyz(backends, draining), "Whether requests can be served")
+    get("/metrics", _metrics(metrics), "Prometheus")
+    add_docs(app)
+    add_playground(app)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    return app
+
+
+def _told(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
+    """The endpoint under its request's id, its errors in OpenAI's form, counted."""
+
+    async def handle(request: Request) -> Response:
+        given = request.headers.get(REQUEST_ID, "")[:LONGEST_REQUEST_ID]
+        request_id = given if given and given.isascii() and given.isprintable() else new_request_id()
+        current_request.set(request_id)
+        response = await _answered(endpoint, request)
+        response.headers[REQUEST_ID] = request_id
+        metrics.http(route, response.status_code)
+        return response
+
+    return handle
+
+
+async def _answered(endpoint: Endpoint, request: Request) -> Response:
+    try:
+        return await endpoint(request)
+    except BagelError as error:
+        log.info("refused" if error.http_status < 500 else "failed", error=str(error))
+        return error_response(error)
+    except ClientGone:
+        log.info("the client left")
+        return Response(status_code=GONE)
+    except Exception as error:
+        log.error("internal error", exc_info=True)
+        told = f"internal error: {type(error).__name__}; the log of this service has the details"
+        return error_response(BagelError(told))
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path:.200}: {error.detail}; /docs lists what there is"
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+class _Models:
+    def __init__(self, front: Front, created: int) -> None:
+        self._front, self._created = front, created
+
+    async def all(self, request: Request) -> Response:
+        """The served model under its name, then its aliases."""
+        names = await self._front.names()
+        return JSONResponse({"object": "list", "data": [self._model(name, names[0]) for name in names]})
+
+    async def one(self, request: Request) -> Response:
+        """One of them; UnknownModel for another name."""
+        name = await self._front.check_model(request.path_params["model"])
+        return JSONResponse(self._model(name, (await self._front.names())[0]))
+
+    def _model(self, name: str, root: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "bagel-serving", "root": root}
+
+
+async def _healthz(request: Request) -> Response:
+    return PlainTextResponse("ok\n")
+
+
+def _readyz(backends: Backends, draining: Callable[[], bool]) -> Endpoint:
+    async def readyz(request: Request) -> Response:
+        if draining():
+            raise Draining("the gateway is shutting down and takes no new requests")
+        if not backends.ready:
+            every = (*backends.thinkers, *backends.dits)
+            each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in every if backend.model is None)
+            raise NoBackend(f"not ready: {each}")
+        return PlainTextResponse("ready\n")
+
+    return readyz
+
+
+def _metrics(metrics: Metrics) -> Endpoint:
+    async def scrape(request: Request) -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return scrape

@@ -1,0 +1,166 @@
+"""/v1/chat/completions: text and images in, a text or a picture out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bagel.errors import InvalidRequest
+from bagel.request import Modality
+from bagel.v1 import common_pb2, gateway_pb2
+from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
+from bagel_gateway.rest.bodies import read_json
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.images import usage as picture_usage
+from bagel_gateway.rest.messages import parts_of
+from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, picture_options, read, text_options
+from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, check_images, outcomes
+
+DONE = "[DONE]"
+_NAMES = {"prompt": "messages", "image": "messages", "modality": "modalities"}
+
+
+class Chat:
+    """The endpoint."""
+
+    def __init__(self, front: Front, fetcher: Fetcher) -> None:
+        self._front, self._fetcher = front, fetcher
+
+    async def complete(self, request: Request) -> Response:
+        """Answer, or draw; roles are not rendered, each text and image becomes a segment in order."""
+        given = read(ChatParameters, REFUSED_CHAT, await read_json(request), typed=True)
+        if given.stream_options is not None and not given.stream:
+            raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
+        model = await self._front.check_model(given.model)
+        return await self._answer(request, given, model)
+
+    async def _answer(self, request: Request, given: ChatParameters, model: str) -> Response:
+        parts = await unless_gone(request, parts_of(given.messages, self._fetcher))
+        images = sum(part.HasField("image") for part in parts)
+        check_images(images, "messages")
+        reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
+        events = self._front.events(given, _modality(given, images), parts, self._options(given, images), _names(given))
+        if given.stream:
+            return await event_stream(request, reply.stream(events))
+        return JSONResponse(reply.whole(await unless_gone(request, outcomes(events, given.count))))
+
+    def _options(self, given: ChatParameters, images: int) -> dict[str, Any]:
+        if not given.makes_image:
+            return text_options(given)
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(given, name) is not None:
+                raise InvalidRequest(name, f"{name} has no effect on a picture; max_think_tokens bounds its think text")
+        thinks = self._front.requests.thinks if given.think is None else given.think
+        if given.temperature is not None and not thinks:
+            raise InvalidRequest("temperature", "temperature has no effect on a picture without think; leave it out")
+        return picture_options(given, edits=bool(images), thinks=self._front.requests.thinks)
+
+    async def _stride(self) -> int:
+        return (await self._front.requests.describe()).model.latent_stride
+
+
+class _Reply:
+    """Events as chat completions."""
+
+    def __init__(self, given: ChatParameters, model: str, stride: int) -> None:
+        self._given, self._stride = given, stride
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, results: list[Outcome]) -> dict[str, Any]:
+        """A chat.completion."""
+        choices = [
+            {"index": number, "message": self._message(result), "logprobs": None, "finish_reason": _reason(result)}
+            for number, result in enumerate(results)
+        ]
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(results)}
+
+    async def stream(self, events: Events) -> AsyncGenerator[Payload, None]:
+        """chat.completion.chunk objects, then [DONE]."""
+        results = [Outcome() for _ in range(self._given.count)]
+        begun: set[int] = set()
+        async with aclosing(events):
+            async for number, event in events:
+                results[number].take(event)
+                delta = self._delta(event)
+                if delta is None and event.WhichOneof("event") != "finished":
+                    continue
+                if number not in begun:
+                    begun.add(number)
+                    yield self._chunk(number, {"role": "assistant", "content": ""})
+                if delta is not None:
+                    yield self._chunk(number, delta)
+                else:
+                    yield self._chunk(number, {}, _reason(results[number]))
+        if self._given.stream_options is not None and self._given.stream_options.include_usage:
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(results)}
+        yield DONE
+
+    def _chunk(self, number: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _message(self, result: Outcome) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": result.finished.text, "refusal": None}
+        if self._given.makes_image:
+            message["content"] = result.finished.text or None
+            message["images"] = [self._image(result.picture)]
+        return message
+
+    def _delta(self, event: gateway_pb2.GenerateResponse) -> dict[str, Any] | None:
+        match event.WhichOneof("event"):
+            case "text":
+                return {"content": event.text.text}
+            case "preview":
+                return {"partial_images": [self._image(event.preview.picture, event.preview.index)]}
+            case "picture":
+                return {"images": [self._image(event.picture)]}
+        return None
+
+    def _image(self, picture: common_pb2.Picture, index: int = 0) -> dict[str, Any]:
+        url = f"data:image/{self._given.output_format or 'png'};base64,{base64_of(picture.data)}"
+        return {"type": "image_url", "index": index, "image_url": {"url": url}}
+
+    def _usage(self, results: Sequence[Outcome]) -> dict[str, Any]:
+        """True token counts: the prompt once, as it is read once."""
+        if self._given.makes_image:
+            told = picture_usage(results, self._stride)
+            prompt, completion = told["input_tokens"], told["output_tokens"]
+        else:
+            prompt = results[0].usage.prompt_tokens + results[0].usage.image_tokens
+            completion = sum(result.usage.completion_tokens for result in results)
+        cached = min(prompt, results[0].usage.reused_tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": 0 if self._given.makes_image else cached},
+        }
+
+
+def _modality(given: ChatParameters, images: int) -> Modality:
+    if given.makes_image:
+        return Modality.IMG2IMG if images else Modality.TEXT2IMG
+    return Modality.IMG2TEXT if images else Modality.TEXT2TEXT
+
+
+def _names(given: ChatParameters) -> Mapping[str, str]:
+    """Parameters by the fields that errors name: as this client called them."""
+    names = dict(_NAMES)
+    if given.makes_image:
+        names["max_tokens"] = "max_think_tokens"
+    elif given.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    if given.temperature is not None:
+        names["temperature"] = "temperature"
+    return names
+
+
+def _reason(result: Outcome) -> str:
+    text = result.accepted.resolved.text
+    return "length" if 0 < text.max_tokens <= result.usage.completion_tokens else "stop"

@@ -1,0 +1,63 @@
+"""The page at /docs, without a network, and what OpenAPI says of bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+from swagger_ui_bundle import swagger_ui_path
+
+from bagel_gateway.rest.parameters import MAX_IMAGES, Only
+
+ASSETS = "/docs/assets"
+
+
+def add_docs(app: FastAPI) -> None:
+    """Serve the page and what it is made of."""
+    app.mount(ASSETS, StaticFiles(directory=swagger_ui_path), name="docs-assets")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="bagel-serving",
+            swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
+            swagger_css_url=f"{ASSETS}/swagger-ui.css",
+            swagger_favicon_url=f"{ASSETS}/favicon-32x32.png",
+        )
+
+
+def json_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
+    """The operation's body in JSON."""
+    return _body("application/json", _schema(model, refused))
+
+
+def form_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
+    """The operation's body as a form with images."""
+    schema = _schema(model, refused)
+    files = {"type": "array", "maxItems": MAX_IMAGES, "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    schema["properties"] = {"image": files, **schema["properties"]}
+    schema["required"] = ["image", *schema["required"]]
+    return _body("multipart/form-data", schema)
+
+
+def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+
+
+def _schema(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    schema.pop("$defs", None)
+    properties = schema["properties"]
+    for name in list(properties):
+        if "$ref" in str(properties[name]):
+            properties[name] = {"type": "object"}
+    for name, only in refused.items():
+        properties[name] = {"description": f"refused: {only.why}", "enum": [None, *only.values]}
+    return schema

@@ -1,0 +1,82 @@
+"""Errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite
+
+_TYPES = {404: "not_found_error", 429: "rate_limit_error"}
+
+
+class UnknownModel(BagelError):
+    """A model that is not served; the message lists those that are."""
+
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+    field = "model"
+
+
+class BodyTooLarge(InvalidRequest):
+    """A body of more bytes than are read."""
+
+    http_status = 413
+
+
+class WrongMediaType(InvalidRequest):
+    """A body of another type than the endpoint reads."""
+
+    http_status = 415
+
+
+class UnknownParameter(InvalidRequest):
+    """A parameter that no endpoint has, or not this one."""
+
+
+class ClientGone(Exception):
+    """The client has closed the connection; nobody reads the answer."""
+
+
+def error_body(error: BagelError) -> dict[str, Any]:
+    """The body of an error."""
+    code = status_of(error)
+    kind = _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
+    param = error.field if isinstance(error, InvalidRequest | UnknownModel) else None
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": _code(error)}}
+
+
+def error_response(error: BagelError) -> JSONResponse:
+    """The whole response; one that asks to come back later says when."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Busy):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return JSONResponse(error_body(error), status_of(error), headers)
+
+
+def status_of(error: BagelError) -> int:
+    """The HTTP status. A picture that overflowed did so by the settings that the client chose."""
+    return 400 if isinstance(error, NotFinite) else error.http_status
+
+
+def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The error with its field as the client calls it."""
+    told = type(error)(names.get(error.field, error.field), str(error))
+    return told
+
+
+def _code(error: BagelError) -> str:
+    match error:
+        case UnknownModel():
+            return "model_not_found"
+        case UnknownParameter():
+            return "unknown_parameter"
+        case BodyTooLarge():
+            return "request_too_large"
+        case InvalidRequest():
+            return "invalid_value"
+    name = type(error).__name__
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

@@ -1,0 +1,88 @@
+"""Messages of a chat as the parts of a prompt."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bagel.errors import InvalidImage, InvalidRequest
+from bagel.v1 import common_pb2
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.serve import check_images, image_part, text_part
+
+ROLES = ("system", "developer", "user", "assistant")
+_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+FIELD = "messages"
+
+
+async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher) -> list[common_pb2.Part]:
+    """Each text and image in order; roles are checked, not rendered. Raises InvalidRequest for anything else."""
+    contents = [content for number, message in enumerate(messages) for content in _contents(number, message)]
+    check_images(sum("url" in content for content in contents), FIELD)
+    parts = []
+    for content in contents:
+        if "url" in content:
+            parts.append(image_part(await _image(content["url"], fetcher)))
+        else:
+            parts.append(text_part(content["text"]))
+    return parts
+
+
+def _contents(number: int, message: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A message's texts and URLs of images, in order. Answers of ours are read as they were given."""
+    where = f"{FIELD}[{number}]"
+    if message.get("role") not in ROLES:
+        raise _wrong(f"{where}.role is {message.get('role')!r:.80}; it must be one of {', '.join(ROLES)}")
+    known = {"role", "content"} | ({"images"} if message["role"] == "assistant" else set())
+    for key, value in message.items():
+        if key not in known and value not in (None, [], ""):
+            raise _wrong(f"{where}.{key} is not supported; leave it out")
+    found: list[dict[str, str]] = []
+    for key in ("content", "images"):
+        value = message.get(key)
+        if isinstance(value, str):
+            found += [{"text": value}] if value or message["role"] != "assistant" else []
+        elif isinstance(value, list):
+            found += [_content(f"{where}.{key}[{at}]", part) for at, part in enumerate(value)]
+        elif value is not None or (key == "content" and message["role"] != "assistant"):
+            raise _wrong(f"{where}.{key} is {value!r:.80}; it must be a text or a list of parts")
+    return found
+
+
+def _content(where: str, part: object) -> dict[str, str]:
+    if not isinstance(part, dict):
+        raise _wrong(f"{where} is {part!r:.80}; it must be an object with a type")
+    kind, value = part.get("type"), None
+    known = {"text": {"type", "text"}, "image_url": {"type", "image_url", "index"}}.get(str(kind))
+    if known is None:
+        raise _wrong(f"{where}.type is {kind!r:.80}; it must be text or image_url")
+    if extra := set(part) - known:
+        raise _wrong(f"{where}.{min(map(str, extra))} is not supported; leave it out")
+    if kind == "text":
+        value = part.get("text")
+    elif isinstance(part.get("image_url"), dict):
+        image = part["image_url"]
+        value = image.get("url")
+        if image.get("detail") not in (None, "auto") or set(image) - {"url", "detail"}:
+            raise _wrong(f"{where}.image_url may have a url alone, and detail auto: the model sees every image alike")
+    if not isinstance(value, str):
+        raise _wrong(f"{where} has no {'text' if kind == 'text' else 'image_url.url'}")
+    return {"text": value} if kind == "text" else {"url": value}
+
+
+async def _image(url: str, fetcher: Fetcher) -> bytes:
+    if url[:5].lower() != "data:":
+        return await fetcher.fetch(url)
+    if not (match := _DATA_URL.match(url, 0, 200)):
+        raise InvalidImage(FIELD, "an image's data URL must be data:image/png;base64,... or alike")
+    try:
+        return base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidImage(FIELD, "an image's data URL is no base64; encode the file anew") from None
+
+
+def _wrong(message: str) -> InvalidRequest:
+    return InvalidRequest(FIELD, message)

@@ -1,0 +1,291 @@
+"""Every parameter of the REST front: what it may be, what it becomes, or why it is refused. None is ignored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bagel.errors import InvalidRequest
+from bagel.request import RenormType
+from bagel.v1 import common_pb2, gateway_pb2
+from bagel_gateway.rest.errors import UnknownParameter
+
+MAX_N = 10
+MAX_IMAGES = 4
+
+Format = Literal["png", "jpeg", "webp"]
+FORMATS: Mapping[str, common_pb2.ImageFormat.ValueType] = {
+    "png": common_pb2.IMAGE_FORMAT_PNG,
+    "jpeg": common_pb2.IMAGE_FORMAT_JPEG,
+    "webp": common_pb2.IMAGE_FORMAT_WEBP,
+}
+
+
+@dataclass(frozen=True)
+class Only:
+    """A parameter of which these values alone can be honoured, as they ask for what is done anyway."""
+
+    values: tuple[object, ...]
+    why: str
+
+    def check(self, name: str, value: object) -> None:
+        """Raise InvalidRequest for another value; null is none."""
+        if value is not None and value not in self.values:
+            allowed = ", ".join(map(repr, self.values))
+            instead = f"; leave it out, or send {allowed}" if self.values else "; leave it out"
+            raise InvalidRequest(name, f"{name} is not supported: {self.why}{instead}")
+
+
+_NO_TOOLS = Only(([], "none", "auto"), "the model calls no tools")
+_OF_IMAGES = {
+    "background": Only(("auto", "opaque"), "pictures are opaque"),
+    "complexity": Only(("auto",), "num_inference_steps says how much work a picture is"),
+    "frame_count": Only((1,), "pictures do not move"),
+    "frame_duration_ms": Only((), "pictures do not move"),
+    "quality": Only(("auto",), "num_inference_steps says how much work a picture is"),
+    "response_format": Only(("b64_json",), "pictures come in the answer, none is stored under a URL"),
+    "style": Only((), "say it in the prompt"),
+    "svg": Only((), "pictures are made of pixels"),
+}
+REFUSED_GENERATION: Mapping[str, Only] = {
+    **_OF_IMAGES,
+    "moderation": Only(("auto", "low"), "there is no moderation"),
+}
+REFUSED_EDIT: Mapping[str, Only] = {
+    **_OF_IMAGES,
+    "input_fidelity": Only((), "cfg_img_scale says how close an edit keeps to its input"),
+    "markup": Only((), "say in the prompt what to change"),
+    "mask": Only((), "say in the prompt what to change"),
+}
+REFUSED_CHAT: Mapping[str, Only] = {
+    "audio": Only((), "there is no sound"),
+    "frequency_penalty": Only((0,), "repetition_penalty is what the model has"),
+    "function_call": _NO_TOOLS,
+    "functions": _NO_TOOLS,
+    "logit_bias": Only(({},), "tokens are not biased"),
+    "logprobs": Only((False,), "probabilities are not given out"),
+    "metadata": Only(({},), "nothing is stored"),
+    "moderation": Only((), "there is no moderation"),
+    "parallel_tool_calls": Only((True, False), "the model calls no tools"),
+    "prediction": Only((), "nothing is predicted"),
+    "presence_penalty": Only((0,), "repetition_penalty is what the model has"),
+    "prompt_cache_key": Only((), "prompts are reused by their content"),
+    "prompt_cache_options": Only((), "prompts are reused by their content"),
+    "prompt_cache_retention": Only((), "prompts are reused by their content"),
+    "reasoning_effort": Only((), "think says whether the model thinks first"),
+    "response_format": Only(({"type": "text"},), "answers are plain text"),
+    "service_tier": Only(("auto", "default"), "all requests are served alike"),
+    "stop": Only(([],), "stop_token_ids ends an answer"),
+    "store": Only((False,), "nothing is stored"),
+    "tool_choice": _NO_TOOLS,
+    "tools": _NO_TOOLS,
+    "top_logprobs": Only((0,), "probabilities are not given out"),
+    "verbosity": Only(("medium",), "max_tokens bounds an answer"),
+    "web_search_options": Only((), "the model searches nothing"),
+}
+
+
+class Parameters(BaseModel):
+    """What every endpoint takes."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="a served name, see /v1/models; the served model by default")
+    n: int | None = Field(None, ge=1, le=MAX_N, description="results of one prompt, with rising seeds")
+    stream: bool | None = Field(None, description="server-sent events")
+    user: str | None = Field(None, max_length=512, description="written to the log with the request")
+    safety_identifier: str | None = Field(None, max_length=512, description="as user; given back with pictures")
+    seed: int | None = Field(None, ge=0, description="the same gives the same; drawn by default")
+    think: bool | None = Field(None, description="the model thinks first, in words")
+    max_think_tokens: int | None = Field(None, description="limit of the think text (1000)")
+    do_sample: bool | None = Field(None, description="sample texts instead of taking the likeliest token")
+    text_temperature: float | None = Field(None, description="of sampled texts (0.3)")
+    top_p: float | None = Field(None, description="sample from the likeliest tokens of this probability (1)")
+    top_k: int | None = Field(None, description="sample from so many likeliest tokens; 0 is all (0)")
+    repetition_penalty: float | None = Field(None, description="above 1 discourages repeating tokens (1)")
+    stop_token_ids: list[int] | None = Field(None, max_length=64, description="tokens that end a text")
+    posterior: Literal["content", "seed", "mean"] | None = Field(None, description="noise of an edit's input")
+    negative_prompt: str | None = Field(None, description="what to steer away from")
+    num_inference_steps: int | None = Field(None, description="timesteps; n are n - 1 steps (50)")
+    timestep_shift: float | None = Field(None, description="above 1 spends more steps at high noise (3)")
+    cfg_text_scale: float | None = Field(None, description="text guidance; 1 is none (4)")
+    cfg_img_scale: float | None = Field(None, description="image guidance; 1 is none (1; edits 1.5)")
+    cfg_interval: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="when guidance is on ([0.4, 1]; edits [0, 1])"
+    )
+    cfg_renorm_type: Literal["global", "text_channel", "channel"] | None = Field(
+        None, description="the norm that guidance keeps (global; edits text_channel)"
+    )
+    cfg_renorm_min: float | None = Field(None, description="lower bound of the renorm factor (0)")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto; sides are rounded down to the grid")
+    output_format: Format | None = Field(None, description="png, jpeg or webp (png)")
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp (95)")
+    partial_images: int | None = Field(None, ge=0, le=3, description="previews in a stream (0)")
+
+    @property
+    def count(self) -> int:
+        """Results wanted."""
+        return self.n or 1
+
+
+class ImageParameters(Parameters):
+    """What an images endpoint takes; of an edit the images come beside it."""
+
+    prompt: str = Field(description="what to draw, or what to change")
+    progress: bool | None = Field(None, description="steps and think text in a stream, as events of our own")
+
+
+class StreamOptions(BaseModel):
+    """stream_options of a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class ChatParameters(Parameters):
+    """What the chat endpoint takes."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=64, description="see docs/rest.md")
+    modalities: list[Literal["text", "image"]] | None = Field(
+        None, min_length=1, max_length=2, description='["image"] draws or edits; text by default'
+    )
+    max_tokens: int | None = Field(None, description="limit of an answer (1000)")
+    max_completion_tokens: int | None = Field(None, description="the same")
+    temperature: float | None = Field(None, description="0 is greedy; above 0 samples")
+    stream_options: StreamOptions | None = None
+
+    @property
+    def makes_image(self) -> bool:
+        """Whether a picture is wanted."""
+        return "image" in (self.modalities or ())
+
+
+P = TypeVar("P", bound=Parameters)
+
+_IMAGE_OPTIONS = {
+    "num_inference_steps": "steps",
+    "timestep_shift": "timestep_shift",
+    "cfg_text_scale": "cfg_text_scale",
+    "cfg_img_scale": "cfg_img_scale",
+    "cfg_interval": "cfg_interval",
+    "cfg_renorm_type": "cfg_renorm_type",
+    "cfg_renorm_min": "cfg_renorm_min",
+    "negative_prompt": "negative_prompt",
+}
+_TEXT_OPTIONS = {
+    "do_sample": "do_sample",
+    "text_temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repetition_penalty",
+    "stop_token_ids": "stop_token_ids",
+}
+_OF_PICTURES = (*_IMAGE_OPTIONS, "size", "output_format", "output_compression", "partial_images", "posterior")
+_OF_SAMPLING = {"text_temperature": None, "top_p": 1, "top_k": 0}
+"""What sampling alone uses, with the value that chooses nothing."""
+FIELD_NAMES = {"steps": "num_inference_steps", "temperature": "text_temperature", "height": "size", "width": "size"}
+"""Parameters by the fields of bagel.request, where they are not the same."""
+
+
+def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *, typed: bool) -> P:
+    """Parameters from a body. typed: the body has types, as JSON does and a form does not.
+
+    Raises InvalidRequest with the name of the first that is wrong, UnknownParameter for one that there is not.
+    """
+    given = dict(data)
+    for name, only in refused.items():
+        if name in given:
+            only.check(name, given.pop(name))
+    try:
+        return model.model_validate(given, strict=typed)
+    except ValidationError as error:
+        # An unknown name first: what is missing is often misspelt.
+        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
+        name = ".".join(str(key) for key in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UnknownParameter(name, f"{name} is no parameter of this endpoint; docs/rest.md lists them") from None
+        if first["type"] == "missing":
+            raise InvalidRequest(name, f"{name} is missing; it is required") from None
+        raise InvalidRequest(name, f"{name} is {first['input']!r:.80}: {first['msg']}") from None
+
+
+def generate_request(given: Parameters, request: common_pb2.Request) -> gateway_pb2.GenerateRequest:
+    """The request with how its picture is given out."""
+    return gateway_pb2.GenerateRequest(
+        request=request,
+        output_format=FORMATS[given.output_format or "png"],
+        output_compression=given.output_compression,
+        partial_images=given.partial_images or 0,
+    )
+
+
+def picture_options(given: Parameters, *, edits: bool, thinks: bool) -> dict[str, Any]:
+    """Options of bagel.request for a picture. edits: of an image; thinks: what the deployment does by default.
+
+    Raises InvalidRequest for what would have no effect.
+    """
+    if not (thinks if given.think is None else given.think):
+        _without_effect(given, ("max_think_tokens", *_TEXT_OPTIONS), "a picture without think")
+    if not edits:
+        _without_effect(given, ("posterior",), "a picture without input images")
+    if given.partial_images and not given.stream:
+        raise InvalidRequest("partial_images", "partial_images come in a stream; send stream: true")
+    options = _options(given, _IMAGE_OPTIONS) | _texts(given)
+    options["posterior"] = given.posterior
+    options["width"], options["height"] = _size(given.size)
+    return options
+
+
+def text_options(given: ChatParameters) -> dict[str, Any]:
+    """Options of bagel.request for an answer. Raises InvalidRequest for what would have no effect."""
+    _without_effect(given, _OF_PICTURES, "a text answer")
+    if given.max_tokens is not None and given.max_completion_tokens not in (None, given.max_tokens):
+        raise InvalidRequest("max_tokens", "max_tokens and max_completion_tokens are one limit; send one of them")
+    limit = given.max_completion_tokens if given.max_tokens is None else given.max_tokens
+    return _texts(given) | {"max_tokens": limit}
+
+
+def _texts(given: Parameters) -> dict[str, Any]:
+    """How text is decoded. A temperature above 0 samples, as does a top_p or top_k that chooses."""
+    options = _options(given, _TEXT_OPTIONS) | {"think": given.think, "seed": given.seed}
+    options["max_think_tokens"] = given.max_think_tokens
+    temperature = given.temperature if isinstance(given, ChatParameters) else None
+    if temperature is not None:
+        if given.text_temperature is not None or given.do_sample not in (None, temperature > 0):
+            raise InvalidRequest("temperature", "temperature says it all; leave text_temperature and do_sample out")
+        options |= {"temperature": temperature, "do_sample": temperature > 0}
+    elif given.do_sample is None and (given.top_p not in (None, 1) or given.top_k):
+        options["do_sample"] = True
+    elif not given.do_sample:
+        for name, neutral in _OF_SAMPLING.items():
+            if getattr(given, name) not in (None, neutral):
+                raise InvalidRequest(name, f"{name} has no effect without sampling; send do_sample: true")
+    return options
+
+
+def _options(given: Parameters, names: Mapping[str, str]) -> dict[str, Any]:
+    values = {option: getattr(given, name) for name, option in names.items()}
+    if values.get("cfg_renorm_type") is not None:
+        values["cfg_renorm_type"] = RenormType(values["cfg_renorm_type"])
+    return values
+
+
+def _without_effect(given: Parameters, names: tuple[str, ...], on: str) -> None:
+    for name in names:
+        if getattr(given, name) is not None:
+            raise InvalidRequest(name, f"{name} has no effect on {on}; leave it out")
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    """(width, height) in pixels, None for the model's."""
+    if size is None or size == "auto":
+        return None, None
+    if not (match := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)):
+        raise InvalidRequest("size", f"size is {size!r:.80}; write WIDTHxHEIGHT, like 1024x768, or auto")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,114 @@
+"""uvicorn in the gateway's own event loop, beside gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import uvicorn
+
+from bagel.errors import ConfigError
+from bagel.transport import PLAINTEXT, Security
+from bagel_gateway.backends import Backends
+from bagel_gateway.metrics import Metrics
+from bagel_gateway.rest.app import make_app
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.limits import LimitBodies
+from bagel_gateway.rest.serve import Front
+from bagel_gateway.serving import Requests
+from bagel_gateway.settings import Settings
+
+BACKLOG = 2048
+LAST_ANSWERS_S = 5
+"""For connections that are still written to when everything is served."""
+IDLE_CONNECTION_S = 75
+
+
+class RestServer:
+    """The REST front, from `start` to `stop`. Raises ConfigError for an address that cannot be listened on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        requests: Requests,
+        metrics: Metrics,
+        backends: Backends,
+        draining: Callable[[], bool],
+    ) -> None:
+        assert settings.http is not None
+        self._socket = _listen(settings.http)
+        self.port: int = self._socket.getsockname()[1]
+        host = settings.http.rpartition(":")[0]
+        self.address = f"{host}:{self.port}"
+        front = Front(requests, settings.model_names)
+        fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
+        app = make_app(front, fetcher, metrics, backends, draining, int(time.time()))
+        self._server = _Server(_configuration(LimitBodies(app, settings.max_body_bytes), settings.front_security))
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def answering(self) -> int:
+        """HTTP requests under way."""
+        return len(self._server.server_state.tasks)
+
+    async def start(self) -> None:
+        """Listen."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        """End; what is still under way is cancelled."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+        self._socket.close()
+
+
+class _Server(uvicorn.Server):
+    """Signals are the gateway's, which drains both fronts."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _configuration(app: Any, security: Security) -> uvicorn.Config:
+    tls: dict[str, Any] = {}
+    if security != PLAINTEXT:
+        import ssl
+
+        tls = {"ssl_certfile": security.certificate, "ssl_keyfile": security.key}
+        if security.ca is not None:
+            tls |= {"ssl_ca_certs": str(security.ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return uvicorn.Config(
+        app,
+        loop="none",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=LAST_ANSWERS_S,
+        **tls,
+    )
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host.strip("[]"), int(port)))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --http") from None
+    listening.setblocking(False)
+    return listening
