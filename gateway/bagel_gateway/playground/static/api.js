@@ -23,7 +23,7 @@ export class ApiError extends Error {
  * usage {usage}, end {reason}. Throws ApiError, or an AbortError once signal says so.
  */
 export async function* send(asked, signal) {
-  const read = MODES[asked.mode].makesImage ? pictureEvents : answerReader();
+  const read = MODES[asked.mode].makesImage ? pictureReader() : answerReader();
   const response = await post(MODES[asked.mode].path, await bodyOf(asked), signal);
   let complete = false;
   for await (const data of serverSentEvents(response, signal)) {
@@ -108,40 +108,50 @@ async function bodyOf(asked) {
   return form;
 }
 
-function* pictureEvents(event) {
-  const index = event.index ?? 0;
-  const kind = event.type.replace(/^image_(generation|edit)\./, "");
-  if (kind === "partial_image") yield { type: "preview", index, number: event.partial_image_index, blob: blobOf(event) };
-  else if (kind === "progress") yield { type: "step", index, step: event.step, steps: event.steps };
-  else if (kind === "think_text.delta") yield { type: "think", index, text: event.delta };
-  else if (kind === "completed") {
-    yield { type: "picture", index, blob: blobOf(event) };
-    if (event.usage) yield { type: "usage", usage: event.usage };
-  }
+/** Reads the events of pictures. Their texts are plans, with the model's own marks around them. */
+function pictureReader() {
+  const splits = new Map();
+  return function* read(event) {
+    const index = event.index ?? 0;
+    const kind = event.type.replace(/^image_(generation|edit)\./, "");
+    if (kind === "partial_image") yield { type: "preview", index, number: event.partial_image_index, blob: blobOf(event) };
+    else if (kind === "progress") yield { type: "step", index, step: event.step, steps: event.steps };
+    else if (kind === "think_text.delta") {
+      if (!splits.has(index)) splits.set(index, markSplitter());
+      for (const { text } of splits.get(index)(event.delta, false)) yield { type: "think", index, text };
+    } else if (kind === "completed") {
+      yield { type: "picture", index, blob: blobOf(event) };
+      if (event.usage) yield { type: "usage", usage: event.usage };
+    }
+  };
 }
 
 /** Reads chat chunks; what the model wrote between its think marks is its plan, the rest its answer. */
 function answerReader() {
-  const [open, close] = ["<think>", "</think>"];
-  let pending = "";
-  let kind = "text";
-  const split = function* (last) {
-    for (;;) {
-      const mark = kind === "text" ? open : close;
-      const at = pending.indexOf(mark);
-      const upTo = at >= 0 ? at : last ? pending.length : pending.length - partOf(mark, pending);
-      if (upTo > 0) yield { type: kind, text: pending.slice(0, upTo) };
-      pending = pending.slice(at >= 0 ? at + mark.length : upTo);
-      if (at < 0) return;
-      kind = kind === "text" ? "think" : "text";
-    }
-  };
-  return function* textEvents(event) {
+  const split = markSplitter();
+  return function* read(event) {
     const [choice] = event.choices ?? [];
-    pending += choice?.delta?.content ?? "";
-    yield* split(Boolean(choice?.finish_reason));
+    yield* split(choice?.delta?.content ?? "", Boolean(choice?.finish_reason));
     if (event.usage) yield { type: "usage", usage: event.usage };
     if (choice?.finish_reason) yield { type: "end", reason: choice.finish_reason };
+  };
+}
+
+/** A text that comes in pieces as {type: think or text, text}, without the marks, which may come in pieces too. */
+function markSplitter() {
+  let pending = "";
+  let type = "text";
+  return function* split(more, last) {
+    pending += more;
+    for (;;) {
+      const mark = type === "text" ? "<think>" : "</think>";
+      const at = pending.indexOf(mark);
+      const upTo = at >= 0 ? at : last ? pending.length : pending.length - partOf(mark, pending);
+      if (upTo > 0) yield { type, text: pending.slice(0, upTo) };
+      pending = pending.slice(at >= 0 ? at + mark.length : upTo);
+      if (at < 0) return;
+      type = type === "text" ? "think" : "text";
+    }
   };
 }
 

@@ -17,7 +17,7 @@ const prompt = byId("prompt");
 const think = byId("think");
 const options = new OptionForm({ quick: byId("quick"), groups: byId("groups"), badge: byId("changed"), think });
 const images = new Images({ onGiven: switchToImages, onChange: () => {} });
-const outcome = new Outcome({ again, use, retry: () => form.requestSubmit(), place, key: useKey });
+const outcome = new Outcome({ again, use, cancel, place, retry: () => form.requestSubmit(), key: useKey });
 const history = new History({ onRestore: restore, onForget: showWelcome });
 
 // Modes -------------------------------------------------------------------------------------------------------------
@@ -88,14 +88,15 @@ function readForm() {
 }
 
 function say(text) {
-  byId("prompt-problem").textContent = text;
-  byId("prompt-problem").hidden = text === "";
+  byId("problem").textContent = text;
+  byId("problem").hidden = text === "";
 }
 
 /** Say what is wrong with an input, and go there. */
 function blame(input, message) {
   say(message);
   input.setAttribute("aria-invalid", "true");
+  input.setAttribute("aria-errormessage", "problem");
   input.closest("details")?.setAttribute("open", "");
   input.focus();
 }
@@ -110,20 +111,20 @@ async function start() {
   byId("welcome").hidden = true;
   outcome.begin(entry);
   if (matchMedia("(max-width: 860px)").matches) byId("result").scrollIntoView({ behavior: "smooth" });
+  let refusedInput;
   try {
     await follow(entry, controller.signal);
     entry.state = "done";
     announce(entry.answer ? `Done. ${entry.answer.slice(0, 300)}` : `Done after ${Math.round(outcome.seconds)} seconds.`);
   } catch (error) {
-    failed(entry, error);
+    refusedInput = failed(entry, error);
   }
   entry.seconds = outcome.seconds;
   entry.pictures = entry.pictures.filter(Boolean);
   setRunning(undefined);
   outcome.end(entry);
   history.keep(entry);
-  if (entry.input) blame(entry.input, entry.error.message);
-  delete entry.input;
+  if (refusedInput) blame(refusedInput, entry.error.message);
 }
 
 async function follow(entry, signal) {
@@ -132,7 +133,7 @@ async function follow(entry, signal) {
   for await (const event of send(entry, signal)) {
     if (event.type === "think") {
       if (event.index > 0) continue; // of several pictures, one plan is enough to read
-      entry.thought += event.text;
+      entry.thought = (entry.thought + event.text).trimStart();
       outcome.think(entry.thought);
       outcome.phase("Thinking");
     } else if (event.type === "text") {
@@ -155,18 +156,22 @@ async function follow(entry, signal) {
   }
 }
 
+function cancel() {
+  state.running?.controller.abort();
+}
+
+/** Note why a request ended early; the input that the server has refused, if it is one of the form. */
 function failed(entry, error) {
   if (error.name === "AbortError") {
     entry.state = "cancelled";
     announce("Cancelled.");
-    return;
+    return undefined;
   }
   entry.state = "failed";
   entry.error = failureOf(error, location.origin);
-  if (error instanceof ApiError && error.param) {
-    entry.input = error.param === "prompt" ? prompt : options.inputOf(error.param);
-  }
   check();
+  if (!(error instanceof ApiError) || !error.param) return undefined;
+  return error.param === "prompt" ? prompt : options.inputOf(error.param);
 }
 
 function setRunning(running) {
@@ -251,12 +256,12 @@ function setTheme(theme) {
 
 form.addEventListener("submit", (event) => { event.preventDefault(); start(); });
 form.addEventListener("change", (event) => { if (event.target.name === "mode") setMode(event.target.value); });
-byId("cancel").addEventListener("click", () => state.running?.controller.abort());
+byId("cancel").addEventListener("click", cancel);
 byId("reset").addEventListener("click", () => { options.write({}); announce("All options are back at their defaults."); });
 think.addEventListener("change", () => options.refresh());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
-  if (event.key === "Escape" && state.running) state.running.controller.abort();
+  if (event.key === "Escape") cancel();
 });
 byId("theme").addEventListener("click", () => {
   const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";

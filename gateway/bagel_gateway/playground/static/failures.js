@@ -20,5 +20,12 @@ export function failureOf(error, origin) {
   }
   const [title, usual] = KINDS[error.kind];
   const remedy = error.retryAfter ? `Try again in ${error.retryAfter} s.` : usual;
-  return { title, message: error.message, remedy, requestId: error.requestId, wantsKey: error.kind === "key" };
+  return { title, message: sentence(error.message), remedy, requestId: error.requestId, wantsKey: error.kind === "key" };
+}
+
+/** Messages of the server are one line without a capital or a full stop. */
+function sentence(message) {
+  const text = message.trim();
+  const begun = /^[a-z]+ [a-z]/.test(text) && !text.includes("_") ? text[0].toUpperCase() + text.slice(1) : text;
+  return /[.!?…]$/.test(begun) ? begun : `${begun}.`;
 }

@@ -3,7 +3,7 @@ import { announce, byId, copy, duration, element } from "./dom.js";
 import { MODES } from "./request.js";
 import { noteOf, snippets } from "./snippets.js";
 
-/** Shows an entry in the result area. actions: {again, use(picture, mode), retry(), place()}. */
+/** Shows an entry in the result area. actions: {again(entry), use(blob, extension, mode), retry(), cancel(), key(key), place()}. */
 export class Outcome {
   constructor(actions) {
     this.box = byId("outcome");
@@ -19,7 +19,8 @@ export class Outcome {
     this.bar = element("progress", { max: 1, "aria-label": "Progress" });
     this.phaseText = element("span", { class: "phase" }, "Waiting for its turn");
     const seconds = element("span", { class: "seconds" }, "0.0 s");
-    this.progress = element("div", { class: "progress" }, element("div", { class: "label-row" }, this.phaseText, seconds), this.bar);
+    const here = element("button", { type: "button", class: "quiet here", onclick: () => this.actions.cancel() }, "Cancel"); // where the form's own is out of sight
+    this.progress = element("div", { class: "progress" }, element("div", { class: "label-row" }, this.phaseText, seconds, here), this.bar);
     this.ticker = setInterval(() => { seconds.textContent = duration(this.seconds); }, 100);
     if (MODES[entry.mode].makesImage) this.area = element("div", { class: "canvas" }, element("p", { class: "blank" }, "The first preview appears here."));
     else this.area = element("p", { class: "answer live" });
@@ -61,7 +62,7 @@ export class Outcome {
 
   preview(blob, number) {
     const image = this.#image(blob, "The picture under way");
-    image.decode().then(() => this.area.replaceChildren(image, element("span", { class: "tag" }, `Preview ${number}`)), () => {});
+    image.decode().then(() => this.area.replaceChildren(tagged(image, `Preview ${number}`)), () => {});
   }
 
   /** Show what came of it: a request that has ended now, or an earlier one. */
@@ -99,7 +100,11 @@ export class Outcome {
 
   #image(blob, alt) {
     const image = element("img", { alt });
-    image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 520));
+    image.addEventListener("load", () => {
+      const small = image.naturalWidth <= 440;
+      image.classList.toggle("small", small);
+      image.closest(".slider")?.classList.toggle("small", small);
+    });
     image.src = this.#url(blob);
     return image;
   }
@@ -120,7 +125,10 @@ export class Outcome {
   #pictures(entry) {
     const alt = `${entry.mode === "edit" ? "Edited picture" : "Picture"}: ${entry.prompt}`;
     if (entry.mode === "edit" && entry.pictures.length === 1 && entry.state === "done") return this.#comparison(entry, alt);
-    const shown = entry.pictures.map((blob, i) => element("div", { class: "canvas" }, this.#image(blob, entry.pictures.length > 1 ? `${alt} (${i + 1})` : alt), entry.state !== "done" && element("span", { class: "tag" }, "Last preview")));
+    const shown = entry.pictures.map((blob, i) => {
+      const image = this.#image(blob, entry.pictures.length > 1 ? `${alt} (${i + 1})` : alt);
+      return element("div", { class: "canvas" }, entry.state === "done" ? image : tagged(image, "Last preview"));
+    });
     return [shown.length === 1 ? shown[0] : element("div", { class: "pictures" }, ...shown)];
   }
 
@@ -130,13 +138,13 @@ export class Outcome {
     const box = element("div", { class: "canvas" });
     const slide = () => {
       const range = element("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": "How much of the picture before the edit is shown, in percent" });
-      const compare = element("div", { class: "compare" }, this.#image(after, alt), element("img", { class: "before", src: this.#url(before.blob), alt: "Before the edit" }), range, element("span", { class: "line" }), element("span", { class: "tag" }, "Before"), element("span", { class: "tag right" }, "After"));
+      const compare = element("div", { class: "compare" }, this.#image(after, alt), element("img", { class: "before", src: this.#url(before.blob), alt: "Before the edit" }), range, element("span", { class: "line" }));
       range.addEventListener("input", () => compare.style.setProperty("--at", `${range.value}%`));
-      box.replaceChildren(compare);
+      box.replaceChildren(element("div", { class: "slider" }, element("p", { class: "ends", "aria-hidden": "true" }, element("span", {}, "Before"), element("span", {}, "After")), compare));
     };
     const beside = () => box.replaceChildren(element("div", { class: "beside" },
-      element("figure", {}, element("img", { src: this.#url(before.blob), alt: "Before the edit" }), element("figcaption", { class: "tag" }, "Before")),
-      element("figure", {}, this.#image(after, alt), element("figcaption", { class: "tag" }, "After"))));
+      element("figure", {}, element("figcaption", {}, "Before"), element("img", { src: this.#url(before.blob), alt: "Before the edit" })),
+      element("figure", {}, element("figcaption", {}, "After"), this.#image(after, alt))));
     const choice = (name, show, checked) => element("label", {}, element("input", { type: "radio", name: "view", checked, onchange: show }), element("span", {}, name));
     slide();
     return [box, element("div", { class: "view", role: "radiogroup", "aria-label": "How to compare" }, choice("Slider", slide, true), choice("Side by side", beside, false))];
@@ -222,6 +230,10 @@ export class Outcome {
     select(0);
     return box;
   }
+}
+
+function tagged(image, text) {
+  return element("figure", { class: "tagged" }, image, element("figcaption", { class: "tag" }, text));
 }
 
 async function copied(button, text) {
