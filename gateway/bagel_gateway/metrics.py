@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,7 +15,7 @@ from bagel.errors import BagelError, InvalidRequest
 from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.admission import Admission
-from bagel_gateway.backends import Backends
+from bagel_gateway.backends import Backend, Backends
 
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 """Seconds: from one step of a small model to a large picture that thinks first."""
@@ -49,8 +50,8 @@ class Metrics:
             "bagel_backend_requests", "Requests of this gateway at the service.", ["backend"], registry=self._registry
         )
         for each in (*backends.thinkers, *backends.dits):
-            ready.labels(each.name).set_function(lambda each=each: float(each.model is not None))
-            busy.labels(each.name).set_function(lambda each=each: each.under_way)
+            ready.labels(each.name).set_function(partial(_is_ready, each))
+            busy.labels(each.name).set_function(partial(_under_way, each))
 
     def text(self) -> bytes:
         """All of them, to be scraped."""
@@ -111,6 +112,14 @@ class Metrics:
             self._tokens.labels(kind.removesuffix("_tokens")).inc(getattr(finished.usage, kind))
         self._pulled.inc(finished.usage.pulled_bytes)
         self._steps.inc(finished.usage.steps)
+
+
+def _is_ready(backend: Backend) -> float:
+    return float(backend.model is not None)
+
+
+def _under_way(backend: Backend) -> float:
+    return backend.under_way
 
 
 def _makers(registry: CollectorRegistry) -> tuple[Callable[..., Counter], Callable[..., Histogram]]:

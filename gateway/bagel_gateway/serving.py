@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -133,7 +133,7 @@ class Requests:
         finally:
             queue.put_nowait(None)
 
-    async def _run(self, asked: Asked, remaining: Remaining, begin: Begin | None = None) -> AsyncIterator[Event]:
+    async def _run(self, asked: Asked, remaining: Remaining, begin: Begin | None = None) -> AsyncGenerator[Event, None]:
         """One request that has its place."""
         began = time.perf_counter()
         thinker, model = begin or await self._begin(asked)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,40 +19,45 @@ class LimitBodies:
     """ASGI middleware: reading a body raises BodyTooLarge, Busy or InvalidRequest where it goes over a limit."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max, self._room = app, max_bytes, AT_ONCE * max_bytes
+        self._app, self.max_bytes, self._room = app, max_bytes, AT_ONCE * max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(self, receive, _announced(scope["headers"]))
+        body = _Body(self, receive, send, dict(scope["headers"]))
         try:
-            await self._app(scope, body.receive, send)
+            await self._app(scope, body.receive, body.send)
         finally:
             self._room += body.held
 
     def take(self, held: int, more: int) -> None:
         """Make room for more bytes of a body that has `held`."""
-        if held + more > self._max:
-            raise BodyTooLarge("body", f"the request's body is larger than {self._max} bytes, the most that is read")
+        if held + more > self.max_bytes:
+            raise BodyTooLarge(
+                "body", f"the request's body is larger than {self.max_bytes} bytes, the most that is read"
+            )
         if more > self._room:
             raise Busy("the gateway holds as many request bodies as it has memory for; try again later")
         self._room -= more
 
 
 class _Body:
-    """One request's body on its way in."""
+    """One request's body on its way in. held: bytes that count against the limits."""
 
-    def __init__(self, limits: LimitBodies, receive: Receive, announced: int) -> None:
-        self._limits, self._receive, self._announced = limits, receive, announced
-        self.held, self._complete = 0, False
+    def __init__(self, limits: LimitBodies, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
+        self._limits, self._receive, self._send = limits, receive, send
+        length = headers.get(b"content-length", b"0")
+        self._announced = int(length) if length.isdigit() and len(length) < 20 else 0
+        self._complete = not self._announced and b"transfer-encoding" not in headers
+        self.held = 0
 
     async def receive(self) -> Message:
         """The next message; once the body is complete it waits for the end of the connection."""
         if self._complete:
             return await self._receive()
-        if self._announced > self._limits._max:
+        if self._announced > self._limits.max_bytes:
             self._limits.take(0, self._announced)
         try:
             async with asyncio.timeout(SILENCE_S):
@@ -67,9 +71,8 @@ class _Body:
             self._complete = not message.get("more_body", False)
         return message
 
-
-def _announced(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    for name, value in headers:
-        if name == b"content-length" and value.isdigit():
-            return int(value)
-    return 0
+    async def send(self, message: Message) -> None:
+        """Pass on what is answered; before the body was read, the connection ends with the answer."""
+        if message["type"] == "http.response.start" and not self._complete:
+            message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+        await self._send(message)
