@@ -12,7 +12,7 @@ PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test bench protos protos-check clean
+.PHONY: help setup run demo format lint check test test-compose bench protos protos-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ check: lint ## lint and the quick tests, under two minutes
 
 test: setup ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-compose: setup ## deploy/compose.yaml on a Docker engine
+	$(BIN)/python -m pytest -q -m compose tests/compose $(ARGS)
 
 bench: setup ## the benchmarks
 	$(BIN)/python -m bench $(ARGS)

@@ -35,7 +35,14 @@ class Loader(yaml.SafeLoader):
     """YAML with compose's tags, which say how files are merged."""
 
 
-Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node, deep=True))
+def _override(loader: Loader, node: yaml.Node) -> object:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    assert isinstance(node, yaml.SequenceNode)
+    return loader.construct_sequence(node, deep=True)
+
+
+Loader.add_constructor("!override", _override)
 
 
 def read(path: Path) -> dict[str, Any]:
