@@ -12,7 +12,7 @@ PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test test-compose bench protos protos-check clean
+.PHONY: help setup run demo format lint check test test-browser test-compose bench protos protos-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ check: lint ## lint and the quick tests, under two minutes
 
 test: setup ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+test-browser: setup ## the playground in a real Chromium, installed if this is root's Debian
+	@command -v $${CHROMIUM:-chromium} > /dev/null || command -v google-chrome > /dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y --no-install-recommends chromium; } \
+	  || { echo 'install Chromium (apt-get install chromium), or name one: make test-browser CHROMIUM=/path' >&2; exit 1; }
+	BAGEL_NEEDS_BROWSER=1 $(BIN)/python -m pytest -q -n0 -m browser tests/browser $(ARGS)
 
 test-compose: setup ## deploy/compose.yaml on a Docker engine
 	$(BIN)/python -m pytest -q -m compose tests/compose $(ARGS)
