@@ -30,6 +30,7 @@ from bagel.request import Modality
 from bagel.status import from_rpc_error
 from bagel.telemetry import REQUEST_ID, new_request_id
 from bagel.together import Together
+from bagel.tracing import trace_metadata
 from bagel.transport import PLAINTEXT, Security, channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 
@@ -300,7 +301,7 @@ class _Call:
             raise InvalidRequest("modality", f"modality is {modality!r}; it must be one of {', '.join(Modality)}")
         message = output.request()
         message.request.CopyFrom(wire.options_to_wire(Modality(modality), _parts(prompt, image), options))
-        return cls(message, timeout, ((REQUEST_ID, request_id or new_request_id()),))
+        return cls(message, timeout, ((REQUEST_ID, request_id or new_request_id()), *trace_metadata()))
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> _Call:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bagel.commands.flags import Parser
 from bagel.errors import BagelError
 from bagel.telemetry import Log, set_up_logs
+from bagel.tracing import set_up_tracing
 from bagel.transport import DRAIN_S, Host, Security
 
 DEFAULT_KV_BYTES = 2 * 2**30
@@ -102,6 +103,7 @@ def run(
     try:
         args = flags.parse_args(argv)
         set_up_logs(service, args.log_level)
+        set_up_tracing(service, getattr(args, "name", service))
         asyncio.run(_as_coroutine(main(args)))
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from bagel import errors
 from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
 from bagel.telemetry import Log, adopt_request_id
+from bagel.tracing import serving, tell_failure
 
 DOMAIN = "bagel-serving"
 _DETAILS = "grpc-status-details-bin"
@@ -95,19 +96,25 @@ def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, A
 
 
 def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[Any, Q, Any], AsyncIterator[R]]:
-    """As `unary`, for a method that streams its responses."""
+    """As `unary`, for a method that streams its responses; the call is a span of its request's trace."""
+    servicer, _, method = handler.__qualname__.rpartition(".")
+    name = f"bagel.v1.{servicer.replace('Servicer', 'Service')}/{method}"
 
     @wraps(handler)
     async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> AsyncIterator[R]:
-        adopt_request_id(context)
-        responses = handler(self, request, context)
-        try:
-            async for response in responses:
-                yield response
-        except Exception as error:
-            await abort(context, _told(error))
-        finally:
-            await responses.aclose()  # type: ignore[attr-defined]
+        request_id = adopt_request_id(context)
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        with serving(name, metadata, request_id=request_id) as span:
+            responses = handler(self, request, context)
+            try:
+                async for response in responses:
+                    yield response
+            except Exception as error:
+                told = _told(error)
+                tell_failure(span, told)
+                await abort(context, told)
+            finally:
+                await responses.aclose()  # type: ignore[attr-defined]
 
     return handle
 

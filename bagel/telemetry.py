@@ -12,6 +12,8 @@ from typing import Any, cast
 
 from grpc.aio import ServicerContext
 
+from bagel.tracing import trace_metadata
+
 REQUEST_ID = "x-request-id"
 """Metadata key that carries a request's name through all services."""
 LONGEST_REQUEST_ID = 128
@@ -89,6 +91,6 @@ def adopt_request_id(context: ServicerContext[Any, Any]) -> str:
 
 
 def request_metadata() -> tuple[tuple[str, str], ...]:
-    """Metadata that passes the present request's name on."""
+    """Metadata that passes the present request's name and trace on."""
     request_id = current_request.get()
-    return ((REQUEST_ID, request_id),) if request_id else ()
+    return (((REQUEST_ID, request_id),) if request_id else ()) + trace_metadata()

@@ -26,7 +26,8 @@ from bagel.kv.pages import PageKey
 from bagel.kv.service import SERVICE
 from bagel.kv.store import KvStore
 from bagel.status import from_rpc_error
-from bagel.telemetry import Log
+from bagel.telemetry import Log, request_metadata
+from bagel.tracing import span
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 
@@ -174,7 +175,8 @@ class KvPuller:
         for digest in lengths:
             for page in self.store.ready_pages(digest):  # of a pull that was cancelled
                 wanted.ends.pop(PageKey(digest, *page), None)
-        with self.store.pulling():
+        pages, nbytes = len(wanted.ends), sum(self.store.layout.segment_bytes(length) for length in lengths.values())
+        with self.store.pulling(), span("kv pull", source=ref.source, segments=len(lengths), pages=pages, bytes=nbytes):
             try:
                 await self._receive(ref, wanted)
             except SourceUnavailable as error:
@@ -193,7 +195,7 @@ class KvPuller:
     async def _receive(self, ref: kv_pb2.ContextRef, wanted: _Wanted) -> None:
         """One Pull of what is wanted; stores good pages and strikes them off."""
         lengths = {segment.digest: segment.length for segment in ref.segments}
-        call = self._pulls[ref.source](self._request(ref, wanted.ends))
+        call = self._pulls[ref.source](self._request(ref, wanted.ends), metadata=request_metadata())
         try:
             while wanted.ends:
                 data = await self._read(call, ref.source)

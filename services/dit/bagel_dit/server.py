@@ -22,6 +22,7 @@ from bagel.request import MAX_PARTS, MAX_SEED
 from bagel.slots import Slots
 from bagel.status import from_status, streaming, unary
 from bagel.telemetry import Log
+from bagel.tracing import record
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
 from bagel.wire import (
@@ -57,6 +58,9 @@ from bagel_dit.messages import (
 Response = dit_pb2.DitServiceGenerateResponse
 Event = Begun | Planned | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
 
+WINDOW = 10
+"""Denoise steps of one span."""
+
 log = Log("bagel.dit")
 
 
@@ -72,10 +76,11 @@ class _Work:
     steps: int = 0
     text: TextDone | None = None
 
-    def lap(self, stage: str) -> float:
-        """The time since the last lap was spent on a stage; its seconds."""
+    def lap(self, stage: str, **attributes: int) -> float:
+        """The time since the last lap was spent on a stage, a span of the trace; its seconds."""
         now = time.perf_counter()
         seconds = now - self.clock
+        record(stage, self.clock, now, **attributes)
         self.timings[stage] = self.timings.get(stage, 0.0) + seconds
         self.clock = now
         return seconds
@@ -182,7 +187,7 @@ class DitServicer(DitServiceServicer):
         assert isinstance(begun, Begun)
         work.steps = begun.steps
         self.driver.begin(begun)
-        work.lap("transfer")
+        work.lap("transfer", pages=len(landing.times), pulled_bytes=work.counts["pulled_bytes"])
 
     async def _serve(
         self, request: dit_pb2.DitServiceGenerateRequest, work: _Work, stack: AsyncExitStack
@@ -208,26 +213,27 @@ class DitServicer(DitServiceServicer):
                     self.driver.read()
                 case Prefilled():
                     work.counts |= {"computed_tokens": event.computed, "reused_tokens": event.tokens - event.computed}
-                    work.lap("context")
+                    work.lap("context", computed_tokens=event.computed, tokens=event.tokens)
                     yield Response(prefill=common_pb2.PrefillDone(tokens=event.tokens))
                 case Begun():
                     work.steps = event.steps
                     self.driver.begin(event)
                 case int():
-                    if event == work.steps:
-                        work.lap("denoise")
+                    if event % WINDOW == 0 or event == work.steps:
+                        work.lap("denoise", first_step=(event - 1) // WINDOW * WINDOW + 1, last_step=event)
                     yield Response(step=common_pb2.StepDone(step=event, steps=work.steps))
                 case Text():
                     yield Response(text=common_pb2.TextDelta(text=event.text, think=event.think))
                 case TextDone():
                     if event.token_ids:
-                        work.lap("text")
+                        work.lap("text", tokens=len(event.token_ids))
                     work.text = event
                 case Previewed():
                     preview = common_pb2.Preview(index=event.index, step=event.step, picture=_picture(event))
                     yield Response(preview=preview)
                 case Drawn():
                     work.timings["decode"] = event.seconds
+                    record("decode", time.perf_counter() - event.seconds, width=event.width, height=event.height)
                     yield Response(picture=_picture(event))
                     break
                 case Done():

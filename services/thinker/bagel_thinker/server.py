@@ -20,6 +20,7 @@ from bagel.request import TextSettings
 from bagel.slots import Slots
 from bagel.status import streaming, unary
 from bagel.telemetry import Log
+from bagel.tracing import record
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
 from bagel.wire import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
@@ -43,9 +44,10 @@ class _Build:
         with suppress(RuntimeError):  # the loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
-    def lap(self, stage: str) -> None:
-        """The time since the last lap was spent on a stage."""
+    def lap(self, stage: str, **attributes: int) -> None:
+        """The time since the last lap was spent on a stage, a span of the trace."""
         now = time.perf_counter()
+        record(stage, self.started, now, **attributes)
         self.timings[stage] = self.timings.get(stage, 0.0) + now - self.started
         self.started = now
 
@@ -105,8 +107,12 @@ class ThinkerServicer(ThinkerServiceServicer):
                         yield Response(context=self._ref(event, lease))
                     case Written():
                         finished = True
-                        build.lap("context" if reading.append or reading.settings is None else "text")
+                        build.lap(
+                            "context" if reading.append or reading.settings is None else "text",
+                            written_tokens=len(event.token_ids),
+                        )
                         built = _built(event, reading, build)
+                        _record_segments(reading, self.engine.store.layout.layers)
                         _log_built(built, reading)
                         yield Response(built=built)
         finally:
@@ -173,6 +179,14 @@ class ThinkerServicer(ThinkerServiceServicer):
             lease_seconds=self.lease_s,
             fingerprint=self.engine.store.fingerprint,
         )
+
+
+def _record_segments(reading: Reading, layers: int) -> None:
+    """A span for every segment computed with its layers one by one: from its first layer's K/V to its last's."""
+    times, ahead = reading.kv_times, time.perf_counter() - time.monotonic()
+    if len(times) == layers * len(reading.computed):
+        for i, length in enumerate(reading.computed.values()):
+            record("prefill", times[i * layers] + ahead, times[(i + 1) * layers - 1] + ahead, tokens=length)
 
 
 def _log_built(built: thinker_pb2.ContextBuilt, reading: Reading) -> None:

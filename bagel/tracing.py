@@ -1,0 +1,140 @@
+"""OpenTelemetry traces of a request through the services: W3C context in gRPC metadata, a span a call and a stage.
+
+Configured by OpenTelemetry's own environment variables: spans are exported over OTLP once OTEL_EXPORTER_OTLP_ENDPOINT
+(or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) is set, or OTEL_TRACES_EXPORTER is otlp or console. No torch here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.propagate import extract, inject
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+import bagel
+from bagel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+Value = str | int | float | bool
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+tracer = trace.get_tracer("bagel", bagel.__version__)
+
+
+def set_up_tracing(service: str, instance: str) -> None:
+    """Export this process's spans as the environment says; nothing if it says nothing. Raises ConfigError.
+
+    What waits for export is sent when the process ends. service, instance: `bagel-dit` and `dit-0`; what
+    OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES say comes first.
+    """
+    exporter = _exporter()
+    if exporter is None:
+        return
+    # Here, as clients pass contexts on without the SDK.
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    named = {"service.name": f"bagel-{service}", "service.instance.id": instance, "service.version": bagel.__version__}
+    said = Resource.create().attributes
+    unsaid = {key: value for key, value in named.items() if key not in said or "unknown_service" in str(said[key])}
+    resource = Resource.create(unsaid)
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+
+
+def _exporter() -> SpanExporter | None:
+    """The exporter that OTEL_TRACES_EXPORTER names; otlp where it names none and an endpoint is set."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    default = "otlp" if any(os.environ.get(name) for name in ENDPOINTS) else "none"
+    name = os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
+    if name == "none":
+        return None
+    if name == "console":
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+        return ConsoleSpanExporter()
+    if name != "otlp":
+        raise ConfigError(f"OTEL_TRACES_EXPORTER is {name!r}; otlp, console and none are supported")
+    protocol = (
+        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
+    )
+    if protocol != "grpc":
+        raise ConfigError(f"the OTLP protocol is {protocol!r}; set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, the supported one")
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter()
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """Metadata that makes what a peer does part of the present span (W3C traceparent, tracestate, baggage)."""
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return tuple(carrier.items())
+
+
+@contextmanager
+def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iterator[Span]:
+    """The span of a call that is served, below its caller's; spans of this task are below it from now on.
+
+    Failures are told by who turns them into a status. The context is not put back at the end: a call has its own task,
+    and a stream's generator may end in another context than it began in.
+    """
+    parent = extract(metadata)
+    service, _, method = name.partition("/")
+    span = tracer.start_span(
+        name,
+        parent,
+        SpanKind.SERVER,
+        {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, **attributes},
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+    otel_context.attach(trace.set_span_in_context(span, parent))
+    try:
+        yield span
+    except (asyncio.CancelledError, GeneratorExit) as error:
+        tell_failure(span, error)
+        raise
+    finally:
+        span.end()
+
+
+def tell_failure(span: Span, error: BaseException) -> None:
+    """Mark a span as failed; a caller that left is no failure of the service."""
+    if isinstance(error, Exception):
+        span.set_status(Status(StatusCode.ERROR, str(error)))
+        span.set_attribute("error.type", type(error).__name__)
+    else:
+        span.set_attribute("bagel.cancelled", True)
+
+
+@contextmanager
+def span(name: str, **attributes: Value) -> Iterator[Span]:
+    """A span below the present one, which is not made the present one."""
+    begun = tracer.start_span(name, attributes=attributes)
+    try:
+        yield begun
+    except BaseException as error:
+        tell_failure(begun, error)
+        raise
+    finally:
+        begun.end()
+
+
+def record(name: str, begin: float, end: float | None = None, **attributes: Value) -> None:
+    """A span of something that is over, by readings of time.perf_counter; until now by default."""
+    now, wall = time.perf_counter(), time.time_ns()
+    at = [wall - int((now - moment) * 1e9) for moment in (begin, now if end is None else end)]
+    tracer.start_span(name, attributes=attributes, start_time=at[0]).end(at[1])
