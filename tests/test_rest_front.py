@@ -448,24 +448,22 @@ def test_pictures_of_one_call_wait_for_each_other_and_share_their_prompt() -> No
 def test_a_client_that_leaves_cancels_its_work_in_every_stage(stream: bool) -> None:
     async def work(at: Deployment, client: AsyncOpenAI) -> None:
         at.dits[0].go.clear()
-        body = {"prompt": "a cat", "n": 3, "stream": stream, "progress": stream or None}
-        asked = asyncio.create_task(
-            client.images.generate(
-                **{"prompt": "a cat", "n": 3}, stream=stream, extra_body={"progress": True} if stream else None
-            )
-        )  # type: ignore[call-overload]
+        more = {"stream": True, "progress": True} if stream else {}
+        asked = asyncio.create_task(client.images.generate(prompt="a cat", n=3, stream=stream, extra_body=more))
         async with asyncio.timeout(10):
             while at.journal.events.count("draw begins") < 3:
                 await asyncio.sleep(0.01)
         if stream:
-            await (await asked).close()
+            answer = await asked
+            assert isinstance(answer, openai.AsyncStream)
+            await answer.close()
         else:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
         await at.settled()
         assert at.journal.events.count("draw is cancelled") == 3
         at.dits[0].go.set()
-        assert (await client.images.generate(prompt=str(body["prompt"]))).data
+        assert (await client.images.generate(prompt="a dog")).data
 
     through(work)
 

@@ -46,7 +46,7 @@ def error_body(error: BagelError) -> dict[str, Any]:
     code = status_of(error)
     kind = _TYPES.get(code, "invalid_request_error" if code < 500 else "server_error")
     param = error.field if isinstance(error, InvalidRequest | UnknownModel) else None
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": _code(error)}}
+    return {"error": {"message": _unicode(str(error)), "type": kind, "param": _unicode(param), "code": _code(error)}}
 
 
 def error_response(error: BagelError) -> JSONResponse:
@@ -66,6 +66,11 @@ def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
     """The error with its field as the client calls it."""
     told = type(error)(names.get(error.field, error.field), str(error))
     return told
+
+
+def _unicode(text: str | None) -> str | None:
+    """What UTF-8 can say: what a client sent and is told of may have lone surrogates."""
+    return text and text.encode("utf-8", "backslashreplace").decode()
 
 
 def _code(error: BagelError) -> str:
