@@ -34,7 +34,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In truth how long an attempt may take, TLS and a busy peer included; the time between attempts is the other two's.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Channels of one process to one address would share a connection, and with it its flow control.
     ("grpc.use_local_subchannel_pool", 1),

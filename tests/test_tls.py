@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.cli import main
 from bagel.launch import is_serving
-from bagel.transport import Host, Security
+from bagel.transport import Host, Security, sync_channel
 from bagel_gateway.settings import parser, settings_of
 from tests.test_serve import serving
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
+LATE_S = 0.5
 SERVICE = "bagel.v1.KvBlocksService"
 
 
@@ -167,3 +171,36 @@ def test_a_certificate_is_for_its_names_alone(ca: Path, name: str, trusted: bool
         with nullcontext() if trusted else pytest.raises(grpc.FutureTimeoutError):
             ready.result(LIMIT_S if trusted else 2)
         ready.cancel()
+
+
+def test_a_peer_that_takes_its_time_over_the_handshake_is_waited_for(ca: Path) -> None:
+    with hosted(security(ca, "gateway")) as address, slow_relay(address, LATE_S) as slow:
+        with sync_channel(slow, security(ca, "client")) as called:
+            stub = health_pb2_grpc.HealthStub(called)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)  # fails at once if connecting fails
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@contextmanager
+def slow_relay(address: str, late_s: float) -> Iterator[str]:
+    """Relays a connection to the address, what comes back late_s later."""
+    host, _, port = address.rpartition(":")
+
+    def pump(source: socket.socket, target: socket.socket, late_s: float) -> None:
+        with suppress(OSError):
+            while data := source.recv(2**16):
+                time.sleep(late_s)
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def relay(listening: socket.socket) -> None:
+        client, _ = listening.accept()
+        with client, socket.create_connection((host, int(port))) as there, ThreadPoolExecutor(1) as back:
+            back.submit(pump, there, client, late_s)
+            pump(client, there, 0)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        relayed = pool.submit(relay, listening)
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+        relayed.result(LIMIT_S)

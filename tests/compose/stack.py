@@ -56,7 +56,7 @@ class Stack:
         """`docker compose ARGUMENTS` of this project."""
         files = [part for file in self.files for part in ("-f", str(file))]
         profile = [] if self.profile is None else ["--profile", self.profile]
-        quick = {"BAGEL_PORT": "0", "BAGEL_HEALTH_INTERVAL": "2s", "BAGEL_KV_BYTES": str(2**29)}
+        quick = {"BAGEL_PORT": "0", "BAGEL_HTTP_PORT": "0", "BAGEL_HEALTH_INTERVAL": "2s", "BAGEL_KV_BYTES": str(2**29)}
         return docker("compose", "-p", self.name, *files, *profile, *arguments, env=quick | self.env, limit_s=limit_s)
 
     @contextmanager

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from threading import Event
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 from PIL import Image
 
 from bagel.errors import BagelError
 from bagel.events import Result, StepDone
-from tests.compose.stack import COMPOSE, GATEWAY_IMAGE, HERE, LIMIT_S, Stack, docker, drawn, until
+from tests.compose.stack import COMPOSE, GATEWAY_IMAGE, HERE, LIMIT_S, PICTURE, Stack, docker, drawn, until
+from tests.helpers import agree
 
 pytestmark = pytest.mark.compose
 
@@ -29,6 +34,18 @@ def stack() -> Iterator[Stack]:
 
 def test_the_picture_is_the_one_made_without_containers(stack: Stack, expected: Image.Image) -> None:
     assert drawn(stack, expected)
+
+
+def test_rest_gives_the_same_picture_and_says_that_it_is_ready(stack: Stack, expected: Image.Image) -> None:
+    url = f"http://{stack.compose('port', 'gateway', '8000')}"
+    with urlopen(f"{url}/readyz", timeout=LIMIT_S) as ready:
+        assert ready.status == 200
+    asked = {"prompt": PICTURE["prompt"], "seed": PICTURE["seed"], "num_inference_steps": PICTURE["steps"]}
+    headers = {"Content-Type": "application/json"}
+    request = Request(f"{url}/v1/images/generations", json.dumps(asked).encode(), headers)
+    with urlopen(request, timeout=LIMIT_S) as answer:
+        encoded = json.load(answer)["data"][0]["b64_json"]
+    assert agree(Image.open(BytesIO(b64decode(encoded))).convert("RGB"), expected)
 
 
 def test_the_gateways_image_is_small_and_holds_no_torch() -> None:
