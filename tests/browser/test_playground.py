@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -74,9 +75,14 @@ def pixels(page: Page, image: Locator) -> Image.Image:
 def share_of(picture: Image.Image, near: tuple[int, int, int], box: tuple[float, float]) -> float:
     """Share of the pixels between two fractions of the width that are about of a colour."""
     left, right = (int(edge * picture.width) for edge in box)
-    crop = picture.crop((left, 0, right, picture.height))
-    close = sum(max(abs(one - other) for one, other in zip(pixel, near, strict=True)) < 70 for pixel in crop.getdata())
-    return close / (crop.width * crop.height)
+    values = np.asarray(picture, dtype=np.int16)[:, left:right]
+    return float((np.abs(values - near).max(axis=-1) < 70).mean())
+
+
+def agree(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures are one up to rounding, as another place in a batch makes it."""
+    difference = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
+    return bool(one.size == other.size and difference.max() <= 2)
 
 
 def test_draw_with_a_plan_and_previews(page: Page) -> None:
@@ -305,9 +311,9 @@ def test_files_that_are_no_input_are_refused_with_a_reason(page: Page) -> None:
     page.locator("#file").set_input_files(as_file("notes.txt", b"hello", "text/plain"))
     assert "notes.txt is no image that can be read here; use PNG" in problem.inner_text()
     page.locator("#file").set_input_files(as_file("broken.png", b"not a png"))
-    page.wait_for_function("document.querySelector('#images-problem').textContent.includes('damaged')")
+    problem.filter(has_text="broken.png is damaged").wait_for()
     page.locator("#file").set_input_files([as_file(f"{number}.png") for number in range(5)])
-    page.wait_for_function("document.querySelectorAll('#thumbs img').length === 4")
+    page.get_by_alt_text("Image 4: 3.png").wait_for()
     assert "At most 4 images" in problem.inner_text()
     page.get_by_role("button", name="Remove image 2, 1.png").click()
     assert page.locator("#thumbs img").count() == 3
@@ -318,7 +324,7 @@ def test_history_is_kept_over_a_reload_and_restores_everything(page: Page) -> No
     choose(page, "Edit")
     page.locator("#file").set_input_files(as_file("house.png"))
     ask(page, "make the square green", seed="11", num_inference_steps="6", cfg_text_scale="3.5")
-    picture = pixels(page, until_done(page).get_by_alt_text("Edited picture: ")).tobytes()
+    picture = pixels(page, until_done(page).get_by_alt_text("Edited picture: "))
     choose(page, "Write")
     ask(page, "what is 3 plus 4?")
     page.locator("#outcome .answer").wait_for()
@@ -338,10 +344,10 @@ def test_history_is_kept_over_a_reload_and_restores_everything(page: Page) -> No
     ]
     assert values == ["11", "6", "3.5"]
     page.get_by_alt_text("Image 1: house.png").wait_for()
-    assert pixels(page, page.locator("#outcome").get_by_alt_text("Edited picture: ")).tobytes() == picture
+    assert pixels(page, page.locator("#outcome").get_by_alt_text("Edited picture: ")).tobytes() == picture.tobytes()
     page.locator("#generate").click()
     page.locator("progress").wait_for()
-    assert pixels(page, until_done(page).get_by_alt_text("Edited picture: ")).tobytes() == picture
+    assert agree(pixels(page, until_done(page).get_by_alt_text("Edited picture: ")), picture)
     page.get_by_role("button", name="Clear").click()
     assert page.locator("#history").is_hidden() and page.locator("#welcome").is_visible()
     page.reload()

@@ -124,7 +124,7 @@ def test_the_theme_follows_the_system_until_one_is_chosen(browser: Browser, fron
     ground = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(ground)
     page.emulate_media(color_scheme="light")
-    page.wait_for_function("document.documentElement.dataset.theme === 'light'")
+    page.locator('html[data-theme="light"]').wait_for()
     light = page.evaluate(ground)
     assert dark != light
     page.get_by_role("button", name="Use the dark theme").click()

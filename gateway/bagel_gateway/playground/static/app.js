@@ -153,6 +153,7 @@ async function follow(entry, signal) {
       outcome.preview(event.blob, event.number + 1);
     } else if (event.type === "picture") entry.pictures[event.index] = event.blob;
     else if (event.type === "usage") entry.usage = event.usage;
+    else if (event.type === "end") entry.cut = event.reason === "length";
   }
 }
 

@@ -74,6 +74,8 @@ export class Outcome {
     else if (entry.state === "cancelled") this.box.append(element("p", { class: "note" }, "Cancelled. The server has stopped working on it."));
     if (entry.mode === "ask" || !entry.pictures.length) this.#addInputs(entry);
     if (entry.answer) this.box.append(element("p", { class: "answer" }, entry.answer));
+    if (entry.cut) this.box.append(element("p", { class: "note" }, "Cut off at its limit: “Longest answer” under More options raises it."));
+    else if (entry.state === "done" && !entry.pictures.length && !entry.answer) this.box.append(element("p", { class: "note" }, "The model answered with nothing. Ask in other words, or let it think first."));
     if (entry.pictures.length) this.box.append(...this.#pictures(entry));
     this.box.append(...this.#about(entry));
   }
