@@ -108,7 +108,7 @@ def test_previews_come_on_the_way_near_the_picture_and_do_not_change_it(services
     plain = client.images.generate(**asked, extra_body=options)
     *previews, last = client.images.generate(**asked, stream=True, partial_images=3, extra_body=options)
     assert [each.type for each in previews] == ["image_generation.partial_image"] * 3
-    assert [each.partial_image_index for each in previews] == [0, 1, 2]  # type: ignore[union-attr]
+    assert [each.partial_image_index for each in previews] == [0, 1, 2]
     assert last.type == "image_generation.completed" and last.usage.output_tokens == 64
     assert plain.data is not None
     final = decoded(plain.data[0].b64_json)
@@ -170,7 +170,8 @@ def test_a_picture_that_is_thought_about_comes_with_its_text(client: OpenAI) -> 
     options = STEPS | {"think": True, "max_think_tokens": 12, "progress": True}
     events = list(client.images.generate(prompt="a star", size="64x64", stream=True, extra_body=options))
     kinds = [event.type for event in events]
-    text = "".join(event.delta for event in events if event.type == "image_generation.think_text.delta")  # type: ignore[attr-defined, comparison-overlap]
+    ours: list[dict[str, Any]] = [event.model_dump() for event in events]
+    text = "".join(event["delta"] for event in ours if event["type"] == "image_generation.think_text.delta")
     last = events[-1]
     assert text and last.think_text == text  # type: ignore[union-attr]
     assert kinds.count("image_generation.progress") == 7  # type: ignore[arg-type]
