@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from bagel.client import Client
+from bagel.errors import BagelError
 from bagel.transport import PLAINTEXT, Security
 from tests.helpers import agree
 
@@ -102,6 +103,15 @@ class Stack:
         privileges = ("--pid", "host", "--user", "0", "--cap-drop", "ALL", "--cap-add", "KILL", "--network", "none")
         docker("run", "--rm", *privileges, "--entrypoint", "python", GATEWAY_IMAGE, "-c", kill, process)
 
+    def set_cpus(self, service: str, cpus: str) -> None:
+        """Change a running container's share of CPUs; one that is being started again is waited for."""
+
+        def changed() -> bool:
+            command = ["docker", "update", "--cpus", cpus, self.container(service)]
+            return subprocess.run(command, capture_output=True, timeout=COMMAND_S, check=False).returncode == 0
+
+        until(changed)
+
     def until_healthy(self, *services: str) -> None:
         """Return once the services' health checks succeed."""
         until(lambda: all(self.health(service) == "healthy" for service in services))
@@ -122,6 +132,10 @@ def until(true: Callable[[], bool], limit_s: float = HEALTHY_S) -> None:
 
 def drawn(stack: Stack, expected: Image.Image) -> bool:
     """Whether the gateway draws the expected picture."""
-    with stack.client() as client:
-        result = client.generate(**PICTURE, timeout=LIMIT_S)
+    try:
+        with stack.client() as client:
+            result = client.generate(**PICTURE, timeout=LIMIT_S)
+    except BagelError:
+        print(stack.compose("logs", "--no-color", "--tail", "40"))
+        raise
     return result.image is not None and agree(result.image, expected)

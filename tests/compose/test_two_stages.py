@@ -163,7 +163,7 @@ class slow_reading(under_way):
         self.request = {"prompt": words, "seed": 1, "steps": 3}
 
     def __enter__(self) -> Future[Result]:
-        docker("update", "--cpus", "0.1", self.stack.container("thinker"))
+        self.stack.set_cpus("thinker", "0.1")
         before = received(self.stack)
         self.running = self.pool.submit(self.run)
         until(lambda: received(self.stack) > before + 2**20 or self.running.done(), LIMIT_S)
@@ -171,7 +171,7 @@ class slow_reading(under_way):
         return self.running
 
     def __exit__(self, *error: object) -> None:
-        docker("update", "--cpus", "2", self.stack.container("thinker"))
+        self.stack.set_cpus("thinker", "2")
         super().__exit__(*error)
 
 
