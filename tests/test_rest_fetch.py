@@ -32,14 +32,19 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that does not trust us leaves."""
+
+
 @pytest.fixture
 def host() -> Iterator[tuple[str, ssl.SSLContext]]:
     """A server's host:port, and what trusts it."""
     authority, server, client = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
     authority.issue_cert("localhost").configure_cert(server)
     authority.configure_trust(client)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
-        serving.socket = server.wrap_socket(serving.socket, server_side=True)
+    with Server(("127.0.0.1", 0), Handler) as serving:
+        serving.socket = server.wrap_socket(serving.socket, server_side=True, do_handshake_on_connect=False)
         thread = Thread(target=serving.serve_forever)
         thread.start()
         yield f"localhost:{serving.server_port}", client

@@ -46,10 +46,11 @@ class Fetcher:
         connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._tls)
         try:
             connection.request("GET", path, headers={"User-Agent": "bagel-serving", "Accept": "image/*"})
-            response = connection.getresponse()
-            if response.status != 200:
-                raise InvalidImage("messages", f"{host} answered {response.status} for an image; nothing is followed")
-            return self._body(response, host, deadline)
+            with connection.getresponse() as response:
+                if response.status != 200:
+                    told = f"{host} answered {response.status} for an image; redirects are not followed"
+                    raise InvalidImage("messages", told)
+                return self._body(response, host, deadline)
         except (OSError, http.client.HTTPException) as error:
             raise InvalidImage("messages", f"an image cannot be fetched from {host}: {type(error).__name__}") from None
         finally:
