@@ -7,6 +7,7 @@ import base64
 import inspect
 import json
 import re
+import ssl
 import struct
 import zlib
 from collections.abc import Callable, Coroutine
@@ -16,9 +17,12 @@ from typing import Any
 
 import openai
 import pytest
+import trustme
 from openai import AsyncOpenAI
 from PIL import Image
 
+from bagel.errors import ConfigError
+from bagel.transport import Security
 from bagel.v1 import common_pb2
 from bagel_gateway.rest.parameters import (
     REFUSED_CHAT,
@@ -487,3 +491,69 @@ def test_the_requests_name_is_in_the_answer_and_goes_to_the_stages() -> None:
         assert at.journal.request_ids == {"mine"}
 
     through(work)
+
+
+def test_a_gateway_that_is_told_to_stop_ends_what_is_under_way_first() -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        at.dits[0].go.clear()
+        asked = asyncio.create_task(client.images.generate(prompt="a cat"))
+        await at.dits[0].called.wait()
+        closing = asyncio.create_task(at.gateway.close(20))
+        async with asyncio.timeout(10):
+            while not at.gateway.host.draining.is_set():
+                await asyncio.sleep(0.01)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            await client.images.generate(prompt="too late")
+        at.dits[0].go.set()
+        assert (await asked).data
+        await closing
+        with pytest.raises(openai.APIConnectionError):
+            await client.images.generate(prompt="nobody listens")
+
+    through(work)
+
+
+def test_tls_of_the_gateway_is_https_too(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    issued = authority.issue_cert("localhost")
+    issued.cert_chain_pems[0].write_to_path(certificate)
+    issued.private_key_pem.write_to_path(key)
+    trusts = ssl.create_default_context()
+    authority.configure_trust(trusts)
+
+    async def run() -> None:
+        async with (
+            asyncio.timeout(60),
+            deployment(http="127.0.0.1:0", front_security=Security(certificate, key)) as made,
+        ):
+            assert made.gateway.rest is not None
+            port = made.gateway.rest.port
+            reader, writer = await asyncio.open_connection("localhost", port, ssl=trusts)
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert (await reader.read()).endswith(b"ok\n")
+            writer.close()
+            await writer.wait_closed()
+
+    asyncio.run(run())
+
+
+def test_an_address_that_is_taken_is_told() -> None:
+    async def run() -> None:
+        async with deployment(http="127.0.0.1:0") as made:
+            assert made.gateway.rest is not None
+            with pytest.raises(ConfigError, match=r"cannot be listened on.*--http"):
+                async with deployment(http=made.gateway.rest.address):
+                    pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("steps", "previews", "wanted"),
+    [(49, 0, ()), (49, 1, (10,)), (49, 3, (10, 23, 36)), (2, 3, (1,)), (1, 3, ()), (10, 2, (2, 6))],
+)
+def test_previews_begin_after_a_fifth_of_the_steps(steps: int, previews: int, wanted: tuple[int, ...]) -> None:
+    from bagel.engine.denoise import preview_steps
+
+    assert preview_steps(steps, previews) == wanted
