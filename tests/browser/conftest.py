@@ -20,7 +20,7 @@ from bagel.launch import LOOPBACK, Deployment
 from bagel.process import Service
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 READY_WITHIN_S = 90.0
 NEEDED = bool(os.environ.get("BAGEL_NEEDS_BROWSER"))
@@ -47,7 +47,6 @@ class Front:
         arguments = ["--listen", f"{LOOPBACK}:0", "--http", f"{LOOPBACK}:{self.port}", *self.flags]
         for name, address in self.services.items():
             arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
-        arguments += ["--served-model-name", NANO_NAME]
         self.process = Service("gateway", "the gateway", "bagel_gateway", arguments, os.environ, self.logs)
         self.grpc = self.process.address(time.monotonic() + READY_WITHIN_S)
         deadline = time.monotonic() + READY_WITHIN_S
@@ -131,6 +130,7 @@ class Seen:
 
     errors: list[str] = field(default_factory=list)
     elsewhere: list[str] = field(default_factory=list)
+    under_way: list[str] = field(default_factory=list)
 
     def console(self, said: ConsoleMessage) -> None:
         """Remember what is wrong; that a request was answered with an error is for the page to tell."""
@@ -140,16 +140,25 @@ class Seen:
 
 def open_page(browser: Browser, url: str, seen: Seen, **options: Any) -> Page:
     """A new tab of a new session at `url`."""
+    from playwright.sync_api import TimeoutError as PlaywrightTimeout
+
+    def sent(request: Request) -> None:
+        seen.under_way.append(request.url)
+        if not request.url.startswith((url, "blob:", "data:")):
+            seen.elsewhere.append(request.url)
+
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options}).new_page()
     page.set_default_timeout(30_000)
     page.on("pageerror", lambda error: seen.errors.append(str(error)))
     page.on("console", seen.console)
-    page.on(
-        "request",
-        lambda sent: None if sent.url.startswith((url, "blob:", "data:")) else seen.elsewhere.append(sent.url),
-    )
+    page.on("request", sent)
+    page.on("requestfinished", lambda request: seen.under_way.remove(request.url))
+    page.on("requestfailed", lambda request: seen.under_way.append(f"failed: {request.url} {request.failure}"))
     page.goto(url)
-    page.wait_for_selector("#examples button")
+    try:
+        page.wait_for_selector("#examples button")
+    except PlaywrightTimeout:
+        pytest.fail(f"the page did not start; under way: {seen.under_way}; errors: {seen.errors}")
     return page
 
 

@@ -38,12 +38,12 @@ export async function* send(asked, signal) {
   if (!complete) throw new ApiError("broken", "The answer ended before it was complete.");
 }
 
-/** {ready, models: [names]}; throws ApiError if nobody answers. */
+/** {ready, models: [names]}; throws ApiError if nobody answers, or not without a key. */
 export async function server() {
-  const [readiness, models] = await Promise.all([get("readyz"), get("v1/models")]);
-  if (models.status === 401) throw failed(401, {}, models);
-  const listed = models.ok ? (await models.json()).data.map((model) => model.id) : [];
-  return { ready: readiness.ok, models: listed };
+  if (!(await get("readyz")).ok) return { ready: false, models: [] }; // asked for its models, it would wait for one
+  const models = await get("v1/models");
+  if (models.status === 401 || models.status === 403) throw failed(models.status, {}, models);
+  return { ready: true, models: models.ok ? (await models.json()).data.map((model) => model.id) : [] };
 }
 
 async function get(path) {
@@ -100,12 +100,22 @@ async function bodyOf(asked) {
   }
   Object.assign(fields, { partial_images: fields.partial_images ?? 3, progress: true });
   if (!mode.readsImage) return JSON.stringify(fields);
-  const form = new FormData();
+  return formOf(fields, asked.images);
+}
+
+/** A multipart body with every text as it is: FormData would turn line ends into CRLF, and so change the prompt. */
+function formOf(fields, images) {
+  const boundary = `bagel-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`;
+  const pieces = [];
+  const add = (name, value, about = "") => pieces.push(`--${boundary}\r\nContent-Disposition: form-data; name="${name}"${about}\r\n\r\n`, value, "\r\n");
   for (const [name, value] of Object.entries(fields)) {
-    for (const each of [value].flat()) form.append(Array.isArray(value) ? `${name}[]` : name, String(each));
+    for (const each of [value].flat()) add(Array.isArray(value) ? `${name}[]` : name, String(each));
   }
-  for (const { blob, name } of asked.images) form.append("image[]", blob, name);
-  return form;
+  for (const { blob, name } of images) {
+    const filename = name.replace(/[\r\n"]/g, encodeURIComponent);
+    add("image[]", blob, `; filename="${filename}"\r\nContent-Type: ${blob.type || "application/octet-stream"}`);
+  }
+  return new Blob([...pieces, `--${boundary}--\r\n`], { type: `multipart/form-data; boundary=${boundary}` });
 }
 
 /** Reads the events of pictures. Their texts are plans, with the model's own marks around them. */
