@@ -25,6 +25,7 @@ PROMPTS = ("a large red circle", "two blue stars on a navy background", "a green
 EDITS = ("make the circle blue", "add a small red star in the top right corner", "turn the background beige")
 CASES: Mapping[str, tuple[float, tuple[str, ...], Mapping[str, Any]]] = {
     "text-to-image, 50 timesteps": (5.0, PROMPTS, {}),
+    "text-to-image with three previews": (5.0, PROMPTS, {"partial_images": 3}),
     "edit, 50 timesteps": (8.0, EDITS, {"modality": "img2img"}),
     "description": (2.0, ("describe the image",), {"modality": "img2text"}),
     "text-to-image that thinks first": (8.0, PROMPTS, {"think": True}),
