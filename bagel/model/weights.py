@@ -49,13 +49,13 @@ def load_model(
     """
     model = empty_model(checkpoint.config, role, dtype=dtype, device=device, delimiter_ids=delimiter_ids)
     needed = list(slots(model))
-    files = {file: _shapes(checkpoint, file) for file in (EMA, AE)}
+    files = {file: shapes(checkpoint, file) for file in (EMA, AE)}
     check_tensors(files, needed, str(checkpoint.folder))
     if unknown := unknown_tensors(files, checkpoint.config):
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
     for file in (EMA, AE):
-        _fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
+        fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
     return model.eval()
 
 
@@ -70,6 +70,14 @@ def empty_model(
     """A model without values, on any device (meta takes no memory)."""
     with torch.device("meta"):
         model = Bagel(config, role, delimiter_ids)
+    settle_types(model, dtype)
+    model.to_empty(device=device)
+    model.language_model.rotary.to(torch.float32).reset()
+    return model
+
+
+def settle_types(model: Bagel, dtype: torch.dtype) -> None:
+    """Matrix products, embeddings and K/V in dtype; norms and the small modules around latents in float32."""
     model.to(dtype)
     for module in model.modules():
         if isinstance(module, RMSNorm | nn.LayerNorm | TimestepEmbedder | Vae) or module in (
@@ -78,9 +86,6 @@ def empty_model(
         ):
             module.to(torch.float32)
     model.requires_grad_(False)
-    model.to_empty(device=device)
-    model.language_model.rotary.to(torch.float32).reset()
-    return model
 
 
 def random_model(
@@ -113,7 +118,8 @@ def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: st
         raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems[:5])}{more}")
 
 
-def _shapes(checkpoint: Checkpoint, file: str) -> Shapes:
+def shapes(checkpoint: Checkpoint, file: str) -> Shapes:
+    """Names and shapes of a file's tensors."""
     return {name: info.shape for name, info in checkpoint.tensors(file).items()}
 
 
@@ -127,7 +133,8 @@ def _meta(config: ModelConfig, role: Role, dtype: torch.dtype = torch.bfloat16) 
     return empty_model(config, role, dtype=dtype, device="meta")
 
 
-def _fill(path: Path, needed: Sequence[Slot], delimiter_ids: tuple[int, int]) -> None:
+def fill(path: Path, needed: Sequence[Slot], delimiter_ids: tuple[int, int]) -> None:
+    """Read slots of one file into their parameters."""
     if not needed:
         return
     with safe_open(path, framework="pt") as file:
@@ -183,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if source.is_dir():
             checkpoint = Checkpoint(source)
-            files, config = {file: _shapes(checkpoint, file) for file in (EMA, AE)}, checkpoint.config
+            files, config = {file: shapes(checkpoint, file) for file in (EMA, AE)}, checkpoint.config
         else:
             files, config = _listed(source), BAGEL_7B_MOT
         print("\n".join(inventory(files, config, str(source))))

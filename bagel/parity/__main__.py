@@ -1,6 +1,6 @@
 """Run every recorded case through the engine and say how far each tensor is off.
 
-    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel]
+    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel] [--engine vllm]
 
 One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more
 than is allowed or was not compared.
@@ -27,7 +27,7 @@ from bagel.parity.prompts import with_transforms
 from bagel.parity.report import Comparison, absolute
 from bagel.parity.runs import compare_picture, compare_prefill, compare_text
 from bagel.parity.served import compare_served
-from bagel.pipelines import PIPELINES
+from bagel.pipelines import BAGEL, PIPELINES
 
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
@@ -43,13 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--topology", choices=tuple(PIPELINES), help="run the end-to-end cases through real services of this topology"
     )
+    parser.add_argument(
+        "--engine", choices=("torch", "vllm"), help="the Thinker's, with --topology (which is then bagel if not given)"
+    )
     args = parser.parse_args(argv)
+    topology = args.topology or (None if args.engine is None else BAGEL.model_type)
     try:
         golden = Golden(args.folder)
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
-        if args.topology is None:
+        if topology is None:
             return _run(golden, _reports(golden, args.device, tolerance), tolerance)
-        return _run(golden, compare_served(golden, args.topology, args.device, tolerance), tolerance)
+        return _run(golden, compare_served(golden, topology, args.device, tolerance, args.engine), tolerance)
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

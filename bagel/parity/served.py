@@ -41,8 +41,13 @@ KV_FAMILIES = ("kv_after_vae", "kv_after_vit", "kv_after_prompt", "kv_prompt_par
 STORE_BYTES = 2**30
 
 
-def compare_served(golden: Golden, topology: str, device: str, tolerance: float) -> Iterator[Comparison]:
-    """Every end-to-end case through the services of a topology, started once for each pair of image transforms."""
+def compare_served(
+    golden: Golden, topology: str, device: str, tolerance: float, engine: str | None = None
+) -> Iterator[Comparison]:
+    """Every end-to-end case through the services of a topology, started once for each pair of image transforms.
+
+    engine: the Thinker's.
+    """
     groups: dict[str, list[Case]] = {}
     for case in golden.cases("fp32"):
         if case.name not in NOT_SERVED:
@@ -51,7 +56,8 @@ def compare_served(golden: Golden, topology: str, device: str, tolerance: float)
     for transforms, cases in groups.items():
         with tempfile.TemporaryDirectory(prefix="bagel-parity-") as folder:
             model = _with_transforms(golden.checkpoint.folder, transforms, Path(folder))
-            with Deployment(config, model, device=device, dtype="float32", logs=Path(folder) / "logs") as services:
+            logs = Path(folder) / "logs"
+            with Deployment(config, model, device=device, dtype="float32", engine=engine, logs=logs) as services:
                 run = ServedRun(services, topology, Checkpoint(model))
                 for case in cases:
                     yield run.compare(case, tolerance)

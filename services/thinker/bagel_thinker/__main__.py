@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bagel import service
 from bagel.model.checkpoint import find_checkpoint
@@ -15,6 +16,7 @@ from bagel.telemetry import Log
 from bagel.transport import Host
 from bagel.v1 import kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import add_ThinkerServiceServicer_to_server
+from bagel_thinker.flags import add_engine_flags
 
 if TYPE_CHECKING:
     from bagel_thinker.engine import Engine
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
     flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052")
     service.add_model_flags(flags, "thinker-0")
-    flags.add_argument("--engine", choices=("torch",), default="torch", help="what computes")
+    add_engine_flags(flags)
     flags.add_argument("--kv-store-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
     flags.add_argument("--lease-seconds", type=float, default=service.LEASE_S, help="how long unrenewed K/V are kept")
     return service.run(flags, argv, _serve, "thinker")
@@ -57,17 +59,9 @@ async def _serve(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace) -> Engine:
     """The engine, ready. It is imported here, as torch takes seconds and the address is to be known at once."""
-    from bagel_thinker.torch_engine import TorchEngine
+    from bagel_thinker.loading import load_engine
 
-    return TorchEngine.load(
-        args.model,
-        find_checkpoint(args.model),
-        device=args.device,
-        dtype=args.dtype,
-        kv_store_bytes=args.kv_store_bytes,
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len,
-    )
+    return load_engine(args, find_checkpoint(args.model))
 
 
 def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> ThinkerServicer:
@@ -88,5 +82,14 @@ def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> Thin
     return servicer
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process; at once if vLLM was there, whose modules take Python seconds to take apart, for nothing."""
+    if "vllm" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

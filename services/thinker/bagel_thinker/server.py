@@ -87,7 +87,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         build = _Build(asyncio.get_running_loop())
         chain = await asyncio.to_thread(self._plan, request)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
-        reading = self._reading(request, chain, build)
+        reading = self._reading(request, chain, build, lease)
         finished = False
         renewing = asyncio.create_task(self._keep(lease)) if lease else None
         try:
@@ -101,8 +101,6 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case str():
                         yield Response(text=common_pb2.TextDelta(text=event, think=reading.append))
                     case Chain():
-                        if lease:
-                            self.engine.store.extend(lease, _lengths(event))
                         build.lap("text")
                         yield Response(context=self._ref(event, lease))
                     case Written():
@@ -148,7 +146,12 @@ class ThinkerServicer(ThinkerServiceServicer):
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain
 
-    def _reading(self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build) -> Reading:
+    def _reading(self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str) -> Reading:
+        def on_chain(longer: Chain) -> None:
+            if lease:  # before the engine goes on: it stores only what a lease has reserved
+                self.engine.store.extend(lease, _lengths(longer))
+            build.tell(longer)
+
         return Reading(
             chain,
             request.seed,
@@ -157,7 +160,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             settings=_settings(request) if request.HasField("decode") else None,
             append=request.decode.append,
             on_text=build.tell,
-            on_chain=build.tell,
+            on_chain=on_chain,
         )
 
     async def _lease(self, chain: Chain, lease_id: str) -> str:

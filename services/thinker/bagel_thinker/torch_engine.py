@@ -113,11 +113,15 @@ class TorchEngine:
         kv_store_bytes: int,
         max_num_seqs: int,
         max_model_len: int | None = None,
+        role: Role = Role.CONTEXT,
     ) -> TorchEngine:
-        """Load a checkpoint; device and dtype as `bagel.local.load` takes them."""
+        """Load a checkpoint; device and dtype as `bagel.local.load` takes them.
+
+        role: understand loads no generation expert; readings of images to edit then end with NotSupported.
+        """
         place = choose_device(device, 0)
         kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
-        loaded = load_role(checkpoint, Role.CONTEXT, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
+        loaded = load_role(checkpoint, role, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
         store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
         log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
         return cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs)

@@ -1,0 +1,323 @@
+"""The Thinker on vLLM beside plain vLLM, on one GPU, full size, random weights made in place: one command.
+
+    python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
+    python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
+
+Each side runs in a process of its own, one after the other, and both are stepped by the same loop over vLLM's engine
+core. Plain is vLLM's Qwen2 of BAGEL's shape. Rows and what they should come to: bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from bagel.engine.noise import Posterior
+from bagel.engine.segments import Chain, Segment
+from bagel.kv.digests import DIGEST_BYTES, SegmentKind
+from bagel.kv.pages import KvLayout
+from bagel.kv.store import KvStore
+from bagel.model.config import BAGEL_7B_MOT, ModelConfig
+from bagel.request import PosteriorMode
+from bagel_thinker.vllm.core import Core
+from bagel_thinker.vllm.requests import Placeholders, segment_starts
+from bagel_thinker.vllm.settings import VllmSettings
+from bagel_thinker.vllm.sink import Notice, Sink
+from bench.models import TINY
+
+AT_ONCE = 64
+REPEATS = 5
+PROMPT, REPLY = 64, 256
+LENGTHS = (64, 1024, 9000)
+IDS = Placeholders(151652, 151653, 151645, 151644)
+Figures = dict[str, float]
+
+
+class Side:
+    """What is measured, behind one way to add requests."""
+
+    def __init__(self, tiny: bool) -> None:
+        self.tiny, self.words = tiny, random.Random(1)
+        self.config: ModelConfig = replace(TINY, max_latent_size=8) if tiny else BAGEL_7B_MOT
+        self.ids = Placeholders(1, 2, 3, 4) if tiny else IDS
+        self.settings = VllmSettings(
+            device="cpu" if tiny else "cuda",
+            dtype="float32" if tiny else "bfloat16",
+            max_num_seqs=AT_ONCE,
+            max_model_len=16_384,
+            gpu_memory_utilization=0.85,
+            max_num_batched_tokens=16_384,
+            load_format="dummy",
+        )
+        self.count = 0
+
+    def text(self, length: int) -> list[int]:
+        """Random ids, none of which means anything."""
+        return [self.words.randrange(10, min(self.config.llm.vocab_size, 150_000)) for _ in range(length)]
+
+    def name(self) -> str:
+        self.count += 1
+        return f"b{self.count}"
+
+    def add(self, ids: list[int], tokens: int) -> None:
+        """Begin to write so many tokens after a text."""
+        raise NotImplementedError
+
+    def step(self) -> list[Any]:
+        raise NotImplementedError
+
+    def busy(self) -> bool:
+        raise NotImplementedError
+
+
+class Plain(Side):
+    """vLLM's own Qwen2."""
+
+    def __init__(self, tiny: bool) -> None:
+        super().__init__(tiny)
+        from bagel_thinker.vllm import core
+
+        for name, value in core._ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.core_client import InprocClient
+        from vllm.v1.executor.abstract import Executor
+
+        llm, given = self.config.llm, self.settings
+        with tempfile.TemporaryDirectory() as folder:
+            shape = {
+                "architectures": ["Qwen2ForCausalLM"],
+                "model_type": "qwen2",
+                "hidden_act": "silu",
+                "hidden_size": llm.hidden_size,
+                "intermediate_size": llm.intermediate_size,
+                "num_hidden_layers": llm.num_hidden_layers,
+                "num_attention_heads": llm.num_attention_heads,
+                "num_key_value_heads": llm.num_key_value_heads,
+                "vocab_size": llm.vocab_size,
+                "max_position_embeddings": 32_768,
+                "rope_theta": llm.rope_theta,
+                "tie_word_embeddings": False,
+            }
+            (Path(folder) / "config.json").write_text(json.dumps(shape))
+            more = {"kv_cache_memory_bytes": 2**28, "block_size": 32, "enforce_eager": True} if tiny else {}
+            config = EngineArgs(
+                model=folder,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=given.dtype,
+                max_model_len=given.max_model_len,
+                max_num_seqs=AT_ONCE + 16,
+                max_num_batched_tokens=given.max_num_batched_tokens,
+                gpu_memory_utilization=given.gpu_memory_utilization,
+                generation_config="vllm",
+                disable_log_stats=True,
+                **more,
+            ).create_engine_config()
+            self.client: Any = InprocClient(config, Executor.get_class(config), log_stats=False)
+
+    def add(self, ids: list[int], tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        greedy = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        self.client.add_request(EngineCoreRequest(self.name(), ids, None, greedy, None, time.time(), None, None, None))
+
+    def step(self) -> list[Any]:
+        outputs: list[Any] = self.client.get_output().outputs
+        return outputs
+
+    def busy(self) -> bool:
+        return bool(self.client.engine_core.scheduler.has_requests())
+
+
+class Ours(Side):
+    """The Thinker's core, its store and its sink."""
+
+    def __init__(self, tiny: bool) -> None:
+        super().__init__(tiny)
+        from vllm.version import __version__
+
+        if __version__.startswith("0.22."):
+            from bench import vllm_0221
+
+            vllm_0221.adapt()
+        llm = self.config.llm
+        layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, self.settings.dtype)
+        self.store = KvStore(layout, b"bench", 2**31 if not tiny else 2**26)
+        self.landed: dict[str, list[float]] = {}
+        self.sink = Sink(self.store.arena, layout, self.hear)
+        folder = Path(tempfile.mkdtemp())
+        (folder / "config.json").write_text("{}")
+        given = self.sink.open(other_processes=False)
+        self.core = Core(self.config, self.settings, self.ids, folder, given)
+
+    def hear(self, notice: Notice) -> None:
+        if notice.failure:
+            raise RuntimeError(notice.failure)
+        if notice.digest:
+            self.landed.setdefault(notice.digest, []).append(time.perf_counter())
+
+    def add(self, ids: list[int], tokens: int) -> None:
+        chain = _chain([_text(ids)])
+        self.core.add(self.name(), chain, max_tokens=tokens, extra={})
+
+    def step(self) -> list[Any]:
+        return self.core.step()
+
+    def busy(self) -> bool:
+        return self.core.busy
+
+    def edit(self, *, export: bool) -> tuple[float, float, int]:
+        """Seconds to the first token of a new edit context, seconds until its K/V had landed, and its tokens."""
+        chain = self._edit_chain()
+        lengths = [(each.digest, each.length) for each in chain.segments]
+        lease = self.store.lease(lengths, 600)
+        extra: dict[str, Any] = {}
+        if export:
+            exports = [
+                (each.digest.hex(), start, each.length, self.store.offsets(each.digest, 0)[0])
+                for each, start in zip(chain.segments, segment_starts(chain), strict=True)
+            ]
+            extra = {"kv_transfer_params": {"exports": exports}}
+        begin = time.perf_counter()
+        self.core.add(self.name(), chain, extra=extra)
+        first = _until_first(self) - begin
+        last = 0.0
+        if export:
+            layers = self.store.layout.layers
+            while any(len(self.landed.get(digest.hex(), ())) < layers for digest, _ in lengths):
+                time.sleep(0.0002)
+            last = max(self.landed[digest.hex()][-1] for digest, _ in lengths) - begin
+        self.store.release([lease])
+        return first, last, chain.length
+
+    def _edit_chain(self) -> Chain:
+        """The largest VAE and ViT blocks, and a short text."""
+        config, seed = self.config, self.words.randrange(2**30)
+        sides = (config.max_latent_size, config.latent_stride), (config.vit.positions_per_side, config.vit.patch_size)
+        if self.tiny:
+            sides = (8, config.latent_stride), (min(8, config.vit.positions_per_side), config.vit.patch_size)
+        segments = []
+        for kind, (side, stride) in zip((SegmentKind.VAE, SegmentKind.VIT), sides, strict=True):
+            pixels = random.Random(seed).randbytes(3 * (side * stride) ** 2)
+            image = Image.frombytes("RGB", (side * stride,) * 2, pixels)
+            posterior = Posterior(PosteriorMode.CONTENT) if kind is SegmentKind.VAE else None
+            segments.append((kind, side * side + 2, (), image, (side, side), posterior))
+        return _chain([*segments, _text(self.text(12))])
+
+
+def _text(ids: Sequence[int]) -> Any:
+    return (SegmentKind.TEXT, len(ids), tuple(ids), None, (0, 0), None)
+
+
+def _chain(parts: Sequence[Any]) -> Chain:
+    """A chain under digests that nothing else has."""
+    segments, rope = [], 0
+    for kind, length, ids, image, grid, posterior in parts:
+        following = rope + (length if kind is SegmentKind.TEXT else 1)
+        digest = os.urandom(DIGEST_BYTES)
+        segments.append(Segment(kind, b"", digest, length, rope, following, ids, image, grid, posterior))
+        rope = following
+    return Chain(tuple(segments))
+
+
+def _until_first(side: Side) -> float:
+    """Step until something has a token, then to the end; when the token came."""
+    came = 0.0
+    while side.busy():
+        if any(output.new_token_ids for output in side.step()) and not came:
+            came = time.perf_counter()
+    return came
+
+
+def decode(side: Side) -> float:
+    """Tokens a second of AT_ONCE texts, counted from when all of them have begun."""
+    reply = 16 if side.tiny else REPLY
+    for _ in range(AT_ONCE):
+        side.add(side.text(PROMPT), reply)
+    begun, tokens, start = 0, 0, 0.0
+    while side.busy():
+        made = sum(len(output.new_token_ids) for output in side.step())
+        if begun < AT_ONCE:
+            begun += made
+            start = time.perf_counter()
+        else:
+            tokens += made
+    return tokens / (time.perf_counter() - start)
+
+
+def first_token(side: Side, length: int) -> float:
+    """Milliseconds to the first token of a text that nobody has seen."""
+    side.add(side.text(length), 1)
+    begin = time.perf_counter()
+    return 1000 * (_until_first(side) - begin)
+
+
+def measure(side: Side) -> Iterator[tuple[str, float]]:
+    """All figures of a side; the first run of each is a warm-up."""
+    lengths = (64, 256) if side.tiny else LENGTHS
+    repeats = 1 if side.tiny else REPEATS
+
+    def middle(run: Callable[[], float]) -> float:
+        run()
+        return median(run() for _ in range(repeats))
+
+    yield "decode_tokens_per_s", middle(lambda: decode(side))
+    for length in lengths:
+        yield f"first_token_ms_{length}", middle(lambda length=length: first_token(side, length))  # type: ignore[misc]
+    if isinstance(side, Ours):
+        side.edit(export=True), side.edit(export=False)
+        runs = [(side.edit(export=True), side.edit(export=False)) for _ in range(repeats)]
+        yield "edit_tokens", float(runs[0][0][2])
+        yield "edit_first_token_ms_exported", 1000 * median(with_export[0] for with_export, _ in runs)
+        yield "edit_first_token_ms", 1000 * median(without[0] for _, without in runs)
+        yield "edit_landed_ms", 1000 * median(with_export[1] for with_export, _ in runs)
+
+
+def _child(name: str, tiny: bool) -> Figures:
+    """A side's figures, from a process of its own."""
+    command = [sys.executable, "-m", "bench.vllm_gpu", "--side", name, *(["--tiny"] if tiny else [])]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: Figures = json.loads(ran.stdout.splitlines()[-1])
+    return figures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure both sides, print figures and ratios; 1 if a ratio is not what it should be."""
+    parser = argparse.ArgumentParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on one GPU.")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.side:
+        side = {"plain": Plain, "ours": Ours}[options.side](options.tiny)
+        figures = dict(measure(side))
+        print(json.dumps(figures), flush=True)
+        os._exit(0)  # vLLM's own ending takes longer than the measurements
+    plain, ours = _child("plain", options.tiny), _child("ours", options.tiny)
+    ratios = {name: ours[name] / value for name, value in plain.items()}
+    ratios["edit_export"] = ours["edit_first_token_ms_exported"] / ours["edit_first_token_ms"]
+    result = {"plain": plain, "ours": ours, "ratios": ratios}
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result))
+    good = ratios["decode_tokens_per_s"] >= 0.95 and ratios["edit_export"] <= 1.1
+    return 0 if good or options.tiny else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

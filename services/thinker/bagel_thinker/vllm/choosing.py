@@ -1,0 +1,46 @@
+"""A logits processor for vLLM: sampled and penalised texts are those of the torch engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from bagel_thinker.vllm.choice import KEY, Text
+
+
+class Chooser(LogitsProcessor):
+    """Leaves only the chosen token possible in the rows of requests that have a `choice`."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._texts: dict[int, Text] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the batch: removed rows, then added, then moved."""
+        if batch_update is None:
+            return
+        for row in batch_update.removed:
+            self._texts.pop(row, None)
+        for row, params, _, output in batch_update.added:
+            self._texts.pop(row, None)
+            if given := (params.extra_args or {}).get(KEY):
+                self._texts[row] = Text.of(given, output)
+        for one, other, way in batch_update.moved:
+            here, there = self._texts.pop(one, None), self._texts.pop(other, None)
+            if here is not None:
+                self._texts[other] = here
+            if there is not None and way.name == "SWAP":
+                self._texts[one] = there
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """logits [rows, vocab], changed in place."""
+        for row, text in self._texts.items():
+            token = text.next(logits[row])
+            logits[row] = float("-inf")
+            logits[row, token] = 0.0
+        return logits

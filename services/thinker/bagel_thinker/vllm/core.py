@@ -1,0 +1,180 @@
+"""vLLM's engine core in this process: it takes requests whose images are prepared, and is stepped by its caller."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bagel.engine.segments import Chain
+from bagel.errors import ConfigError
+from bagel.kv.digests import SegmentKind
+from bagel.model.config import ModelConfig
+from bagel_thinker.vllm.images import image_item
+from bagel_thinker.vllm.requests import Placeholders, segment_starts, token_ids
+from bagel_thinker.vllm.settings import VllmSettings, engine_arguments
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine's thread; workers of tp > 1 are processes
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # gRPC survives no fork
+    "VLLM_CONFIGURE_LOGGING": "0",  # it would write to stdout, where a service announces its address
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks on a CPU need a NUMA node each
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the connector's calls by layer are tested with the first one
+}
+
+
+class Core:
+    """One model on vLLM. Not thread-safe: built and stepped in one thread."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        settings: VllmSettings,
+        ids: Placeholders,
+        model: Path,
+        sink: Any,
+        on_broken: Callable[[], None] = lambda: None,
+    ) -> None:
+        """sink: of `Sink.open`; on_broken: called, from a thread of its own, when a worker process has died.
+
+        Raises ConfigError for settings that vLLM refuses.
+        """
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.core_client import InprocClient
+        from vllm.v1.executor.abstract import Executor
+
+        from bagel_thinker.vllm.plugin import register
+
+        register()
+        self._config, self._ids = config, ids
+        with tempfile.TemporaryDirectory(prefix="bagel-vllm-") as folder:
+            arguments = engine_arguments(config, settings, ids, model=model, config_folder=Path(folder), sink=sink)
+            try:
+                vllm_config = EngineArgs(**arguments).create_engine_config()
+                executor = Executor.get_class(vllm_config)
+                self._client = InprocClient(vllm_config, executor, log_stats=False, executor_fail_callback=on_broken)
+            except (ValueError, NotImplementedError) as error:
+                raise ConfigError(f"vLLM refuses these settings: {_first_line(error)}") from error
+        self.block_size: int = vllm_config.cache_config.block_size
+        if vllm_config.scheduler_config.async_scheduling:
+            self._client.collective_rpc(_leave_tokens_on_device)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do: requests, or workers that have not heard of finished ones."""
+        return bool(self._client.engine_core.scheduler.has_requests())
+
+    def add(
+        self,
+        request: str,
+        chain: Chain,
+        *,
+        then: Sequence[int] = (),
+        max_tokens: int = 1,
+        stops: Sequence[int] = (),
+        extra: Mapping[str, Any],
+    ) -> None:
+        """Compute a chain's K/V, then write up to max_tokens after the ids `then`; extra: the request's extra_args."""
+        from vllm import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            stop_token_ids=list(stops),
+            ignore_eos=True,
+            detokenize=False,
+            extra_args=dict(extra),
+        )
+        self._client.add_request(
+            EngineCoreRequest(
+                request_id=request,
+                prompt_token_ids=[*token_ids(chain, self._ids), *then],
+                mm_features=self._features(chain),
+                sampling_params=parameters,
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=None,
+                data_parallel_rank=None,
+            )
+        )
+
+    def step(self) -> list[Any]:
+        """One step; vLLM's outputs of requests that got a token or ended."""
+        outputs: list[Any] = self._client.get_output().outputs
+        return outputs
+
+    def overflows(self) -> int:
+        """Rows of logits that were not finite so far."""
+        return max(int(count) for count in self._client.collective_rpc(_overflows))
+
+    def abort(self, requests: Sequence[str]) -> None:
+        """End requests; unknown ones have ended already."""
+        self._client.abort_requests(list(requests))
+
+    def forget(self) -> bool:
+        """Drop what is cached, after a step that failed: its K/V are not right. False if blocks are still in use."""
+        self._client.reset_encoder_cache()
+        return bool(self._client.reset_prefix_cache())
+
+    def close(self) -> None:
+        self._client.shutdown()
+
+    def _features(self, chain: Chain) -> list[Any]:
+        """Image blocks as vLLM takes them; its caches know each by the digest of its segment."""
+        from vllm.multimodal.inputs import (
+            MultiModalBatchedField,
+            MultiModalFeatureSpec,
+            MultiModalFieldElem,
+            MultiModalKwargsItem,
+            PlaceholderRange,
+        )
+
+        features = []
+        for segment, start in zip(chain.segments, segment_starts(chain), strict=True):
+            if segment.kind is SegmentKind.TEXT:
+                continue
+            item = image_item(segment, self._config)
+            elements = {
+                name: MultiModalFieldElem(data=tensor, field=MultiModalBatchedField(keep_on_cpu=name.endswith("_grid")))
+                for name, tensor in item.items()
+            }
+            name = segment.digest.hex()
+            features.append(
+                MultiModalFeatureSpec(
+                    data=MultiModalKwargsItem(elements),
+                    modality=segment.kind.value,
+                    identifier=name,
+                    mm_position=PlaceholderRange(offset=start, length=segment.length),
+                    mm_hash=name,
+                )
+            )
+        return features
+
+
+def _overflows(worker: Any) -> int:
+    return int(worker.model_runner.model.overflows)
+
+
+def _leave_tokens_on_device(worker: Any) -> None:
+    """Not to wait for each step's tokens because there is a logits processor: ours does without them."""
+    worker.model_runner.input_batch.logitsprocs_need_output_token_ids = False
+
+
+def cached_tokens(output: Any) -> int:
+    """Prompt tokens that a request's first output found computed before."""
+    stats = getattr(output, "prefill_stats", None)
+    count = stats.num_cached_tokens if stats is not None else getattr(output, "num_cached_tokens", 0)
+    return int(count or 0)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,98 @@
+"""Images inside vLLM: what a request carries of one, and the embeddings that the model makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bagel.engine.segments import Segment
+from bagel.images import pixel_digest
+from bagel.kv.digests import SegmentKind
+from bagel.model.bagel import Bagel
+from bagel.model.checkpoint import AE, EMA, Checkpoint
+from bagel.model.config import ModelConfig
+from bagel.model.flow import latent_patchify
+from bagel.model.layers import grid_position_ids
+from bagel.model.naming import slots
+from bagel.model.pixels import to_pixels
+from bagel.model.roles import Role
+from bagel.model.vit import vit_patchify
+from bagel.model.weights import check_tensors, fill, settle_types, shapes
+
+VIT, VAE = SegmentKind.VIT.value, SegmentKind.VAE.value
+"""vLLM's modalities: each kind of block is one of its own."""
+
+Item = dict[str, Tensor]
+
+
+def image_item(segment: Segment, config: ModelConfig) -> Item:
+    """What the model needs of an image block: its grid, and patches (ViT) or pixels and posterior noise (VAE)."""
+    assert segment.image is not None
+    grid = torch.tensor(segment.grid)
+    pixels = to_pixels(segment.image)
+    if segment.kind is SegmentKind.VIT:
+        return {"vit_grid": grid, "vit_patches": vit_patchify(pixels, config.vit.patch_size)}
+    assert segment.posterior is not None
+    down = config.vae.downsample
+    shape = (1, config.vae.z_channels, segment.image.height // down, segment.image.width // down)
+    noise = segment.posterior.draw(shape, pixel_digest(segment.image))
+    return {"vae_grid": grid, "vae_pixels": pixels, "vae_noise": noise}
+
+
+class ImageEncoder(Bagel):
+    """The parts of BAGEL that turn images into the decoder's inputs; the decoder itself is vLLM's."""
+
+    def __init__(self, config: ModelConfig, role: Role) -> None:
+        super().__init__(config, role)
+        del self.language_model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def vit_block(self, grid: Tensor, patches: Tensor) -> Tensor:
+        """Patches [n, features] of one image, grid (rows, columns) -> [n, hidden] float32."""
+        rows, columns = grid.tolist()
+        return self.embed_vit(patches, rows, columns)
+
+    def vae_block(self, grid: Tensor, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Pixels [3, H, W], posterior noise [1, z, h, w] -> one image's latents as inputs [n, hidden] float32."""
+        vae, device = self.autoencoder(), self.device
+        mean, logvar = vae.encode(pixels[None].to(device))
+        latent = vae.sample(mean, logvar, noise.to(device))[0]
+        tokens = latent_patchify(latent, self.config.latent_patch_size)
+        rows, columns = grid.tolist()
+        ids = grid_position_ids(rows, columns, self.config.max_latent_size).to(device)
+        return self.embed_latents(tokens[None], torch.zeros(1, device=device), ids)[0]
+
+
+def empty_encoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
+    """An encoder without values; types as in the exact engine: products in dtype, norms and latents in float32."""
+    with torch.device("meta"):
+        encoder = ImageEncoder(config, role)
+    settle_types(encoder, dtype)
+    encoder.to_empty(device=device)
+    return encoder.eval()
+
+
+def load_encoder(encoder: ImageEncoder, checkpoint: Checkpoint) -> None:
+    """Fill an encoder from the checkpoint; raises CheckpointError naming what is missing."""
+    needed = list(slots(encoder))
+    check_tensors({file: shapes(checkpoint, file) for file in (EMA, AE)}, needed, str(checkpoint.folder))
+    for file in (EMA, AE):
+        fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], (0, 1))
+
+
+def embed_all(
+    encoder: ImageEncoder, delimiters: Tensor, dtype: torch.dtype, **fields: Sequence[Tensor]
+) -> list[Tensor]:
+    """Blocks of one kind, delimiters [2, hidden] included: each [n + 2, hidden] of a type, in order."""
+    start, end = delimiters.to(dtype)[:, None]
+    blocks: Iterable[Tensor]
+    if "vit_patches" in fields:
+        blocks = map(encoder.vit_block, fields["vit_grid"], fields["vit_patches"])
+    else:
+        blocks = map(encoder.vae_block, fields["vae_grid"], fields["vae_pixels"], fields["vae_noise"])
+    return [torch.cat((start, block.to(dtype), end)) for block in blocks]

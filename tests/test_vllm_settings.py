@@ -1,0 +1,80 @@
+"""Engines of other settings: without the generation expert, and on two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from bagel.launch import is_serving
+from bagel.model.checkpoint import Checkpoint
+from bagel.model.roles import Role
+from bagel.process import Service
+from bagel.prompts import TextPart
+from bagel.request import TextSettings
+from bagel_thinker.torch_engine import TorchEngine
+from tests import test_vllm
+from tests.conftest import GOLDEN
+from tests.test_vllm import LIMIT_S, STORE_BYTES, Ask, agrees, image, mixed, settled
+
+pytestmark = test_vllm.pytestmark
+small, exact = test_vllm.small, test_vllm.exact
+
+
+def test_an_understanding_model_is_smaller_and_writes_the_same(small: Checkpoint, exact: TorchEngine) -> None:
+    from bagel_thinker.vllm.engine import VllmEngine
+    from bagel_thinker.vllm.settings import VllmSettings
+
+    chosen = VllmSettings("cpu", "float32", max_num_seqs=2, max_model_len=600, role=Role.UNDERSTAND)
+    engine = VllmEngine(small, chosen, model_name="tiny", kv_store_bytes=STORE_BYTES)
+    try:
+        model = engine._core._client.engine_core.model_executor.driver_worker.worker.model_runner.model
+        assert not len(model.generation) and model.images.vae is None
+        asked = [
+            Ask((image(96, edit=False), TextPart("what is it")), TextSettings(max_tokens=6)),
+            Ask((TextPart("x"),)),
+        ]
+        agrees(engine, exact, asked)
+    finally:
+        engine.close()
+
+
+def test_two_ranks_write_their_halves(small: Checkpoint, exact: TorchEngine) -> None:
+    from bagel_thinker.vllm.engine import VllmEngine
+    from bagel_thinker.vllm.settings import VllmSettings
+
+    chosen = VllmSettings("cpu", "float32", max_num_seqs=4, max_model_len=600, tensor_parallel_size=2)
+    engine = VllmEngine(small, chosen, model_name="tiny", kv_store_bytes=STORE_BYTES)
+    try:
+        agrees(engine, exact, mixed(6))
+        assert settled(engine)
+    finally:
+        engine.close()
+
+
+def child(parent: int, name: str) -> int:
+    """The process with that name among the children of another."""
+    for children in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if name in Path(f"/proc/{pid}/cmdline").read_text():
+                return int(pid)
+    raise LookupError(f"{parent} has no child {name}")
+
+
+def test_a_service_ends_with_its_worker(tmp_path: Path) -> None:
+    flags = ["--listen", "127.0.0.1:0", "--model", str(GOLDEN / "checkpoint"), "--max-model-len", "600"]
+    flags += ["--engine", "vllm", "--tensor-parallel-size", "2"]
+    thinker = Service("thinker-0", "the Thinker", "bagel_thinker", flags, os.environ, tmp_path)
+    try:
+        address, deadline = thinker.address(time.monotonic() + 60), time.monotonic() + LIMIT_S
+        while not is_serving(address):
+            assert time.monotonic() < deadline
+            thinker.check()
+            time.sleep(0.2)
+        os.kill(child(thinker.process.pid, "Worker_TP1"), signal.SIGKILL)
+        assert thinker.process.wait(60) == 1
+    finally:
+        thinker.process.kill()
+        thinker.end(10)
+    assert "the Thinker's engine cannot go on" in next(tmp_path.glob("*.log")).read_text()
