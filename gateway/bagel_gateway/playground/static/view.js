@@ -187,7 +187,8 @@ export class Outcome {
       button.addEventListener("click", () => copied(button, entry.answer));
       box.append(button);
     }
-    if (entry.state === "done") add("Another, new seed", () => this.actions.again(entry));
+    const varies = entry.pictures.length || entry.settings.do_sample; // without sampling, an answer is the same for every seed
+    if (entry.state === "done" && varies) add("Another, new seed", () => this.actions.again(entry));
     else if (!entry.error) add("Try again", () => this.actions.retry());
     return box;
   }
