@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ IDS = Placeholders(151652, 151653, 151645, 151644)
 Figures = dict[str, float]
 
 
-class Side:
+class Side(ABC):
     """What is measured, behind one way to add requests."""
 
     def __init__(self, tiny: bool) -> None:
@@ -72,15 +73,17 @@ class Side:
         self.count += 1
         return f"b{self.count}"
 
+    @abstractmethod
     def add(self, ids: list[int], tokens: int) -> None:
         """Begin to write so many tokens after a text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> list[Any]:
-        raise NotImplementedError
+        """One step; the outputs of requests that got a token."""
 
+    @abstractmethod
     def busy(self) -> bool:
-        raise NotImplementedError
+        """Whether anything is under way."""
 
 
 class Plain(Side):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from training.nano.sheet import wrapped
+
 SIDE, GAP, LINE, HEAD = 192, 20, 17, 44
 ARROW, BESIDE = 34, 220
 """Width of the arrow between two pictures, and of a text beside one."""
 PAPER, CARD, INK, FAINT, EDGE = (243, 244, 246), (255, 255, 255), (25, 28, 33), (95, 102, 112), (214, 217, 222)
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Rows = Sequence[tuple[str, Sequence["Card"]]]
 
 
@@ -35,7 +36,8 @@ class Card:
     def captions(self) -> tuple[list[str], list[str]]:
         """Lines of the title and of the text."""
         text_width = BESIDE if self.beside else self.pictures_width
-        return _lines(self.title, self.width - GAP, 14), _lines(self.text, text_width, 13)
+        title = wrapped(self.title, self.width - GAP, ImageFont.load_default(14))
+        return title, wrapped(self.text, text_width, ImageFont.load_default(13))
 
     @property
     def height(self) -> int:
@@ -88,18 +90,3 @@ def _write(
 ) -> None:
     for number, line in enumerate(lines):
         pen.text((corner[0], corner[1] + number * LINE), line, fill=ink, font=ImageFont.load_default(size))
-
-
-def _lines(text: str, width: float, size: int) -> list[str]:
-    """The text in lines of at most `width` pixels, where words allow it; its own line breaks stay."""
-    font: Font = ImageFont.load_default(size)
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        lines.append("")
-        for word in paragraph.split():
-            longer = f"{lines[-1]} {word}".lstrip()
-            if not lines[-1] or font.getlength(longer) <= width:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-    return lines

@@ -1,8 +1,8 @@
 """Train bagel-nano, in stages that each take as long as they are given.
 
-python -m training.nano.train vae --run RUN --minutes 3                       the autoencoder
-python -m training.nano.train joint --run RUN --minutes 6 --rate-to 0.7       the whole model, the first part of two
-python -m training.nano.train joint --run RUN --minutes 9 --rate-from 0.7     the second part
+python -m training.nano.train vae --run RUN --minutes 3.8                     the autoencoder
+python -m training.nano.train joint --run RUN --minutes 7.5 --rate-to 0.8     the whole model, the first part of two
+python -m training.nano.train joint --run RUN --minutes 8.5 --rate-from 0.8   the second part
 
 RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
 starts from the weights of checkpoint/.
