@@ -19,6 +19,8 @@ from training.nano.rows import ROWS, answered, cases, judge, person, picture_of,
 from training.nano.texts import Example, Thing, add, draw, edit, move, recolour, remove
 from training.nano.world import BACKGROUNDS, COLOURS, SHAPES, Look, Scene, fits, make_scene, place
 
+pytestmark = pytest.mark.slow
+
 
 def _drawn(count: int) -> tuple[list[Example], list[Image.Image]]:
     rng = Random(11)

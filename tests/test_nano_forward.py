@@ -27,6 +27,8 @@ from training.nano.network import TINY, new_model, write_config
 from training.nano.render import Renderer, encode_scenes
 from training.nano.texts import GROUPS, Example
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

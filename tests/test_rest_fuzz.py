@@ -23,6 +23,8 @@ from bagel_gateway.rest.parameters import (
 from tests.gateway_stages import deployment
 from tests.test_rest_front import data_url, photo
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 30
 PATHS = ["/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"]
 NAMES = sorted({*ImageParameters.model_fields, *ChatParameters.model_fields, *REFUSED_GENERATION})

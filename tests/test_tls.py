@@ -23,6 +23,8 @@ from bagel.transport import Host, Security, sync_channel
 from bagel_gateway.settings import parser, settings_of
 from tests.test_serve import serving
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
 LATE_S = 0.5
