@@ -52,7 +52,7 @@ from training.nano.world import (
     random_background,
     random_scene,
     recoloured,
-    scene,
+    spread,
     with_item,
 )
 
@@ -152,12 +152,12 @@ def two(rng: Random) -> Example:
 
 
 def count(rng: Random) -> Example:
-    """The same object several times."""
+    """The same object several times, spread over the picture."""
     background, named = _ground(rng)
     number, thing, size = rng.choice((2, 3, 3, 4, 4)), look(rng), rng.random() < 0.4
     if number > 2 and thing.size == "large" and rng.random() < 0.5:
         thing = replace(thing, size="small")
-    world = counted_scene(rng, number, background, thing)
+    world = make_scene(spread(rng, [thing] * number), background)
     many = str(number) if rng.random() < 0.2 else NUMBERS[number]
     noun = varied(rng, thing, size=size)
     phrase = f"{'exactly ' if rng.random() < 0.05 else ''}{many} {plural(noun)}"
@@ -167,20 +167,19 @@ def count(rng: Random) -> Example:
 
 
 def three(rng: Random) -> Example:
-    """Two or three objects, with or without their places."""
+    """Two or three objects at named places, or spread over the picture in the order of the words."""
     background, named = _ground(rng)
-    world = None
-    while world is None:
-        looks = distinct_looks(rng, rng.choice((2, 3, 3, 3)))
-        world = scene(rng, looks, background)
-    items = list(world.items)
-    rng.shuffle(items)
+    looks = distinct_looks(rng, rng.choice((2, 3, 3, 3)))
     size, placed = rng.random() < 0.3, rng.random() < 0.3
+    items = None if placed else spread(rng, looks)
+    while items is None:
+        items = arrange(rng, looks)
     phrases = [article(varied(rng, item, size=size)) for item in items]
     if placed:
         phrases = [f"{phrase} {place_phrase(rng, item.cell)}" for phrase, item in zip(phrases, items, strict=True)]
     phrase = listed(phrases) if rng.random() < 0.8 else rng.choice((", ", " and ")).join(phrases)
     wanted = Wanted(_things(items, size=size, cell=placed), background)
+    world = make_scene(items, background)
     return _drawn(rng, "three" if len(items) == 3 else "pair", phrase, world, wanted, named=named)
 
 
@@ -570,6 +569,9 @@ def reason(rng: Random) -> Example:
     return replace(made, texts=(THINK_TEXT_PROMPT, *made.texts), answer=f"<think> {why} </think> {made.answer}")
 
 
+NOISY = 0.08
+"""Share of drawings under the text of another one, as captions from the web are: this is what guidance takes away."""
+
 GROUPS: dict[str, Callable[[Random], Example]] = {
     "draw": draw,
     "plan": planned,
@@ -582,8 +584,8 @@ GROUPS: dict[str, Callable[[Random], Example]] = {
 def drop(rng: Random, example: Example) -> Example:
     """Take conditions away at random, so that each branch of guidance is trained.
 
-    draw: no text. plan: without the plan (cfg_img), or the system prompt alone (cfg_text). edit: the picture alone
-    (cfg_text), the text alone (cfg_img), or nothing.
+    draw: no text, or another picture's (NOISY). plan: no plan (cfg_img), or the system prompt alone (cfg_text).
+    edit: the picture alone (cfg_text), the text alone (cfg_img), or nothing.
     """
     if example.target is None:
         return example
@@ -598,7 +600,9 @@ def drop(rng: Random, example: Example) -> Example:
         if chance < 0.1:
             return replace(example, answer=None)
         return replace(example, answer=None, texts=example.texts[:1]) if chance < 0.2 else example
-    return replace(example, texts=()) if chance < 0.1 else example
+    if chance < 0.1:
+        return replace(example, texts=())
+    return replace(example, texts=draw(rng).texts) if chance < 0.1 + NOISY else example
 
 
 def _pick(rng: Random, weighted: tuple[tuple[T, float], ...]) -> T:

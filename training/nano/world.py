@@ -35,6 +35,14 @@ SIZES = {"small": (11, 12, 13), "large": (20, 21, 22)}
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 CORNERS = (0, 2, 6, 8)
 CENTRE = 4
+SPREADS = {
+    2: ((3, 5), (1, 7), (0, 8), (2, 6)),
+    3: ((3, 4, 5), (1, 4, 7), (1, 6, 8), (0, 2, 7)),
+    4: ((0, 2, 6, 8), (1, 3, 5, 7)),
+}
+"""Cells of objects that nobody places, by their number, in the order in which they are named: lines, a triangle on its
+base or its tip, a square, a square on its tip.
+"""
 LOW, HIGH = 36, 92
 """A centre is in the first third at LOW or before, in the last at HIGH or after, in the middle within MIDDLE."""
 MIDDLE = (54, 74)
@@ -138,6 +146,14 @@ def scene(rng: Random, looks: Sequence[Look], background: str, cells: Sequence[i
     """A scene of these objects; None if they do not fit at these cells."""
     items = arrange(rng, looks, cells)
     return None if items is None else make_scene(items, background)
+
+
+def spread(rng: Random, looks: Sequence[Look]) -> list[Item]:
+    """Objects that nobody places, in the order in which they are named."""
+    while True:
+        items = arrange(rng, looks, rng.choice(SPREADS[len(looks)]))
+        if items is not None:
+            return items
 
 
 def make_scene(items: Sequence[Item], background: str) -> Scene:

@@ -74,7 +74,7 @@ def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: Runn
     set_up_logs("dit-runner", settings.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
-        runner = Runner(connection, arena, settings)
+        runner = Runner(connection, arena, settings, _load(settings))
     except BagelError as error:
         connection.send(LoadFailed(rpc_status_of(error).SerializeToString()))
         return
@@ -128,11 +128,13 @@ class _Preview:
 
 
 class Runner:
-    """One rank's worker."""
+    """One rank's worker, on a model that is loaded."""
 
-    def __init__(self, connection: Connection, arena: Arena | None, settings: RunnerSettings) -> None:
+    def __init__(
+        self, connection: Connection, arena: Arena | None, settings: RunnerSettings, loaded: LoadedModel
+    ) -> None:
         self._connection, self._sending = connection, threading.Lock()
-        self._loaded = _load(settings)
+        self._loaded = loaded
         model = self._loaded.model
         self._model, self._device = model, model.device
         self._gate = StepGate(self._device)
