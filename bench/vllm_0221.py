@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.version import __version__
 
 from bagel_thinker.vllm import connector, core, gpu_attention, settings
@@ -109,5 +110,5 @@ def prepare(attention: str | None) -> None:
         arguments = core.engine_arguments
         core.engine_arguments = lambda *given, **named: {
             **arguments(*given, **named),
-            "attention_backend": attention,
+            "attention_backend": AttentionBackendEnum[attention],
         }
