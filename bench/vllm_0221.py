@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.version import __version__
 
-from bagel_thinker.vllm import connector, core, settings
+from bagel_thinker.vllm import connector, core, gpu_attention, settings
 from bagel_thinker.vllm.connector import Exports, KvExport
 
 
@@ -52,6 +55,26 @@ def read_rows(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> t
     return k, v
 
 
+def build(
+    builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+) -> gpu_attention.FlashAttentionMetadata:
+    """As SpanFlashBuilder.build; the runner says where images lie only later, as `mm_prefix_range`."""
+    made: Any = super(gpu_attention.SpanFlashBuilder, builder).build(
+        common_prefix_len, common_attn_metadata, fast_build
+    )
+    made.step = gpu_attention.step_of(common_attn_metadata, None)
+    return made  # type: ignore[no-any-return]
+
+
+def calls(metadata: Any) -> list[gpu_attention.Call]:
+    """As gpu_attention._calls, with the images that the runner has told of."""
+    metadata.step.ranges = getattr(metadata, "mm_prefix_range", None) or {}
+    return _calls(metadata)
+
+
+_calls = gpu_attention._calls
+
+
 def adapt() -> None:
     """Change what differs, in this process."""
     arguments, config = settings.engine_arguments, settings.hf_config
@@ -71,5 +94,21 @@ def adapt() -> None:
         (settings, "hf_config", hf_config),
         (core, "engine_arguments", engine_arguments),
         (connector, "read_rows", read_rows),
+        (gpu_attention, "_calls", calls),
+        (gpu_attention.SpanFlashBuilder, "build", build),
+        # Nothing here asks for FlashAttention 4, and there is one argument less.
+        (gpu_attention.SpanFlashBackend, "supports_combination", FlashAttentionBackend.supports_combination),
     ):
         setattr(module, name, value)
+
+
+def prepare(attention: str | None) -> None:
+    """Before an engine is made: adapt if this is vLLM 0.22; take an attention backend by name, if one is given."""
+    if __version__.startswith("0.22."):
+        adapt()
+    if attention is not None:
+        arguments = core.engine_arguments
+        core.engine_arguments = lambda *given, **named: {
+            **arguments(*given, **named),
+            "attention_backend": AttentionBackendEnum[attention],
+        }

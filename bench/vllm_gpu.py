@@ -1,10 +1,15 @@
-"""The Thinker on vLLM beside plain vLLM, on one GPU, full size, random weights made in place: one command.
+"""The Thinker on vLLM beside plain vLLM, full size, random weights made in place.
 
+    python -m bench.vllm_check                          first: is it right at all on this GPU
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
+    python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on a GPU of its own
+    python -m bench.vllm_gpu --side ours --json A       one side; then: python -m bench.vllm_gpu --merge A B
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
 
-Each side runs in a process of its own, one after the other, and both are stepped by the same loop over vLLM's engine
-core. Plain is vLLM's Qwen2 of BAGEL's shape. Rows and what they should come to: bench/README.md.
+Each side runs in a process of its own, and both are stepped by the same loop over vLLM's engine core, with as many
+places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, its norms of queries and
+keys included. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and what
+they should come to: bench/README.md.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -112,7 +118,9 @@ class Plain(Side):
                 "num_key_value_heads": llm.num_key_value_heads,
                 "vocab_size": llm.vocab_size,
                 "max_position_embeddings": 32_768,
+                "rms_norm_eps": llm.rms_norm_eps,
                 "rope_theta": llm.rope_theta,
+                "qk_norm": True,
                 "tie_word_embeddings": False,
             }
             (Path(folder) / "config.json").write_text(json.dumps(shape))
@@ -150,14 +158,11 @@ class Plain(Side):
 class Ours(Side):
     """The Thinker's core, its store and its sink."""
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self, tiny: bool, attention: str | None = None) -> None:
         super().__init__(tiny)
-        from vllm.version import __version__
+        from bench import vllm_0221
 
-        if __version__.startswith("0.22."):
-            from bench import vllm_0221
-
-            vllm_0221.adapt()
+        vllm_0221.prepare(attention)
         llm = self.config.llm
         layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, self.settings.dtype)
         self.store = KvStore(layout, b"bench", 2**31 if not tiny else 2**26)
@@ -291,34 +296,100 @@ def measure(side: Side) -> Iterator[tuple[str, float]]:
         yield "edit_landed_ms", 1000 * median(with_export[1] for with_export, _ in runs)
 
 
-def _child(name: str, tiny: bool) -> Figures:
-    """A side's figures, from a process of its own."""
-    command = [sys.executable, "-m", "bench.vllm_gpu", "--side", name, *(["--tiny"] if tiny else [])]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    figures: Figures = json.loads(ran.stdout.splitlines()[-1])
+def tell(side: str, name: str, value: float, file: Path | None) -> None:
+    """One figure, at once."""
+    line = json.dumps({"side": side, "name": name, "value": value})
+    print(line, file=sys.stderr, flush=True)
+    if file is not None:
+        with file.open("a") as out:
+            out.write(line + "\n")
+
+
+def told(files: Sequence[Path]) -> dict[str, Figures]:
+    """The figures of each side, as far as they are there."""
+    figures: dict[str, Figures] = {name: {} for name in SIDES}
+    for file in files:
+        for line in file.read_text().splitlines() if file.exists() else ():
+            entry = json.loads(line)
+            figures[entry["side"]][entry["name"]] = entry["value"]
     return figures
 
 
+def run_side(name: str, options: argparse.Namespace) -> None:
+    """Measure one side in this process."""
+    begin, file = time.perf_counter(), options.json
+    side = Ours(options.tiny, options.attention) if name == "ours" else Plain(options.tiny)
+    tell(name, "start_s", time.perf_counter() - begin, file)
+    for figure, value in measure(side):
+        tell(name, figure, value, file)
+
+
+def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
+    """Both sides, each in a process of its own: at the same time where there are two GPUs."""
+    running = []
+    with ExitStack() as stack:
+        for i, (name, file) in enumerate(files.items()):
+            command = [sys.executable, "-m", "bench.vllm_gpu", "--side", name, "--json", str(file)]
+            command += ["--tiny"] if options.tiny else []
+            command += ["--attention", options.attention] if options.attention else []
+            gpus = {"CUDA_VISIBLE_DEVICES": options.gpus[i % len(options.gpus)]} if options.gpus else {}
+            child = subprocess.Popen(command, env={**os.environ, **gpus})
+            stack.callback(child.kill)
+            running.append(child)
+            if len(options.gpus) < len(files):
+                _wait(running.pop(), name, options.limit_s)
+        begin = time.monotonic()
+        for child, name in zip(running, files, strict=False):
+            _wait(child, name, begin + options.limit_s - time.monotonic())
+
+
+def _wait(child: subprocess.Popen[bytes], name: str, seconds: float) -> None:
+    try:
+        code = child.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        code = -9
+    if code:
+        print(f"{name} did not come to its end: {code}", file=sys.stderr, flush=True)
+
+
+def compare(figures: dict[str, Figures]) -> tuple[dict[str, float], bool]:
+    """Ours by plain, export by none; and whether what must hold was measured and holds."""
+    plain, ours = figures["plain"], figures["ours"]
+    ratios = {name: ours[name] / value for name, value in plain.items() if name in ours}
+    if "edit_first_token_ms" in ours:
+        ratios["edit_export"] = ours["edit_first_token_ms_exported"] / ours["edit_first_token_ms"]
+    good = ratios.get("decode_tokens_per_s", 0.0) >= 0.95 and ratios.get("edit_export", 9.9) <= 1.1
+    return ratios, good
+
+
+SIDES = ("plain", "ours")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure both sides, print figures and ratios; 1 if a ratio is not what it should be."""
-    parser = argparse.ArgumentParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on one GPU.")
+    """Measure, print figures and ratios; 1 if a ratio is missing or not what it should be."""
+    parser = argparse.ArgumentParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on a GPU.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--side", choices=("plain", "ours"), help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures there; with --side, line by line")
+    parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
+    parser.add_argument("--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)")
+    parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
+    parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")
     options = parser.parse_args(argv)
     if options.side:
-        side = {"plain": Plain, "ours": Ours}[options.side](options.tiny)
-        figures = dict(measure(side))
-        print(json.dumps(figures), flush=True)
+        run_side(options.side, options)
         os._exit(0)  # vLLM's own ending takes longer than the measurements
-    plain, ours = _child("plain", options.tiny), _child("ours", options.tiny)
-    ratios = {name: ours[name] / value for name, value in plain.items()}
-    ratios["edit_export"] = ours["edit_first_token_ms_exported"] / ours["edit_first_token_ms"]
-    result = {"plain": plain, "ours": ours, "ratios": ratios}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in SIDES}
+        if not options.merge:
+            run_sides(files, options)
+        figures = told(options.merge or list(files.values()))
+    ratios, good = compare(figures)
+    result = {**figures, "ratios": ratios}
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result))
-    good = ratios["decode_tokens_per_s"] >= 0.95 and ratios["edit_export"] <= 1.1
     return 0 if good or options.tiny else 1
 
 

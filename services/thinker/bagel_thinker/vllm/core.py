@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "VLLM_CONFIGURE_LOGGING": "0",  # it would write to stdout, where a service announces its address
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks on a CPU need a NUMA node each
+    "TRITON_F32_DEFAULT": "ieee",  # float32 attention is float32: Triton's products would be TF32
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the connector's calls by layer are tested with the first one
 }
 

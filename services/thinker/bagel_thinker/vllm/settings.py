@@ -98,6 +98,7 @@ def hf_config(config: ModelConfig, settings: VllmSettings, ids: Placeholders) ->
             "max_position_embeddings": rows,
             "tie_word_embeddings": False,
             "use_sliding_window": False,
+            "sliding_window": None,  # vLLM passes over images longer than a window
         },
         "tie_word_embeddings": False,
         "bagel": {**asdict(config), "role": settings.role.value},

@@ -1,0 +1,187 @@
+"""Whether the Thinker on vLLM is right on this GPU: bagel-nano's K/V and texts beside the exact engine's, same device.
+
+    python -m bench.vllm_check [--dtype float32]        float32: Triton's attention; bfloat16: FlashAttention
+
+Texts, images to look at and to edit, think, alone and all at once. In float32 K/V must agree within 1e-3 (the products
+of both run in full float32) and greedy ids be equal; in bfloat16 K/V must be as near to the float32 engine's as the
+exact bfloat16 engine's are (at most twice as far), and ids are counted. It fails, as it should, with --causal: then
+vLLM is not told of bidirectional images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.engine.reader import Reading, Written
+from bagel.engine.segments import Chain
+from bagel.kv.digests import SegmentKind
+from bagel.model.checkpoint import Checkpoint
+from bagel.prompts import ImagePart, Prompt, TextPart
+from bagel.request import PosteriorMode, TextSettings
+from bagel_thinker.engine import Engine
+from bagel_thinker.torch_engine import TorchEngine
+
+NANO = Path(__file__).parents[1] / "models" / "nano"
+STORE_BYTES = 2**28
+LIMIT_S = 300
+TOLERANCE = 1e-3
+SEED = 7
+
+
+@dataclass
+class Case:
+    """A prompt, what is written after it, and whether that is appended to the context."""
+
+    name: str
+    prompt: Prompt
+    settings: TextSettings | None = None
+    append: bool = False
+
+
+@dataclass
+class Answer:
+    """What an engine made of a case."""
+
+    chain: Chain
+    over: threading.Event = field(default_factory=threading.Event)
+    came: list[Written | Exception] = field(default_factory=list)
+
+
+def cases() -> list[Case]:
+    """Segments of every kind; images of several sizes, one of them not square."""
+    colours = ("crimson", "navy", "seagreen")
+    images = [Image.effect_noise(size, 90).convert("RGB") for size in ((128, 128), (96, 64), (128, 80))]
+    for image, colour in zip(images, colours, strict=True):
+        image.paste(colour, (8, 8, 56, 40))
+    text, twelve = TextPart("make the circle green"), TextSettings(max_tokens=12)
+    found = [Case("text", (text,), twelve), Case("think", (TextPart("think first"), text), twelve, append=True)]
+    for i, image in enumerate(images):
+        found.append(Case(f"describe {i}", (ImagePart(image, for_generation=False), text), twelve))
+        found.append(Case(f"edit {i}", (ImagePart(image, for_generation=True), text), twelve))
+    edits = [ImagePart(image, for_generation=True) for image in images[:2]]
+    both = (edits[0], text, edits[1], TextPart("so"))
+    return [*found, Case("two images", both)]
+
+
+def submit(engine: Engine, case: Case) -> Answer:
+    """Begin a case."""
+    images = engine.planner.prepare_images(case.prompt, PosteriorMode.CONTENT, SEED)
+    chain = engine.planner.chain(case.prompt, images)
+    lease = engine.store.lease(_lengths(chain), 600)
+    answer = Answer(chain)
+
+    def end(came: Written | Exception) -> None:
+        answer.came.append(came)
+        answer.over.set()
+
+    def extend(longer: Chain) -> None:
+        engine.store.extend(lease, _lengths(longer))
+
+    engine.submit(Reading(chain, SEED, end, end, settings=case.settings, append=case.append, on_chain=extend))
+    return answer
+
+
+def _lengths(chain: Chain) -> list[tuple[bytes, int]]:
+    return [(segment.digest, segment.length) for segment in chain.segments]
+
+
+Found = tuple[tuple[int, ...], list[tuple[SegmentKind, Tensor]]]
+"""Ids of a text, and K and V of each segment with its kind."""
+
+
+def collect(engine: Engine, answer: Answer) -> Found:
+    """What a case came to. Raises what it ended with."""
+    if not answer.over.wait(LIMIT_S):
+        raise TimeoutError("a reading never ended")
+    (came,) = answer.came
+    if isinstance(came, Exception):
+        raise came
+    rows = []
+    for segment in came.context.chain.segments:
+        k, v = engine.store.load(segment.digest)
+        rows.append((segment.kind, torch.stack((k, v)).float().clone()))
+    return came.token_ids, rows
+
+
+def exact(checkpoint: Checkpoint, device: str, dtype: str, some: Sequence[Case]) -> list[Found]:
+    """The exact engine's answers, one by one."""
+    engine = TorchEngine.load(
+        "nano", checkpoint, device=device, dtype=dtype, kv_store_bytes=STORE_BYTES, max_num_seqs=16
+    )
+    found = [collect(engine, submit(engine, case)) for case in some]
+    engine.close()
+    return found
+
+
+def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[Case]) -> list[Found]:
+    """vLLM's, all at once."""
+    from bagel_thinker.vllm import settings
+    from bagel_thinker.vllm.engine import VllmEngine
+    from bench import vllm_0221
+
+    vllm_0221.prepare(options.attention)
+    if options.causal:
+        make = settings.hf_config
+        settings.hf_config = lambda *given: {**make(*given), "is_mm_prefix_lm": False}
+    chosen = settings.VllmSettings(
+        options.device,
+        options.dtype,
+        max_num_seqs=16,
+        max_model_len=2048,
+        kv_cache_memory_bytes=2**30,
+        enforce_eager=options.eager,
+    )
+    engine = VllmEngine(checkpoint, chosen, model_name="nano", kv_store_bytes=STORE_BYTES)
+    answers = [submit(engine, case) for case in some]
+    return [collect(engine, answer) for answer in answers]
+
+
+def distances(one: Found, other: Found) -> dict[str, float]:
+    """The largest distance of K or V, by the kind of segment; the think text's segment may differ in length."""
+    worst: dict[str, float] = {}
+    for (kind, mine), (_, theirs) in zip(one[1], other[1], strict=True):
+        if mine.shape == theirs.shape:
+            worst[kind.value] = max(worst.get(kind.value, 0.0), float((mine - theirs).abs().max()))
+    return worst
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare case by case; 1 if one is not right."""
+    parser = argparse.ArgumentParser(prog="python -m bench.vllm_check", description="Is the Thinker's vLLM right here?")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs: starts in seconds")
+    parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend, say TRITON_ATTN")
+    parser.add_argument("--causal", action="store_true", help="break it: images are not bidirectional")
+    options = parser.parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    checkpoint, some, begin = Checkpoint(NANO), cases(), time.monotonic()
+    truth = exact(checkpoint, options.device, "float32", some)
+    same = truth if options.dtype == "float32" else exact(checkpoint, options.device, options.dtype, some)
+    ours = on_vllm(checkpoint, options, some)
+    bad = 0
+    for case, right, near, mine in zip(some, truth, same, ours, strict=True):
+        far, allowed = distances(mine, right), distances(near, right)
+        limits = {kind: max(TOLERANCE, 2 * allowed.get(kind, 0.0)) for kind in far}
+        ids = mine[0] == right[0]
+        fits = all(value <= limits[kind] for kind, value in far.items()) and (ids or options.dtype != "float32")
+        bad += not fits
+        print(json.dumps({"case": case.name, "right": fits, "ids": ids, "far": far, "allowed": limits}), flush=True)
+    print(json.dumps({"wrong": bad, "cases": len(some), "seconds": round(time.monotonic() - begin, 1)}), flush=True)
+    os._exit(1 if bad else 0)  # vLLM's own ending takes longer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Attention on a GPU for vLLM: FlashAttention, in which an image's rows see all of the image.
+
+Steps without an image are vLLM's own FlashAttention, graphs included. In the others, queries are split where images
+begin and end: pieces of text are one causal call, pieces of images one full call, over the same paged cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from bagel_thinker.vllm.spans import Piece, pieces
+
+Ranges = Mapping[int, Sequence[tuple[int, int]]]
+"""The first and the last row of each image, by a request's place in the step."""
+
+
+@dataclass
+class Call:
+    """Queries of a step (their places among its rows) that one call attends for, and how."""
+
+    rows: Tensor
+    metadata: FlashAttentionMetadata
+
+
+@dataclass
+class Step:
+    """What the host knows of a step. calls: once the first layer has asked; empty if vLLM's own one is right."""
+
+    starts: Tensor
+    ends: Tensor
+    ranges: Ranges
+    calls: list[Call] | None = None
+
+
+class SpanFlashBuilder(FlashAttentionMetadataBuilder):
+    """Keeps, beside vLLM's description of a step, where its images lie."""
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        """As vLLM's; its own way with images, which needs FlashAttention 4, stays off."""
+        common = common_attn_metadata
+        plain = replace(common, mm_req_doc_ranges=None)
+        metadata: Any = super().build(common_prefix_len, plain, fast_build)
+        metadata.step = step_of(common, common.mm_req_doc_ranges)
+        return metadata  # type: ignore[no-any-return]
+
+
+def step_of(common: Any, ranges: Ranges | None) -> Step:
+    """A step from vLLM's description. A request that computes several rows has computed all before them for sure."""
+    return Step(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, ranges or {})
+
+
+class SpanFlashAttention(FlashAttentionImpl):
+    """One layer's attention."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query [tokens, heads, head size] -> output, of that shape."""
+        calls = _calls(attn_metadata) if attn_metadata is not None else []
+        scales = output_scale, output_block_scale
+        if not calls:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        for call in calls:
+            some = query[call.rows]
+            out = torch.empty_like(some)
+            super().forward(layer, some, key, value, kv_cache, call.metadata, out, *scales)
+            output[call.rows] = out
+        return output
+
+
+def _calls(metadata: Any) -> list[Call]:
+    """The calls of a step, made once for all layers; none if it has no image."""
+    step: Step = metadata.step
+    if step.calls is None:
+        step.calls = [] if metadata.max_query_len == 1 else _split(metadata, step)
+    return step.calls
+
+
+def _split(metadata: FlashAttentionMetadata, step: Step) -> list[Call]:
+    starts, ends = step.starts.tolist(), step.ends.tolist()
+    found: dict[bool, list[tuple[int, int, Piece]]] = {True: [], False: []}
+    for i, end in enumerate(ends):
+        begin = end - (starts[i + 1] - starts[i])
+        spans = [(first, last - first + 1) for first, last in step.ranges.get(i, ())]
+        for piece in pieces(begin, end, spans):
+            found[piece.causal].append((i, starts[i] - begin, piece))
+    if not found[False]:
+        return []
+    return [_call(metadata, some, causal) for causal, some in found.items() if some]
+
+
+def _call(metadata: FlashAttentionMetadata, some: Sequence[tuple[int, int, Piece]], causal: bool) -> Call:
+    """One call for pieces: (request's place in the step, from rows of the request to rows of the step, piece)."""
+    device = metadata.block_table.device
+    lengths = [piece.end - piece.begin for _, _, piece in some]
+    visible = [piece.visible for _, _, piece in some]
+    rows = torch.cat([torch.arange(piece.begin + shift, piece.end + shift) for _, shift, piece in some])
+    changed = replace(
+        metadata,
+        num_actual_tokens=sum(lengths),
+        max_query_len=max(lengths),
+        query_start_loc=_on(device, torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)),
+        max_seq_len=max(visible),
+        seq_lens=_on(device, torch.tensor(visible, dtype=torch.int32)),
+        block_table=metadata.block_table[_on(device, torch.tensor([i for i, _, _ in some]))],
+        use_cascade=False,
+        common_prefix_len=0,
+        scheduler_metadata=None,
+        max_num_splits=0,
+        causal=causal,
+    )
+    return Call(_on(device, rows), changed)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """On a GPU, without waiting for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+class SpanFlashBackend(FlashAttentionBackend):
+    """Takes the place of vLLM's FLASH_ATTN."""
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: Any,
+        block_size: int | None,
+        use_mla: bool,
+        has_sink: bool,
+        use_sparse: bool,
+        use_mm_prefix: bool,
+        device_capability: Any,
+    ) -> str | None:
+        """As vLLM's, which asks for FlashAttention 4 where images are seen in full."""
+        reason: str | None = super().supports_combination(
+            head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, False, device_capability
+        )
+        return reason
+
+    @staticmethod
+    def get_impl_cls() -> type[SpanFlashAttention]:
+        return SpanFlashAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[SpanFlashBuilder]:
+        return SpanFlashBuilder
