@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import bagel
 from bagel.errors import BagelError, Draining, NoBackend
-from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_request, new_request_id
+from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import add_playground
@@ -39,9 +39,16 @@ log = Log("bagel_gateway.rest")
 
 
 def make_app(
-    front: Front, fetcher: Fetcher, metrics: Metrics, backends: Backends, draining: Callable[[], bool], created: int
+    front: Front,
+    fetcher: Fetcher,
+    metrics: Metrics,
+    backends: Backends,
+    draining: Callable[[], bool],
+    created: int,
+    *,
+    keyed: bool,
 ) -> FastAPI:
-    """The application. created: when the models of the list came to be, in Unix seconds."""
+    """The application. created: when the models of the list came to be, in Unix seconds; keyed: callers need a key."""
     app = FastAPI(title="bagel-serving", version=bagel.__version__, description=ABOUT, docs_url=None, redoc_url=None)
     images, chat = Images(front), Chat(front, fetcher)
 
@@ -60,7 +67,7 @@ def make_app(
     get("/v1/models", models.all, "The served model and its aliases")
     get("/v1/models/{model:path}", models.one, "One of them")
     get("/healthz", _healthz, "Whether the process lives")
-    get("/readyz", _readyz(backends, draining), "Whether requests can be served")
+    get("/readyz", _readyz(backends, draining, keyed), "Whether requests can be served")
     get("/metrics", _metrics(metrics), "Prometheus")
     add_docs(app)
     add_playground(app)
@@ -127,11 +134,13 @@ async def _healthz(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def _readyz(backends: Backends, draining: Callable[[], bool]) -> Endpoint:
+def _readyz(backends: Backends, draining: Callable[[], bool], keyed: bool) -> Endpoint:
     async def readyz(request: Request) -> Response:
         if draining():
             raise Draining("the gateway is shutting down and takes no new requests")
         if not backends.ready:
+            if keyed and not current_caller.get():  # a probe; addresses are for those who may call
+                raise NoBackend("not ready: a stage has no service; with an API key this says which")
             every = (*backends.thinkers, *backends.dits)
             each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in every if backend.model is None)
             raise NoBackend(f"not ready: {each}")
