@@ -1,7 +1,7 @@
 """API keys: how they look, the file that a gateway knows them by, and how a caller shows one. No torch here.
 
-A key is 256 random bits, so that its plain SHA-256 tells nothing of it: slow, salted hashes are for passwords, which can
-be guessed. The file holds `NAME sha256:HEX` lines, never a key.
+A key is 256 random bits, so that its plain SHA-256 tells nothing of it; slow, salted hashes are for passwords, which
+can be guessed. The file holds `NAME sha256:HEX` lines, never a key.
 """
 
 from __future__ import annotations
@@ -135,14 +135,14 @@ def key_metadata(key: str | None, target: str, security: Security) -> tuple[tupl
         return ()
     if not _TOKEN.fullmatch(key):
         raise ConfigError("the API key is no single word of ASCII characters; give one as bagel keys new printed it")
-    if not (security.encrypted or security.trusted_network or _is_local(target)):
+    if not (security.encrypted or security.trusted_network or is_local(target)):
         raise ConfigError(
             f"the API key would go to {target} without TLS, for others to read; give --tls-ca, or say --trusted-network"
         )
     return ((AUTHORIZATION, f"Bearer {key}"),)
 
 
-def _is_local(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Whether what is sent to a target stays on this machine."""
     host = target.rpartition(":")[0].strip("[]")
     try:

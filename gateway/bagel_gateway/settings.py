@@ -12,7 +12,7 @@ from typing import Any
 
 from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
-from bagel.keys import KEYS_FILE, key_file
+from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -86,6 +86,12 @@ class Settings:
             if not 0 <= seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds")
         _check_defaults(self.sampling_defaults)
+
+    @property
+    def exposes_keys(self) -> bool:
+        """Whether callers on other machines send their API keys in plaintext."""
+        fronts = (address for address in (self.listen, self.http) if address is not None)
+        return self.api_keys is not None and not self.front_security.encrypted and not all(map(is_local, fronts))
 
     def shown(self) -> dict[str, object]:
         """The configuration for the log."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+import asyncio
+from contextlib import suppress
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bagel.errors import Unauthenticated
 from bagel.keys import AUTHORIZATION
@@ -17,6 +20,8 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
 OPEN_BELOW = f"{PREFIX}/"
 """The page's own files."""
 READS = ("GET", "HEAD")
+LINGER_S, SILENCE_S = 30.0, 2.0
+"""How long a refused client may go on sending, in all and between two pieces."""
 
 log = Log("bagel_gateway.rest")
 
@@ -45,8 +50,21 @@ class RequireKey:
         log.info("refused", method=scope["method"], path=path, peer=peer, error=str(error))
         self._metrics.http("without a key", 401)
         response = error_response(error)
-        response.headers["Connection"] = "close"  # what it still sends is not read
-        await response(scope, receive, send)
+        response.headers["Connection"] = "close"
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        await send({"type": "http.response.body", "body": response.body, "more_body": True})
+        await _linger(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _linger(receive: Receive) -> None:
+    """Drop what the client still sends: closed on at once, it would be told of a broken connection, not of the key."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message: Message = {"more_body": True}
+            while message.get("more_body", False):
+                async with asyncio.timeout(SILENCE_S):
+                    message = await receive()
 
 
 def _is_open(scope: Scope) -> bool:
