@@ -20,7 +20,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import AsyncOpenAI
 
-from bagel import keys
 from bagel.client import AsyncClient
 from bagel.errors import ConfigError, Unauthenticated
 from bagel.keys import KeyRing, key_line, key_metadata, new_key, parse_keys, read_keys
@@ -66,8 +65,9 @@ def bearer(key: str) -> tuple[tuple[str, str], ...]:
 async def code_of(at: Deployment, method: str, *metadata: tuple[str, str]) -> grpc.StatusCode:
     """What a call of a method by that name ends with, whatever it takes."""
     async with channel(at.target) as connection:
-        call = connection.unary_unary(method)(b"", metadata=metadata, timeout=20)
-        return await call.code()
+        called: Any = connection.unary_unary(method)
+        code: grpc.StatusCode = await called(b"", metadata=metadata, timeout=20).code()
+        return code
 
 
 def methods() -> Iterator[str]:
@@ -119,8 +119,8 @@ def test_a_client_with_a_key_draws_and_one_without_is_told_what_to_do(file: Path
 def test_a_refused_call_is_answered_before_its_request_has_come(file: Path) -> None:
     async def work(at: Deployment) -> None:
         async with channel(at.target) as connection:
-            call = connection.stream_stream("/bagel.v1.GatewayService/Generate")(timeout=20)  # it never writes
-            assert await call.code() == grpc.StatusCode.UNAUTHENTICATED
+            called: Any = connection.stream_stream("/bagel.v1.GatewayService/Generate")
+            assert await called(timeout=20).code() == grpc.StatusCode.UNAUTHENTICATED
 
     through(file, work)
 
@@ -146,6 +146,7 @@ def paths(at: Deployment) -> set[tuple[str, str]]:
     while not isinstance(app, FastAPI):
         app = app._app
     found = set()
+    route: Any
     for route in app.routes:
         path = route.path.replace("{model:path}", "tiny")
         if hasattr(route, "methods"):
@@ -328,7 +329,7 @@ def test_every_entry_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
         compared.append(other)
         return one == other
 
-    monkeypatch.setattr(keys.hmac, "compare_digest", compare)
+    monkeypatch.setattr("hmac.compare_digest", compare)
     digests = [hashlib.sha256(key.encode()).digest() for key in (ALICE, BOB)]
     ring = KeyRing(zip(("alice", "bob"), digests, strict=True))
     assert ring.name_of(ALICE.encode()) == "alice"

@@ -198,7 +198,7 @@ def add_health_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_keys_flags(parser: argparse.ArgumentParser) -> None:
     """Add every argument of `bagel keys`."""
-    parser.add_argument("action", choices=("new",), help="make a key")
+    parser.add_argument("action", choices=("new",), help="make a key; the one thing there is to do")
     parser.add_argument("name", type=_given, metavar="NAME", help="what the gateway's logs call its holder")
 
 

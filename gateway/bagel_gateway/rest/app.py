@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import bagel
 from bagel.errors import BagelError, Draining, NoBackend
 from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
+from bagel.tracing import tell_request, tell_request_failed
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import add_playground
@@ -30,8 +32,9 @@ from bagel_gateway.rest.parameters import (
 )
 from bagel_gateway.rest.serve import Front
 
-ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 GONE = 499
+"""Told to nobody, but counters and traces: the client has left."""
+ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -49,7 +52,15 @@ def make_app(
     keyed: bool,
 ) -> FastAPI:
     """The application. created: when the models of the list came to be, in Unix seconds; keyed: callers need a key."""
-    app = FastAPI(title="bagel-serving", version=bagel.__version__, description=ABOUT, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="bagel-serving",
+        version=bagel.__version__,
+        description=ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        # The root span of a request over HTTP; what happens in it is told by spans of our own.
+        telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
+    )
     images, chat = Images(front), Chat(front, fetcher)
 
     def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any]) -> None:
@@ -82,6 +93,7 @@ def _told(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
         given = request.headers.get(REQUEST_ID, "")[:LONGEST_REQUEST_ID]
         request_id = given if given and given.isascii() and given.isprintable() else new_request_id()
         current_request.set(request_id)
+        tell_request(request_id=request_id)
         response = await _answered(endpoint, request)
         response.headers[REQUEST_ID] = request_id
         metrics.http(route, response.status_code)
@@ -95,14 +107,22 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
         return await endpoint(request)
     except BagelError as error:
         log.info("refused" if error.http_status < 500 else "failed", error=str(error))
+        tell_request_failed(error)
         return error_response(error)
     except ClientGone:
         log.info("the client left")
+        tell_request_failed(asyncio.CancelledError())
         return Response(status_code=GONE)
     except Exception as error:
         log.error("internal error", exc_info=True)
+        tell_request_failed(error)
         told = f"internal error: {type(error).__name__}; the log of this service has the details"
         return error_response(BagelError(told))
+
+
+def _is_no_work(scope: MutableMapping[str, Any]) -> bool:
+    """Whether an HTTP request is none that a trace is of interest of: probes, pages, lists."""
+    return scope.get("method") != "POST" or not scope["path"].startswith("/v1/")
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
