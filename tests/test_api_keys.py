@@ -168,6 +168,7 @@ def test_every_route_needs_a_key_but_probes_and_the_page(file: Path) -> None:
         opened = {("GET", path) for path in ("/healthz", "/readyz", "/", "/playground/style.css")} | {("HEAD", "/")}
         assert opened < known
         other = {("GET", "/v1/later"), ("POST", "/"), ("DELETE", "/healthz"), ("GET", "/playground"), ("GET", "//")}
+        other |= {("GET", "/playground/later"), ("GET", "/playground/../metrics"), ("GET", "/%2e/metrics")}
         for method, path in known - opened | other:
             for shown in ([], [f"Authorization: Bearer {new_key()}"], [f"Authorization: Basic {ALICE}"]):
                 assert (await ask(at, method, path, *shown))[0] == 401, (method, path)

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import bagel
 from bagel.cli import main
 from bagel.client import Client
+from bagel.config import shipped_deploy_config
 from bagel.errors import Unauthenticated
 from bagel.keys import key_line, new_key, read_keys
+from tests.conftest import GOLDEN
 from tests.gateway_stages import Deployment
 from tests.test_client import serving as gateway_in_a_thread
 from tests.test_serve import LIMIT_S, ROOT, serving
@@ -121,6 +124,16 @@ def test_serve_asks_for_keys_on_both_ports_and_says_how_to_show_one(keys: Path, 
     url = next(line for line in err.splitlines() if "the OpenAI API is at" in line).rpartition(" ")[2]
     assert url.startswith("http://127.0.0.1:")
     assert KEY not in err + "".join(log.read_text() for log in tmp_path.glob("*.log"))
+
+
+@pytest.mark.slow
+def test_services_for_ones_own_use_ask_for_no_keys_whatever_the_environment_says(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAGEL_API_KEYS_FILE", str(keys))
+    config = shipped_deploy_config("bagel_single_stage")
+    with bagel.Omni(GOLDEN / "checkpoint", deploy_config=config, device="cpu") as omni:
+        assert omni.generate("a", modality="text2text", max_tokens=3)[0].text
 
 
 def test_a_gateway_on_all_interfaces_warns_of_keys_in_plaintext(keys: Path) -> None:

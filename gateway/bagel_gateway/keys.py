@@ -47,6 +47,9 @@ class Keys:
             except ConfigError as error:
                 self._tell(str(error))
                 continue
+            except Exception:  # a bug; without the watch no key could be revoked
+                log.error("looking at the API keys failed", exc_info=True)
+                continue
             self._problem = ""
             if data != self._data:
                 self._take(ring, data)

@@ -76,6 +76,8 @@ def test_the_page_asks_for_a_key_and_works_with_one(page: Page, browser: Browser
     give(page, new_key())
     page.get_by_text("The server does not know this key").wait_for()
     assert page.locator("#api-key").get_attribute("aria-invalid") == "true"
+    give(page, "schlüssel 1")
+    page.get_by_text("That is no key").wait_for()
     give(page, f" {KEY} ")
     until_ready(page)
     ask(page, DRAWN, num_inference_steps="4")

@@ -12,13 +12,11 @@ from bagel.keys import AUTHORIZATION
 from bagel.telemetry import Log, current_caller
 from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
-from bagel_gateway.playground import PREFIX
+from bagel_gateway.playground import PREFIX, STATIC
 from bagel_gateway.rest.errors import error_response
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/"})
-"""Probes have no key; the playground's page is where a person gives theirs, and the same for everyone."""
-OPEN_BELOW = f"{PREFIX}/"
-"""The page's own files."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", *(f"{PREFIX}/{file.name}" for file in STATIC.iterdir())})
+"""Probes have no key; the playground's page is where a person gives theirs, and its files are the same for everyone."""
 READS = ("GET", "HEAD")
 LINGER_S, SILENCE_S = 30.0, 2.0
 """How long a refused client may go on sending, in all and between two pieces."""
@@ -68,5 +66,4 @@ async def _linger(receive: Receive) -> None:
 
 
 def _is_open(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return scope["method"] in READS and (path in OPEN_PATHS or path.startswith(OPEN_BELOW))
+    return scope["method"] in READS and scope["path"] in OPEN_PATHS

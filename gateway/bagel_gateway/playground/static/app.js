@@ -224,7 +224,9 @@ function enterKey() {
 
 async function useKey() {
   const field = byId("api-key");
-  apiKey.set(field.value.trim());
+  const key = field.value.trim();
+  if (/[^!-~]/.test(key)) return complainOfKey("That is no key: it has no spaces, and plain letters, digits and signs alone.");
+  apiKey.set(key);
   await check();
   if (!byId("key").hidden) return field.focus();
   field.value = "";
@@ -234,12 +236,15 @@ async function useKey() {
 
 /** Ask for a key, or no more. A page that is opened by a link sends none, so the API's own has no link then. */
 function askForKey(wanted) {
-  const refused = wanted && apiKey.get() !== "";
   byId("key").hidden = !wanted;
-  byId("key-problem").hidden = !refused;
-  byId("key-problem").textContent = refused ? "The server does not know this key, or no longer." : "";
-  byId("api-key").setAttribute("aria-invalid", String(refused));
   byId("api").hidden = wanted || apiKey.get() !== "";
+  complainOfKey(wanted && apiKey.get() ? "The server does not know this key, or no longer." : "");
+}
+
+function complainOfKey(text) {
+  byId("key-problem").textContent = text;
+  byId("key-problem").hidden = text === "";
+  byId("api-key").setAttribute("aria-invalid", String(text !== ""));
 }
 
 /** Where the API is, for code. */
