@@ -301,6 +301,7 @@ def test_logs_of_a_request_name_the_caller_and_never_the_key(file: Path, caplog:
         ("[::1]:1", "localhost:2", PLAINTEXT, False),
         ("127.0.0.1:1", "0.0.0.0:2", PLAINTEXT, True),
         ("10.0.0.5:1", None, PLAINTEXT, True),
+        ("10.0.0.5:1", None, Security(ca=Path("ca")), True),
         ("10.0.0.5:1", "0.0.0.0:2", Security(Path("c"), Path("k")), False),
     ],
 )

@@ -91,7 +91,8 @@ class Settings:
     def exposes_keys(self) -> bool:
         """Whether callers on other machines send their API keys in plaintext."""
         fronts = (address for address in (self.listen, self.http) if address is not None)
-        return self.api_keys is not None and not self.front_security.encrypted and not all(map(is_local, fronts))
+        plaintext = self.front_security.certificate is None
+        return self.api_keys is not None and plaintext and not all(map(is_local, fronts))
 
     def shown(self) -> dict[str, object]:
         """The configuration for the log."""
