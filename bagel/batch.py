@@ -52,6 +52,7 @@ def generate_all(
     *,
     at_once: int = AT_ONCE,
     security: Security = PLAINTEXT,
+    api_key: str | None = None,
 ) -> list[Result]:
     """The results of all requests, in their order; on_event sees what happens meanwhile, in the calling thread.
 
@@ -59,7 +60,7 @@ def generate_all(
     other requests.
     """
     results: dict[int, Result] = {}
-    with events_of(target, asks, at_once=at_once, security=security) as events:
+    with events_of(target, asks, at_once=at_once, security=security, api_key=api_key) as events:
         for event in events:
             if isinstance(event, Result):
                 results[event.index] = event
@@ -70,12 +71,17 @@ def generate_all(
 
 @contextmanager
 def events_of(
-    target: str, asks: Sequence[Ask], *, at_once: int = AT_ONCE, security: Security = PLAINTEXT
+    target: str,
+    asks: Sequence[Ask],
+    *,
+    at_once: int = AT_ONCE,
+    security: Security = PLAINTEXT,
+    api_key: str | None = None,
 ) -> Iterator[Iterator[ServiceEvent]]:
     """What happens to the requests, as it happens; leaving ends those that are still under way."""
     inbox: Inbox = SimpleQueue()
     loop = asyncio.new_event_loop()
-    task = loop.create_task(_ask_all(target, asks, at_once, inbox, security))
+    task = loop.create_task(_ask_all(target, asks, at_once, inbox, security, api_key))
     thread = Thread(target=_run, args=(loop, task), name="bagel requests", daemon=True)
     thread.start()
     try:
@@ -99,11 +105,13 @@ def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
         yield item
 
 
-async def _ask_all(target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox, security: Security) -> None:
+async def _ask_all(
+    target: str, asks: Sequence[Ask], at_once: int, inbox: Inbox, security: Security, api_key: str | None
+) -> None:
     """Fill the inbox: events, then None or the error that ended it."""
     requests = [{"prompt": ask.prompt, "modality": ask.modality, "image": ask.image, **ask.options} for ask in asks]
     try:
-        async with AsyncClient(target, security) as client:
+        async with AsyncClient(target, security, api_key=api_key) as client:
             await client.generate_many(requests, inbox.put, at_once=at_once)
         inbox.put(None)
     except Exception as error:

@@ -19,6 +19,7 @@ from bagel.commands.flags import (
     add_eval_nano_flags,
     add_generate_flags,
     add_health_flags,
+    add_keys_flags,
     add_serve_flags,
     complain_of_unknown,
 )
@@ -79,6 +80,13 @@ def _run(argv: Sequence[str] | None) -> None:
         "is; else 1, with its state on stderr.",
     )
     add_health_flags(ask)
+    keys = commands.add_parser(
+        "keys",
+        help="make an API key",
+        description="Make an API key. Two lines go to stdout: the key, for its holder, shown this once; and the line "
+        "by which a gateway knows it, for the file of --api-keys. Whoever's line is deleted there has a key no more.",
+    )
+    add_keys_flags(keys)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         complain_of_unknown(unknown, commands.choices.get(args.command, parser))
@@ -90,6 +98,8 @@ def _run(argv: Sequence[str] | None) -> None:
         from bagel.commands.eval_nano import eval_nano as run
     elif args.command == "health":
         from bagel.commands.health import health as run
+    elif args.command == "keys":
+        from bagel.commands.keys import keys as run
     else:
         from bagel.commands.generate import generate as run
     run(args)

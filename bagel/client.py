@@ -25,6 +25,7 @@ from bagel import wire
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
+from bagel.keys import key_metadata
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
 from bagel.status import from_rpc_error
@@ -44,10 +45,14 @@ _READ_IMAGE = "give a path, the bytes of an image file or a PIL image"
 
 
 class Client:
-    """A client for threads. target: the gateway's host:port. Errors are those of bagel.errors, as the gateway's."""
+    """A client for threads. target: the gateway's host:port. Errors are those of bagel.errors, as the gateway's.
 
-    def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
-        self._target = target
+    api_key: what a gateway with API keys asks for; ConfigError where it would go to another machine without TLS and
+    security does not say that the network is trusted.
+    """
+
+    def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
+        self._target, self._key = target, key_metadata(api_key, target, security)
         self._channel = sync_channel(target, security)
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
 
@@ -120,7 +125,7 @@ class Client:
     def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
         """What the gateway serves."""
         try:
-            return self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
+            return self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout, metadata=self._key)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
@@ -139,7 +144,7 @@ class Client:
 
     def _events(self, call: _Call, index: int, under_way: _UnderWay) -> Generator[ServiceEvent, None, None]:
         reader = _Reader(index)
-        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=call.metadata)
+        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=(*call.metadata, *self._key))
         under_way.add(responses)
         try:
             for response in responses:
@@ -155,8 +160,8 @@ class Client:
 class AsyncClient:
     """As Client, for asyncio; to be made inside the running loop."""
 
-    def __init__(self, target: str, security: Security = PLAINTEXT) -> None:
-        self._target = target
+    def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
+        self._target, self._key = target, key_metadata(api_key, target, security)
         self._channel = channel(target, security)
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
 
@@ -217,7 +222,9 @@ class AsyncClient:
     async def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
         """What the gateway serves."""
         try:
-            return await self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout)
+            return await self._stub.DescribeModel(
+                gateway_pb2.DescribeModelRequest(), timeout=timeout, metadata=self._key
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
@@ -235,7 +242,7 @@ class AsyncClient:
 
     async def _events(self, call: _Call, index: int) -> AsyncGenerator[ServiceEvent, None]:
         reader = _Reader(index)
-        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=call.metadata)
+        responses = self._stub.Generate(call.message, timeout=call.timeout, metadata=(*call.metadata, *self._key))
         try:
             async for response in responses:
                 if (event := reader.read(response)) is not None:

@@ -3,6 +3,7 @@
     BagelError                      the base; knows its gRPC status and HTTP code
     ├── InvalidRequest              a request that cannot be served as it is written (names the field)
     │   └── InvalidImage            an input image that cannot be read or is too large
+    ├── Unauthenticated             a caller without an API key that the gateway knows
     ├── ConfigError                 a deploy file, flag or setting of the server that is wrong
     ├── CheckpointError             model files that are missing, odd or do not fit the configuration
     ├── NotSupported                a known option that does not exist in this version
@@ -57,6 +58,14 @@ class InvalidRequest(BagelError):
 
 class InvalidImage(InvalidRequest):
     """An input image that cannot be read, decoded or is too large."""
+
+
+class Unauthenticated(BagelError):
+    """A caller who has shown no API key where one is needed, or one that is not known."""
+
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+    exit_code = 2
 
 
 class ConfigError(BagelError):
@@ -207,6 +216,7 @@ class OutOfMemory(BagelError):
 _HTTP = {
     "CANCELLED": 499,
     "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
     "DEADLINE_EXCEEDED": 504,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,

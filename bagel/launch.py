@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.config import DeployConfig, StageDeploy
 from bagel.errors import ConfigError, InitTimeout
+from bagel.keys import KEYS_FILE
 from bagel.process import POLL_S, Logs, Service
 from bagel.transport import DRAIN_S, PLAINTEXT, Security, sync_channel
 
@@ -41,6 +42,7 @@ class Deployment:
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype auto, bfloat16 or float32; engine the Thinker's: auto, torch, vllm, or None for the Thinker's own
     default. security is the gateway's TLS towards its callers; http: a host:port where it speaks the OpenAI API too.
+    api_keys: the file of the keys that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
@@ -61,6 +63,7 @@ class Deployment:
         drain_timeout_s: float = DRAIN_S,
         security: Security = PLAINTEXT,
         http: str | None = None,
+        api_keys: Path | None = None,
         logs: Logs = None,
         on_ready: OnReady | None = None,
         env: Mapping[str, str] | None = None,
@@ -70,8 +73,9 @@ class Deployment:
         self._device, self._dtype, self._engine = device, dtype, engine
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
-        self._http = http
+        self._http, self._api_keys = http, api_keys
         self._env = {**os.environ, **(env or {})}
+        self._env.pop(KEYS_FILE, None)
         self._began = 0.0
         self.services: list[Service] = []
         """Thinker, DiT, gateway: in the order of their start."""
@@ -213,6 +217,8 @@ class Deployment:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         if self._http is not None:
             arguments += ["--http", self._http, "--served-model-name", self._name]
+        if self._api_keys is not None:
+            arguments += ["--api-keys", str(self._api_keys)]
         return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]
 
 

@@ -209,16 +209,16 @@ class ServedEngine:
             raise
 
 
-def describe(address: str, timeout_s: float = DESCRIBE_S, security: Security = PLAINTEXT) -> common_pb2.ModelInfo:
+def describe(
+    address: str, timeout_s: float = DESCRIBE_S, security: Security = PLAINTEXT, api_key: str | None = None
+) -> common_pb2.ModelInfo:
     """What the gateway there serves; SourceUnavailable if none answers."""
-    with Client(address, security) as client:
+    with Client(address, security, api_key=api_key) as client:
         try:
             return client.describe(timeout_s).model
         except BagelError as error:
             if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                how = (
-                    "start one with bagel serve" if security == PLAINTEXT else "or TLS failed: check its name, --tls-ca"
-                )
+                how = "or TLS failed: check its name, --tls-ca" if security.encrypted else "start one with bagel serve"
                 raise SourceUnavailable(f"no gateway answers at {address}; {how}") from None
             raise
 

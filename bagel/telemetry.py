@@ -19,10 +19,12 @@ REQUEST_ID = "x-request-id"
 LONGEST_REQUEST_ID = 128
 
 current_request: ContextVar[str] = ContextVar("current_request", default="")
+current_caller: ContextVar[str] = ContextVar("current_caller", default="")
+"""The name of the API key that the request came with; empty where none is needed."""
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON: time, level, service, event, request_id, and the fields given as extra."""
+    """A record as one line of JSON: time, level, service, event, request_id, caller, and the fields given as extra."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -38,6 +40,8 @@ class JsonFormatter(logging.Formatter):
         }
         if request := current_request.get():
             line["request_id"] = request
+        if caller := current_caller.get():
+            line["caller"] = caller
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

@@ -120,6 +120,22 @@ def tell_failure(span: Span, error: BaseException) -> None:
         span.set_attribute("bagel.cancelled", True)
 
 
+def tell_request(**attributes: Value) -> None:
+    """Say something about the request that this task serves."""
+    trace.get_current_span().set_attributes(attributes)
+
+
+def tell_request_failed(error: BaseException) -> None:
+    """Mark the request that this task serves as failed, for who lets a framework make its span.
+
+    With the error as an event too: the framework says of a status of 500 and above no more than the number.
+    """
+    present = trace.get_current_span()
+    if isinstance(error, Exception):
+        present.record_exception(error)
+    tell_failure(present, error)
+
+
 @contextmanager
 def span(name: str, **attributes: Value) -> Iterator[Span]:
     """A span below the present one, which is not made the present one."""

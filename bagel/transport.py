@@ -59,20 +59,27 @@ class Security:
     """TLS of one service: PEM files. None of them: plaintext, for loopback and private networks.
 
     certificate and key are this service's own; ca is what the other side is checked against (and asked for, by a
-    server that has one: mutual TLS).
+    server that has one: mutual TLS). trusted_network: nobody else reads what a client sends, so that its API key may go
+    over it without TLS.
     """
 
     certificate: Path | None = None
     key: Path | None = None
     ca: Path | None = None
+    trusted_network: bool = False
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
             raise ConfigError("TLS needs both a certificate and its key; give --tls-certificate and --tls-key")
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether a client speaks TLS."""
+        return self.ca is not None or self.certificate is not None
+
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
         """What a client shows and checks; None for plaintext."""
-        if self.ca is None and self.certificate is None:
+        if not self.encrypted:
             return None
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
@@ -137,11 +144,18 @@ class Host:
     """A gRPC server with health (NOT_SERVING while loading and draining) and reflection.
 
     services: the full names of what is served. Servicers are added to `methods`, also after `start`: a model loads for
-    minutes, and its service's address and health are to be known meanwhile.
+    minutes, and its service's address and health are to be known meanwhile. interceptors see every call, also one of a
+    method that there is not.
     """
 
-    def __init__(self, address: str, services: Sequence[str], security: Security = PLAINTEXT) -> None:
-        self.server = aio.server(options=SERVER_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        services: Sequence[str],
+        security: Security = PLAINTEXT,
+        interceptors: Sequence[aio.ServerInterceptor] = (),
+    ) -> None:
+        self.server = aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
         self._methods = LateMethods(services)
         self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()

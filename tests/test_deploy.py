@@ -191,6 +191,26 @@ def test_kubernetes_mirrors_compose() -> None:
             assert services[host]["spec"]["ports"][0]["port"] == int(port)
 
 
+def test_api_keys_are_a_folder_that_the_gateway_is_told_of() -> None:
+    """Mounted whole: a file by itself would stay the one that it was at the start."""
+    service = read(DEPLOY / "compose.keys.yaml")["services"]["gateway"]
+    (mount,) = service["volumes"]
+    assert mount["read_only"] and service["environment"]["BAGEL_API_KEYS_FILE"] == f"{mount['target']}/api-keys"
+
+    patch = read(DEPLOY / "kubernetes/keys/gateway.yaml")["spec"]["template"]["spec"]
+    deployment = next(document for path, document in documents() if path.name == "gateway.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,), (changed,) = pod["containers"], patch["containers"]
+    assert changed["name"] == container["name"]
+    for key in ("env", "volumeMounts"):
+        container[key] = [*container.get(key, ()), *changed[key]]
+    pod["volumes"] += patch["volumes"]
+    assert not list(misfits(deployment, {"$ref": SCHEMAS["kinds"]["Deployment"]}, "patched"))
+    (told,), (held,) = changed["env"], changed["volumeMounts"]
+    assert "subPath" not in held and held["name"] == patch["volumes"][0]["name"]
+    assert told == {"name": "BAGEL_API_KEYS_FILE", "value": f"{held['mountPath']}/api-keys"}
+
+
 def test_the_collector_is_given_only_what_it_has() -> None:
     config = read(DEPLOY / "otel-collector.yaml")
     for pipeline in config["service"]["pipelines"].values():

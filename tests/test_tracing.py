@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
+import openai
 import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 import bagel
 from bagel import tracing
-from bagel.config import shipped_deploy_config
+from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.errors import ConfigError
+from bagel.launch import Deployment
 from tests.conftest import GOLDEN
 
 MODEL = GOLDEN / "checkpoint"
+DRAWN = "bagel.v1.DitService/Generate"
+LONG = {"num_inference_steps": 900, "progress": True}
 
 
 class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
@@ -70,6 +75,44 @@ def test_a_picture_is_one_trace_through_all_services(receiver: Receiver) -> None
     windows = [attributes(span) for span in receiver.named("bagel-dit", "denoise")]
     assert [(each["first_step"], each["last_step"]) for each in windows] == [(1, 10), (11, 11)]
     assert len(receiver.named("bagel-dit", "decode")) == 1
+
+
+@pytest.mark.slow
+def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Receiver) -> None:
+    caller, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    config = load_deploy_config(shipped_deploy_config("bagel"))
+    asked: dict[str, Any] = {"prompt": "a red circle", "size": "64x64", "extra_body": {"num_inference_steps": 4}}
+    with Deployment(config, MODEL, device="cpu", http="127.0.0.1:0") as running:
+        url = f"http://{running.http}/v1"
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            client.models.list()
+            headers = {"traceparent": f"00-{caller}-{parent}-01", "x-request-id": "mine"}
+            client.images.generate(**asked, extra_headers=headers)
+            list(client.images.generate(**asked, stream=True, partial_images=1))
+            with pytest.raises(openai.BadRequestError):
+                client.images.generate(**asked | {"size": "99999x64"})
+            with client.images.generate(**asked | {"extra_body": LONG}, stream=True) as stream:
+                next(iter(stream))  # and leave
+            with pytest.raises(openai.NotFoundError):
+                client.post("/nothing/42", cast_to=object)
+    roots = [span for said, span in receiver.spans if said == "bagel-gateway" and span.kind == Span.SPAN_KIND_SERVER]
+    assert [span.name for span in roots] == ["POST /v1/images/generations"] * 4 + ["POST"]
+    whole, streamed, refused, left, unknown = roots
+    assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (caller, parent)
+    told = attributes(whole)
+    assert (told["http.response.status_code"], told["request_id"]) == (200, "mine")
+    assert (told["http.request.method"], told["http.route"]) == ("POST", "/v1/images/generations")
+    for root in (whole, streamed):
+        of = [span for span in receiver.named("bagel-dit", DRAWN) if span.trace_id == root.trace_id]
+        assert [span.parent_span_id for span in of] == [root.span_id]
+        assert of[0].end_time_unix_nano <= root.end_time_unix_nano, "a stream is over with its last event"
+        assert root.status.code == Status.STATUS_CODE_UNSET
+    assert attributes(refused)["http.response.status_code"] == 400
+    assert refused.status.code == Status.STATUS_CODE_ERROR and "is 99999" in refused.status.message
+    assert [event.name for event in refused.events] == ["exception"]
+    assert "bagel.cancelled" in attributes(left) and "bagel.cancelled" not in told
+    assert left.status.code == Status.STATUS_CODE_UNSET
+    assert attributes(unknown)["http.response.status_code"] == 404
 
 
 @pytest.mark.slow

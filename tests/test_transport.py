@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -108,8 +109,9 @@ def test_with_an_authority_the_client_shows_itself_too(files: dict[str, Path]) -
 
 @pytest.mark.parametrize(("security", "told"), [({"certificate": "certificate"}, "tls-key"), ({"ca": "none"}, "none")])
 def test_wrong_tls_files_are_told(files: dict[str, Path], security: dict[str, str], told: str) -> None:
+    given: dict[str, Any] = {name: files.get(file, Path(file)) for name, file in security.items()}
     with pytest.raises(ConfigError, match=told):
-        Security(**{name: files.get(file, Path(file)) for name, file in security.items()}).channel_credentials()
+        Security(**given).channel_credentials()
 
 
 def test_an_address_that_is_taken_is_told() -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bagel.batch import ask_of, generate_all
+from bagel.commands.endpoint import api_key_of, refuse_without_endpoint, security_of
 from bagel.commands.flags import EVALUATED, EVALUATION, TOPOLOGY, flag_name
 from bagel.commands.progress import say
 from bagel.commands.serve import deployment
-from bagel.commands.tls import refuse_without_endpoint, security_of
 from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.defaults import find_model
 from bagel.errors import ConfigError
@@ -53,10 +53,14 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
     if args.endpoint is not None:
         if given := [flag_name(flag) for flag in OWN_SERVICES if getattr(args, flag) is not None]:
             raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
-        security = security_of(args)
-        model = describe(args.endpoint, security=security)
+        security, api_key = security_of(args), api_key_of(args)
+        model = describe(args.endpoint, security=security, api_key=api_key)
         about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
-        yield lambda requests: generate_all(args.endpoint, list(map(ask_of, requests)), security=security), about
+
+        def generate(requests: Sequence[Request]) -> list[Result]:
+            return generate_all(args.endpoint, list(map(ask_of, requests)), security=security, api_key=api_key)
+
+        yield generate, about
         return
     refuse_without_endpoint(args)
     name, checkpoint = find_model(args.model)

@@ -69,7 +69,8 @@ SERVER_FLAGS = (
 )
 """Flags that configure what serves, which a running gateway has settled."""
 
-TLS_FLAGS = ("tls_certificate", "tls_key", "tls_ca")
+ENDPOINT_FLAGS = ("tls_certificate", "tls_key", "tls_ca", "api_key_file", "trusted_network")
+"""Flags that say how a running gateway is spoken to."""
 
 Group = argparse._ArgumentGroup
 
@@ -112,7 +113,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_text(parser.add_argument_group("text"))
     _add_picture(parser.add_argument_group("pictures"))
     _add_engine(parser.add_argument_group("model and engine"))
-    _add_client_tls(parser)
+    _add_client(parser)
     _add_reports(parser.add_argument_group("reports"))
 
 
@@ -161,6 +162,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
     _add(group, "--port", GATEWAY_PORT, "its port, 0 for any free one", type=_port, metavar="N")
     _add(group, "--http", "none", "where the gateway also speaks the OpenAI API", type=_endpoint, metavar="HOST:PORT")
+    keys = "callers need an API key of it, see bagel keys"
+    _add(group, "--api-keys", "BAGEL_API_KEYS_FILE's, else none", keys, type=_given, metavar="FILE")
     _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
     _add_tls(parser.add_argument_group("TLS of the gateway"), "none, plaintext", "clients need a certificate of it")
     group = parser.add_argument_group("times")
@@ -182,7 +185,7 @@ def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
     _add_model(group)
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
-    _add_client_tls(parser)
+    _add_client(parser)
 
 
 def add_health_flags(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +194,21 @@ def add_health_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--endpoint", "none, it must be given", "any of the services", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--timeout", HEALTH_TIMEOUT_S, "seconds for an answer", type=_count, metavar="S")
     _add_client_tls(parser)
+
+
+def add_keys_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every argument of `bagel keys`."""
+    parser.add_argument("action", choices=("new",), help="make a key; the one thing there is to do")
+    parser.add_argument("name", type=_given, metavar="NAME", help="what the gateway's logs call its holder")
+
+
+def _add_client(parser: argparse.ArgumentParser) -> None:
+    _add_client_tls(parser)
+    group = parser.add_argument_group("API key for --endpoint")
+    file = "file with the key; not the key itself, which others would see"
+    _add(group, "--api-key-file", "BAGEL_API_KEY, else none", file, type=_given, metavar="FILE")
+    trusted = "let the key go to another machine without TLS"
+    _add(group, "--trusted-network", "off", trusted, action="store_true")
 
 
 def _add_client_tls(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import TIMEOUT_MAX, Thread
 from typing import Protocol, TypeVar, cast
 
+from bagel.commands.endpoint import api_key_of, refuse_without_endpoint, security_of
 from bagel.commands.flags import (
     INIT_TIMEOUT_S,
     INTERRUPTED,
@@ -31,7 +32,6 @@ from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
 from bagel.commands.tables import profile_table, stats_table
-from bagel.commands.tls import refuse_without_endpoint, security_of
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
@@ -101,8 +101,8 @@ def _generate_there(args: argparse.Namespace) -> None:
     from bagel.batch import Ask, generate_all
     from bagel.omni import describe
 
-    security = security_of(args)
-    model = describe(args.endpoint, security=security)
+    security, api_key = security_of(args), api_key_of(args)
+    model = describe(args.endpoint, security=security, api_key=api_key)
     about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
     folder = _folder(args, requests)
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
@@ -112,7 +112,7 @@ def _generate_there(args: argparse.Namespace) -> None:
     asks = [Ask(prompt_text(each), each.modality, image, options) for each, image in zip(requests, images, strict=True)]
 
     def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:
-        return generate_all(args.endpoint, asks, on_event, security=security)
+        return generate_all(args.endpoint, asks, on_event, security=security, api_key=api_key)
 
     _produce(args, requests, folder, about, run)
 

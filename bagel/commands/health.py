@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from bagel.commands.endpoint import security_of
 from bagel.commands.flags import HEALTH_TIMEOUT_S
 from bagel.commands.outputs import write_out
-from bagel.commands.tls import security_of
 from bagel.errors import ConfigError, NoBackend
 from bagel.launch import health_of
 

@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+from bagel.commands.endpoint import security_of
 from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S
 from bagel.commands.outputs import write_out
 from bagel.commands.progress import say
-from bagel.commands.tls import security_of
 from bagel.config import DeployConfig, effective_settings
 from bagel.defaults import NANO_NOTE, deployment_for, find_model, named_model
 from bagel.errors import ConfigError
+from bagel.keys import key_file, read_keys
 from bagel.launch import Deployment, reachable
 from bagel.model.checkpoint import Checkpoint
 from bagel.process import Logs
@@ -37,9 +38,11 @@ def serve(args: argparse.Namespace) -> None:
         port = GATEWAY_PORT if args.port is None else args.port
         logs = sys.stderr if args.log_dir is None else _folder(args.log_dir)
         host = args.host or GATEWAY_HOST
-        security = _front(args)
-        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs, security=security) as running:
-            _say_how_to_call(running.address, security)
+        security, keys = _front(args), _keys(args)
+        with deployment(
+            args, config, model, checkpoint, host=host, port=port, logs=logs, security=security, api_keys=keys
+        ) as running:
+            _say_how_to_call(running.address, security, keys)
             if running.http:
                 say(f"the OpenAI API is at http{'' if security == PLAINTEXT else 's'}://{reachable(running.http)}/v1")
             while True:
@@ -61,6 +64,7 @@ def deployment(
     port: int = 0,
     logs: Logs = None,
     security: Security = PLAINTEXT,
+    api_keys: Path | None = None,
 ) -> Deployment:
     """The services as the flags say, telling the user when each is ready. model: what it is called."""
 
@@ -81,6 +85,7 @@ def deployment(
         batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
         security=security,
         http=getattr(args, "http", None),
+        api_keys=api_keys,
         logs=logs,
         on_ready=on_ready,
     )
@@ -95,12 +100,21 @@ def _front(args: argparse.Namespace) -> Security:
     return security
 
 
-def _say_how_to_call(address: str, security: Security) -> None:
+def _keys(args: argparse.Namespace) -> Path | None:
+    """The file of API keys, if there is one; ConfigError for one that cannot be used."""
+    path = key_file(None if args.api_keys is None else Path(args.api_keys))
+    if path is not None:
+        read_keys(path)
+    return path
+
+
+def _say_how_to_call(address: str, security: Security, keys: Path | None) -> None:
     write_out(f"{address}\n")
     tls = (
         "" if security == PLAINTEXT else " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca)
     )
-    say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls} --prompts 'a red cube'")
+    key = "" if keys is None else " --api-key-file FILE"
+    say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls}{key} --prompts 'a red cube'")
     say("Ctrl-C stops it")
 
 

@@ -26,6 +26,8 @@ async def _serve(args: argparse.Namespace) -> None:
     await gateway.start()
     service.announce(gateway.host, settings.listen, gateway.rest.address if gateway.rest is not None else None)
     log.info("configuration", **settings.shown())
+    if settings.exposes_keys:
+        log.warning("API keys come in plaintext", remedy="--tls-certificate and --tls-key, or TLS before this gateway")
     telling = asyncio.create_task(_tell_ready(gateway))
     await gateway.until_stopped()
     telling.cancel()

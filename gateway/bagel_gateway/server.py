@@ -13,6 +13,7 @@ from bagel.transport import Host
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends
+from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.serving import Requests
 from bagel_gateway.settings import Settings
@@ -47,7 +48,9 @@ class Gateway:
     """A gateway that listens, watches its backends, and is ready while each stage has one. Ends with `close`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.host = Host(settings.listen, (SERVICE,), settings.front_security)
+        keys = None if settings.api_keys is None else Keys(settings.api_keys)
+        guards = () if keys is None else (KeyInterceptor(keys),)
+        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards)
         self.backends = Backends(
             settings.thinkers,
             settings.dits,
@@ -68,7 +71,8 @@ class Gateway:
             self.metrics,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)
-        self._drain_s = settings.drain_timeout_s
+        self._drain_s, self._keys = settings.drain_timeout_s, keys
+        self._watching: asyncio.Task[None] | None = None
         self.was_ready = asyncio.Event()
         """Set once every stage had a service that is ready."""
         self.rest = None
@@ -76,10 +80,13 @@ class Gateway:
             # Only here: a gateway that speaks gRPC alone needs none of what REST is made of.
             from bagel_gateway.rest.server import RestServer
 
-            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, self.host.draining.is_set)
+            draining = self.host.draining.is_set
+            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, draining, keys)
 
     async def start(self) -> None:
-        """Listen, and watch the backends."""
+        """Listen, and watch the backends and the API keys."""
+        if self._keys is not None:
+            self._watching = asyncio.create_task(self._keys.watch(), name="watch API keys")
         await self.host.start()
         if self.rest is not None:
             await self.rest.start()
@@ -102,6 +109,8 @@ class Gateway:
     async def _close(self) -> None:
         if self.rest is not None:
             await self.rest.stop()
+        if self._watching is not None:
+            self._watching.cancel()
         await self.backends.close()
 
     async def _on_ready(self, ready: bool) -> None:

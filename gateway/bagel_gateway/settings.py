@@ -7,10 +7,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
+from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -34,7 +36,8 @@ class Settings:
     sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
     own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
-    max_body_bytes: of one HTTP request.
+    max_body_bytes: of one HTTP request. api_keys: the file of the keys that callers need, on both fronts; none: anyone
+    may call.
     """
 
     listen: str
@@ -54,6 +57,7 @@ class Settings:
     model_names: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    api_keys: Path | None = None
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -83,6 +87,13 @@ class Settings:
                 raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds")
         _check_defaults(self.sampling_defaults)
 
+    @property
+    def exposes_keys(self) -> bool:
+        """Whether callers on other machines send their API keys in plaintext."""
+        fronts = (address for address in (self.listen, self.http) if address is not None)
+        plaintext = self.front_security.certificate is None
+        return self.api_keys is not None and plaintext and not all(map(is_local, fronts))
+
     def shown(self) -> dict[str, object]:
         """The configuration for the log."""
         return {
@@ -101,6 +112,7 @@ class Settings:
             "image_hosts": list(self.image_hosts),
             "tls": self.front_security != PLAINTEXT,
             "tls_to_services": self.security != PLAINTEXT,
+            "api_keys": None if self.api_keys is None else str(self.api_keys),
         }
 
 
@@ -122,6 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
     add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
     add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
+    add("--api-keys", type=Path, metavar="FILE", help=f"callers need one of them (default: {KEYS_FILE}'s, else none)")
     return flags
 
 
@@ -143,6 +156,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         model_names=tuple(args.served_model_name),
         image_hosts=tuple(args.allow_image_host),
         max_body_bytes=args.max_body_bytes,
+        api_keys=key_file(args.api_keys),
         security=PLAINTEXT if args.plaintext_services else secure,
         front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )

@@ -82,7 +82,7 @@ def test_all_by_keyboard(page: Page) -> None:
     for _ in range(12):
         page.keyboard.press("Tab")
         order.append(page.evaluate(focused))
-    assert order[:2] == ["API", "theme"]
+    assert order[:2] == ["api", "theme"]
     assert order[3:9] == [
         "prompt",
         "think",

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from bagel.errors import BagelError
 from bagel.telemetry import Log
+from bagel.tracing import tell_request_failed
 from bagel_gateway.rest.errors import ClientGone, error_body
 
 T = TypeVar("T")
@@ -69,6 +70,9 @@ class EventStream(Response):
             sending.cancel()
             leaving.cancel()
             told = await asyncio.gather(sending, leaving, return_exceptions=True)
+        if isinstance(told[0], asyncio.CancelledError):  # the client has left, which is no failure
+            tell_request_failed(told[0])
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         if isinstance(told[0], Exception) and not isinstance(told[0], OSError):
             raise told[0]
 
@@ -80,9 +84,11 @@ class EventStream(Response):
                 async for payload in self._events:
                     await _send_event(send, payload)
             except BagelError as error:
+                tell_request_failed(error)
                 await _send_event(send, {**error_body(error), "type": "error"})
             except Exception as error:
                 log.error("internal error", exc_info=True)
+                tell_request_failed(error)
                 told = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
                 await _send_event(send, {**error_body(told), "type": "error"})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

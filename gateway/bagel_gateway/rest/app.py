@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +13,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import bagel
 from bagel.errors import BagelError, Draining, NoBackend
-from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_request, new_request_id
+from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
+from bagel.tracing import tell_request, tell_request_failed
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import add_playground
@@ -30,8 +32,9 @@ from bagel_gateway.rest.parameters import (
 )
 from bagel_gateway.rest.serve import Front
 
-ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 GONE = 499
+"""Told to nobody, but counters and traces: the client has left."""
+ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -39,10 +42,25 @@ log = Log("bagel_gateway.rest")
 
 
 def make_app(
-    front: Front, fetcher: Fetcher, metrics: Metrics, backends: Backends, draining: Callable[[], bool], created: int
+    front: Front,
+    fetcher: Fetcher,
+    metrics: Metrics,
+    backends: Backends,
+    draining: Callable[[], bool],
+    created: int,
+    *,
+    keyed: bool,
 ) -> FastAPI:
-    """The application. created: when the models of the list came to be, in Unix seconds."""
-    app = FastAPI(title="bagel-serving", version=bagel.__version__, description=ABOUT, docs_url=None, redoc_url=None)
+    """The application. created: when the models of the list came to be, in Unix seconds; keyed: callers need a key."""
+    app = FastAPI(
+        title="bagel-serving",
+        version=bagel.__version__,
+        description=ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        # The root span of a request over HTTP; what happens in it is told by spans of our own.
+        telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
+    )
     images, chat = Images(front), Chat(front, fetcher)
 
     def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any]) -> None:
@@ -60,7 +78,7 @@ def make_app(
     get("/v1/models", models.all, "The served model and its aliases")
     get("/v1/models/{model:path}", models.one, "One of them")
     get("/healthz", _healthz, "Whether the process lives")
-    get("/readyz", _readyz(backends, draining), "Whether requests can be served")
+    get("/readyz", _readyz(backends, draining, keyed), "Whether requests can be served")
     get("/metrics", _metrics(metrics), "Prometheus")
     add_docs(app)
     add_playground(app)
@@ -75,6 +93,7 @@ def _told(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
         given = request.headers.get(REQUEST_ID, "")[:LONGEST_REQUEST_ID]
         request_id = given if given and given.isascii() and given.isprintable() else new_request_id()
         current_request.set(request_id)
+        tell_request(request_id=request_id)
         response = await _answered(endpoint, request)
         response.headers[REQUEST_ID] = request_id
         metrics.http(route, response.status_code)
@@ -88,14 +107,22 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
         return await endpoint(request)
     except BagelError as error:
         log.info("refused" if error.http_status < 500 else "failed", error=str(error))
+        tell_request_failed(error)
         return error_response(error)
     except ClientGone:
         log.info("the client left")
+        tell_request_failed(asyncio.CancelledError())
         return Response(status_code=GONE)
     except Exception as error:
         log.error("internal error", exc_info=True)
+        tell_request_failed(error)
         told = f"internal error: {type(error).__name__}; the log of this service has the details"
         return error_response(BagelError(told))
+
+
+def _is_no_work(scope: MutableMapping[str, Any]) -> bool:
+    """Whether an HTTP request is none that a trace is of interest of: probes, pages, lists."""
+    return scope.get("method") != "POST" or not scope["path"].startswith("/v1/")
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
@@ -127,11 +154,13 @@ async def _healthz(request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def _readyz(backends: Backends, draining: Callable[[], bool]) -> Endpoint:
+def _readyz(backends: Backends, draining: Callable[[], bool], keyed: bool) -> Endpoint:
     async def readyz(request: Request) -> Response:
         if draining():
             raise Draining("the gateway is shutting down and takes no new requests")
         if not backends.ready:
+            if keyed and not current_caller.get():  # a probe; addresses are for those who may call
+                raise NoBackend("not ready: a stage has no service; with an API key this says which")
             every = (*backends.thinkers, *backends.dits)
             each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in every if backend.model is None)
             raise NoBackend(f"not ready: {each}")

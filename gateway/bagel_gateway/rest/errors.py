@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite
+from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite, Unauthenticated
 
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
 
@@ -50,8 +50,10 @@ def error_body(error: BagelError) -> dict[str, Any]:
 
 
 def error_response(error: BagelError) -> JSONResponse:
-    """The whole response; one that asks to come back later says when."""
+    """The whole response; one that asks to come back later says when, one that asks for a key says how it is sent."""
     headers: dict[str, str] = {}
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Busy):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(error_body(error), status_of(error), headers)
@@ -83,5 +85,7 @@ def _code(error: BagelError) -> str:
             return "request_too_large"
         case InvalidRequest():
             return "invalid_value"
+        case Unauthenticated():
+            return "invalid_api_key"
     name = type(error).__name__
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")

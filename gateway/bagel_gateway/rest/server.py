@@ -10,13 +10,16 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from bagel.errors import ConfigError
 from bagel.transport import PLAINTEXT, Security
 from bagel_gateway.backends import Backends
+from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.rest.app import make_app
 from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.keys import RequireKey
 from bagel_gateway.rest.limits import LimitBodies
 from bagel_gateway.rest.serve import Front
 from bagel_gateway.serving import Requests
@@ -38,6 +41,7 @@ class RestServer:
         metrics: Metrics,
         backends: Backends,
         draining: Callable[[], bool],
+        keys: Keys | None,
     ) -> None:
         assert settings.http is not None
         self._socket = _listen(settings.http)
@@ -46,8 +50,12 @@ class RestServer:
         self.address = f"{host}:{self.port}"
         front = Front(requests, settings.model_names)
         fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
-        app = make_app(front, fetcher, metrics, backends, draining, int(time.time()))
-        self._server = _Server(_configuration(LimitBodies(app, settings.max_body_bytes), settings.front_security))
+        keyed = keys is not None
+        app: ASGIApp = make_app(front, fetcher, metrics, backends, draining, int(time.time()), keyed=keyed)
+        app = LimitBodies(app, settings.max_body_bytes)
+        if keys is not None:
+            app = RequireKey(app, keys, metrics)
+        self._server = _Server(_configuration(app, settings.front_security))
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -75,7 +83,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _configuration(app: Any, security: Security) -> uvicorn.Config:
+def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
     tls: dict[str, Any] = {}
     if security != PLAINTEXT:
         import ssl

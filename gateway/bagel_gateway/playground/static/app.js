@@ -17,7 +17,7 @@ const prompt = byId("prompt");
 const think = byId("think");
 const options = new OptionForm({ quick: byId("quick"), groups: byId("groups"), badge: byId("changed"), think });
 const images = new Images({ onGiven: switchToImages, onChange: () => {} });
-const outcome = new Outcome({ again, use, cancel, place, retry: () => form.requestSubmit(), key: useKey });
+const outcome = new Outcome({ again, use, cancel, place, retry: () => form.requestSubmit(), enterKey });
 const history = new History({ onRestore: restore, onForget: showWelcome });
 
 // Modes -------------------------------------------------------------------------------------------------------------
@@ -216,10 +216,35 @@ function use(blob, extension, mode) {
   announce(`The picture is the input of ${MODES[mode].title}.`);
 }
 
-function useKey(key) {
+/** Where a key is given; shown once the server has asked for one. */
+function enterKey() {
+  byId("key").hidden = false;
+  byId("api-key").focus();
+}
+
+async function useKey() {
+  const field = byId("api-key");
+  const key = field.value.trim();
+  if (/[^!-~]/.test(key)) return complainOfKey("That is no key: it has no spaces, and plain letters, digits and signs alone.");
   apiKey.set(key);
-  check();
-  form.requestSubmit();
+  await check();
+  if (!byId("key").hidden) return field.focus();
+  field.value = "";
+  prompt.focus();
+  announce("The key is accepted.");
+}
+
+/** Ask for a key, or no more. A page that is opened by a link sends none, so the API's own has no link then. */
+function askForKey(wanted) {
+  byId("key").hidden = !wanted;
+  byId("api").hidden = wanted || apiKey.get() !== "";
+  complainOfKey(wanted && apiKey.get() ? "The server does not know this key, or no longer." : "");
+}
+
+function complainOfKey(text) {
+  byId("key-problem").textContent = text;
+  byId("key-problem").hidden = text === "";
+  byId("api-key").setAttribute("aria-invalid", String(text !== ""));
 }
 
 /** Where the API is, for code. */
@@ -238,12 +263,14 @@ async function check() {
   };
   try {
     const { ready, models } = await server();
+    if (ready) askForKey(false);
     const before = state.model;
     state.model = models[0] ?? state.model;
     if (ready) told("ready", `${state.model ?? "The model"} is ready`);
     else told("asking", "The model is not ready yet");
     if (state.model !== before && byId("outcome").hidden) showWelcome();
   } catch (error) {
+    if (error.kind === "key") askForKey(true);
     told("down", error.kind === "key" ? "An API key is needed" : "The server does not answer");
   }
 }
@@ -258,6 +285,7 @@ function setTheme(theme) {
 form.addEventListener("submit", (event) => { event.preventDefault(); start(); });
 form.addEventListener("change", (event) => { if (event.target.name === "mode") setMode(event.target.value); });
 byId("cancel").addEventListener("click", cancel);
+byId("key").addEventListener("submit", (event) => { event.preventDefault(); useKey(); });
 byId("reset").addEventListener("click", () => { options.write({}); announce("All options are back at their defaults."); });
 think.addEventListener("change", () => options.refresh());
 document.addEventListener("keydown", (event) => {

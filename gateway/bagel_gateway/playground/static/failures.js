@@ -4,7 +4,7 @@ import { ApiError } from "./api.js";
 const KINDS = {
   down: ["The server does not answer", "See that it runs (`bagel serve`) and that this computer reaches it, then try again."],
   invalid: ["This cannot be done as asked", "Change that and try again; your prompt and options are still in the form."],
-  key: ["This server wants an API key", "Ask whoever runs it for one."],
+  key: ["This server wants an API key", "Enter one at the top of this page; whoever runs the server has it for you."],
   size: ["That is too much to send", "Make the images smaller, or send fewer of them, and try again."],
   busy: ["The server is busy", "Others are being served; try again in a moment."],
   unready: ["The model is not ready", "A service is starting, or has stopped. Wait a few seconds and try again; if it stays so, the server’s log says why."],

@@ -3,7 +3,7 @@ import { announce, byId, copy, duration, element } from "./dom.js";
 import { MODES } from "./request.js";
 import { noteOf, snippets } from "./snippets.js";
 
-/** Shows an entry in the result area. actions: {again(entry), use(blob, extension, mode), retry(), cancel(), key(key), place()}. */
+/** Shows an entry in the result area. actions: {again(entry), use(blob, extension, mode), retry(), cancel(), enterKey(), place()}. */
 export class Outcome {
   constructor(actions) {
     this.box = byId("outcome");
@@ -198,11 +198,8 @@ export class Outcome {
     const box = element("div", { class: "error", role: "alert" }, element("h3", {}, title), element("p", {}, message), element("p", {}, remedy));
     if (requestId) box.append(element("p", { class: "help" }, "In the server’s log: ", element("code", {}, requestId)));
     const actions = element("div", { class: "actions" });
-    if (wantsKey) {
-      const input = element("input", { type: "password", id: "api-key", autocomplete: "off" });
-      box.append(element("label", { class: "label", for: "api-key" }, "API key, kept until this tab is closed"), input);
-      actions.append(element("button", { type: "button", onclick: () => this.actions.key(input.value.trim()) }, "Use this key"));
-    } else actions.append(element("button", { type: "button", onclick: () => this.actions.retry() }, "Try again"));
+    if (wantsKey) actions.append(element("button", { type: "button", onclick: () => this.actions.enterKey() }, "Enter a key"));
+    actions.append(element("button", { type: "button", onclick: () => this.actions.retry() }, "Try again"));
     box.append(actions);
     return box;
   }

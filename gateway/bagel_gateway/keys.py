@@ -1,0 +1,94 @@
+"""API keys at the gateway: a file that is followed as it changes, and the gRPC calls that it lets through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from bagel.errors import ConfigError, Unauthenticated
+from bagel.keys import AUTHORIZATION, KeyRing, read_keys
+from bagel.status import abort
+from bagel.telemetry import Log, current_caller
+
+LOOK_EVERY_S = 1.0
+OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+"""What a health probe calls, which has no key. Everything else needs one, also what is added later."""
+
+Continue = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
+
+log = Log("bagel_gateway.keys")
+
+
+class Keys:
+    """The keys of a file. Raises ConfigError for one that cannot be used.
+
+    ring: those that are known now; it follows the file while `watch` runs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.ring, self._data = read_keys(path)
+        self._problem = ""
+
+    async def watch(self) -> None:
+        """Follow the file until cancelled. Its content is compared: a mounted file's times tell little.
+
+        A file that cannot be used changes nothing: it may be half written, and nobody is to be locked out by it.
+        """
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                ring, data = await asyncio.to_thread(read_keys, self._path)
+            except ConfigError as error:
+                self._tell(str(error))
+                continue
+            except Exception:  # a bug; without the watch no key could be revoked
+                log.error("looking at the API keys failed", exc_info=True)
+                continue
+            self._problem = ""
+            if data != self._data:
+                self._take(ring, data)
+
+    def _take(self, ring: KeyRing, data: bytes) -> None:
+        before, after = set(self.ring.names), set(ring.names)
+        self.ring, self._data = ring, data
+        log.info("API keys changed", known=len(after), added=sorted(after - before), removed=sorted(before - after))
+
+    def _tell(self, problem: str) -> None:
+        if problem != self._problem:
+            log.error("the API keys cannot be read again; those read last stay in force", problem=problem)
+        self._problem = problem
+
+
+class KeyInterceptor(aio.ServerInterceptor):
+    """Lets a call through that shows a known key; any other is UNAUTHENTICATED before its request is read."""
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self, continuation: Continue, details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """The call's own handler, or one that refuses it. Logs of the call carry the key's name from now on."""
+        if details.method in OPEN_METHODS:
+            return await continuation(details)
+        shown = [value for name, value in details.invocation_metadata or () if name == AUTHORIZATION]
+        try:
+            current_caller.set(self._keys.ring.check(shown))
+        except Unauthenticated as error:
+            return _refusing(error, details.method)
+        return await continuation(details)
+
+
+def _refusing(error: Unauthenticated, method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(requests: Any, context: aio.ServicerContext[Any, Any]) -> None:
+        log.info("refused", method=method, peer=context.peer(), error=str(error))
+        await abort(context, error)
+
+    # Of streams, whatever the method: only their handlers are called before a request has come in.
+    return grpc.stream_stream_rpc_method_handler(refuse)
