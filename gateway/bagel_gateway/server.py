@@ -76,7 +76,8 @@ class Gateway:
             # Only here: a gateway that speaks gRPC alone needs none of what REST is made of.
             from bagel_gateway.rest.server import RestServer
 
-            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, self.host.draining.is_set)
+            draining, port = self.host.draining.is_set, self.host.port
+            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, draining, port)
 
     async def start(self) -> None:
         """Listen, and watch the backends."""

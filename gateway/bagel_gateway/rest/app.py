@@ -15,7 +15,7 @@ from bagel.errors import BagelError, Draining, NoBackend
 from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_request, new_request_id
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
-from bagel_gateway.playground import add_playground
+from bagel_gateway.playground import GrpcFront, add_playground
 from bagel_gateway.rest.chat import Chat
 from bagel_gateway.rest.docs import add_docs, form_body, json_body, path_parameter
 from bagel_gateway.rest.errors import ClientGone, error_response
@@ -50,9 +50,15 @@ log = Log("bagel_gateway.rest")
 
 
 def make_app(
-    front: Front, fetcher: Fetcher, metrics: Metrics, backends: Backends, draining: Callable[[], bool], created: int
+    front: Front,
+    fetcher: Fetcher,
+    metrics: Metrics,
+    backends: Backends,
+    draining: Callable[[], bool],
+    created: int,
+    grpc: GrpcFront,
 ) -> FastAPI:
-    """The application. created: when the models of the list came to be, in Unix seconds."""
+    """The application. created: when the models of the list came to be, in Unix seconds; grpc: for the playground."""
     app = FastAPI(title="bagel-serving", version=bagel.__version__, description=ABOUT, docs_url=None, redoc_url=None)
     images, chat = Images(front), Chat(front, fetcher)
 
@@ -84,7 +90,7 @@ def make_app(
     get("/readyz", _readyz(backends, draining), "Whether requests can be served", responses(None, (503,)), **text)
     get("/metrics", _metrics(metrics), "Prometheus", {}, **text)
     add_docs(app)
-    add_playground(app)
+    add_playground(app, grpc)
     app.add_exception_handler(HTTPException, _no_such_route)
     return app
 

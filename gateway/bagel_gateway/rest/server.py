@@ -15,6 +15,7 @@ from bagel.errors import ConfigError
 from bagel.transport import PLAINTEXT, Security
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.playground import GrpcFront
 from bagel_gateway.rest.app import make_app
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.limits import LimitBodies
@@ -38,6 +39,7 @@ class RestServer:
         metrics: Metrics,
         backends: Backends,
         draining: Callable[[], bool],
+        grpc_port: int,
     ) -> None:
         assert settings.http is not None
         self._socket = _listen(settings.http)
@@ -46,7 +48,8 @@ class RestServer:
         self.address = f"{host}:{self.port}"
         front = Front(requests, settings.model_names)
         fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
-        app = make_app(front, fetcher, metrics, backends, draining, int(time.time()))
+        grpc = GrpcFront(grpc_port, tls=settings.front_security != PLAINTEXT)
+        app = make_app(front, fetcher, metrics, backends, draining, int(time.time()), grpc)
         self._server = _Server(_configuration(LimitBodies(app, settings.max_body_bytes), settings.front_security))
         self._serving: asyncio.Task[None] | None = None
 
