@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 from PIL import Image
 
 from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.defaults import NANO_NAME, find_model
 from bagel.launch import Deployment
+from bagel.transport import sync_channel
+from bagel.v1 import gateway_pb2
+from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.test_services import address, released
 
 pytestmark = pytest.mark.slow  # the services' start takes seconds, and so does each example
@@ -45,9 +51,15 @@ def nothing_is_held(services: Deployment) -> Iterator[None]:
     assert released(address(services, "thinker-0"), address(services, "dit-0"))
 
 
-def run(*command: str | Path, folder: Path = ROOT) -> str:
+def run(*command: str | Path, folder: Path = ROOT, environment: Mapping[str, str] = os.environ) -> str:
     done = subprocess.run(
-        [str(each) for each in command], cwd=folder, capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [str(each) for each in command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -117,6 +129,26 @@ def test_node(services: Deployment, tmp_path: Path) -> None:
     said = run("node", "client.js", services.address, tmp_path / "pictures", folder=node)
     assert "step 23 of 23" in said and "finished: 23 steps" in said and "given up after step 3" in said
     assert pictures(tmp_path / "pictures") == ["node.png"] and red(tmp_path / "pictures" / "node.png")
+
+
+@pytest.mark.parametrize("page", ["grpc.md", "rest.md"])
+def test_the_python_of_a_page(services: Deployment, tmp_path: Path, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    code = "".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    code = code.replace("127.0.0.1:50051", services.address).replace("127.0.0.1:8000", services.http or "")
+    assert services.address in code or str(services.http) in code
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run(sys.executable, "-c", code, folder=tmp_path, environment=environment)
+
+
+def test_what_grpcurl_sends_on_the_page(services: Deployment) -> None:
+    """Its JSON becomes messages as it makes them; the tool itself is not needed."""
+    text = (ROOT / "docs" / "grpc.md").read_text()
+    [(body, method)] = re.findall(r"-d '(\{.*?\})' 127\.0\.0\.1:50051 bagel\.v1\.GatewayService/(\w+)", text, re.DOTALL)
+    message = json_format.Parse(body, gateway_pb2.GenerateRequest())
+    with sync_channel(services.address) as channel:
+        events = list(getattr(GatewayServiceStub(channel), method)(message, timeout=LIMIT_S))
+    assert [event.WhichOneof("event") for event in events][-2:] == ["picture", "finished"]
 
 
 def test_the_lock_file_names_no_registry() -> None:
