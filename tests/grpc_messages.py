@@ -58,14 +58,27 @@ def messages(kind: type[M], named: dict[str, st.SearchStrategy[Any]]) -> st.Sear
     return st.builds(_with_unknown, _messages(kind, named), st.sampled_from(UNKNOWN_FIELDS))
 
 
-def near(base: st.SearchStrategy[M], others: st.SearchStrategy[M]) -> st.SearchStrategy[M]:
-    """What is nearly right: a right message, with what another one has set over it."""
-    return st.builds(_merged, base, others)
+def near(right: st.SearchStrategy[M], kind: type[M], named: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[M]:
+    """What is nearly right: a right message, with one field changed, or with what another message has set over it."""
+    return st.builds(_merged, right, st.one_of(_messages(kind, named), *_one_field(kind, named)))
 
 
 def _messages(kind: type[Any], named: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
     fields = {field.name: _values(field, named) for field in kind.DESCRIPTOR.fields}
     return st.builds(lambda given: kind(**given), st.fixed_dictionaries({}, optional=fields))
+
+
+def _one_field(kind: type[Any], named: dict[str, st.SearchStrategy[Any]]) -> list[st.SearchStrategy[Any]]:
+    """Messages with one field set, a strategy for each field of each level: all of them are as likely."""
+    choices: list[st.SearchStrategy[Any]] = []
+    for field in kind.DESCRIPTOR.fields:
+        if field.message_type is None or field.name in named:
+            choices.append(st.builds(kind, **{field.name: _values(field, named)}))
+            continue
+        for inner in _one_field(GetMessageClass(field.message_type), named):
+            one = st.lists(inner, min_size=1, max_size=1) if field.is_repeated else inner
+            choices.append(st.builds(kind, **{field.name: one}))
+    return choices
 
 
 def _values(field: FieldDescriptor, named: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:

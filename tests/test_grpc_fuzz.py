@@ -24,6 +24,8 @@ from tests.test_services import MODEL, Stage, released, until_serving
 pytestmark = pytest.mark.slow
 
 LIMIT_S = 60
+START_S = 180
+"""Three models are loaded at once."""
 SMALL = '{"steps": 3, "height": 32, "width": 32, "max_tokens": 3, "max_think_tokens": 3}'
 ALLOWED = {
     grpc.StatusCode.OK,
@@ -41,7 +43,7 @@ METHODS = {
     "dit-0": ("DitService/Generate", "KvBlocksService/Renew", "KvBlocksService/GetStats"),
     "dit-1": ("DitService/Generate",),
 }
-FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Part, Text, ImagePart = common_pb2.Part, common_pb2.TextPart, common_pb2.ImagePart
 text_parts = [Part(text=Text(text="a red cube"))]
@@ -59,7 +61,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
         dit = stage.dit(thinker, "--batch-timeout", "1")
         single = stage.start("dit-1", "bagel_dit", "--model", str(MODEL), "--name", "dit-1", "--single-stage")
         gateway = stage.gateway(thinker, dit, "--sampling-defaults", SMALL)
-        until_serving(thinker, dit, single, gateway)
+        until_serving(thinker, dit, single, gateway, limit_s=START_S)
         yield {service.name: service.address(0) for service in stage.running}
     finally:
         for service in reversed(stage.running):
@@ -128,24 +130,23 @@ COUNTS = {
     "max_tokens": st.sampled_from([0, 1, 3, 40_000, 2**32 - 1]),
     "max_think_tokens": st.sampled_from([0, 1, 3, 40_000, 2**32 - 1]),
 }
-any_request = messages(gateway_pb2.GenerateRequest, COUNTS)
+Asked = gateway_pb2.GenerateRequest
 
 
 @FEW
-@given(any_request | near(st.builds(lambda each: gateway_pb2.GenerateRequest(request=each), requests), any_request))
+@given(messages(Asked, COUNTS) | near(requests.map(lambda each: Asked(request=each)), Asked, COUNTS))
 def test_the_gateway_answers_every_message(
     channels: dict[str, grpc.Channel], message: gateway_pb2.GenerateRequest
 ) -> None:
     status(GatewayServiceStub(channels["gateway"]).Generate, message)
 
 
-build = thinker_pb2.BuildContextRequest(parts=image_parts, seed=1)
-lease_ids = {"lease_id": st.sampled_from(["", "a", "x" * 64, "x" * 65, "\n"])}
-any_build = messages(thinker_pb2.BuildContextRequest, COUNTS | lease_ids)
+Build = thinker_pb2.BuildContextRequest
+OF_BUILDS = COUNTS | {"lease_id": st.sampled_from(["", "a", "x" * 64, "x" * 65, "\n"])}
 
 
 @FEW
-@given(any_build | near(st.just(build), any_build))
+@given(messages(Build, OF_BUILDS) | near(st.just(Build(parts=image_parts, seed=1)), Build, OF_BUILDS))
 def test_a_thinker_answers_every_message(
     channels: dict[str, grpc.Channel], message: thinker_pb2.BuildContextRequest
 ) -> None:
@@ -201,12 +202,12 @@ def test_a_dit_answers_every_message(
     channels: dict[str, grpc.Channel], fingerprint: bytes, service: str, data: st.DataObject
 ) -> None:
     kind = dit_pb2.DitServiceGenerateRequest
-    anything = messages(kind, COUNTS | contexts(fingerprint))
+    named = COUNTS | contexts(fingerprint)
     # A context without segments is drawn from as it is, so every branch may be one.
     empty = [dit_pb2.BranchContext(branch=dit_pb2.BranchName.ValueType(number)) for number in (1, 2, 3)]
     drawn = kind(draw=dit_pb2.DrawPicture(contexts=empty, image=SMALL_IMAGE, seed=1))
     right = st.just(drawn) if service == "dit-0" else requests.map(lambda each: kind(request=each))
-    message = data.draw(anything | near(right, anything))
+    message = data.draw(messages(kind, named) | near(right, kind, named))
     status(DitServiceStub(channels[service]).Generate, message)
 
 
@@ -233,8 +234,8 @@ def test_a_store_answers_every_message(
         "digests": st.just(digest) | DIGESTS,
     }
     right = kv_pb2.PullRequest(digests=[digest], fingerprint=fingerprint, lease_id=lease)
-    anything = messages(kv_pb2.PullRequest, named)
-    status(stub.Pull, data.draw(anything | near(st.just(right), anything)))
+    pulls = messages(kv_pb2.PullRequest, named) | near(st.just(right), kv_pb2.PullRequest, named)
+    status(stub.Pull, data.draw(pulls))
     ids = st.lists(st.sampled_from(["", "gone", "x" * 1000]), max_size=3)
     status(stub.Renew, kv_pb2.RenewRequest(lease_ids=[lease, *data.draw(ids)]))
     status(stub.Release, kv_pb2.ReleaseRequest(lease_ids=data.draw(ids)))
