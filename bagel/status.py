@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc.aio import AioRpcError, Metadata, ServicerContext
 from grpc_status import rpc_status
@@ -80,6 +82,25 @@ def from_status(status: status_pb2.Status, peer: str) -> BagelError:
     return RemoteError(status.message, code.name) if kind is RemoteError else kind(status.message)
 
 
+@dataclass(frozen=True)
+class Undecodable:
+    """A request whose bytes are no message of its type. `unary` and `streaming` refuse it in their servicer's place."""
+
+    why: str
+
+
+def decoding(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A request's deserializer that gives an Undecodable for wrong bytes: gRPC would answer UNKNOWN, as for a bug."""
+
+    def decode(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError as error:
+            return Undecodable(str(error))
+
+    return decode
+
+
 def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, Any], Awaitable[R]]:
     """A servicer's unary method whose errors become statuses, under the call's request id."""
 
@@ -87,6 +108,7 @@ def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, A
     async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> R:
         adopt_request_id(context)
         try:
+            _check_decoded(request)
             return await handler(self, request, context)
         except Exception as error:
             await abort(context, _told(error))
@@ -107,6 +129,7 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
         with serving(name, metadata, request_id=request_id) as span:
             responses = handler(self, request, context)
             try:
+                _check_decoded(request)
                 async for response in responses:
                     yield response
             except Exception as error:
@@ -117,6 +140,13 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
                 await responses.aclose()  # type: ignore[attr-defined]
 
     return handle
+
+
+def _check_decoded(request: object) -> None:
+    if isinstance(request, Undecodable):
+        raise InvalidRequest(
+            "request", f"the request cannot be read: {request.why}; build it from the protos of bagel.v1"
+        )
 
 
 def _told(error: Exception) -> BagelError:

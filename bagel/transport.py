@@ -18,7 +18,7 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from bagel.errors import ConfigError, Loading
-from bagel.status import abort
+from bagel.status import abort, decoding
 from bagel.telemetry import Log
 
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -111,7 +111,10 @@ def sync_channel(target: str, security: Security = PLAINTEXT) -> grpc.Channel:
 
 
 class LateMethods(grpc.GenericRpcHandler):
-    """What `add_…Servicer_to_server` is called with in place of a server; calls before that are UNAVAILABLE."""
+    """What `add_…Servicer_to_server` is called with in place of a server; calls before that are UNAVAILABLE.
+
+    Every method of a servicer is one of `bagel.status`'s `unary` or `streaming`.
+    """
 
     def __init__(self, services: Sequence[str]) -> None:
         self._services = tuple(services)
@@ -128,11 +131,19 @@ class LateMethods(grpc.GenericRpcHandler):
         """The handler of a call."""
         for handler in self._handlers:
             if (found := handler.service(details)) is not None:
-                return found
+                return _refusing_wrong_bytes(found)
         service = str(details.method).strip("/").partition("/")[0]
         if service in self._services and not self._handlers:
             return grpc.unary_unary_rpc_method_handler(_loading)
         return None
+
+
+def _refusing_wrong_bytes(found: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+    handler = cast(Any, found)  # of its fields, those of its kind are not None
+    read = decoding(handler.request_deserializer)
+    if handler.response_streaming:
+        return grpc.unary_stream_rpc_method_handler(handler.unary_stream, read, handler.response_serializer)
+    return grpc.unary_unary_rpc_method_handler(handler.unary_unary, read, handler.response_serializer)
 
 
 async def _loading(request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:

@@ -88,8 +88,13 @@ def part_from_wire(part: common_pb2.Part, *, for_generation: bool = False) -> Pa
 
 
 def prompt_from_wire(parts: Iterable[common_pb2.Part], *, for_generation: bool = False) -> Prompt:
-    """A prompt; see `part_from_wire`. Its size is checked before any of its images is decoded."""
+    """A prompt; see `part_from_wire`. Its size is checked before any of its images is decoded.
+
+    Raises InvalidRequest for one without parts, and for a text that is empty: none is ever meant to be read.
+    """
     parts = list(parts)
+    if not parts or any(part.HasField("text") and not part.text.text for part in parts):
+        raise InvalidRequest("prompt", "the prompt is empty, or a text of it is; write what is wanted, as 'a red cube'")
     check_prompt_size("prompt", len(parts), [part.text.text for part in parts])
     return tuple(part_from_wire(part, for_generation=for_generation) for part in parts)
 

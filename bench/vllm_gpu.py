@@ -372,7 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures there; with --side, line by line")
     parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
-    parser.add_argument("--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)")
+    parser.add_argument(
+        "--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)"
+    )
     parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")

@@ -115,6 +115,18 @@ def test_a_wrong_field_is_a_field_violation() -> None:
     through(work)
 
 
+def test_bytes_that_are_no_message_are_the_callers_fault() -> None:
+    async def work(at: Deployment) -> None:
+        async with channel(at.target) as connection:
+            for method in ("Generate", "DescribeModel"):
+                call: Any = connection.unary_stream(f"/bagel.v1.GatewayService/{method}", None, None)
+                with pytest.raises(grpc.aio.AioRpcError, match="the request cannot be read") as caught:
+                    await call(b"\xff" * 20).read()
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    through(work)
+
+
 def test_a_client_that_leaves_stops_every_stage() -> None:
     async def work(at: Deployment) -> None:
         hold(at)

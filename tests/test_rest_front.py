@@ -390,6 +390,8 @@ def test_operators_see_health_readiness_counters_and_docs_without_a_network() ->
         _, text = await get(at, "/metrics")
         assert b'bagel_requests_total{modality="text2img",status="OK"} 2.0' in text
         assert b'bagel_backend_ready{backend="dit-0"} 1.0' in text
+        _, playground = await get(at, "/")
+        assert f'<meta name="grpc" content="{at.gateway.host.port} plaintext">'.encode() in playground
         status, page = await get(at, "/docs")
         assert status == 200 and not re.search(rb"https?://", page)
         for asset in re.findall(rb'(?:src|href)="(/docs/assets[^"]+)"', page):
@@ -532,6 +534,11 @@ def test_tls_of_the_gateway_is_https_too(tmp_path: Path) -> None:
             reader, writer = await asyncio.open_connection("localhost", port, ssl=trusts)
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert (await reader.read()).endswith(b"ok\n")
+            writer.close()
+            await writer.wait_closed()
+            reader, writer = await asyncio.open_connection("localhost", port, ssl=trusts)
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert f'<meta name="grpc" content="{made.gateway.host.port} tls">'.encode() in await reader.read()
             writer.close()
             await writer.wait_closed()
 

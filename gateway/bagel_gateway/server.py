@@ -80,8 +80,8 @@ class Gateway:
             # Only here: a gateway that speaks gRPC alone needs none of what REST is made of.
             from bagel_gateway.rest.server import RestServer
 
-            draining = self.host.draining.is_set
-            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, draining, keys)
+            draining, port = self.host.draining.is_set, self.host.port
+            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, draining, keys, port)
 
     async def start(self) -> None:
         """Listen, and watch the backends and the API keys."""

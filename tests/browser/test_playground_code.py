@@ -59,9 +59,12 @@ def run(command: list[str], code: str, folder: Path) -> str:
 
 def over_grpc(front: Front, code: str, folder: Path) -> gateway_pb2.GenerateResponse:
     """Let the shell make the request that grpcurl would send, and send it; the event with the result."""
-    run(["bash"], f"grpcurl() {{ cat > request.json; }}; jq() {{ cat; }}\n{code}", folder)
+    said = 'printf "%s\\n" "$@" > arguments; cat > request.json'
+    run(["bash"], f"grpcurl() {{ {said}; }}; jq() {{ cat; }}\n{code}", folder)
     message = json_format.Parse((folder / "request.json").read_text(), gateway_pb2.GenerateRequest())
-    with sync_channel(front.grpc) as channel:
+    plaintext, *_, address, method = (folder / "arguments").read_text().split()
+    assert (plaintext, address, method) == ("-plaintext", front.grpc, "bagel.v1.GatewayService/Generate")
+    with sync_channel(address) as channel:
         events = list(GatewayServiceStub(channel).Generate(message, timeout=LIMIT_S))
     return next((event for event in events if event.HasField("picture")), events[-1])
 

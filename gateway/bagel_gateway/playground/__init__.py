@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
-from starlette.responses import FileResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -19,16 +20,31 @@ HEADERS: Mapping[str, str] = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked again each time; an ETag makes that cheap
+    "Cache-Control": "no-cache",  # asked again each time; the files' ETags make that cheap
 }
 
 
-def add_playground(app: FastAPI) -> None:
-    """Serve the page at `/` and its files under `/playground`."""
+_GRPC = '<meta name="grpc" content="{}">'
+
+
+@dataclass(frozen=True)
+class GrpcFront:
+    """Where the same gateway speaks gRPC, for code to copy: the host is the page's own."""
+
+    port: int
+    tls: bool
+
+    def __str__(self) -> str:
+        return f"{self.port} {'tls' if self.tls else 'plaintext'}"
+
+
+def add_playground(app: FastAPI, grpc: GrpcFront) -> None:
+    """Serve the page at `/`, which is told where gRPC is, and its files under `/playground`."""
+    html = (STATIC / "index.html").read_text(encoding="utf-8").replace(_GRPC.format(""), _GRPC.format(grpc))
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(STATIC / "index.html", headers=dict(HEADERS))
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=dict(HEADERS))
 
     app.mount(PREFIX, _Files(directory=STATIC), name="playground")
 

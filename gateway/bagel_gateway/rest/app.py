@@ -17,9 +17,9 @@ from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller,
 from bagel.tracing import tell_request, tell_request_failed
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
-from bagel_gateway.playground import add_playground
+from bagel_gateway.playground import GrpcFront, add_playground
 from bagel_gateway.rest.chat import Chat
-from bagel_gateway.rest.docs import add_docs, form_body, json_body
+from bagel_gateway.rest.docs import add_docs, form_body, json_body, path_parameter
 from bagel_gateway.rest.errors import ClientGone, error_response
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import Images
@@ -29,6 +29,17 @@ from bagel_gateway.rest.parameters import (
     REFUSED_GENERATION,
     ChatParameters,
     ImageParameters,
+)
+from bagel_gateway.rest.responses import (
+    MODELS,
+    WORK,
+    Answer,
+    ChatAnswer,
+    ImagesAnswer,
+    Model,
+    ModelList,
+    Responses,
+    responses,
 )
 from bagel_gateway.rest.serve import Front
 
@@ -48,10 +59,13 @@ def make_app(
     backends: Backends,
     draining: Callable[[], bool],
     created: int,
+    grpc: GrpcFront,
     *,
     keyed: bool,
 ) -> FastAPI:
-    """The application. created: when the models of the list came to be, in Unix seconds; keyed: callers need a key."""
+    """The application. created: when the models of the list came to be, in Unix seconds; grpc: for the playground;
+    keyed: callers need a key.
+    """
     app = FastAPI(
         title="bagel-serving",
         version=bagel.__version__,
@@ -63,25 +77,36 @@ def make_app(
     )
     images, chat = Images(front), Chat(front, fetcher)
 
-    def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any]) -> None:
+    def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any], answer: type[Answer]) -> None:
+        app.add_api_route(
+            path,
+            _told(endpoint, path, metrics),
+            methods=["POST"],
+            summary=summary,
+            openapi_extra=dict(body),
+            response_model=None,
+            responses=responses(answer, WORK, streams=True),
+        )
+
+    def get(path: str, endpoint: Endpoint, summary: str, answers: Responses, **more: Any) -> None:
         told = _told(endpoint, path, metrics)
-        app.add_api_route(path, told, methods=["POST"], summary=summary, openapi_extra=dict(body), response_model=None)
+        app.add_api_route(path, told, methods=["GET"], summary=summary, response_model=None, responses=answers, **more)
 
-    def get(path: str, endpoint: Endpoint, summary: str, route: str | None = None) -> None:
-        told = _told(endpoint, route or path, metrics)
-        app.add_api_route(path, told, methods=["GET"], summary=summary, response_model=None)
-
-    post("/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION))
-    post("/v1/images/edits", images.edit, "Edit images", form_body(ImageParameters, REFUSED_EDIT))
-    post("/v1/chat/completions", chat.complete, "Answer, or draw", json_body(ChatParameters, REFUSED_CHAT))
-    models = _Models(front, created)
-    get("/v1/models", models.all, "The served model and its aliases")
-    get("/v1/models/{model:path}", models.one, "One of them")
-    get("/healthz", _healthz, "Whether the process lives")
-    get("/readyz", _readyz(backends, draining, keyed), "Whether requests can be served")
-    get("/metrics", _metrics(metrics), "Prometheus")
+    post(
+        "/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION), ImagesAnswer
+    )
+    post("/v1/images/edits", images.edit, "Edit images", form_body(ImageParameters, REFUSED_EDIT), ImagesAnswer)
+    post("/v1/chat/completions", chat.complete, "Answer, or draw", json_body(ChatParameters, REFUSED_CHAT), ChatAnswer)
+    models, text = _Models(front, created), {"response_class": PlainTextResponse}
+    get("/v1/models", models.all, "The served model and its aliases", responses(ModelList, MODELS))
+    named = {"openapi_extra": path_parameter("model")}
+    get("/v1/models/{model:path}", models.one, "One of them", responses(Model, MODELS), **named)
+    get("/healthz", _healthz, "Whether the process lives", {}, **text)
+    readyz = _readyz(backends, draining, keyed)
+    get("/readyz", readyz, "Whether requests can be served", responses(None, (503,)), **text)
+    get("/metrics", _metrics(metrics), "Prometheus", responses(None, (401,)), **text)
     add_docs(app)
-    add_playground(app)
+    add_playground(app, grpc)
     app.add_exception_handler(HTTPException, _no_such_route)
     return app
 

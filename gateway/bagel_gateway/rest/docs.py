@@ -13,6 +13,8 @@ from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
+from bagel.images import FORMATS
+from bagel_gateway.rest.messages import FIELD, MESSAGE, NOT_BLANK
 from bagel_gateway.rest.parameters import MAX_IMAGES, Only
 
 ASSETS = "/docs/assets"
@@ -41,10 +43,16 @@ def json_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, 
 def form_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
     """The operation's body as a form with images."""
     schema = _schema(model, refused)
-    files = {"type": "array", "maxItems": MAX_IMAGES, "minItems": 1, "items": {"type": "string", "format": "binary"}}
+    file = {"type": "string", "format": "binary", "description": f"a {', '.join(FORMATS)} file"}
+    files = {"type": "array", "maxItems": MAX_IMAGES, "minItems": 1, "items": file}
     schema["properties"] = {"image": files, **schema["properties"]}
     schema["required"] = ["image", *schema["required"]]
     return _body("multipart/form-data", schema)
+
+
+def path_parameter(name: str) -> dict[str, Any]:
+    """The operation's parameter in its path."""
+    return {"parameters": [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}]}
 
 
 def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +66,10 @@ def _schema(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, An
     for name in list(properties):
         if "$ref" in str(properties[name]):
             properties[name] = {"type": "object"}
+    if "prompt" in properties:
+        properties["prompt"]["pattern"] = NOT_BLANK
+    if FIELD in properties:
+        properties[FIELD]["items"] = MESSAGE
     for name, only in refused.items():
         properties[name] = {"description": f"refused: {only.why}", "enum": [None, *only.values]}
     return schema

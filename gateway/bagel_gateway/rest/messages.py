@@ -16,6 +16,31 @@ from bagel_gateway.rest.serve import check_images, image_part, text_part
 ROLES = ("system", "developer", "user", "assistant")
 _DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 FIELD = "messages"
+NOT_BLANK = r"\S"
+
+
+def _object(required: Sequence[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": [*required], "additionalProperties": False, "properties": properties}
+
+
+_WORDS = {"type": "string", "pattern": NOT_BLANK}
+_TEXT = _object(("type", "text"), type={"const": "text"}, text=_WORDS)
+_URL = _object(("url",), url={"type": "string"}, detail={"enum": ["auto", None]})
+_IMAGE = _object(("type", "image_url"), type={"const": "image_url"}, index={"type": "integer"}, image_url=_URL)
+_PARTS = {"type": "array", "items": {"oneOf": [_TEXT, _IMAGE]}}
+_CONTENT = {"anyOf": [_WORDS, _PARTS]}
+MESSAGE: Mapping[str, Any] = {
+    "oneOf": [
+        _object(("role", "content"), role={"enum": [role for role in ROLES if role != "assistant"]}, content=_CONTENT),
+        _object(
+            ("role",),
+            role={"const": "assistant"},
+            content={"anyOf": [*_CONTENT["anyOf"], {"type": "null"}]},
+            images=_PARTS,
+        ),
+    ]
+}
+"""One message, for the OpenAPI document."""
 
 
 async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher) -> list[common_pb2.Part]:

@@ -17,6 +17,7 @@ from bagel.transport import PLAINTEXT, Security
 from bagel_gateway.backends import Backends
 from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.playground import GrpcFront
 from bagel_gateway.rest.app import make_app
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.keys import RequireKey
@@ -42,6 +43,7 @@ class RestServer:
         backends: Backends,
         draining: Callable[[], bool],
         keys: Keys | None,
+        grpc_port: int,
     ) -> None:
         assert settings.http is not None
         self._socket = _listen(settings.http)
@@ -50,8 +52,8 @@ class RestServer:
         self.address = f"{host}:{self.port}"
         front = Front(requests, settings.model_names)
         fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
-        keyed = keys is not None
-        app: ASGIApp = make_app(front, fetcher, metrics, backends, draining, int(time.time()), keyed=keyed)
+        grpc, keyed = GrpcFront(grpc_port, tls=settings.front_security != PLAINTEXT), keys is not None
+        app: ASGIApp = make_app(front, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed)
         app = LimitBodies(app, settings.max_body_bytes)
         if keys is not None:
             app = RequireKey(app, keys, metrics)

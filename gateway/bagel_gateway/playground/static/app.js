@@ -10,7 +10,7 @@ import { MODES } from "./request.js";
 import { Outcome } from "./view.js";
 
 const CHECK_EVERY_MS = 8000;
-const state = { mode: "draw", model: undefined, grpc: undefined, running: undefined };
+const state = { mode: "draw", model: undefined, running: undefined };
 
 const form = byId("composer");
 const prompt = byId("prompt");
@@ -250,7 +250,8 @@ function complainOfKey(text) {
 /** Where the API is, for code. */
 function place() {
   const base = new URL("./", location.href).href;
-  return { base, grpc: state.grpc ?? `${location.hostname}:50051`, key: apiKey.get() !== "" };
+  const [port, security] = document.querySelector('meta[name="grpc"]').content.split(" ");
+  return { base, grpc: { address: `${location.hostname}:${port}`, plaintext: security === "plaintext" }, key: apiKey.get() !== "" };
 }
 
 // The server --------------------------------------------------------------------------------------------------------

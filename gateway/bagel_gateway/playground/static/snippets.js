@@ -4,7 +4,7 @@ import { contentOf, fieldsOf, MODES } from "./request.js";
 const OPENAI = { images: ["model", "prompt", "size", "n", "output_format", "output_compression"], chat: ["model", "max_tokens", "seed", "top_p"] };
 const RENORM = { global: "RENORM_TYPE_GLOBAL", text_channel: "RENORM_TYPE_TEXT_CHANNEL", channel: "RENORM_TYPE_CHANNEL" };
 
-/** {curl, python, grpcurl} of a request; key: whether the server wants one; grpc: its gRPC address. */
+/** {curl, python, grpcurl} of a request; key: whether the server wants one; grpc: its gRPC {address, plaintext}. */
 export function snippets(asked, { base, grpc, key }) {
   const settings = { ...asked.settings };
   delete settings.partial_images; // code waits for the result
@@ -33,9 +33,9 @@ function curl(asked, base, key) {
   return withDocument(lines.join(" \\\n  "), save, mode.makesImage ? fieldsOf(asked) : chatOf(asked), asked.images);
 }
 
-function grpcurl(asked, address, key) {
+function grpcurl(asked, { address, plaintext }, key) {
   const { makesImage } = MODES[asked.mode];
-  const secure = location.protocol === "https:" ? "" : "-plaintext ";
+  const secure = plaintext ? "-plaintext " : "";
   const header = key ? '-H "authorization: Bearer $BAGEL_API_KEY" ' : "";
   const command = `grpcurl ${secure}-max-msg-sz 67108864 ${header}-d @ ${address} bagel.v1.GatewayService/Generate`;
   const save = makesImage ? saved({ ...asked, settings: { ...asked.settings, n: 1 } }, "jq -r '.picture.data // empty'") : "jq -rj '.text.text // empty'";
