@@ -26,6 +26,7 @@ from bagel.errors import (
     UnknownSegment,
 )
 from bagel.pipelines import kv_collector
+from bagel.profile import stages_before
 from bagel.prompts import BranchName
 from bagel.status import from_rpc_error
 from bagel.telemetry import Log, request_metadata
@@ -97,6 +98,7 @@ class Route:
             token_ids=end.token_ids,
             usage=end.usage,
             timings=wire.timings_to_wire(_without_total(end.timings)),
+            profile=end.profile,
         )
 
     async def _answer(self) -> gateway_pb2.Finished:
@@ -276,8 +278,15 @@ class Route:
                 timings[stage] = max(seconds, timings.get(stage, 0.0))
         for stage, seconds in _without_total(drawn.timings).items():
             timings[stage] = timings.get(stage, 0.0) + seconds
+        profile = wire.timings_from_wire(drawn.profile)
+        if profile:  # the DiT knows only its own part
+            profile = stages_before(timings) | profile
         return gateway_pb2.Finished(
-            text=text.text, token_ids=text.token_ids, usage=usage, timings=wire.timings_to_wire(timings)
+            text=text.text,
+            token_ids=text.token_ids,
+            usage=usage,
+            timings=wire.timings_to_wire(timings),
+            profile=wire.timings_to_wire(profile),
         )
 
     def _emit(
