@@ -40,8 +40,9 @@ class Deployment:
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype auto, bfloat16 or float32; engine the Thinker's: auto, torch, vllm, or None for the Thinker's own
-    default. profile: the DiT tells the durations of the diffusion stages. security is the gateway's TLS towards its callers; http: a host:port where it speaks the OpenAI API too.
-    Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
+    default. profile: the DiT tells the durations of the diffusion stages; log_stats: the gateway logs where the time
+    of each request went. security is the gateway's TLS towards its callers; http: a host:port where it speaks the
+    OpenAI API too. Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
 
@@ -59,6 +60,7 @@ class Deployment:
         init_timeout_s: float = 300,
         batch_timeout_s: float = 5,
         profile: bool = False,
+        log_stats: bool = False,
         drain_timeout_s: float = DRAIN_S,
         security: Security = PLAINTEXT,
         http: str | None = None,
@@ -71,7 +73,7 @@ class Deployment:
         self._device, self._dtype, self._engine = device, dtype, engine
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
-        self._http, self._profile = http, profile
+        self._http, self._profile, self._log_stats = http, profile, log_stats
         self._env = {**os.environ, **(env or {})}
         self._began = 0.0
         self.services: list[Service] = []
@@ -213,6 +215,7 @@ class Deployment:
         for name, address in addresses.items():
             arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+        arguments += ["--log-stats"] if self._log_stats else []
         if self._security != PLAINTEXT:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         if self._http is not None:

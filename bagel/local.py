@@ -40,8 +40,9 @@ def load(
 ) -> LocalEngine:
     """Load a model as the deploy file's stage says.
 
-    device: auto, cpu, cuda (the stage's GPU) or cuda:N; dtype: auto, bfloat16 or float32; profile: as BagelEngine. Raises ConfigError if there
-    is no such device, CheckpointError if the files do not fit, OutOfMemory if the device is too small.
+    device: auto, cpu, cuda (the stage's GPU) or cuda:N; dtype: auto, bfloat16 or float32; profile: as BagelEngine has
+    it. Raises ConfigError if there is no such device, CheckpointError if the files do not fit, OutOfMemory if the
+    device is too small.
     """
     place = choose_device(device, stage.device_ids[0])
     if dtype == "auto":

@@ -16,7 +16,6 @@ from bagel.model.sizes import check_positions
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.request import TextSettings
 
-
 OnWrite = Callable[[int, float], None]
 """Called with (texts, seconds)."""
 

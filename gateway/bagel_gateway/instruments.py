@@ -91,6 +91,4 @@ class Instruments:
         )
 
     def _scraped(self, name: str, about: str, labels: tuple[str, ...]) -> prometheus_client.Histogram:
-        return prometheus_client.Histogram(
-            name, f"{about}.", labels, registry=self._registry, buckets=metrics.SECONDS
-        )
+        return prometheus_client.Histogram(name, f"{about}.", labels, registry=self._registry, buckets=metrics.SECONDS)

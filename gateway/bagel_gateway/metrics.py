@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 
 from bagel import wire
@@ -68,11 +69,9 @@ class Metrics:
             "bagel_kv_pulled_bytes", "K/V that DiTs pulled", (), Exported("bagel.kv.pulled", "By")
         )
         self._steps = make.counter("bagel_steps", "Euler steps", (), Exported("bagel.steps", "{step}"))
-        self._http = make.counter(
-            "bagel_http_requests",
-            "HTTP requests by route and status code",
-            ("route", "code"),
-            Exported("bagel.http.requests", "{request}", ("http.route", "http.response.status_code")),
+        # Scraped alone: FastAPI itself gives OpenTelemetry http.server.request.duration, by route and status code.
+        self._http = prometheus_client.Counter(
+            "bagel_http_requests", "HTTP requests by route and status code.", ["route", "code"], registry=self._registry
         )
 
     def watch(self, admission: Admission, backends: Backends) -> None:
@@ -113,7 +112,7 @@ class Metrics:
 
     def http(self, route: str, code: int) -> None:
         """Count an HTTP request."""
-        self._http.add(1, route, code)
+        self._http.labels(route, str(code)).inc()
 
     @contextmanager
     def request(self, modality: common_pb2.Modality.ValueType) -> Iterator[Seen]:

@@ -44,10 +44,16 @@ class Requests:
         defaults: Mapping[str, Any],
         wait_s: float,
         metrics: Metrics,
+        *,
+        log_stats: bool = False,
     ) -> None:
-        """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is."""
+        """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is.
+
+        log_stats: log where the time of each request went.
+        """
         self._deployed, self._backends = deployed, backends
         self._admission, self._defaults, self._wait_s, self._metrics = admission, defaults, wait_s, metrics
+        self._log_stats = log_stats
 
     @property
     def thinks(self) -> bool:
@@ -152,8 +158,12 @@ class Requests:
             async def choose_dit() -> DitBackend:
                 return await self._in_time(lambda: self._backends.dit_for(thinker, model))
 
+            firsts: dict[str, float] = {}
             async with aclosing(Route(planned, thinker, choose_dit, remaining).events()) as events:
                 async for event in events:
+                    firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
+                    if self._log_stats and event.HasField("finished"):
+                        log.info("stats", **_stats(event.finished, firsts))
                     yield event
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
@@ -184,6 +194,14 @@ class Requests:
             model = thinker.model
         assert model is not None
         return thinker, model
+
+
+def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:
+    """Where the time of a request went, for its log line; firsts: seconds until the first event of each kind."""
+    seconds = {timing.stage: timing.seconds for timing in finished.timings}
+    seconds |= {f"first_{kind}": firsts[kind] for kind in ("text", "step") if kind in firsts}
+    usage = {field.name: value for field, value in finished.usage.ListFields()}
+    return {"seconds": {stage: round(each, 4) for stage, each in seconds.items()}, "usage": usage}
 
 
 def _copies(asked: Asked, count: int) -> list[Asked]:

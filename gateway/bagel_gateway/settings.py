@@ -34,7 +34,7 @@ class Settings:
     sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
     own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
-    max_body_bytes: of one HTTP request.
+    max_body_bytes: of one HTTP request. log_stats: log where the time of each request went.
     """
 
     listen: str
@@ -54,6 +54,7 @@ class Settings:
     model_names: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    log_stats: bool = False
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -99,6 +100,7 @@ class Settings:
             "http": self.http,
             "model_names": list(self.model_names),
             "image_hosts": list(self.image_hosts),
+            "log_stats": self.log_stats,
             "tls": self.front_security != PLAINTEXT,
             "tls_to_services": self.security != PLAINTEXT,
         }
@@ -122,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
     add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
     add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
+    add("--log-stats", action="store_true", help="log where the time of each request went")
     return flags
 
 
@@ -143,6 +146,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         model_names=tuple(args.served_model_name),
         image_hosts=tuple(args.allow_image_host),
         max_body_bytes=args.max_body_bytes,
+        log_stats=args.log_stats,
         security=PLAINTEXT if args.plaintext_services else secure,
         front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )

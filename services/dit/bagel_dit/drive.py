@@ -111,8 +111,8 @@ class Driver:
                 pass
             case Stepped():
                 self._under_way -= 1
-                for step in reply.timed:
-                    count_step(step.kind, step.requests, step.seconds)
+                for done in reply.timed:
+                    count_step(done.kind, done.requests, done.seconds)
                 if self._before_reading:  # a plan from before the last request: it says nothing of that one
                     self._before_reading -= 1
                 else:

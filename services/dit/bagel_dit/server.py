@@ -59,7 +59,9 @@ from bagel_dit.messages import (
 )
 
 Response = dit_pb2.DitServiceGenerateResponse
-Event = Begun | Planned | PromptRead | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
+Event = (
+    Begun | Planned | PromptRead | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
+)
 
 log = Log("bagel.dit")
 
