@@ -42,8 +42,8 @@ class Deployment:
     cuda:N; dtype auto, bfloat16 or float32; engine the Thinker's: auto, torch, vllm, or None for the Thinker's own
     default. profile: the DiT tells the durations of the diffusion stages; log_stats: the gateway logs where the time
     of each request went. security is the gateway's TLS towards its callers; http: a host:port where it speaks the
-    OpenAI API too. Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
-    a service ended with.
+    OpenAI API too. Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the
+    BagelError that a service ended with.
     """
 
     def __init__(
