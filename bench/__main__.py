@@ -75,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="of cpu, nano, overhead, profiler, stages: least samples (default 5)"
-    )
+    parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 from bagel.client import Client
 from bagel.config import load_deploy_config, shipped_deploy_config
@@ -48,10 +46,9 @@ def _here(checkpoint: Checkpoint) -> tuple[Draw, Draw]:
 def _served(checkpoint: Checkpoint, stack: ExitStack) -> tuple[Draw, Draw]:
     """With and without it: two deployments."""
     config = load_deploy_config(shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
-    nowhere = stack.enter_context(Path(os.devnull).open("w"))
 
     def client(profile: bool) -> Client:
-        deployment = Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, profile=profile)
+        deployment = Deployment(config, checkpoint.folder, device="cpu", profile=profile)
         return stack.enter_context(Client(stack.enter_context(deployment).address))
 
     profiling, plain = client(True), client(False)

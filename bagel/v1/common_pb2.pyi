@@ -691,7 +691,7 @@ class Usage(_message.Message):
     pulled_bytes: _builtins.int
     """Bytes of K/V that were pulled for it."""
     kv_reused_bytes: _builtins.int
-    """Bytes of K/V that the DiT had already, or was pulling for another request."""
+    """Bytes of K/V that it needed and the DiT had already."""
     def __init__(
         self,
         *,

@@ -86,12 +86,15 @@ class ThinkerServicer(ThinkerServiceServicer):
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place() if request.HasField("decode") else nullcontext()
         with self._counted():
-            async with place, aclosing(self._build(request)) as responses:
-                async for response in responses:
-                    yield response
+            build = _Build(asyncio.get_running_loop())
+            async with place:
+                if request.HasField("decode"):
+                    build.lap("queue")
+                async with aclosing(self._build(request, build)) as responses:
+                    async for response in responses:
+                        yield response
 
-    async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
-        build = _Build(asyncio.get_running_loop())
+    async def _build(self, request: thinker_pb2.BuildContextRequest, build: _Build) -> AsyncGenerator[Response, None]:
         chain = await asyncio.to_thread(self._plan, request)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
