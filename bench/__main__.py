@@ -37,7 +37,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
         "nano": lambda: nano.run(options.only, options.repeats),
         "overhead": lambda: overhead.run(options.repeats),
-        "profiler": lambda: profiler.run(options.repeats),
+        "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
     }

@@ -19,23 +19,25 @@ from bench.timing import compare
 
 LIMIT = 1.02
 """Most time that a picture may take with the profiler, as a multiple of one without."""
+HERE = "in one process"
 PROMPT = "a large red circle"
 NOTE = f"{NANO_NAME}, text-to-image, 50 timesteps, on a CPU; medians of interleaved samples; limit {LIMIT:g}"
 
 Draw = Callable[[], object]
 
 
-def run(repeats: int) -> Iterator[Table]:
-    """Measure in one process, and through the services of a single stage."""
+def run(only: str, repeats: int) -> Iterator[Table]:
+    """Measure every case whose name contains `only`: in one process, and through the services of a single stage."""
     table = Table("diffusion pipeline profiler", NOTE)
     _, checkpoint = find_model(NANO_NAME)
-    _measure(table, "in one process", *_here(checkpoint), repeats)
-    with ExitStack() as stack:
-        _measure(table, "single stage, as services", *_served(checkpoint, stack), repeats)
+    for case, make in {HERE: _here, "single stage, as services": _served}.items():
+        if only in case:
+            with ExitStack() as stack:
+                _measure(table, case, *make(checkpoint, stack), repeats)
     yield table
 
 
-def _here(checkpoint: Checkpoint) -> tuple[Draw, Draw]:
+def _here(checkpoint: Checkpoint, _: ExitStack) -> tuple[Draw, Draw]:
     """With and without it: two engines on the same model."""
     plain = BagelEngine.load(checkpoint)
     profiling = BagelEngine(plain.model, plain.tokenizer, checkpoint.fingerprint, profile=True)
@@ -64,6 +66,7 @@ def _measure(table: Table, case: str, profiling: Draw, plain: Draw, repeats: int
         without_ms=1e3 * result.control_s,
         ratio=result.ratio,
         quartiles=f"{low:.3f} to {high:.3f}",
+        cpu_ratio=result.cpu_ratio if case == HERE else None,
         pairs=len(result.ours),
     )
     table.failed |= result.ratio > LIMIT
