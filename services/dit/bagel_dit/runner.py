@@ -119,6 +119,18 @@ class _Drawing:
 
 
 @dataclass(frozen=True)
+class _Last:
+    """A picture whose last step is launched, to decode: its latents, once `done`."""
+
+    id: int
+    latents: Tensor
+    grid: tuple[int, int]
+    output: Output
+    windows: WindowClock | None
+    done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
 class _Preview:
     """A preview to decode: what its latents tend to, once `done`."""
 
@@ -293,23 +305,25 @@ class Runner:
             drawing.windows.reach(picture.step)
         done = self._launched()
         self._forget(id_)
-        self._decoder.submit(self._decode_in_thread, id_, latents, picture.grid, drawing, done)
+        # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
+        last = _Last(id_, latents, picture.grid, drawing.output, drawing.windows, done)
+        self._decoder.submit(self._decode_in_thread, last)
 
     def _launched(self) -> torch.cuda.Event | None:
         """An event after all that was launched so far; None on a CPU, where it is done."""
         return torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
 
-    def _decode_in_thread(
-        self, id_: int, latents: Tensor, grid: tuple[int, int], drawing: _Drawing, done: torch.cuda.Event | None
-    ) -> None:
+    def _decode_in_thread(self, last: _Last) -> None:
         start = time.perf_counter()
         try:
-            image, decoding = self._image(latents, grid, done)
-            data = _encode(image, drawing.output)
-            profile = drawing.windows.stages() | {"decode": seconds_between(*decoding)} if drawing.windows else {}
-            self._send(Drawn(id_, data, image.width, image.height, time.perf_counter() - start, profile))
+            image, decoding = self._image(last.latents, last.grid, last.done)
+            data = _encode(image, last.output)
+            profile = {}
+            if last.windows is not None:
+                profile = last.windows.stages() | {"decode": seconds_between(*decoding)}
+            self._send(Drawn(last.id, data, image.width, image.height, time.perf_counter() - start, profile))
         except Exception as error:
-            self._tell_failed(id_, error)
+            self._tell_failed(last.id, error)
 
     def _image(
         self, latents: Tensor, grid: tuple[int, int], done: torch.cuda.Event | None, *, quick: bool = False
