@@ -384,6 +384,7 @@ class _Reader:
             usage,
             self._accepted.request_id,
             self._settings,
+            wire.timings_from_wire(finished.profile),
         )
 
 

@@ -72,7 +72,8 @@ class Result:
     """What request `index` came to.
 
     text: the reply, or the think text before a picture ("" if there is none); token_ids: its visible ids.
-    timings: seconds by stage (context, text, denoise, decode). From a service also usage, tokens and steps by the
+    timings: seconds by stage (context, text, denoise, decode). profile: seconds of the diffusion stages by the device's
+    clock, in their order, where they are profiled. From a service also usage, tokens and steps by the
     names of bagel.v1.Usage, the request's name in its logs, and the settings of `Accepted`.
     """
 
@@ -85,6 +86,7 @@ class Result:
     usage: Mapping[str, int] = field(default_factory=dict)
     request_id: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, float] = field(default_factory=dict)
 
 
 Event = TextDelta | StepDone | Result

@@ -41,8 +41,9 @@ class Deployment:
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype auto, bfloat16 or float32; engine the Thinker's: auto, torch, vllm, or None for the Thinker's own
-    default. security is the gateway's TLS towards its callers; http: a host:port where it speaks the OpenAI API too.
-    api_keys: the file of the keys that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
+    default. profile: the DiT tells the durations of the diffusion stages; log_stats: the gateway logs where the time
+    of each request went. security is the gateway's TLS towards its callers; http: a host:port where it speaks the
+    OpenAI API too. api_keys: the file of the keys that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
@@ -60,6 +61,8 @@ class Deployment:
         engine: str | None = None,
         init_timeout_s: float = 300,
         batch_timeout_s: float = 5,
+        profile: bool = False,
+        log_stats: bool = False,
         drain_timeout_s: float = DRAIN_S,
         security: Security = PLAINTEXT,
         http: str | None = None,
@@ -73,7 +76,7 @@ class Deployment:
         self._device, self._dtype, self._engine = device, dtype, engine
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
-        self._http, self._api_keys = http, api_keys
+        self._http, self._api_keys, self._profile, self._log_stats = http, api_keys, profile, log_stats
         self._env = {**os.environ, **(env or {})}
         self._env.pop(KEYS_FILE, None)
         self._began = 0.0
@@ -194,7 +197,10 @@ class Deployment:
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
         if role == "thinker":
             return [*arguments, *self._thinker_arguments(stage)]
-        return [*arguments, *(["--vae-use-tiling"] if role == "dit" and stage.tiling else [])]
+        if role == "dit":
+            arguments += ["--vae-use-tiling"] if stage.tiling else []
+            arguments += ["--enable-diffusion-pipeline-profiler"] if self._profile else []
+        return arguments
 
     def _thinker_arguments(self, stage: StageDeploy) -> list[str]:
         """The engine, and what only vLLM has; the Thinker says what its engine makes of it."""
@@ -213,6 +219,7 @@ class Deployment:
         for name, address in addresses.items():
             arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+        arguments += ["--log-stats"] if self._log_stats else []
         if self._security != PLAINTEXT:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         if self._http is not None:

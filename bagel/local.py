@@ -35,11 +35,14 @@ class LocalEngine:
             return self._engine.generate(requests, on_event)
 
 
-def load(checkpoint: Checkpoint, stage: StageDeploy, *, device: str = "auto", dtype: str = "auto") -> LocalEngine:
+def load(
+    checkpoint: Checkpoint, stage: StageDeploy, *, device: str = "auto", dtype: str = "auto", profile: bool = False
+) -> LocalEngine:
     """Load a model as the deploy file's stage says.
 
-    device: auto, cpu, cuda (the stage's GPU) or cuda:N; dtype: auto, bfloat16 or float32. Raises ConfigError if there
-    is no such device, CheckpointError if the files do not fit, OutOfMemory if the device is too small.
+    device: auto, cpu, cuda (the stage's GPU) or cuda:N; dtype: auto, bfloat16 or float32; profile: as BagelEngine has
+    it. Raises ConfigError if there is no such device, CheckpointError if the files do not fit, OutOfMemory if the
+    device is too small.
     """
     place = choose_device(device, stage.device_ids[0])
     if dtype == "auto":
@@ -52,6 +55,7 @@ def load(checkpoint: Checkpoint, stage: StageDeploy, *, device: str = "auto", dt
             vae_use_tiling=stage.tiling,
             max_num_seqs=stage.max_num_seqs,
             max_model_len=stage.max_model_len,
+            profile=profile,
         )
     return LocalEngine(engine, place, dtype)
 

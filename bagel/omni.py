@@ -19,6 +19,8 @@ from PIL.Image import Image
 
 from bagel.batch import AT_ONCE, OnServiceEvent, ask_of, events_of, generate_all
 from bagel.client import Client
+from bagel.commands.stats import Firsts, stats_table
+from bagel.commands.tables import profile_table
 from bagel.config import DeployConfig
 from bagel.defaults import deployment_for, find_model, request_defaults
 from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
@@ -42,7 +44,9 @@ class Omni:
     model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
     (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
     as a keyword, override it. device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N; dtype: auto, bfloat16 or
-    float32. log_stats: a table on stderr after each `generate`. logs: a folder or stream for the services' logs.
+    float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after each `generate`, of where the time
+    of each request went, and of the durations of each picture's diffusion stages. logs: a folder or stream for the
+    services' logs.
 
     Raises ConfigError, CheckpointError or NotSupported before anything starts, InitTimeout naming a late stage.
     """
@@ -61,6 +65,7 @@ class Omni:
         init_timeout: float = 300,
         batch_timeout: float = 5,
         log_stats: bool = False,
+        enable_diffusion_pipeline_profiler: bool = False,
         logs: str | Logs = None,
         on_ready: OnReady | None = None,
         **overrides: object,
@@ -75,7 +80,7 @@ class Omni:
             vae_use_tiling=vae_use_tiling,
             **overrides,
         )
-        self._log_stats = log_stats
+        self._log_stats, self._profile = log_stats, enable_diffusion_pipeline_profiler
         deployment = Deployment(
             config,
             checkpoint.folder,
@@ -83,6 +88,7 @@ class Omni:
             dtype=dtype,
             init_timeout_s=init_timeout,
             batch_timeout_s=batch_timeout,
+            profile=enable_diffusion_pipeline_profiler,
             logs=Path(logs) if isinstance(logs, str) else logs,
             on_ready=on_ready,
         )
@@ -114,11 +120,18 @@ class Omni:
         and steps as they come. Raises InvalidRequest before anything is sent for what can be seen to be wrong.
         """
         requests = self._requests(prompts, modality, image, {"seed": seed, **options})
-        results = self._engine.generate(requests, on_event)
-        if self._log_stats:
-            from bagel.commands.tables import stats_table
+        firsts = Firsts()
 
-            print(stats_table(requests, results), file=sys.stderr)
+        def heard(event: ServiceEvent) -> None:
+            firsts(event)
+            if on_event is not None:
+                on_event(event)
+
+        results = self._engine.generate(requests, heard)
+        if self._log_stats:
+            print(stats_table(requests, results, firsts), file=sys.stderr)
+        if self._profile and any(result.profile for result in results):
+            print(profile_table(results), file=sys.stderr)
         return results
 
     def stream(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from bagel.commands.flags import Parser
 from bagel.errors import BagelError
+from bagel.metrics import set_up_metrics
+from bagel.otlp import shut_down
 from bagel.telemetry import Log, set_up_logs
 from bagel.tracing import set_up_tracing
 from bagel.transport import DRAIN_S, Host, Security
@@ -103,13 +105,17 @@ def run(
     try:
         args = flags.parse_args(argv)
         set_up_logs(service, args.log_level)
-        set_up_tracing(service, getattr(args, "name", service))
+        instance = getattr(args, "name", service)
+        set_up_tracing(service, instance)
+        set_up_metrics(service, instance)
         asyncio.run(_as_coroutine(main(args)))
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    finally:
+        shut_down()
     return 0
 
 

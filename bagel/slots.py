@@ -10,15 +10,20 @@ from bagel.errors import Busy
 
 
 class Slots:
-    """The places in a stage's batch. owner: what to call the stage in messages."""
+    """The places in a stage's batch. owner: what to call the stage in messages.
+
+    taken, waiting: requests that have a place, and that wait for one.
+    """
 
     def __init__(self, owner: str, count: int, wait_s: float) -> None:
         self._owner, self._wait_s = owner, wait_s
         self._places = asyncio.Semaphore(count)
+        self.taken = self.waiting = 0
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """A place for the block; Busy if none becomes free in time."""
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._places.acquire()
@@ -28,7 +33,11 @@ class Slots:
                 "larger --max-num-seqs or --batch-timeout",
                 retry_after_s=self._wait_s,
             ) from None
+        finally:
+            self.waiting -= 1
+        self.taken += 1
         try:
             yield
         finally:
+            self.taken -= 1
             self._places.release()

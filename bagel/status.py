@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from bagel import errors
 from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
+from bagel.metrics import timed_call
 from bagel.telemetry import Log, adopt_request_id
 from bagel.tracing import serving, tell_failure
 
@@ -102,31 +103,34 @@ def decoding(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, Any], Awaitable[R]]:
-    """A servicer's unary method whose errors become statuses, under the call's request id."""
+    """A servicer's unary method whose errors become statuses, under the call's request id, counted."""
+    name = _method(handler)
 
     @wraps(handler)
     async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> R:
         adopt_request_id(context)
-        try:
-            _check_decoded(request)
-            return await handler(self, request, context)
-        except Exception as error:
-            await abort(context, _told(error))
-            raise
+        with timed_call(name) as call:
+            try:
+                _check_decoded(request)
+                return await handler(self, request, context)
+            except Exception as error:
+                told = _told(error)
+                call.status = told.grpc_status
+                await abort(context, told)
+                raise
 
     return handle
 
 
 def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[Any, Q, Any], AsyncIterator[R]]:
     """As `unary`, for a method that streams its responses; the call is a span of its request's trace."""
-    servicer, _, method = handler.__qualname__.rpartition(".")
-    name = f"bagel.v1.{servicer.replace('Servicer', 'Service')}/{method}"
+    name = _method(handler)
 
     @wraps(handler)
     async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> AsyncIterator[R]:
         request_id = adopt_request_id(context)
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
-        with serving(name, metadata, request_id=request_id) as span:
+        with serving(name, metadata, request_id=request_id) as span, timed_call(name) as call:
             responses = handler(self, request, context)
             try:
                 _check_decoded(request)
@@ -134,6 +138,7 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
                     yield response
             except Exception as error:
                 told = _told(error)
+                call.status = told.grpc_status
                 tell_failure(span, told)
                 await abort(context, told)
             finally:
@@ -147,6 +152,12 @@ def _check_decoded(request: object) -> None:
         raise InvalidRequest(
             "request", f"the request cannot be read: {request.why}; build it from the protos of bagel.v1"
         )
+
+
+def _method(handler: Callable[..., object]) -> str:
+    """The full name of the method that a servicer's handler serves."""
+    servicer, _, method = handler.__qualname__.rpartition(".")
+    return f"bagel.v1.{servicer.replace('Servicer', 'Service')}/{method}"
 
 
 def _told(error: Exception) -> BagelError:

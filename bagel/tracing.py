@@ -1,13 +1,11 @@
 """OpenTelemetry traces of a request through the services: W3C context in gRPC metadata, a span a call and a stage.
 
-Configured by OpenTelemetry's own environment variables: spans are exported over OTLP once OTEL_EXPORTER_OTLP_ENDPOINT
-(or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) is set, or OTEL_TRACES_EXPORTER is otlp or console. No torch here.
+Exported as OpenTelemetry's own environment variables say, which `bagel.otlp` reads. No torch here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +17,12 @@ from opentelemetry.propagate import extract, inject
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 import bagel
-from bagel.errors import ConfigError
+from bagel.otlp import exporter_name, resource
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
 Value = str | int | float | bool
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 tracer = trace.get_tracer("bagel", bagel.__version__)
 
@@ -33,48 +30,32 @@ tracer = trace.get_tracer("bagel", bagel.__version__)
 def set_up_tracing(service: str, instance: str) -> None:
     """Export this process's spans as the environment says; nothing if it says nothing. Raises ConfigError.
 
-    What waits for export is sent when the process ends. service, instance: `bagel-dit` and `dit-0`; what
-    OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES say comes first.
+    service, instance: `bagel-dit` and `dit-0`; see `bagel.otlp.resource`.
     """
     exporter = _exporter()
     if exporter is None:
         return
     # Here, as clients pass contexts on without the SDK.
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    named = {"service.name": f"bagel-{service}", "service.instance.id": instance, "service.version": bagel.__version__}
-    said = Resource.create().attributes
-    unsaid = {key: value for key, value in named.items() if key not in said or "unknown_service" in str(said[key])}
-    resource = Resource.create(unsaid)
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource(service, instance), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
 
 
 def _exporter() -> SpanExporter | None:
-    """The exporter that OTEL_TRACES_EXPORTER names; otlp where it names none and an endpoint is set."""
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return None
-    default = "otlp" if any(os.environ.get(name) for name in ENDPOINTS) else "none"
-    name = os.environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
-    if name == "none":
-        return None
-    if name == "console":
-        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+    """The exporter that OTEL_TRACES_EXPORTER names."""
+    match exporter_name("traces"):
+        case "console":
+            from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        return ConsoleSpanExporter()
-    if name != "otlp":
-        raise ConfigError(f"OTEL_TRACES_EXPORTER is {name!r}; otlp, console and none are supported")
-    protocol = (
-        os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "grpc"
-    )
-    if protocol != "grpc":
-        raise ConfigError(f"the OTLP protocol is {protocol!r}; set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, the supported one")
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            return ConsoleSpanExporter()
+        case "otlp":
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    return OTLPSpanExporter()
+            return OTLPSpanExporter()
+    return None
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:

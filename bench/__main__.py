@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bagel.errors import BagelError, ConfigError
-from bench import cpu, gpu, nano, overhead, pull, stages
+from bench import cpu, gpu, nano, overhead, profiler, pull, stages
 from bench.report import Table, machine, write_json
 
 
@@ -37,6 +37,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
         "nano": lambda: nano.run(options.only, options.repeats),
         "overhead": lambda: overhead.run(options.repeats),
+        "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
     }
@@ -70,10 +71,11 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parser.add_argument("part", nargs="?", choices=("cpu", "gpu", "nano", "overhead", "pull", "stages"), default="cpu")
+    parts = ("cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages")
+    parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
-    parser.add_argument("--repeats", type=int, default=5, help="cpu, nano, overhead, stages: least samples (default 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")

@@ -124,9 +124,8 @@ def _draw(meter: Meter, canvas: Canvas, *, guarded: bool) -> Canvas:
     gate, picture = StepGate(meter.device), canvas.pictures[0]
     picture.step = 0
     while not picture.finished:
-        with meter.no_host_wait() if guarded else nullcontext():
+        with gate.step(1), meter.no_host_wait() if guarded else nullcontext():
             canvas.step([0])
-        gate.passed()
     return canvas
 
 

@@ -7,9 +7,9 @@
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
 
 Each side runs in a process of its own, and both are stepped by the same loop over vLLM's engine core, with as many
-places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, its norms of queries and
-keys included. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and what
-they should come to: bench/README.md.
+places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, its norms of queries
+and keys included. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and
+what they should come to: bench/README.md.
 """
 
 from __future__ import annotations

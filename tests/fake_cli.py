@@ -24,6 +24,7 @@ LOCAL = "bagel.local"
 THOUGHT = ("<think> a", " cube", " </think>")
 ANSWER = ("It is", " red:\n", "quite.")
 TIMINGS = {"context": 0.5, "text": 0.25, "denoise": 2.0, "decode": 1.0}
+PROFILE = {"context": 0.5, "denoise 1-10": 1.5, "denoise 11-12": 1.0, "decode": 1.0}
 
 
 class FakeEngine:
@@ -66,7 +67,7 @@ def _result(index: int, request: Request) -> Result:
     picture = request.modality.makes_image
     image = Image.new("RGB", (request.image.width or 64, request.image.height or 64), "grey") if picture else None
     text = "".join(THOUGHT if picture and request.think else () if picture else ANSWER)
-    return Result(index, image, text, tuple(range(len(text.split()))), request.seed, TIMINGS)
+    return Result(index, image, text, tuple(range(len(text.split()))), request.seed, TIMINGS, profile=PROFILE)
 
 
 def _wait_if(place: str) -> None:

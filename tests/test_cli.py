@@ -80,7 +80,8 @@ def test_answers(modality: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out.endswith("\n")
     assert out.strip()
-    assert re.search(r"^1 +[0-9.]+ +[0-9.]+ +- +- +9 +- ", err, re.MULTILINE)
+    assert re.search(r"^request  prefill s  tokens  tokens/s  first text s  total s  prompt$", err, re.MULTILINE)
+    assert re.search(r"^ +1 +[0-9.]+ +9 +[0-9.]+ +[0-9.]+ +[0-9.]+  How many squares", err, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--height", "1040"), ("--width", "100000")])

@@ -217,9 +217,14 @@ def test_the_collector_is_given_only_what_it_has() -> None:
         for kind in ("receivers", "processors", "exporters"):
             assert set(pipeline[kind]) <= set(config[kind])
     port = config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"].rpartition(":")[2]
-    for name, service in read(DEPLOY / "compose.observability.yaml")["services"].items():
+    services = read(DEPLOY / "compose.observability.yaml")["services"]
+    for name, service in services.items():
         if name in MODULES:
             assert service["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://collector:{port}"
+            assert not {"OTEL_METRICS_EXPORTER", "OTEL_TRACES_EXPORTER"} & set(service["environment"])
+    assert {"otlp"} == set(config["service"]["pipelines"]["metrics"]["receivers"])
+    scraped = config["exporters"]["prometheus"]["endpoint"].rpartition(":")[2]
+    assert services["collector"]["ports"] == [f"127.0.0.1:{scraped}:{scraped}"]
 
 
 def test_the_page_lists_every_variable_and_file() -> None:

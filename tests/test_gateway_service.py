@@ -218,6 +218,8 @@ def test_a_request_waits_its_turn_for_the_batch_timeout() -> None:
         release(at)
         results = await asyncio.gather(first, second, third, return_exceptions=True)
         assert sorted(type(result).__name__ for result in results) == ["Busy", "Result", "Result"]
+        (queued,) = [r.timings for r in results if isinstance(r, Result) and "queue" in r.timings]
+        assert 0 < queued["queue"] < queued["total"]
 
     through(work, max_requests=1, batch_timeout_s=20)
 

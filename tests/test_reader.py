@@ -32,8 +32,8 @@ class Told:
 
 def reader(engine: BagelEngine, **limits: int) -> Reader:
     builder = ContextBuilder(engine.model)
-    limits = {"max_num_seqs": 4, "max_model_len": 4096} | limits
-    return Reader(engine.model, engine.tokenizer, engine.planner, builder, **limits)
+    kept: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 4096} | limits
+    return Reader(engine.model, engine.tokenizer, engine.planner, builder, **kept)
 
 
 def reading(at: Reader, prompt: str, max_tokens: int = 3, **more: Any) -> tuple[Reading, Told]:

@@ -35,7 +35,7 @@ from bagel_dit.messages import (
     Stop,
     TextDone,
 )
-from bagel_dit.runner import Runner
+from bagel_dit.runner import Runner, load
 from tests.conftest import GOLDEN
 from tests.helpers import request
 
@@ -89,7 +89,7 @@ class Server:
 def server() -> Iterator[Server]:
     ours, theirs = multiprocessing.Pipe()
     settings = RunnerSettings(str(GOLDEN / "checkpoint"), True, "cpu", "auto", 4, None, False, "ERROR")
-    thread = Thread(target=lambda: Runner(theirs, None, settings).run(), daemon=True)
+    thread = Thread(target=lambda: Runner(theirs, None, settings, load(settings)).run(), daemon=True)
     thread.start()
     server = Server(ours)
     assert isinstance(server.next(), Ready)

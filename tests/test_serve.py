@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +69,27 @@ def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
     assert re.search(r"dit-0 is ready at 127\.0\.0\.1:\d+, [0-9.]+ s; stage 0", err)
     assert "Traceback" not in err + "".join(log.read_text() for log in logs.iterdir())
     assert {log.name for log in logs.iterdir()} == {"dit-0.log", "gateway.log"}
+
+
+def test_reports_of_each_request_are_in_the_logs(tmp_path: Path) -> None:
+    reports = ("--log-stats", "--enable-diffusion-pipeline-profiler", "--log-dir", str(tmp_path))
+    with serving("--deploy-config", "deploy/bagel_single_stage.yaml", *reports) as (process, address):
+        with Client(address) as client:
+            drawn = client.generate("a cube", steps=13, height=64, width=64, request_id="cube", timeout=LIMIT_S)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LIMIT_S)
+    stats, profile = logged(tmp_path / "gateway.log", "stats"), logged(tmp_path / "dit-0.log", "diffusion profile")
+    assert stats["request_id"] == profile["request_id"] == "cube"
+    assert {"context", "denoise", "decode", "first_step", "total"} <= stats["seconds"].keys()
+    assert stats["usage"]["steps"] == 12
+    assert list(profile["seconds"]) == list(drawn.profile) == ["context", "denoise 1-10", "denoise 11-12", "decode"]
+
+
+def logged(log: Path, event: str) -> dict[str, Any]:
+    """The one line of a log with that event."""
+    lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
+    (found,) = [line for line in lines if line["event"] == event]
+    return dict(found)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
 import openai
 import pytest
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 import bagel
@@ -19,46 +16,23 @@ from bagel.config import load_deploy_config, shipped_deploy_config
 from bagel.errors import ConfigError
 from bagel.launch import Deployment
 from tests.conftest import GOLDEN
+from tests.otlp import Traces, attributes, receiving
 
 MODEL = GOLDEN / "checkpoint"
 DRAWN = "bagel.v1.DitService/Generate"
 LONG = {"num_inference_steps": 900, "progress": True}
 
 
-class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps what is exported: (service, span)."""
-
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, Span]] = []
-
-    def Export(
-        self, request: trace_service_pb2.ExportTraceServiceRequest, context: grpc.ServicerContext
-    ) -> trace_service_pb2.ExportTraceServiceResponse:
-        for resource in request.resource_spans:
-            named = {each.key: each.value.string_value for each in resource.resource.attributes}
-            for scope in resource.scope_spans:
-                self.spans += [(named["service.name"], span) for span in scope.spans]
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-    def named(self, service: str, name: str) -> list[Span]:
-        return [span for said, span in self.spans if said == service and span.name == name]
-
-
 @pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Receiver]:
-    server = grpc.server(ThreadPoolExecutor(2))
-    kept = Receiver()
-    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(kept, server)  # type: ignore[no-untyped-call]
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
-    yield kept
-    server.stop(None)
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+    with receiving() as (endpoint, traces, _):
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        yield traces
 
 
 @pytest.mark.slow
-def test_a_picture_is_one_trace_through_all_services(receiver: Receiver) -> None:
+def test_a_picture_is_one_trace_through_all_services(receiver: Traces) -> None:
     with bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel_think"), device="cpu") as omni:
         [result] = omni.generate("a red circle", steps=12, height=64, width=64, max_think_tokens=4)
         assert result.image is not None
@@ -70,15 +44,15 @@ def test_a_picture_is_one_trace_through_all_services(receiver: Receiver) -> None
     prefilled = receiver.named("bagel-thinker", "prefill")
     assert len(prefilled) >= 2
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano > root.start_time_unix_nano for span in prefilled)
-    pulled = [attributes(span) for span in receiver.named("bagel-dit", "kv pull")]
+    pulled = [attributes(span.attributes) for span in receiver.named("bagel-dit", "kv pull")]
     assert sum(int(each["bytes"]) for each in pulled) > 0
-    windows = [attributes(span) for span in receiver.named("bagel-dit", "denoise")]
+    windows = [attributes(span.attributes) for span in receiver.named("bagel-dit", "denoise")]
     assert [(each["first_step"], each["last_step"]) for each in windows] == [(1, 10), (11, 11)]
     assert len(receiver.named("bagel-dit", "decode")) == 1
 
 
 @pytest.mark.slow
-def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Receiver) -> None:
+def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Traces) -> None:
     caller, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     config = load_deploy_config(shipped_deploy_config("bagel"))
     asked: dict[str, Any] = {"prompt": "a red circle", "size": "64x64", "extra_body": {"num_inference_steps": 4}}
@@ -99,7 +73,7 @@ def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Rece
     assert [span.name for span in roots] == ["POST /v1/images/generations"] * 4 + ["POST"]
     whole, streamed, refused, left, unknown = roots
     assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (caller, parent)
-    told = attributes(whole)
+    told = attributes(whole.attributes)
     assert (told["http.response.status_code"], told["request_id"]) == (200, "mine")
     assert (told["http.request.method"], told["http.route"]) == ("POST", "/v1/images/generations")
     for root in (whole, streamed):
@@ -107,16 +81,16 @@ def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Rece
         assert [span.parent_span_id for span in of] == [root.span_id]
         assert of[0].end_time_unix_nano <= root.end_time_unix_nano, "a stream is over with its last event"
         assert root.status.code == Status.STATUS_CODE_UNSET
-    assert attributes(refused)["http.response.status_code"] == 400
+    assert attributes(refused.attributes)["http.response.status_code"] == 400
     assert refused.status.code == Status.STATUS_CODE_ERROR and "is 99999" in refused.status.message
     assert [event.name for event in refused.events] == ["exception"]
-    assert "bagel.cancelled" in attributes(left) and "bagel.cancelled" not in told
+    assert "bagel.cancelled" in attributes(left.attributes) and "bagel.cancelled" not in told
     assert left.status.code == Status.STATUS_CODE_UNSET
-    assert attributes(unknown)["http.response.status_code"] == 404
+    assert attributes(unknown.attributes)["http.response.status_code"] == 404
 
 
 @pytest.mark.slow
-def test_a_refused_request_is_a_failed_span(receiver: Receiver) -> None:
+def test_a_refused_request_is_a_failed_span(receiver: Traces) -> None:
     with (
         bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel"), device="cpu") as omni,
         pytest.raises(bagel.errors.BagelError),
@@ -134,16 +108,9 @@ def test_what_the_environment_asks_and_cannot_be_is_told(monkeypatch: pytest.Mon
 
 
 def test_spans_that_nobody_wants_cost_no_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in tracing.ENDPOINTS:
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     begun = time.perf_counter()
     tracing.record("nothing", begun)
     tracing.set_up_tracing("dit", "dit-0")
     assert tracing.trace_metadata() == ()
-
-
-def attributes(span: Span) -> dict[str, str | int]:
-    return {
-        each.key: each.value.string_value if each.value.HasField("string_value") else each.value.int_value
-        for each in span.attributes
-    }

@@ -169,6 +169,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("times")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+    group = parser.add_argument_group("reports")
+    _add(group, "--log-stats", "off", "log where the time of each request went", action="store_true")
+    profiler = "log the durations of each picture's diffusion stages, and tell clients"
+    _add(group, "--enable-diffusion-pipeline-profiler", "off", profiler, action="store_true")
 
 
 def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +246,7 @@ def _add_engine(group: Group) -> None:
 
 
 def _add_reports(group: Group) -> None:
-    _add(group, "--log-stats", "off", "seconds, tokens and steps of each request, on stderr", action="store_true")
+    _add(group, "--log-stats", "off", "where the time of each request went, on stderr", action="store_true")
     profiler = "durations of the diffusion stages, on stderr"
     _add(group, "--enable-diffusion-pipeline-profiler", "off", profiler, action="store_true")
 

@@ -31,7 +31,8 @@ from bagel.commands.flags import (
 from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
-from bagel.commands.tables import profile_table, stats_table
+from bagel.commands.stats import Firsts, stats_table
+from bagel.commands.tables import profile_table
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
@@ -121,12 +122,19 @@ def _produce(
     args: argparse.Namespace, requests: Sequence[Request], folder: Path | None, about: Mapping[str, str], run: Run
 ) -> None:
     """Run the requests, give the user what comes, then the tables."""
+    firsts = Firsts()
     with shown([prompt_text(request) for request in requests]) as progress:
-        results = run(requests, Output(requests, folder, about, progress))
+        output = Output(requests, folder, about, progress)
+
+        def on_event(event: ServiceEvent) -> None:
+            firsts(event)
+            output(event)
+
+        results = run(requests, on_event)
     if args.log_stats:
-        print(stats_table(requests, results), file=sys.stderr)
+        print(stats_table(requests, results, firsts), file=sys.stderr)
     if args.enable_diffusion_pipeline_profiler and folder is not None:
-        print(profile_table(requests, results), file=sys.stderr)
+        print(profile_table(results), file=sys.stderr)
 
 
 def _folder(args: argparse.Namespace, requests: Sequence[Request]) -> Path | None:
@@ -191,7 +199,9 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
     def load() -> Engine:
         with missing_install_told():
             local = import_module(LOCAL_ENGINE)
-        return cast(Engine, local.load(checkpoint, stage, device=args.device or "auto", dtype=args.dtype or "auto"))
+        options = {"device": args.device or "auto", "dtype": args.dtype or "auto"}
+        profile = bool(args.enable_diffusion_pipeline_profiler)
+        return cast(Engine, local.load(checkpoint, stage, **options, profile=profile))
 
     late = InitTimeout(
         f"stage {spec.stage_id} ({spec.model_stage}) was not ready after {seconds} s of loading {model}; "

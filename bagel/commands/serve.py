@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from bagel.commands.endpoint import security_of
 from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S
@@ -39,9 +40,8 @@ def serve(args: argparse.Namespace) -> None:
         logs = sys.stderr if args.log_dir is None else _folder(args.log_dir)
         host = args.host or GATEWAY_HOST
         security, keys = _front(args), _keys(args)
-        with deployment(
-            args, config, model, checkpoint, host=host, port=port, logs=logs, security=security, api_keys=keys
-        ) as running:
+        where: dict[str, Any] = {"host": host, "port": port, "logs": logs, "security": security, "api_keys": keys}
+        with deployment(args, config, model, checkpoint, **where, log_stats=bool(args.log_stats)) as running:
             _say_how_to_call(running.address, security, keys)
             if running.http:
                 say(f"the OpenAI API is at http{'' if security == PLAINTEXT else 's'}://{reachable(running.http)}/v1")
@@ -65,8 +65,12 @@ def deployment(
     logs: Logs = None,
     security: Security = PLAINTEXT,
     api_keys: Path | None = None,
+    log_stats: bool = False,
 ) -> Deployment:
-    """The services as the flags say, telling the user when each is ready. model: what it is called."""
+    """The services as the flags say, telling the user when each is ready. model: what it is called.
+
+    log_stats: the gateway logs them, where no command of ours prints them.
+    """
 
     def on_ready(name: str, address: str, seconds: float) -> None:
         stages = [each for each in config.spec.stages if name.startswith(f"{each.model_stage}-")]
@@ -83,6 +87,8 @@ def deployment(
         dtype=args.dtype or "auto",
         init_timeout_s=args.init_timeout or INIT_TIMEOUT_S,
         batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
+        profile=bool(getattr(args, "enable_diffusion_pipeline_profiler", None)),
+        log_stats=log_stats,
         security=security,
         http=getattr(args, "http", None),
         api_keys=api_keys,

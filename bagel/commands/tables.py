@@ -1,45 +1,41 @@
-"""The tables of --log-stats and --enable-diffusion-pipeline-profiler."""
+"""Tables of text, and that of --enable-diffusion-pipeline-profiler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bagel.commands.inputs import prompt_text
-from bagel.commands.progress import LABEL_CHARACTERS, short
 from bagel.events import Result
-from bagel.request import Request
+from bagel.profile import steps_of
 
-STAGES = ("queue", "context", "text", "transfer", "denoise", "decode")
-SERVED_STAGES = ("queue", "transfer")
-"""Stages that exist only between services."""
+NOTHING = "-"
 
 
-def stats_table(requests: Sequence[Request], results: Sequence[Result]) -> str:
-    """The table of --log-stats: seconds in each stage, visible tokens and Euler steps of each request."""
-    stages = [s for s in STAGES if s not in SERVED_STAGES or any(s in result.timings for result in results)]
-    rows = [["request", *(f"{stage} s" for stage in stages), "tokens", "steps", "prompt"]]
-    for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
-        seconds = [f"{result.timings[stage]:.3f}" if stage in result.timings else "-" for stage in stages]
-        steps = str(request.image.steps - 1) if result.image else "-"
-        rows.append(
-            [str(number), *seconds, str(len(result.token_ids)), steps, short(prompt_text(request), LABEL_CHARACTERS)]
-        )
-    return _aligned(rows)
+def profile_table(results: Sequence[Result]) -> str:
+    """The table of --enable-diffusion-pipeline-profiler: durations of the diffusion stages of each picture.
+
+    They are the device's own; share: of their sum.
+    """
+    rows = [["picture", "size", "stage", "seconds", "ms/step", "share"]]
+    for number, result in enumerate(results, 1):
+        if result.image is None:
+            continue
+        size, total = f"{result.image.width}x{result.image.height}", sum(result.profile.values())
+        for stage, seconds in result.profile.items():
+            steps = steps_of(stage)
+            each = NOTHING if steps is None else f"{1e3 * seconds / steps:.1f}"
+            rows.append([str(number), size, stage, f"{seconds:.3f}", each, f"{seconds / total:.0%}"])
+    return aligned(rows, left=(1, 2))
 
 
-def profile_table(requests: Sequence[Request], results: Sequence[Result]) -> str:
-    """The table of --enable-diffusion-pipeline-profiler: durations of the diffusion stages of each picture."""
-    rows = [["picture", "size", "context s", "denoise s", "decode s", "steps", "steps/s"]]
-    for number, (request, result) in enumerate(zip(requests, results, strict=True), 1):
-        assert result.image is not None
-        context, denoise, decode = (result.timings.get(stage, 0.0) for stage in ("context", "denoise", "decode"))
-        size, steps = f"{result.image.width}x{result.image.height}", request.image.steps - 1
-        seconds = [f"{duration:.3f}" for duration in (context, denoise, decode)]
-        rows.append([str(number), size, *seconds, str(steps), f"{steps / denoise:.2f}" if denoise else "-"])
-    return _aligned(rows)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """Rows of cells as lines; the columns with these numbers begin at the left, the others end at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(_padded(cell, width, i in left) for i, (cell, width) in enumerate(cells)).rstrip())
     return "\n".join(lines)
+
+
+def _padded(cell: str, width: int, to_the_left: bool) -> str:
+    return cell.ljust(width) if to_the_left else cell.rjust(width)

@@ -7,7 +7,8 @@ never waits for the device; it runs at most one step ahead of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bagel.engine.clock import Moment, mark, seconds_between
 from bagel.engine.layout import latent_rows
 from bagel.engine.slab import SharedSlab
 from bagel.model.attention import KvSlab, Rows, upload
@@ -240,20 +242,25 @@ def _distinct(picture: Picture) -> dict[bytes, ContextKv]:
 
 
 class StepGate:
-    """Lets the host run at most one step ahead of the device, so that progress is true and a cancel is quick."""
+    """Lets the host run at most one step ahead of the device, so that progress is true and a cancel is quick.
+
+    done: the size and the seconds of the latest step that is known to be done, once one is: on a GPU the one before
+    that which was launched last, on a CPU that one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before: torch.cuda.Event | None = None
+        self._before: tuple[int, Moment, Moment] | None = None
+        self.done: tuple[int, float] | None = None
 
-    def passed(self) -> None:
-        """Called after a step was launched: waits until the one before it is done."""
-        if self._device.type != "cuda":
-            return
-        event = torch.cuda.current_stream(self._device).record_event()
-        if self._before is not None:
-            self._before.synchronize()
-        self._before = event
+    @contextmanager
+    def step(self, size: int) -> Iterator[None]:
+        """Around the launch of a step of so many pictures; waits until the one before it is done."""
+        begin = mark(self._device)
+        yield
+        now = (size, begin, mark(self._device))
+        before, self._before = (self._before, now) if self._device.type == "cuda" else (now, None)
+        self.done = None if before is None else (before[0], seconds_between(*before[1:]))
 
 
 def preview_steps(steps: int, previews: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bagel.engine.clock import WindowClock
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
@@ -24,6 +25,7 @@ from bagel.model.roles import Role
 from bagel.model.sizes import check_positions, position_limit
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
+from bagel.profile import stages_before
 from bagel.prompts import BranchName
 from bagel.request import Request, text_settings
 
@@ -43,6 +45,8 @@ class _Job:
     contexts: dict[BranchName, Context] = field(default_factory=dict)
     run: TextRun | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    windows: WindowClock | None = None
+    """Of a picture that is profiled."""
 
     @property
     def request(self) -> Request:
@@ -64,13 +68,18 @@ class BagelEngine:
         cache: SegmentCache | None = None,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
+        profile: bool = False,
     ) -> None:
-        """max_num_seqs: requests in one batch of text or pictures; max_model_len: positions of prompt and text."""
+        """max_num_seqs: requests in one batch of text or pictures; max_model_len: positions of prompt and text.
+
+        profile: results have the durations of the diffusion stages.
+        """
         kv_dtype = str(model.dtype).removeprefix("torch.")
         self.model, self.tokenizer = model, tokenizer
         self.planner = ChainPlanner(model.config, tokenizer, fingerprint(model_fingerprint, kv_dtype))
         self.contexts = ContextBuilder(model, cache)
         self.texts = TextDecoder(model, tokenizer)
+        self._profiles = profile
         self.max_num_seqs = max_num_seqs or DEFAULT_MAX_NUM_SEQS
         self.max_model_len = position_limit(model.config, max_model_len)
 
@@ -84,6 +93,7 @@ class BagelEngine:
         vae_use_tiling: bool = False,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
+        profile: bool = False,
     ) -> BagelEngine:
         """The engine of a checkpoint; raises CheckpointError if its files do not fit.
 
@@ -94,7 +104,14 @@ class BagelEngine:
         model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
         if vae_use_tiling:
             model.autoencoder().use_tiling()
-        return cls(model, tokenizer, checkpoint.fingerprint, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        return cls(
+            model,
+            tokenizer,
+            checkpoint.fingerprint,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            profile=profile,
+        )
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
         """Serve requests together; results in their order, each also an event as soon as it is there.
@@ -179,11 +196,14 @@ class BagelEngine:
         while active:
             last = any(canvas.pictures[i].step + 1 == canvas.pictures[i].steps for i in active)
             with self._timed([jobs[i] for i in active], "denoise", settle=last):
-                canvas.step(active)
-                gate.passed()
+                self._reach(jobs, canvas, active)
+                with gate.step(len(active)):
+                    canvas.step(active)
             for i in active:
                 emit(StepDone(jobs[i].index, canvas.pictures[i].step, canvas.pictures[i].steps))
-            for i in [i for i in active if canvas.pictures[i].finished]:
+            finished = [i for i in active if canvas.pictures[i].finished]
+            self._reach(jobs, canvas, finished)
+            for i in finished:
                 try:
                     results.append(self._finish(jobs[i], canvas.latents(i), emit))
                 except NotFinite as error:
@@ -191,9 +211,18 @@ class BagelEngine:
             active = [i for i in active if not canvas.pictures[i].finished]
         return results
 
+    @staticmethod
+    def _reach(jobs: Sequence[_Job], canvas: Canvas, numbers: Sequence[int]) -> None:
+        """Tell the clocks of pictures how many of their steps are launched."""
+        for i in numbers:
+            if (windows := jobs[i].windows) is not None:
+                windows.reach(canvas.pictures[i].step)
+
     def _picture(self, job: _Job) -> Picture:
         """The picture of a job whose contexts are built."""
         picture = plan_picture(self.planner, job.plan, job.contexts)
+        if self._profiles:
+            job.windows = WindowClock(self.model.device, picture.steps)
         job.contexts = {}  # the canvas has its own copy
         return picture
 
@@ -205,7 +234,7 @@ class BagelEngine:
             image = to_image(decoded)
         tokens = tuple(job.run.tokens) if job.run else ()
         text = self.texts.reply(job.run) if job.run else ""
-        result = Result(job.index, image, text, tokens, job.request.seed, job.timings)
+        result = Result(job.index, image, text, tokens, job.request.seed, job.timings, profile=_profile(job))
         emit(result)
         return result
 
@@ -228,3 +257,10 @@ class BagelEngine:
         result = Result(job.index, None, text, tuple(job.run.tokens), job.request.seed, job.timings)
         emit(result)
         return result
+
+
+def _profile(job: _Job) -> dict[str, float]:
+    """Durations of the diffusion stages of a picture that is done; none unless it is profiled."""
+    if job.windows is None:
+        return {}
+    return stages_before(job.timings) | job.windows.stages() | {"decode": job.timings["decode"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,9 @@ from bagel.model.bagel import Bagel
 from bagel.model.sizes import check_positions
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.request import TextSettings
+
+OnWrite = Callable[[int, float], None]
+"""Called with (texts, seconds)."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Written:
 class Reading:
     """One context to build, perhaps with a text to write after it, and who is told of it.
 
-    settings: how the text is decoded, None for none; append: the text becomes the last segment of the context, and
-    on_chain hears of the longer chain before it is computed. computed, kv_times: for whoever sets on_kv, the
+    settings: how the text is decoded, None for none; on_read hears that the context which it goes on from is computed;
+    append: the text becomes the last segment of the context, and on_chain hears of the longer chain before it is
+    computed. computed, kv_times: for whoever sets on_kv, the
     segments (digest and length) that it saw and when it was called.
     """
 
@@ -40,6 +45,7 @@ class Reading:
     on_error: Callable[[Exception], None]
     settings: TextSettings | None = None
     append: bool = False
+    on_read: Callable[[], None] = lambda: None
     on_text: Callable[[str], None] = lambda text: None
     on_chain: Callable[[Chain], None] = lambda chain: None
     on_kv: OnKv | None = None
@@ -65,10 +71,14 @@ class Reader:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        on_write: OnWrite = lambda texts, seconds: None,
     ) -> None:
-        """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text."""
+        """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text.
+
+        on_write hears of every token written: of how many texts, and the seconds that it took.
+        """
         self.tokenizer, self.planner, self.builder = tokenizer, planner, builder
-        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
+        self.max_num_seqs, self.max_model_len, self._on_write = max_num_seqs, max_model_len, on_write
         self._model = model
         self._texts = TextBatch(model, tokenizer)
         self._building: deque[Reading] = deque()
@@ -142,11 +152,13 @@ class Reader:
         if reading._run is not None or reading.settings is None:
             self._done(reading, context)
             return
+        reading.on_read()
         reading._run = TextRun(context, reading.settings, reading.seed)
         reading._stream = TextStream(self.tokenizer)
         self._waiting.append((reading, reading._run))
 
     def _write(self) -> None:
+        texts, began = len(self._texts), time.perf_counter()
         try:
             shown = self._texts.step()
         except Exception as error:  # one forward for all: which text it was cannot be told
@@ -154,6 +166,7 @@ class Reader:
                 self.cancel(reading)
                 reading.on_error(error)
             return
+        self._on_write(texts, time.perf_counter() - began)
         for run, token in shown:
             reading = self._writing[id(run)]
             assert reading._stream is not None

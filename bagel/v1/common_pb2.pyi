@@ -673,6 +673,7 @@ class Usage(_message.Message):
     COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     REUSED_TOKENS_FIELD_NUMBER: _builtins.int
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    KV_REUSED_BYTES_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Text tokens of the prompt, delimiters included."""
     image_tokens: _builtins.int
@@ -689,6 +690,8 @@ class Usage(_message.Message):
     """Tokens of context that were there already."""
     pulled_bytes: _builtins.int
     """Bytes of K/V that were pulled for it."""
+    kv_reused_bytes: _builtins.int
+    """Bytes of K/V that it needed and the DiT had already."""
     def __init__(
         self,
         *,
@@ -700,10 +703,11 @@ class Usage(_message.Message):
         computed_tokens: _builtins.int = ...,
         reused_tokens: _builtins.int = ...,
         pulled_bytes: _builtins.int = ...,
+        kv_reused_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "image_tokens", b"image_tokens", "prompt_tokens", b"prompt_tokens", "pulled_bytes", b"pulled_bytes", "reused_tokens", b"reused_tokens", "steps", b"steps", "think_tokens", b"think_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "image_tokens", b"image_tokens", "kv_reused_bytes", b"kv_reused_bytes", "prompt_tokens", b"prompt_tokens", "pulled_bytes", b"pulled_bytes", "reused_tokens", b"reused_tokens", "steps", b"steps", "think_tokens", b"think_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

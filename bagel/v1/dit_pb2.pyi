@@ -228,6 +228,7 @@ class DitServiceGenerateFinished(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The answer, or the think text before a picture."""
     @_builtins.property
@@ -242,6 +243,10 @@ class DitServiceGenerateFinished(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTiming]:
         """How long it took."""
 
+    @_builtins.property
+    def profile(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTiming]:
+        """Durations of the diffusion stages by the device's clock, in their order; only of a DiT that profiles."""
+
     def __init__(
         self,
         *,
@@ -249,10 +254,11 @@ class DitServiceGenerateFinished(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         usage: _common_pb2.Usage | None = ...,
         timings: _abc.Iterable[_common_pb2.StageTiming] | None = ...,
+        profile: _abc.Iterable[_common_pb2.StageTiming] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

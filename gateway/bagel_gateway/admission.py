@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -23,25 +24,30 @@ class Admission:
         self._places = asyncio.Semaphore(limit)
 
     @asynccontextmanager
-    async def admit(self) -> AsyncIterator[None]:
-        """A place for the block; raises Busy if there is none in time, Draining if the gateway shuts down."""
-        await self._take()
+    async def admit(self) -> AsyncIterator[float]:
+        """A place for the block, and the seconds that it was waited for: 0 for one that was free.
+
+        Raises Busy if there is none in time, Draining if the gateway shuts down.
+        """
+        waited_s = await self._take()
         self.under_way += 1
         try:
-            yield
+            yield waited_s
         finally:
             self.under_way -= 1
             self._places.release()
 
-    async def _take(self) -> None:
+    async def _take(self) -> float:
         self._check_draining()
-        if self._places.locked():
-            await self._wait()
-            if self._draining.is_set():
-                self._places.release()
-                self._check_draining()
-        else:
+        if not self._places.locked():
             await self._places.acquire()
+            return 0.0
+        began = time.perf_counter()
+        await self._wait()
+        if self._draining.is_set():
+            self._places.release()
+            self._check_draining()
+        return time.perf_counter() - began
 
     async def _wait(self) -> None:
         if self.waiting >= self._limit or self._wait_s <= 0:

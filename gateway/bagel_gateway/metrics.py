@@ -1,4 +1,4 @@
-"""Counters of the gateway, in Prometheus' text format."""
+"""What an operator watches of a gateway, scraped from /metrics as Prometheus text and exported by OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, generate_latest
 
 from bagel import wire
 from bagel.errors import BagelError, InvalidRequest
@@ -16,42 +17,94 @@ from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backend, Backends
+from bagel_gateway.instruments import Exported, Instruments
 
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
-"""Seconds: from one step of a small model to a large picture that thinks first."""
 _TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens", "think_tokens", "computed_tokens", "reused_tokens")
+_GEN_AI = {"gen_ai.operation.name": "generate_content", "gen_ai.provider.name": "bagel-serving"}
+"""What OpenTelemetry's conventions ask of every gen_ai metric."""
 
 Seen = Callable[[gateway_pb2.GenerateResponse], None]
 
 
 class Metrics:
-    """What an operator watches: requests by their end, their durations by stage, tokens, bytes, and the backends."""
+    """Requests by their end, their durations by stage, tokens, bytes, and the backends."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        counter, histogram = _makers(registry)
-        self._requests = counter("bagel_requests", "Requests that have ended, by gRPC status.", "modality", "status")
-        self._seconds = histogram("bagel_request_seconds", "From admission to the end, of those served.", "modality")
-        self._first = histogram("bagel_first_seconds", "Until the first of a request's texts or steps.", "kind")
-        self._stages = histogram("bagel_stage_seconds", "Time in a stage, as the services measure it.", "stage")
-        self._tokens = counter("bagel_tokens", "Tokens by the names of bagel.v1.Usage.", "kind")
-        self._pulled = counter("bagel_kv_pulled_bytes", "K/V that DiTs pulled.")
-        self._steps = counter("bagel_steps", "Euler steps.")
-        self._http = counter("bagel_http_requests", "HTTP requests by route and status code.", "route", "code")
+        self._registry = CollectorRegistry()
+        self._instruments = make = Instruments(self._registry)
+        self._requests = make.counter(
+            "bagel_requests",
+            "Requests that have ended, by gRPC status",
+            ("modality", "status"),
+            Exported("bagel.requests", "{request}", ("bagel.modality", "rpc.response.status_code")),
+        )
+        self._seconds = make.histogram(
+            "bagel_request_seconds",
+            "From admission to the end, of those served",
+            ("modality",),
+            Exported("gen_ai.server.request.duration", "s", ("bagel.modality",), _GEN_AI),
+        )
+        self._first = make.histograms(
+            "bagel_first_seconds",
+            "Until the first of a request's texts or steps",
+            "kind",
+            {
+                "text": Exported("gen_ai.server.time_to_first_token", "s", always=_GEN_AI),
+                "step": Exported("bagel.time_to_first_step", "s"),
+            },
+        )
+        self._stages = make.histogram(
+            "bagel_stage_seconds",
+            "Time in a stage, as the services measure it",
+            ("stage",),
+            Exported("bagel.stage.duration", "s", ("bagel.stage",)),
+        )
+        self._tokens = make.counter(
+            "bagel_tokens",
+            "Tokens by the names of bagel.v1.Usage",
+            ("kind",),
+            Exported("bagel.tokens", "{token}", ("bagel.token.kind",)),
+        )
+        self._pulled = make.counter(
+            "bagel_kv_pulled_bytes", "K/V that DiTs pulled", (), Exported("bagel.kv.pulled", "By")
+        )
+        self._steps = make.counter("bagel_steps", "Euler steps", (), Exported("bagel.steps", "{step}"))
+        # Scraped alone: FastAPI itself gives OpenTelemetry http.server.request.duration, by route and status code.
+        self._http = prometheus_client.Counter(
+            "bagel_http_requests", "HTTP requests by route and status code.", ["route", "code"], registry=self._registry
+        )
 
     def watch(self, admission: Admission, backends: Backends) -> None:
         """Show what is under way now, and which services are ready."""
-        gauge = Gauge("bagel_requests_under_way", "Requests that have a place.", registry=self._registry)
-        gauge.set_function(lambda: admission.under_way)
-        waiting = Gauge("bagel_requests_waiting", "Requests that wait for a place.", registry=self._registry)
-        waiting.set_function(lambda: admission.waiting)
-        ready = Gauge("bagel_backend_ready", "1 if the service is ready.", ["backend"], registry=self._registry)
-        busy = Gauge(
-            "bagel_backend_requests", "Requests of this gateway at the service.", ["backend"], registry=self._registry
+        gauge, services = self._instruments.gauge, (*backends.thinkers, *backends.dits)
+        gauge(
+            "bagel_requests_under_way",
+            "Requests that have a place",
+            (),
+            Exported("bagel.requests.active", "{request}"),
+            {"": lambda: admission.under_way},
         )
-        for each in (*backends.thinkers, *backends.dits):
-            ready.labels(each.name).set_function(partial(_is_ready, each))
-            busy.labels(each.name).set_function(partial(_under_way, each))
+        gauge(
+            "bagel_requests_waiting",
+            "Requests that wait for a place",
+            (),
+            Exported("bagel.queue.depth", "{request}"),
+            {"": lambda: admission.waiting},
+        )
+        gauge(
+            "bagel_backend_ready",
+            "1 if the service is ready",
+            ("backend",),
+            Exported("bagel.backend.ready", "{backend}", ("bagel.backend",)),
+            {each.name: partial(_is_ready, each) for each in services},
+        )
+        gauge(
+            "bagel_backend_requests",
+            "Requests of this gateway at the service",
+            ("backend",),
+            Exported("bagel.backend.requests", "{request}", ("bagel.backend",)),
+            {each.name: partial(_under_way, each) for each in services},
+        )
 
     def text(self) -> bytes:
         """All of them, to be scraped."""
@@ -85,7 +138,7 @@ class Metrics:
             kind = event.WhichOneof("event") or ""
             if kind in ("text", "step") and kind not in firsts:
                 firsts.add(kind)
-                self._first.labels(kind).observe(time.perf_counter() - began)
+                self._first[kind].record(time.perf_counter() - began)
             if kind == "finished":
                 self._finished(event.finished)
 
@@ -101,32 +154,22 @@ class Metrics:
             status = "INTERNAL"
             raise
         finally:
-            self._requests.labels(modality, status).inc()
+            self._requests.add(1, modality, status)
             if status == "OK":
-                self._seconds.labels(modality).observe(time.perf_counter() - began)
+                self._seconds.record(time.perf_counter() - began, modality)
 
     def _finished(self, finished: gateway_pb2.Finished) -> None:
         for timing in finished.timings:
-            self._stages.labels(timing.stage).observe(timing.seconds)
+            self._stages.record(timing.seconds, timing.stage)
         for kind in _TOKENS:
-            self._tokens.labels(kind.removesuffix("_tokens")).inc(getattr(finished.usage, kind))
-        self._pulled.inc(finished.usage.pulled_bytes)
-        self._steps.inc(finished.usage.steps)
+            self._tokens.add(getattr(finished.usage, kind), kind.removesuffix("_tokens"))
+        self._pulled.add(finished.usage.pulled_bytes)
+        self._steps.add(finished.usage.steps)
 
 
-def _is_ready(backend: Backend) -> float:
-    return float(backend.model is not None)
+def _is_ready(backend: Backend) -> int:
+    return int(backend.model is not None)
 
 
-def _under_way(backend: Backend) -> float:
+def _under_way(backend: Backend) -> int:
     return backend.under_way
-
-
-def _makers(registry: CollectorRegistry) -> tuple[Callable[..., Counter], Callable[..., Histogram]]:
-    def counter(name: str, about: str, *labels: str) -> Counter:
-        return Counter(name, about, labels, registry=registry)
-
-    def histogram(name: str, about: str, *labels: str) -> Histogram:
-        return Histogram(name, about, labels, buckets=BUCKETS, registry=registry)
-
-    return counter, histogram

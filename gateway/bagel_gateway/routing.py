@@ -26,6 +26,7 @@ from bagel.errors import (
     UnknownSegment,
 )
 from bagel.pipelines import kv_collector
+from bagel.profile import stages_before
 from bagel.prompts import BranchName
 from bagel.status import from_rpc_error
 from bagel.telemetry import Log, request_metadata
@@ -51,9 +52,19 @@ _OF_THE_PROMPT = ("prompt_tokens", "image_tokens", "completion_tokens", "think_t
 
 
 class Route:
-    """One request, from its plan to its end. Ends with the first error of a stage; all other calls are cancelled."""
+    """One request, from its plan to its end. Ends with the first error of a stage; all other calls are cancelled.
 
-    def __init__(self, plan: Plan, thinker: ThinkerBackend | None, choose_dit: ChooseDit, remaining: Remaining) -> None:
+    waited_s: seconds that it waited for its place, which is part of its queue and of its total.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        thinker: ThinkerBackend | None,
+        choose_dit: ChooseDit,
+        remaining: Remaining,
+        waited_s: float = 0.0,
+    ) -> None:
         self._plan, self._thinker, self._choose_dit, self._remaining = plan, thinker, choose_dit, remaining
         self._queue: asyncio.Queue[gateway_pb2.GenerateResponse | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -62,7 +73,7 @@ class Route:
         self._lengths: dict[int, int] = {}
         self._told_prefill = self._dit_began = False
         self._leases = None if thinker is None else Leases(thinker)
-        self._started = time.perf_counter()
+        self._started, self._waited_s = time.perf_counter(), waited_s
 
     async def events(self) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
         """What happens, the last one `finished`; raises the BagelError of the stage that failed."""
@@ -83,11 +94,19 @@ class Route:
                 finished = await self._answer()
             else:
                 finished = await self._draw_picture(self._plan.draw)
-            total = common_pb2.StageTiming(stage="total", seconds=time.perf_counter() - self._started)
-            finished.timings.append(total)
+            self._tell_times(finished)
             self._queue.put_nowait(gateway_pb2.GenerateResponse(finished=finished))
         finally:
             self._queue.put_nowait(None)
+
+    def _tell_times(self, finished: gateway_pb2.Finished) -> None:
+        """Add what only the gateway knows."""
+        timings = wire.timings_from_wire(finished.timings)
+        if self._waited_s:
+            timings = {"queue": self._waited_s + timings.pop("queue", 0.0), **timings}
+        timings["total"] = time.perf_counter() - self._started + self._waited_s
+        del finished.timings[:]
+        finished.timings.extend(wire.timings_to_wire(timings))
 
     async def _serve_whole(self, request: common_pb2.Request) -> gateway_pb2.Finished:
         """The single stage."""
@@ -97,6 +116,7 @@ class Route:
             token_ids=end.token_ids,
             usage=end.usage,
             timings=wire.timings_to_wire(_without_total(end.timings)),
+            profile=end.profile,
         )
 
     async def _answer(self) -> gateway_pb2.Finished:
@@ -276,8 +296,15 @@ class Route:
                 timings[stage] = max(seconds, timings.get(stage, 0.0))
         for stage, seconds in _without_total(drawn.timings).items():
             timings[stage] = timings.get(stage, 0.0) + seconds
+        profile = wire.timings_from_wire(drawn.profile)
+        if profile:  # the DiT knows only its own part
+            profile = stages_before(timings) | profile
         return gateway_pb2.Finished(
-            text=text.text, token_ids=text.token_ids, usage=usage, timings=wire.timings_to_wire(timings)
+            text=text.text,
+            token_ids=text.token_ids,
+            usage=usage,
+            timings=wire.timings_to_wire(timings),
+            profile=wire.timings_to_wire(profile),
         )
 
     def _emit(

@@ -69,6 +69,7 @@ class Gateway:
             settings.sampling_defaults,
             settings.backend_timeout_s,
             self.metrics,
+            log_stats=settings.log_stats,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)
         self._drain_s, self._keys = settings.drain_timeout_s, keys

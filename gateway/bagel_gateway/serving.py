@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -44,10 +44,16 @@ class Requests:
         defaults: Mapping[str, Any],
         wait_s: float,
         metrics: Metrics,
+        *,
+        log_stats: bool = False,
     ) -> None:
-        """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is."""
+        """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is.
+
+        log_stats: log where the time of each request went.
+        """
         self._deployed, self._backends = deployed, backends
         self._admission, self._defaults, self._wait_s, self._metrics = admission, defaults, wait_s, metrics
+        self._log_stats = log_stats
 
     @property
     def thinks(self) -> bool:
@@ -60,9 +66,9 @@ class Requests:
         remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage.
         """
         with self._metrics.request(message.request.modality) as seen:
-            async with self._admission.admit():
+            async with self._admission.admit() as waited_s:
                 asked = await self._read(message)
-                async with aclosing(self._run(asked, remaining)) as events:
+                async with aclosing(self._run(asked, remaining, waited_s)) as events:
                     del asked  # its images are decoded, and large
                     async for event in events:
                         seen(event)
@@ -82,12 +88,12 @@ class Requests:
                     yield 0, event
             return
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self._admission.admit())
+            waited_s = await stack.enter_async_context(self._admission.admit())
             asked = await self._read(message)
             begin = await self._begin(asked)
             copies = _copies(asked, count)
             queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-            work = asyncio.create_task(self._run_all(copies, begin, remaining, queue))
+            work = asyncio.create_task(self._run_all(copies, begin, remaining, waited_s, queue))
             stack.push_async_callback(_end, work)
             while (item := await queue.get()) is not None:
                 yield item
@@ -104,7 +110,12 @@ class Requests:
         return await read_request(message, self._deployed, self._defaults)
 
     async def _run_all(
-        self, copies: list[Asked], begin: Begin, remaining: Remaining, queue: asyncio.Queue[tuple[int, Event] | None]
+        self,
+        copies: list[Asked],
+        begin: Begin,
+        remaining: Remaining,
+        first_waited_s: float,
+        queue: asyncio.Queue[tuple[int, Event] | None],
     ) -> None:
         """All copies at once; the first has its place already. Ends with the first error, the others cancelled."""
         together = Together()
@@ -113,9 +124,12 @@ class Requests:
             refused = True
             while refused:
                 with together.attempt() as attempt:
-                    async with nullcontext() if number == 0 else self._admission.admit():
+                    place: AbstractAsyncContextManager[float] = nullcontext(first_waited_s)
+                    if number:
+                        place = self._admission.admit()
+                    async with place as waited_s:
                         with self._metrics.request_of(asked.request.modality) as seen:
-                            async with aclosing(self._run(asked, remaining, begin)) as events:
+                            async with aclosing(self._run(asked, remaining, waited_s, begin)) as events:
                                 async for event in events:
                                     seen(event)
                                     attempt.begun |= event.WhichOneof("event") in ("text", "drawing", "step")
@@ -133,8 +147,10 @@ class Requests:
         finally:
             queue.put_nowait(None)
 
-    async def _run(self, asked: Asked, remaining: Remaining, begin: Begin | None = None) -> AsyncGenerator[Event, None]:
-        """One request that has its place."""
+    async def _run(
+        self, asked: Asked, remaining: Remaining, waited_s: float, begin: Begin | None = None
+    ) -> AsyncGenerator[Event, None]:
+        """One request that has its place, for which it waited so long."""
         began = time.perf_counter()
         thinker, model = begin or await self._begin(asked)
         planned = plan(asked, model)
@@ -152,8 +168,12 @@ class Requests:
             async def choose_dit() -> DitBackend:
                 return await self._in_time(lambda: self._backends.dit_for(thinker, model))
 
-            async with aclosing(Route(planned, thinker, choose_dit, remaining).events()) as events:
+            firsts: dict[str, float] = {}
+            async with aclosing(Route(planned, thinker, choose_dit, remaining, waited_s).events()) as events:
                 async for event in events:
+                    firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
+                    if self._log_stats and event.HasField("finished"):
+                        log.info("stats", **_stats(event.finished, firsts))
                     yield event
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
@@ -184,6 +204,14 @@ class Requests:
             model = thinker.model
         assert model is not None
         return thinker, model
+
+
+def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:
+    """Where the time of a request went, for its log line; firsts: seconds until the first event of each kind."""
+    seconds = {timing.stage: timing.seconds for timing in finished.timings}
+    seconds |= {f"first_{kind}": firsts[kind] for kind in ("text", "step") if kind in firsts}
+    usage = {field.name: value for field, value in finished.usage.ListFields()}
+    return {"seconds": {stage: round(each, 4) for stage, each in seconds.items()}, "usage": usage}
 
 
 def _copies(asked: Asked, count: int) -> list[Asked]:

@@ -37,7 +37,7 @@ class Settings:
     own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
     max_body_bytes: of one HTTP request. api_keys: the file of the keys that callers need, on both fronts; none: anyone
-    may call.
+    may call. log_stats: log where the time of each request went.
     """
 
     listen: str
@@ -58,6 +58,7 @@ class Settings:
     image_hosts: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
     api_keys: Path | None = None
+    log_stats: bool = False
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -110,6 +111,7 @@ class Settings:
             "http": self.http,
             "model_names": list(self.model_names),
             "image_hosts": list(self.image_hosts),
+            "log_stats": self.log_stats,
             "tls": self.front_security != PLAINTEXT,
             "tls_to_services": self.security != PLAINTEXT,
             "api_keys": None if self.api_keys is None else str(self.api_keys),
@@ -135,6 +137,7 @@ def parser() -> argparse.ArgumentParser:
     add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
     add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
     add("--api-keys", type=Path, metavar="FILE", help=f"callers need one of them (default: {KEYS_FILE}'s, else none)")
+    add("--log-stats", action="store_true", help="log where the time of each request went")
     return flags
 
 
@@ -157,6 +160,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         image_hosts=tuple(args.allow_image_host),
         max_body_bytes=args.max_body_bytes,
         api_keys=key_file(args.api_keys),
+        log_stats=args.log_stats,
         security=PLAINTEXT if args.plaintext_services else secure,
         front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )

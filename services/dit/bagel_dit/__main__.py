@@ -12,6 +12,7 @@ from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
+from bagel.metrics import watch_store
 from bagel.model.checkpoint import find_checkpoint
 from bagel.telemetry import Log
 from bagel.transport import Host, channel
@@ -41,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument(
         "--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without a word of a source"
     )
+    flags.add_argument(
+        "--enable-diffusion-pipeline-profiler",
+        action="store_true",
+        help="log the durations of each picture's diffusion stages, and tell the caller",
+    )
     return service.run(flags, argv, _serve, "dit")
 
 
@@ -65,6 +71,7 @@ async def _serve(args: argparse.Namespace) -> None:
         await driver.loaded()
         if arena is not None:
             puller = _puller(args, arena, driver.info)
+            watch_store(puller.store.stats)
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
         add_DitServiceServicer_to_server(_servicer(args, driver, puller), host.methods)
         added = True
@@ -108,6 +115,7 @@ def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
         max_model_len=args.max_model_len,
         vae_use_tiling=args.vae_use_tiling,
         log_level=args.log_level,
+        profile=args.enable_diffusion_pipeline_profiler,
     )
 
 

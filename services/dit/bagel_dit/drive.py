@@ -10,6 +10,7 @@ from google.rpc import status_pb2
 
 from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.kv.arena import Arena
+from bagel.metrics import count_step
 from bagel.status import from_status
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2
@@ -110,6 +111,8 @@ class Driver:
                 pass
             case Stepped():
                 self._under_way -= 1
+                for done in reply.timed:
+                    count_step(done.kind, done.requests, done.seconds)
                 if self._before_reading:  # a plan from before the last request: it says nothing of that one
                     self._before_reading -= 1
                 else:

@@ -25,6 +25,8 @@ class RunnerSettings:
     max_model_len: int | None
     vae_use_tiling: bool
     log_level: str
+    profile: bool = False
+    """Whether the durations of each picture's diffusion stages are told."""
 
 
 # Commands: server to runner
@@ -151,6 +153,13 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class PromptRead:
+    """The context that a whole request's text goes on from is computed."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class Prefilled:
     """The contexts of a whole request are computed: their distinct rows, and how many of them were computed for it."""
 
@@ -170,11 +179,24 @@ class Begun:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """A step is done: what it was of (picture or text), how many requests it served, and its seconds."""
+
+    kind: str
+    requests: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Stepped:
-    """A plan was carried out: the steps taken so far of its pictures; reading: whether text is still to be done."""
+    """A plan was carried out: the steps taken so far of its pictures; reading: whether text is still to be done.
+
+    timed: steps that were found to be done. On a GPU those of pictures are told one late, as the host runs ahead.
+    """
 
     pictures: Mapping[int, int]
     reading: bool
+    timed: tuple[Timed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,13 +220,14 @@ class TextDone:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture is decoded and encoded."""
+    """A picture is decoded and encoded. profile: seconds of its stages in the runner, if they are wanted."""
 
     id: int
     data: bytes
     width: int
     height: int
     seconds: float
+    profile: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -245,6 +268,7 @@ Reply = (
     Ready
     | Alive
     | Planned
+    | PromptRead
     | Prefilled
     | Begun
     | Stepped

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
 from bagel.engine.denoise import (
     Canvas,
     OnVelocity,
@@ -63,6 +64,7 @@ from bagel_dit.messages import (
     Stepped,
     StepPlan,
     Stop,
+    Timed,
 )
 from bagel_dit.whole import WholeRequests
 
@@ -74,7 +76,7 @@ def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: Runn
     set_up_logs("dit-runner", settings.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
-        runner = Runner(connection, arena, settings, _load(settings))
+        runner = Runner(connection, arena, settings, load(settings))
     except BagelError as error:
         connection.send(LoadFailed(rpc_status_of(error).SerializeToString()))
         return
@@ -112,6 +114,20 @@ class _Drawing:
     output: Output
     previews: tuple[int, ...] = ()
     """Steps that a preview is made in."""
+    windows: WindowClock | None = None
+    """Of a picture that is profiled."""
+
+
+@dataclass(frozen=True)
+class _Last:
+    """A picture whose last step is launched, to decode: its latents, once `done`."""
+
+    id: int
+    latents: Tensor
+    grid: tuple[int, int]
+    output: Output
+    windows: WindowClock | None
+    done: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class Runner:
         self._loaded = loaded
         model = self._loaded.model
         self._model, self._device = model, model.device
-        self._gate = StepGate(self._device)
+        self._gate, self._profiles = StepGate(self._device), settings.profile
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
@@ -233,7 +249,11 @@ class Runner:
         if canvas is None:
             canvas = self._canvases[bucket] = Canvas(self._model, [], bucket)
         drawing = self._drawings[id_] = _Drawing(
-            canvas, canvas.add(picture), output, preview_steps(picture.steps, output.previews)
+            canvas,
+            canvas.add(picture),
+            output,
+            preview_steps(picture.steps, output.previews),
+            WindowClock(self._device, picture.steps) if self._profiles else None,
         )
         return drawing
 
@@ -250,12 +270,11 @@ class Runner:
 
     def _step(self, plan: StepPlan) -> None:
         taken: dict[int, int] = {}
+        timed: list[Timed] = []
         drawings = {id_: self._drawings[id_] for id_ in plan.pictures if id_ in self._drawings}
         if drawings:
-            canvas = next(iter(drawings.values())).canvas
             try:
-                canvas.step([drawing.number for drawing in drawings.values()], self._on_velocity(drawings))
-                self._gate.passed()
+                timed += self._launch(drawings)
             except Exception as error:  # one forward for all of them
                 for id_ in drawings:
                     self._fail(id_, error)
@@ -267,44 +286,64 @@ class Runner:
                 self._decode(id_, drawing, picture)
         try:
             if plan.read and self._whole is not None:
-                self._whole.work()
+                timed += self._whole.work()
         finally:  # the server waits for this reply before it plans on
-            self._send(Stepped(taken, reading=self._whole is not None and self._whole.busy))
+            self._send(Stepped(taken, self._whole is not None and self._whole.busy, tuple(timed)))
+
+    def _launch(self, drawings: Mapping[int, _Drawing]) -> list[Timed]:
+        """One step of pictures that are on one canvas; a step that is now known to be done."""
+        canvas = next(iter(drawings.values())).canvas
+        for drawing in drawings.values():
+            if drawing.windows is not None:
+                drawing.windows.reach(canvas.pictures[drawing.number].step)
+        with self._gate.step(len(drawings)):
+            canvas.step([drawing.number for drawing in drawings.values()], self._on_velocity(drawings))
+        return [] if self._gate.done is None else [Timed("picture", *self._gate.done)]
 
     def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
         """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
         latents = drawing.canvas.latents(drawing.number).clone()
+        if drawing.windows is not None:
+            drawing.windows.reach(picture.step)
         done = self._launched()
         self._forget(id_)
-        self._decoder.submit(self._decode_in_thread, id_, latents, picture.grid, drawing.output, done)
+        # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
+        last = _Last(id_, latents, picture.grid, drawing.output, drawing.windows, done)
+        self._decoder.submit(self._decode_in_thread, last)
 
     def _launched(self) -> torch.cuda.Event | None:
         """An event after all that was launched so far; None on a CPU, where it is done."""
         return torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
 
-    def _decode_in_thread(
-        self, id_: int, latents: Tensor, grid: tuple[int, int], output: Output, done: torch.cuda.Event | None
-    ) -> None:
+    def _decode_in_thread(self, last: _Last) -> None:
         start = time.perf_counter()
         try:
-            image = self._image(latents, grid, done)
-            data = _encode(image, output)
-            self._send(Drawn(id_, data, image.width, image.height, time.perf_counter() - start))
+            image, decoding = self._image(last.latents, last.grid, last.done)
+            data = _encode(image, last.output)
+            profile = {}
+            if last.windows is not None:
+                profile = last.windows.stages() | {"decode": seconds_between(*decoding)}
+            self._send(Drawn(last.id, data, image.width, image.height, time.perf_counter() - start, profile))
         except Exception as error:
-            self._tell_failed(id_, error)
+            self._tell_failed(last.id, error)
 
     def _image(
         self, latents: Tensor, grid: tuple[int, int], done: torch.cuda.Event | None, *, quick: bool = False
-    ) -> Image.Image:
-        """The image of latents that are there once `done`; raises NotFinite for one that overflowed."""
+    ) -> tuple[Image.Image, tuple[Moment, Moment]]:
+        """The image of latents that are there once `done`, and when the VAE began and ended on the device.
+
+        Raises NotFinite for one that overflowed.
+        """
         with torch.cuda.stream(self._decode_stream) if self._decode_stream else nullcontext():
             if done is not None and self._decode_stream is not None:
                 self._decode_stream.wait_event(done)
                 latents.record_stream(self._decode_stream)
+            begin = mark(self._device)
             decoded = decode_picture(self._model, latents, grid, quick=quick)
+            end = mark(self._device)
             if not decoded.isfinite().all():
                 raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
-            return to_image(decoded)
+            return to_image(decoded), (begin, end)
 
     # Previews
 
@@ -333,7 +372,7 @@ class Runner:
         if preview.id not in self._drawings and not preview.picture.finished:
             return  # it has left
         try:
-            image = self._image(preview.latents, preview.picture.grid, preview.done, quick=True)
+            image, _ = self._image(preview.latents, preview.picture.grid, preview.done, quick=True)
             data = _encode(image, preview.output)
             self._send(Previewed(preview.id, preview.index, preview.step, data, image.width, image.height))
         except Exception as error:  # the picture itself may come out right, and tells if it does not
@@ -386,7 +425,8 @@ def _encode(image: Image.Image, output: Output) -> bytes:
     return encode_picture(image, common_pb2.ImageFormat.ValueType(output.image_format), output.quality)
 
 
-def _load(settings: RunnerSettings) -> LoadedModel:
+def load(settings: RunnerSettings) -> LoadedModel:
+    """The model of a runner, on its device."""
     device = choose_device(settings.device, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)

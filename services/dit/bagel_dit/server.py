@@ -16,7 +16,9 @@ from grpc.aio import ServicerContext
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.kv.puller import KvPuller
+from bagel.metrics import watch_queue
 from bagel.model.sizes import check_side
+from bagel.profile import WINDOW, stages_before
 from bagel.prompts import BranchName
 from bagel.request import MAX_PARTS, MAX_SEED
 from bagel.slots import Slots
@@ -49,6 +51,7 @@ from bagel_dit.messages import (
     Planned,
     Prefilled,
     Previewed,
+    PromptRead,
     Read,
     Serve,
     Text,
@@ -56,10 +59,9 @@ from bagel_dit.messages import (
 )
 
 Response = dit_pb2.DitServiceGenerateResponse
-Event = Begun | Planned | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
-
-WINDOW = 10
-"""Denoise steps of one span."""
+Event = (
+    Begun | Planned | PromptRead | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
+)
 
 log = Log("bagel.dit")
 
@@ -72,6 +74,7 @@ class _Work:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     clock: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
+    profile: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     text: TextDone | None = None
@@ -110,6 +113,7 @@ class DitServicer(DitServiceServicer):
     ) -> None:
         self.name, self.driver, self.puller, self.sources = name, driver, puller, sources
         self._slots = Slots(name, max_num_seqs, batch_timeout_s)
+        watch_queue(lambda: self._slots.waiting, lambda: self._slots.taken)
         self._ids = itertools.count(1)
 
     @streaming
@@ -149,7 +153,8 @@ class DitServicer(DitServiceServicer):
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
         picture = _add_picture(request, refs, work.id, self.driver.info)  # checked before anything is pulled
         async with self.puller.hold(ref for ref in refs.values() if ref.segments) as held:
-            work.counts["pulled_bytes"] = self._lacking(refs)
+            wanted, lacking = self._wanted(refs)
+            work.counts |= {"pulled_bytes": lacking, "kv_reused_bytes": wanted - lacking}
             fetching = asyncio.create_task(held.fetch())
             try:
                 await stack.enter_async_context(self._slots.place())
@@ -211,6 +216,8 @@ class DitServicer(DitServiceServicer):
                 case Planned():
                     self.driver.send(Read(work.id))
                     self.driver.read()
+                case PromptRead():
+                    work.lap("context")
                 case Prefilled():
                     work.counts |= {"computed_tokens": event.computed, "reused_tokens": event.tokens - event.computed}
                     work.lap("context", computed_tokens=event.computed, tokens=event.tokens)
@@ -233,6 +240,7 @@ class DitServicer(DitServiceServicer):
                     yield Response(preview=preview)
                 case Drawn():
                     work.timings["decode"] = event.seconds
+                    self._tell_profile(work, event)
                     record("decode", time.perf_counter() - event.seconds, width=event.width, height=event.height)
                     yield Response(picture=_picture(event))
                     break
@@ -252,14 +260,20 @@ class DitServicer(DitServiceServicer):
         finally:
             failing.cancel()
 
-    def _lacking(self, refs: Mapping[BranchName, kv_pb2.ContextRef]) -> int:
-        """Bytes of the contexts' distinct segments that are not here yet."""
+    def _wanted(self, refs: Mapping[BranchName, kv_pb2.ContextRef]) -> tuple[int, int]:
+        """Bytes of the contexts' distinct segments: of all, and of those that are not here yet."""
         assert self.puller is not None
         store = self.puller.store
         lengths = {segment.digest: segment.length for ref in refs.values() for segment in ref.segments}
-        return sum(
-            store.layout.segment_bytes(length) for digest, length in lengths.items() if not store.is_complete(digest)
-        )
+        nbytes = {digest: store.layout.segment_bytes(length) for digest, length in lengths.items()}
+        return sum(nbytes.values()), sum(each for digest, each in nbytes.items() if not store.is_complete(digest))
+
+    def _tell_profile(self, work: _Work, drawn: Drawn) -> None:
+        """Keep what the runner has measured, for the caller, and log it."""
+        if drawn.profile:
+            work.profile = stages_before(work.timings) | dict(drawn.profile)
+            seconds = {stage: round(seconds, 4) for stage, seconds in work.profile.items()}
+            log.info("diffusion profile", width=drawn.width, height=drawn.height, seconds=seconds)
 
 
 def _add_picture(
@@ -334,4 +348,5 @@ def _finished(work: _Work) -> dit_pb2.DitServiceGenerateFinished:
         token_ids=written.token_ids if written else (),
         usage=common_pb2.Usage(**counts),
         timings=timings_to_wire(work.timings),
+        profile=timings_to_wire(work.profile),
     )

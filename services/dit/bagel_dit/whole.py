@@ -15,7 +15,19 @@ from bagel.prompts import BranchName
 from bagel.request import text_settings
 from bagel.v1 import common_pb2
 from bagel.wire import request_from_wire
-from bagel_dit.messages import Done, Output, Planned, Prefilled, Read, Reply, Serve, Text, TextDone
+from bagel_dit.messages import (
+    Done,
+    Output,
+    Planned,
+    Prefilled,
+    PromptRead,
+    Read,
+    Reply,
+    Serve,
+    Text,
+    TextDone,
+    Timed,
+)
 
 
 @dataclass
@@ -50,6 +62,7 @@ class WholeRequests:
         self._loaded, self._send, self._fail, self._tell_failed, self._draw = loaded, send, fail, tell_failed, draw
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._timed: list[Timed] = []
         self._reader = Reader(
             loaded.model,
             loaded.tokenizer,
@@ -57,6 +70,7 @@ class WholeRequests:
             ContextBuilder(loaded.model),
             max_num_seqs=max_num_seqs,
             max_model_len=loaded.max_model_len,
+            on_write=lambda texts, seconds: self._timed.append(Timed("text", texts, seconds)),
         )
 
     @property
@@ -64,14 +78,15 @@ class WholeRequests:
         """Whether there is anything to read or write."""
         return self._reader.busy
 
-    def work(self) -> None:
-        """One unit of reading and writing, if there is any."""
-        if not self._reader.busy:
-            return
-        try:
-            self._reader.work()
-        except Exception as error:  # of the reader as a whole: which request it was cannot be told
-            self._reader.abandon(error)
+    def work(self) -> list[Timed]:
+        """One unit of reading and writing, if there is any; the step that wrote, if it did."""
+        self._timed = []
+        if self._reader.busy:
+            try:
+                self._reader.work()
+            except Exception as error:  # of the reader as a whole: which request it was cannot be told
+                self._reader.abandon(error)
+        return self._timed
 
     def forget(self, id_: int) -> None:
         """Drop a request; nothing if it is over, or drawn."""
@@ -142,6 +157,7 @@ class WholeRequests:
             on_error=lambda error: self._fail(id_, error),
             settings=text_settings(plan.request) if writes else None,
             append=plan.draws and writes,
+            on_read=lambda: self._send(PromptRead(id_)),
             on_text=on_text,
         )
         reading.on_kv = lambda segment, *_: reading.computed.update({segment.digest: segment.length})

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from bagel import service
+from bagel.metrics import watch_queue, watch_store
 from bagel.model.checkpoint import find_checkpoint
 from bagel.slots import Slots
 from bagel.telemetry import Log
@@ -79,6 +80,8 @@ def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> Thin
     )
     add_ThinkerServiceServicer_to_server(servicer, host.methods)
     add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
+    watch_queue(lambda: slots.waiting, lambda: slots.taken)
+    watch_store(engine.store.stats)
     return servicer
 
 

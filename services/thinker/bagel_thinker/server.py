@@ -30,16 +30,23 @@ Response = thinker_pb2.BuildContextResponse
 log = Log("bagel.thinker")
 
 
+class _Read:
+    """The context that the text goes on from is computed."""
+
+
+Event = _Read | Chain | str | Written | Exception
+
+
 @dataclass
 class _Build:
     """One call: what the engine tells from its thread, and since when."""
 
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Chain | str | Written | Exception] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     started: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
 
-    def tell(self, event: Chain | str | Written | Exception) -> None:
+    def tell(self, event: Event) -> None:
         """Pass an event on from the engine's thread."""
         with suppress(RuntimeError):  # the loop is closed: nobody listens
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -79,12 +86,15 @@ class ThinkerServicer(ThinkerServiceServicer):
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place() if request.HasField("decode") else nullcontext()
         with self._counted():
-            async with place, aclosing(self._build(request)) as responses:
-                async for response in responses:
-                    yield response
+            build = _Build(asyncio.get_running_loop())
+            async with place:
+                if request.HasField("decode"):
+                    build.lap("queue")
+                async with aclosing(self._build(request, build)) as responses:
+                    async for response in responses:
+                        yield response
 
-    async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
-        build = _Build(asyncio.get_running_loop())
+    async def _build(self, request: thinker_pb2.BuildContextRequest, build: _Build) -> AsyncGenerator[Response, None]:
         chain = await asyncio.to_thread(self._plan, request)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
@@ -98,6 +108,8 @@ class ThinkerServicer(ThinkerServiceServicer):
                 match event:
                     case Exception():
                         raise event
+                    case _Read():
+                        build.lap("context")
                     case str():
                         yield Response(text=common_pb2.TextDelta(text=event, think=reading.append))
                     case Chain():
@@ -159,6 +171,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             on_error=build.tell,
             settings=_settings(request) if request.HasField("decode") else None,
             append=request.decode.append,
+            on_read=lambda: build.tell(_Read()),
             on_text=build.tell,
             on_chain=on_chain,
         )

@@ -19,6 +19,7 @@ from bagel.engine.segments import Chain, Segment
 from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel.local import DTYPES, choose_device
+from bagel.metrics import count_step
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
 from bagel.telemetry import Log
@@ -97,6 +98,7 @@ class TorchEngine:
             ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
             max_num_seqs=max_num_seqs,
             max_model_len=loaded.max_model_len,
+            on_write=partial(count_step, "text"),
         )
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)

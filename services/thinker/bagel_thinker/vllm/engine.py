@@ -29,6 +29,7 @@ from bagel.errors import (
 )
 from bagel.kv.digests import SegmentKind, fingerprint
 from bagel.kv.store import KvStore
+from bagel.metrics import count_step
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.sizes import check_positions
 from bagel.model.tokenizer import BagelTokenizer, TextStream
@@ -149,13 +150,22 @@ class VllmEngine:
             command()
 
     def _step(self) -> None:
+        began = time.perf_counter()
         outputs = self._core.step()
+        writing = sum(self._writes(output.request_id) for output in outputs)
+        if writing:
+            count_step("text", writing, time.perf_counter() - began)
         self._failures, self._overflowed = 0, None
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is not None:
                 self._advance(request, output)
         self._admit()
+
+    def _writes(self, name: str) -> bool:
+        """Whether a request that is under way writes text."""
+        request = self._requests.get(name)
+        return request is not None and request.job is not None and request.job.writes
 
     # Readings
 
@@ -294,6 +304,8 @@ class VllmEngine:
         """The prompt's K/V are there: who waited for its segments finds them in vLLM's cache."""
         if request.job is not None:
             _count(request, request.job, cached_tokens(output), self._core.block_size)
+            if request.job.writes:
+                request.job.reading.on_read()
         for digest in request.fresh:
             self._known[digest] = None
             if digest not in request.fillings:

@@ -1,0 +1,67 @@
+"""Where OpenTelemetry's traces and metrics go, as its own environment variables say. No torch here.
+
+A signal is exported over OTLP once OTEL_EXPORTER_OTLP_ENDPOINT (or the signal's own, like
+OTEL_EXPORTER_OTLP_METRICS_ENDPOINT) is set, or its OTEL_…_EXPORTER is otlp or console.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from opentelemetry import metrics, trace
+
+import bagel
+from bagel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.resources import Resource
+
+Signal = Literal["traces", "metrics"]
+
+
+def exporter_name(signal: Signal) -> str:
+    """otlp, console or none: what OTEL_…_EXPORTER names; otlp where it names none and an endpoint is set.
+
+    Raises ConfigError for another exporter, or another protocol than gRPC.
+    """
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return "none"
+    variable = f"OTEL_{signal.upper()}_EXPORTER"
+    name = os.environ.get(variable, "").strip() or ("otlp" if _of_otlp(signal, "ENDPOINT") else "none")
+    if name not in ("otlp", "console", "none"):
+        raise ConfigError(f"{variable} is {name!r}; otlp, console and none are supported{_instead(name)}")
+    protocol = _of_otlp(signal, "PROTOCOL") or "grpc"
+    if name == "otlp" and protocol != "grpc":
+        raise ConfigError(f"the OTLP protocol is {protocol!r}; set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, the supported one")
+    return name
+
+
+def resource(service: str, instance: str) -> Resource:
+    """What this process is to a collector: `bagel-dit`, `dit-0`.
+
+    What OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES say comes first.
+    """
+    from opentelemetry.sdk.resources import Resource
+
+    named = {"service.name": f"bagel-{service}", "service.instance.id": instance, "service.version": bagel.__version__}
+    said = Resource.create().attributes
+    return Resource.create(
+        {key: value for key, value in named.items() if key not in said or "unknown_service" in str(said[key])}
+    )
+
+
+def shut_down() -> None:
+    """Send what waits for export; at the end of a process, also of one that leaves without Python's tidying up."""
+    for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
+        if (stop := getattr(provider, "shutdown", None)) is not None:  # the API's own, of no exporter, have none
+            stop()
+
+
+def _of_otlp(signal: Signal, what: str) -> str | None:
+    """A variable of the OTLP exporter: the signal's own, else that of all signals."""
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{what}")
+
+
+def _instead(name: str) -> str:
+    return "; the gateway's /metrics can be scraped without it" if name == "prometheus" else ""

@@ -1,0 +1,77 @@
+"""--batch-timeout in every topology: who finds no place in a stage in time is refused as busy, by either front."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from bagel.client import Client
+from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.errors import Busy
+from bagel.events import StepDone, TextDelta
+from bagel.launch import Deployment
+from bagel.transport import sync_channel
+from bagel.v1 import common_pb2, gateway_pb2
+from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
+from tests.conftest import GOLDEN
+
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
+TIMEOUT_S = 1
+LONG: dict[str, Any] = {"steps": 1000, "height": 512, "width": 512, "max_think_tokens": 30_000}
+FULL_STAGE = {"bagel": "dit-0", "bagel_think": "thinker-0", "bagel_single_stage": "dit-0"}
+"""Whose one place the first request has: under bagel_think it still writes its plan."""
+
+
+@pytest.fixture(params=FULL_STAGE)
+def services(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """Those of a topology, with one place in each stage, and a request that has it for as long as the test runs."""
+    config = load_deploy_config(shipped_deploy_config(request.param), max_num_seqs=1)
+    with (
+        Deployment(
+            config, GOLDEN / "checkpoint", device="cpu", batch_timeout_s=TIMEOUT_S, http="127.0.0.1:0"
+        ) as running,
+        Client(running.address) as client,
+    ):
+        first = client.stream("a red cube", **LONG)
+        while not isinstance(next(first), StepDone | TextDelta):
+            pass
+        yield running
+        first.close()
+
+
+def test_who_waits_too_long_is_refused_as_busy(services: Deployment) -> None:
+    stage = FULL_STAGE[services.config.pipeline]
+    began = time.monotonic()
+    with Client(services.address) as client, pytest.raises(Busy, match=f"{stage} is busy: .* within 1 s") as busy:
+        client.generate("another", steps=2, height=64, width=64)
+    assert time.monotonic() - began >= TIMEOUT_S  # it had its time to wait
+    assert busy.value.retry_after_s == TIMEOUT_S
+
+    message = gateway_pb2.GenerateRequest()
+    message.request.modality = common_pb2.MODALITY_TEXT2IMG
+    message.request.prompt.add().text.text = "another"
+    with sync_channel(services.address) as channel, pytest.raises(grpc.RpcError) as refused:
+        list(GatewayServiceStub(channel).Generate(message, timeout=60))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    retry = error_details_pb2.RetryInfo()
+    assert any(detail.Unpack(retry) for detail in rpc_status.from_call(refused.value).details)
+
+    body = json.dumps({"prompt": "another", "size": "64x64"}).encode()
+    asked = urllib.request.Request(
+        f"http://{services.http}/v1/images/generations", body, {"Content-Type": "application/json"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(asked, timeout=60)
+    with answer.value as told:
+        assert told.code == 429 and int(told.headers["Retry-After"]) >= 1
+        assert stage in json.load(told)["error"]["message"]
