@@ -44,11 +44,10 @@ class KvExport0221(KvExport):
         return super().request_finished(request, block_ids)
 
 
-def read_rows(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> tuple[Tensor, Tensor]:
+def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """As connector.read_rows, of [2, blocks, block size, kv heads, head_dim] or [blocks, 2, block size, …]."""
     pair_first = cache if cache.shape[0] == 2 else cache.transpose(0, 1)
     size = pair_first.shape[2]
-    wanted = connector._index(blocks, begin, end, size, cache.device)
     pair = torch.index_select(pair_first, 1, wanted).flatten(1, 2)
     first = begin - begin // size * size
     k, v = pair[:, first : first + end - begin]
