@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from bagel.launch import is_serving
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
@@ -62,19 +64,24 @@ def child(parent: int, name: str) -> int:
     raise LookupError(f"{parent} has no child {name}")
 
 
-def test_a_service_ends_with_its_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["Worker_TP1", "bagel_thinker"])
+def test_a_service_ends_with_its_worker_and_leaves_nothing(victim: str, tmp_path: Path) -> None:
+    logs, temporary = tmp_path / "logs", tmp_path / "tmp"
+    logs.mkdir(), temporary.mkdir()
     flags = ["--listen", "127.0.0.1:0", "--model", str(GOLDEN / "checkpoint"), "--max-model-len", "600"]
     flags += ["--engine", "vllm", "--tensor-parallel-size", "2"]
-    thinker = Service("thinker-0", "the Thinker", "bagel_thinker", flags, os.environ, tmp_path)
+    thinker = Service("thinker-0", "the Thinker", "bagel_thinker", flags, {**os.environ, "TMPDIR": str(temporary)}, logs)
     try:
         address, deadline = thinker.address(time.monotonic() + 60), time.monotonic() + LIMIT_S
         while not is_serving(address):
             assert time.monotonic() < deadline
             thinker.check()
             time.sleep(0.2)
-        os.kill(child(thinker.process.pid, "Worker_TP1"), signal.SIGKILL)
-        assert thinker.process.wait(60) == 1
+        own = victim == "bagel_thinker"
+        os.kill(thinker.process.pid if own else child(thinker.process.pid, victim), signal.SIGKILL)
+        assert thinker.process.wait(60) == (-signal.SIGKILL if own else 1)
     finally:
         thinker.process.kill()
         thinker.end(10)
-    assert "the Thinker's engine cannot go on" in next(tmp_path.glob("*.log")).read_text()
+    assert own or "the Thinker's engine cannot go on" in next(logs.glob("*.log")).read_text()
+    assert not list(temporary.glob("bagel-*"))

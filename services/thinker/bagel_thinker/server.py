@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ Response = thinker_pb2.BuildContextResponse
 log = Log("bagel.thinker")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Build:
     """One call: what the engine tells from its thread, and since when."""
 
@@ -64,6 +65,8 @@ class ThinkerServicer(ThinkerServiceServicer):
         self.engine, self.name, self.slots = engine, name, slots
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
+        self._builds: set[_Build] = set()
+        engine.failed.add_done_callback(self._tell_all)
 
     def idle(self) -> bool:
         """Whether no context is built, and none is held for somebody."""
@@ -85,6 +88,7 @@ class ThinkerServicer(ThinkerServiceServicer):
 
     async def _build(self, request: thinker_pb2.BuildContextRequest) -> AsyncGenerator[Response, None]:
         build = _Build(asyncio.get_running_loop())
+        self._builds.add(build)
         chain = await asyncio.to_thread(self._plan, request)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
@@ -114,6 +118,7 @@ class ThinkerServicer(ThinkerServiceServicer):
                         _log_built(built, reading)
                         yield Response(built=built)
         finally:
+            self._builds.discard(build)
             if renewing is not None:
                 renewing.cancel()
             if not finished:
@@ -128,6 +133,13 @@ class ThinkerServicer(ThinkerServiceServicer):
         return thinker_pb2.ThinkerServiceDescribeResponse(
             model=self.engine.info, engine=self.engine.name, name=self.name
         )
+
+    def _tell_all(self, failed: Future[None]) -> None:
+        """Whoever waits for an engine that has failed hears of it, also if the engine itself cannot say so."""
+        error = None if failed.cancelled() else failed.exception()
+        for build in list(self._builds):
+            if isinstance(error, Exception):
+                build.tell(error)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
