@@ -39,7 +39,8 @@ class Deployment:
 
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
-    cuda:N; dtype auto, bfloat16 or float32. security is the gateway's TLS towards its callers; http: a host:port where it speaks the OpenAI API too.
+    cuda:N; dtype auto, bfloat16 or float32. security is the gateway's TLS towards its callers; http: a host:port where
+    it speaks the OpenAI API too.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """

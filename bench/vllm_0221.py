@@ -54,15 +54,13 @@ def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tens
     return k, v
 
 
-def build(
-    builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-) -> gpu_attention.FlashAttentionMetadata:
+def build(builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
     """As SpanFlashBuilder.build; the runner says where images lie only later, as `mm_prefix_range`."""
     made: Any = super(gpu_attention.SpanFlashBuilder, builder).build(
         common_prefix_len, common_attn_metadata, fast_build
     )
     made.step = gpu_attention.step_of(common_attn_metadata, None)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def calls(metadata: Any) -> list[gpu_attention.Call]:
@@ -106,8 +104,6 @@ def prepare(attention: str | None) -> None:
     if __version__.startswith("0.22."):
         adapt()
     if attention is not None:
-        arguments = core.engine_arguments
-        core.engine_arguments = lambda *given, **named: {
-            **arguments(*given, **named),
-            "attention_backend": AttentionBackendEnum[attention],
-        }
+        arguments = vars(core)["engine_arguments"]
+        backend = {"attention_backend": AttentionBackendEnum[attention]}
+        vars(core)["engine_arguments"] = lambda *given, **named: {**arguments(*given, **named), **backend}

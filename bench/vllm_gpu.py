@@ -3,13 +3,13 @@
     python -m bench.vllm_check                          first: is it right at all on this GPU
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
     python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on a GPU of its own
-    python -m bench.vllm_gpu --side ours --json A       one side; then: python -m bench.vllm_gpu --merge A B
+    python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
 
 Each side runs in a process of its own, and both are stepped by the same loop over vLLM's engine core, with as many
-places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, its norms of queries and
-keys included. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and what
-they should come to: bench/README.md.
+places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, with norms of queries
+and keys. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and what they
+should come to: bench/README.md.
 """
 
 from __future__ import annotations
@@ -372,7 +372,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures there; with --side, line by line")
     parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")
-    parser.add_argument("--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)")
+    parser.add_argument(
+        "--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)"
+    )
     parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")

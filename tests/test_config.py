@@ -307,7 +307,9 @@ def test_engine_is_the_thinkers(deploy: DeployConfig) -> None:
     assert [stage.engine for stage in chosen.with_overrides(engine="torch").stages] == ["torch", None]
     with pytest.raises(ConfigError, match=r"stages\[stage_id=1\].engine is 'vllm'; it is the Thinker's, leave it out"):
         parse_deploy_config(two_stages({}, {"engine": "vllm"}))
-    with pytest.raises(ConfigError, match=r"stages\[stage_id=0\].engine is 'sglang'; it must be one of 'auto', 'torch'"):
+    with pytest.raises(
+        ConfigError, match=r"stages\[stage_id=0\].engine is 'sglang'; it must be one of 'auto', 'torch'"
+    ):
         parse_deploy_config(two_stages({"engine": "sglang"}, {}))
     with pytest.raises(ConfigError, match="engine='vllm': engine is the Thinker's, and bagel_single_stage has none"):
         load_deploy_config(shipped_deploy_config("bagel_single_stage"), engine="vllm")

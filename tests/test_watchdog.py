@@ -38,7 +38,9 @@ def thinker(folder: Path, when: str, *flags: str) -> Iterator[tuple[Service, str
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     arguments = ["--listen", "127.0.0.1:0", "--model", str(GOLDEN / "checkpoint"), "--device", "cpu"]
     arguments += ["--engine", "torch", *flags]
-    service = Service("thinker-0", "the Thinker", "bagel_thinker", arguments, {**os.environ, "PYTHONPATH": path}, folder)
+    service = Service(
+        "thinker-0", "the Thinker", "bagel_thinker", arguments, {**os.environ, "PYTHONPATH": path}, folder
+    )
     try:
         address, deadline = service.address(time.monotonic() + LIMIT_S), time.monotonic() + LIMIT_S
         while not is_serving(address):
@@ -62,7 +64,7 @@ def test_a_hung_engine_is_told_to_its_callers_and_ends_the_service(tmp_path: Pat
         with pytest.raises(grpc.RpcError) as caught:
             build(address)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert "the Thinker's engine has hung for 1 s, and the service ends" in caught.value.details()
+        assert "the Thinker's engine has hung for 1 s, and the service ends" in str(caught.value.details())
         assert service.process.wait(LIMIT_S) == 1
     log = (tmp_path / "thinker-0.log").read_text()
     assert "the engine hangs" in log and "sitecustomize.py" in log, "its stack is told"
