@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import OutOfMemoryError
 
 from bagel.engine.segments import Chain
-from bagel.errors import ConfigError
+from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.model.config import ModelConfig
 from bagel_thinker.vllm.images import image_item
@@ -66,7 +66,7 @@ class Core:
             except (ValueError, NotImplementedError) as error:
                 raise ConfigError(f"vLLM refuses these settings: {_first_line(error)}") from error
             except Exception as error:
-                if settings.quantization is None or isinstance(error, OutOfMemoryError):
+                if settings.quantization is None or isinstance(error, BagelError | OutOfMemoryError):
                     raise
                 raise ConfigError(
                     f"quantization is {settings.quantization!r}, with which vLLM cannot load this model on "
