@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,15 +104,19 @@ def child(parent: int, name: str) -> int:
     raise LookupError(f"{parent} has no child {name}")
 
 
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder for temporary files whose path leaves room for the names of vLLM's sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("victim", ["Worker_TP1", "bagel_thinker"])
-def test_a_service_ends_with_its_worker_and_leaves_nothing(victim: str, tmp_path: Path) -> None:
-    logs, temporary = tmp_path / "logs", tmp_path / "tmp"
-    logs.mkdir()
-    temporary.mkdir()
+def test_a_service_ends_with_its_worker_and_leaves_nothing(victim: str, tmp_path: Path, short_tmp: Path) -> None:
     flags = ["--listen", "127.0.0.1:0", "--model", str(GOLDEN / "checkpoint"), "--max-model-len", "600"]
     flags += ["--engine", "vllm", "--tensor-parallel-size", "2"]
     thinker = Service(
-        "thinker-0", "the Thinker", "bagel_thinker", flags, {**os.environ, "TMPDIR": str(temporary)}, logs
+        "thinker-0", "the Thinker", "bagel_thinker", flags, {**os.environ, "TMPDIR": str(short_tmp)}, tmp_path
     )
     try:
         address, deadline = thinker.address(time.monotonic() + LIMIT_S), time.monotonic() + START_S
@@ -124,5 +130,5 @@ def test_a_service_ends_with_its_worker_and_leaves_nothing(victim: str, tmp_path
     finally:
         thinker.process.kill()
         thinker.end(10)
-    assert own or "the Thinker's engine cannot go on" in next(logs.glob("*.log")).read_text()
-    assert not list(temporary.glob("bagel-*"))
+    assert own or "the Thinker's engine cannot go on" in next(tmp_path.glob("*.log")).read_text()
+    assert not list(short_tmp.glob("bagel-*"))
