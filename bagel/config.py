@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -123,6 +123,7 @@ class StageDeploy(_Model):
     enable_prefix_caching: bool | None = None
     vae_use_tiling: bool = False
     quantization: str | None = None
+    engine: Literal["auto", "torch", "vllm"] | None = None
     parallel_config: ParallelConfig = ParallelConfig()
     default_sampling_params: SamplingDefaults = SamplingDefaults()
     input_connectors: dict[str, str] = {}
@@ -218,8 +219,8 @@ class DeployConfig(_Model):
     def with_overrides(self, **overrides: object) -> DeployConfig:
         """A copy with stage settings given as keywords, as the embedded API and the command line take them.
 
-        A setting goes to each stage that it means something to (vae_*, cfg_* and hsdp settings to the DiT); None
-        means not given. Raises ConfigError or NotSupported like `load_deploy_config`.
+        A setting goes to each stage that it means something to (vae_*, cfg_* and hsdp settings to the DiT, engine to
+        the Thinker); None means not given. Raises ConfigError or NotSupported like `load_deploy_config`.
         """
         given = {key: value for key, value in overrides.items() if value is not None}
         words = ", ".join(f"{key}={value!r}" for key, value in given.items())
@@ -235,21 +236,15 @@ class DeployConfig(_Model):
         params = [stage.default_sampling_params.model_dump(exclude_none=True) for stage in self.stages]
         return {key: value for stage in params for key, value in stage.items()}
 
-    def notes(self, engine: str = "torch") -> list[str]:
-        """One line for each thing in the file that is accepted but has no meaning here, to be logged at start.
-
-        engine is the Thinker's, torch or vllm; the DiT is always torch.
-        """
-        if engine not in ("torch", "vllm"):
-            raise ConfigError(f"the Thinker's engine is {engine!r}; it must be torch or vllm")
+    def notes(self) -> list[str]:
+        """One line for each thing in the file that is accepted but has no meaning here, to be logged at start."""
         notes = [
             f"connectors.{name}: {connector.name} is not used, K/V moves over gRPC ({REAL_CONNECTOR})"
             for name, connector in self.connectors.items()
             if connector.name != REAL_CONNECTOR
         ]
         for stage in self.stages:
-            runs_vllm = engine == "vllm" and stage.stage_id != self.spec.stage("dit").stage_id
-            unused = [key for key in VLLM_KEYS if getattr(stage, key) is not None and not runs_vllm]
+            unused = [key for key in VLLM_KEYS if getattr(stage, key) is not None and stage.engine != "vllm"]
             if unused:
                 notes.append(f"{stage.where}: no meaning for the torch engine, only for vLLM: {', '.join(unused)}")
             if stage.trust_remote_code:
@@ -326,6 +321,8 @@ def check(config: DeployConfig) -> None:
 def _role_problem(stage: StageDeploy, spec: StageConfig) -> str | None:
     """A setting of another stage's, beginning with the key; None if there is none."""
     if spec.execution_type is StageExecutionType.DIFFUSION:
+        if stage.engine is not None:
+            return f"engine is {stage.engine!r}; it is the Thinker's, leave it out here"
         text = list(stage.default_sampling_params.text()) if spec.input_sources else []
         return (
             f"default_sampling_params.{text[0]} is set; this stage writes no text, set it on stage 0" if text else None
@@ -375,12 +372,15 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
         if key not in known:
             raise ConfigError(f"{source}: {key} is not a known setting; {_suggest(key, known)}")
     data, dit = config.model_dump(exclude_unset=True), config.spec.stage("dit").stage_id
+    if "engine" in given and len(config.spec.stages) == 1:
+        raise ConfigError(f"{source}: engine is the Thinker's, and {config.pipeline} has none; leave it out")
     for stage in data.get("stages", ()):
         spread = stage.setdefault("parallel_config", {})
         for key, value in given.items():
             if key == "tensor_parallel_size":
                 spread.pop(key, None)  # stated in one place only
-            if stage["stage_id"] == dit or key not in (*DIT_PARALLEL_KEYS, "vae_use_tiling"):
+            others = ("engine",) if stage["stage_id"] == dit else (*DIT_PARALLEL_KEYS, "vae_use_tiling")
+            if key not in others:
                 (spread if key in DIT_PARALLEL_KEYS else stage)[key] = value
     return data
 
@@ -396,6 +396,7 @@ _WANTED: Mapping[str, str] = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
+    "literal_error": "one of {expected}",
     "string_type": 'a text, in quotes if it looks like a number (like "0")',
     "tuple_type": "a list",
     "dict_type": "a mapping of keys to values",

@@ -40,10 +40,10 @@ class Deployment:
 
     model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
-    cuda:N; dtype auto, bfloat16 or float32; engine the Thinker's: auto, torch, vllm, or None for the Thinker's own
-    default. profile: the DiT tells the durations of the diffusion stages; log_stats: the gateway logs where the time
-    of each request went. security is the gateway's TLS towards its callers; http: a host:port where it speaks the
-    OpenAI API too. api_keys: the file of the keys that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
+    cuda:N; dtype auto, bfloat16 or float32. profile: the DiT tells the durations of the diffusion stages; log_stats:
+    the gateway logs where the time of each request went. security is the gateway's TLS towards its callers; http: a
+    host:port where it speaks the OpenAI API too. api_keys: the file of the keys that they need; None: none, whatever
+    BAGEL_API_KEYS_FILE says.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
@@ -58,7 +58,6 @@ class Deployment:
         gateway_port: int = 0,
         device: str = "auto",
         dtype: str = "auto",
-        engine: str | None = None,
         init_timeout_s: float = 300,
         batch_timeout_s: float = 5,
         profile: bool = False,
@@ -73,7 +72,7 @@ class Deployment:
     ) -> None:
         self.config, self._model, self._name = config, str(model), name or str(model)
         self._listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
-        self._device, self._dtype, self._engine = device, dtype, engine
+        self._device, self._dtype = device, dtype
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
         self._http, self._api_keys, self._profile, self._log_stats = http, api_keys, profile, log_stats
@@ -202,9 +201,10 @@ class Deployment:
             arguments += ["--enable-diffusion-pipeline-profiler"] if self._profile else []
         return arguments
 
-    def _thinker_arguments(self, stage: StageDeploy) -> list[str]:
+    @staticmethod
+    def _thinker_arguments(stage: StageDeploy) -> list[str]:
         """The engine, and what only vLLM has; the Thinker says what its engine makes of it."""
-        arguments = [] if self._engine is None else ["--engine", self._engine]
+        arguments = [] if stage.engine is None else ["--engine", stage.engine]
         arguments += ["--tensor-parallel-size", str(stage.tp_size)] if stage.tp_size > 1 else []
         for key in ("max_num_batched_tokens", "gpu_memory_utilization", "quantization"):
             if (value := getattr(stage, key)) is not None:

@@ -43,10 +43,10 @@ class Omni:
 
     model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
     (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
-    as a keyword, override it. device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N; dtype: auto, bfloat16 or
-    float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after each `generate`, of where the time
-    of each request went, and of the durations of each picture's diffusion stages. logs: a folder or stream for the
-    services' logs.
+    as a keyword (engine="vllm" for the Thinker), override it. device: auto, cpu, cuda (the deploy file's GPUs) or
+    cuda:N; dtype: auto, bfloat16 or float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after
+    each `generate`, of where the time of each request went, and of the durations of each picture's diffusion stages.
+    logs: a folder or stream for the services' logs.
 
     Raises ConfigError, CheckpointError or NotSupported before anything starts, InitTimeout naming a late stage.
     """

@@ -44,26 +44,23 @@ class KvExport0221(KvExport):
         return super().request_finished(request, block_ids)
 
 
-def read_rows(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> tuple[Tensor, Tensor]:
+def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """As connector.read_rows, of [2, blocks, block size, kv heads, head_dim] or [blocks, 2, block size, …]."""
     pair_first = cache if cache.shape[0] == 2 else cache.transpose(0, 1)
     size = pair_first.shape[2]
-    wanted = connector._index(blocks, begin, end, size, cache.device)
     pair = torch.index_select(pair_first, 1, wanted).flatten(1, 2)
     first = begin - begin // size * size
     k, v = pair[:, first : first + end - begin]
     return k, v
 
 
-def build(
-    builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-) -> gpu_attention.FlashAttentionMetadata:
+def build(builder: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
     """As SpanFlashBuilder.build; the runner says where images lie only later, as `mm_prefix_range`."""
     made: Any = super(gpu_attention.SpanFlashBuilder, builder).build(
         common_prefix_len, common_attn_metadata, fast_build
     )
     made.step = gpu_attention.step_of(common_attn_metadata, None)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def calls(metadata: Any) -> list[gpu_attention.Call]:
@@ -107,8 +104,6 @@ def prepare(attention: str | None) -> None:
     if __version__.startswith("0.22."):
         adapt()
     if attention is not None:
-        arguments = core.engine_arguments
-        core.engine_arguments = lambda *given, **named: {
-            **arguments(*given, **named),
-            "attention_backend": AttentionBackendEnum[attention],
-        }
+        arguments = vars(core)["engine_arguments"]
+        backend = {"attention_backend": AttentionBackendEnum[attention]}
+        vars(core)["engine_arguments"] = lambda *given, **named: {**arguments(*given, **named), **backend}

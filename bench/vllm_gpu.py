@@ -3,7 +3,7 @@
     python -m bench.vllm_check                          first: is it right at all on this GPU
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
     python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on a GPU of its own
-    python -m bench.vllm_gpu --side ours --json A       one side; then: python -m bench.vllm_gpu --merge A B
+    python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
 
 Each side runs in a process of its own, and both are stepped by the same loop over vLLM's engine core, with as many

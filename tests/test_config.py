@@ -52,7 +52,7 @@ def test_shipped_files_load_and_decide_nothing_for_the_user(name: str, stage_ids
     assert [stage.stage_id for stage in deploy.stages] == stage_ids
     assert {stage.devices for stage in deploy.stages} == {"0"}
     assert deploy.sampling_defaults() == {}  # no seed, temperature or penalty
-    assert deploy.notes("torch") == deploy.notes("vllm") == []
+    assert deploy.notes() == []
 
 
 def test_shipped_file_of_an_installed_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,13 +292,27 @@ def test_keys_without_meaning_are_noted_for_the_engine_that_has_none_for_them() 
         "enforce_eager": False,
         "enable_prefix_caching": True,
     }
-    deploy = parse_deploy_config(two_stages({**keys, "max_model_len": 9, "max_num_seqs": 1}, {"enforce_eager": True}))
+    stages = {**keys, "max_model_len": 9, "max_num_seqs": 1}, {"enforce_eager": True}
+    deploy = parse_deploy_config(two_stages(*stages))
     thinker = f"stages[stage_id=0]: no meaning for the torch engine, only for vLLM: {', '.join(keys)}"
     dit = "stages[stage_id=1]: no meaning for the torch engine, only for vLLM: enforce_eager"
-    assert deploy.notes() == deploy.notes("torch") == [thinker, dit]
-    assert deploy.notes("vllm") == [dit]
-    with pytest.raises(ConfigError, match="engine is 'sglang'; it must be torch or vllm"):
-        deploy.notes("sglang")
+    assert deploy.notes() == deploy.with_overrides(engine="torch").notes() == [thinker, dit]
+    assert deploy.with_overrides(engine="vllm").notes() == [dit]
+
+
+def test_engine_is_the_thinkers(deploy: DeployConfig) -> None:
+    assert [stage.engine for stage in deploy.stages] == [None, None]
+    chosen = parse_deploy_config(two_stages({"engine": "vllm"}, {}))
+    assert [stage.engine for stage in chosen.stages] == ["vllm", None]
+    assert [stage.engine for stage in chosen.with_overrides(engine="torch").stages] == ["torch", None]
+    with pytest.raises(ConfigError, match=r"stages\[stage_id=1\].engine is 'vllm'; it is the Thinker's, leave it out"):
+        parse_deploy_config(two_stages({}, {"engine": "vllm"}))
+    with pytest.raises(
+        ConfigError, match=r"stages\[stage_id=0\].engine is 'sglang'; it must be one of 'auto', 'torch'"
+    ):
+        parse_deploy_config(two_stages({"engine": "sglang"}, {}))
+    with pytest.raises(ConfigError, match="engine='vllm': engine is the Thinker's, and bagel_single_stage has none"):
+        load_deploy_config(shipped_deploy_config("bagel_single_stage"), engine="vllm")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +326,7 @@ def test_vllm_omnis_connectors_and_remote_code_are_noted(name: str) -> None:
             connectors={"shm": {"name": name, "extra": {"port": 1}}, "grpc": {"name": "GrpcConnector", "extra": {}}},
         )
     )
-    assert deploy.notes("vllm") == [
+    assert deploy.notes() == [
         f"connectors.shm: {name} is not used, K/V moves over gRPC (GrpcConnector)",
         "stages[stage_id=0]: trust_remote_code has no effect, no remote code is ever run",
     ]

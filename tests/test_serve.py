@@ -10,14 +10,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bagel
 from bagel.cli import main
 from bagel.client import Client
 from bagel.launch import is_serving
+from bagel.transport import sync_channel
+from bagel.v1 import thinker_pb2
+from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.conftest import GOLDEN
 from tests.test_launch import until_gone
 
@@ -90,6 +95,25 @@ def logged(log: Path, event: str) -> dict[str, Any]:
     lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
     (found,) = [line for line in lines if line["event"] == event]
     return dict(found)
+
+
+def test_engine_goes_from_the_flag_to_the_thinker_whatever_the_environment_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAGEL_MODEL", str(GOLDEN / "checkpoint"))
+    monkeypatch.setenv("BAGEL_ENGINE", "torch")
+    serve = ["serve", "--port", "0", "--device", "cpu", "--engine"]
+    assert main([*serve, "sglang"]) == 2
+    assert "invalid choice: 'sglang'" in capsys.readouterr().err
+    if find_spec("vllm") is None:
+        assert main([*serve, "vllm"]) == 2
+        assert "stage 0 (thinker): --engine vllm needs vLLM, which is not installed here" in capsys.readouterr().err
+    monkeypatch.setenv("BAGEL_ENGINE", "vllm")
+    with bagel.Omni(device="cpu", engine="torch") as omni:
+        (thinker, *_) = omni._engine.deployment.services
+        with sync_channel(thinker.address(0)) as channel:
+            told = ThinkerServiceStub(channel).Describe(thinker_pb2.ThinkerServiceDescribeRequest())
+    assert told.engine == "torch"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")

@@ -365,10 +365,10 @@ def test_a_copy_that_fails_fails_its_request_alone(vllm: Any, monkeypatch: pytes
 
     right = connector.read_rows
 
-    def breaks(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def breaks(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
         if end - begin == lost.chain.segments[-1].length:
             raise RuntimeError("no luck")
-        return right(cache, blocks, begin, end)
+        return right(cache, wanted, begin, end)
 
     lost = ask(vllm, Ask((TextPart("this one is lost, and is longer than the other"),)), submit=False)
     assert lost.reading is not None

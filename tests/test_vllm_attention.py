@@ -25,10 +25,12 @@ def kernel(self: Any, layer: Any, q: Tensor, k: Any, v: Any, cache: Tensor, meta
     starts = meta.query_start_loc.tolist()
     for i, visible in enumerate(meta.seq_lens.tolist()):
         queries = q[starts[i] : starts[i + 1]].transpose(0, 1)
-        rows = cache[:, meta.block_table[i]].flatten(1, 2)[:, :visible].transpose(1, 2)
+        keys, values = cache[:, meta.block_table[i]].flatten(1, 2)[:, :visible].transpose(1, 2)
         count = queries.shape[1]
         mask = torch.ones(count, visible, dtype=torch.bool).tril(visible - count) if meta.causal else None
-        out[starts[i] : starts[i + 1]] = F.scaled_dot_product_attention(queries, *rows, attn_mask=mask).transpose(0, 1)
+        out[starts[i] : starts[i + 1]] = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask
+        ).transpose(0, 1)
     return out
 
 

@@ -26,7 +26,7 @@ from bagel.request import Request
 
 EVALUATE, ROWS = "training.nano.evaluate", "training.nano.rows"
 """By name: they import torch to draw what is edited and described."""
-OWN_SERVICES = ("model", "device", "dtype", "topology", "init_timeout", "batch_timeout")
+OWN_SERVICES = ("model", "device", "dtype", "engine", "topology", "init_timeout", "batch_timeout")
 """Flags about services that the command starts itself."""
 
 
@@ -65,7 +65,7 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
     refuse_without_endpoint(args)
     name, checkpoint = find_model(args.model)
     topology = args.topology or TOPOLOGY
-    config = load_deploy_config(shipped_deploy_config(topology))
+    config = load_deploy_config(shipped_deploy_config(topology), engine=args.engine)
     about = {"model": name, "fingerprint": checkpoint.fingerprint.hex(), "topology": topology}
     say(f"loading {name}")
     with deployment(args, config, name, checkpoint) as services:

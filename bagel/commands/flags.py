@@ -19,6 +19,7 @@ POSTERIOR_MODES = ("content", "seed", "mean")
 WORKER_BACKENDS = ("process", "ray")
 TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 DTYPES = ("auto", "bfloat16", "float32")
+ENGINES = ("auto", "torch", "vllm")
 
 INIT_TIMEOUT_S = 300
 BATCH_TIMEOUT_S = 5
@@ -58,6 +59,7 @@ SERVER_FLAGS = (
     "model",
     "device",
     "dtype",
+    "engine",
     "deploy_config",
     "cfg_parallel_size",
     "worker_backend",
@@ -157,6 +159,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     """Add every flag of `bagel serve`."""
     group = parser.add_argument_group("what to serve")
     _add_model(group)
+    _add_thinker(group)
     _add(group, "--deploy-config", "chosen from the model", "deploy file", type=_given, metavar="FILE")
     group = parser.add_argument_group("where")
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
@@ -187,6 +190,7 @@ def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--endpoint", "none", "a running gateway, instead of own services", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--topology", TOPOLOGY, "services to start", choices=TOPOLOGIES)
     _add_model(group)
+    _add_thinker(group)
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
     _add_client(parser)
@@ -232,8 +236,14 @@ def _add_model(group: Group) -> None:
     _add(group, "--dtype", "auto, bfloat16 on cuda, float32 on cpu", "number type of the model", choices=DTYPES)
 
 
+def _add_thinker(group: Group) -> None:
+    default = "the deploy file's, else BAGEL_ENGINE of the environment, else auto"
+    _add(group, "--engine", default, "what runs the Thinker; auto: vllm if installed and on a GPU", choices=ENGINES)
+
+
 def _add_engine(group: Group) -> None:
     _add_model(group)
+    _add_thinker(group)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
     _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=_whole, metavar="N")

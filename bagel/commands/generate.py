@@ -75,7 +75,8 @@ def generate(args: argparse.Namespace) -> None:
 def _generate_here(args: argparse.Namespace) -> None:
     _refuse_unbuilt_flags(args)
     refuse_without_endpoint(args)
-    config = load_deploy_config(args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
+    deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
+    config = load_deploy_config(deploy, engine=args.engine)
     in_process = config.spec is BAGEL_SINGLE_STAGE
     defaults = request_defaults(config)
     requests = make_requests(args, defaults)

@@ -28,7 +28,7 @@ WATCH_S = 0.2
 def serve(args: argparse.Namespace) -> None:
     """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
     model, checkpoint = find_model(args.model)
-    config = deployment_for(checkpoint, args.deploy_config)
+    config = deployment_for(checkpoint, args.deploy_config, engine=args.engine)
     for note in config.notes():
         say(f"note: {note}")
     if not named_model(args.model):

@@ -52,12 +52,12 @@ def compare_served(
     for case in golden.cases("fp32"):
         if case.name not in NOT_SERVED:
             groups.setdefault(_transforms_of(case), []).append(case)
-    config = load_deploy_config(shipped_deploy_config(topology))
+    config = load_deploy_config(shipped_deploy_config(topology), engine=engine)
     for transforms, cases in groups.items():
         with tempfile.TemporaryDirectory(prefix="bagel-parity-") as folder:
             model = _with_transforms(golden.checkpoint.folder, transforms, Path(folder))
             logs = Path(folder) / "logs"
-            with Deployment(config, model, device=device, dtype="float32", engine=engine, logs=logs) as services:
+            with Deployment(config, model, device=device, dtype="float32", logs=logs) as services:
                 run = ServedRun(services, topology, Checkpoint(model))
                 for case in cases:
                     yield run.compare(case, tolerance)

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,6 +19,7 @@ from bagel.transport import Host
 from bagel.v1 import kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import add_ThinkerServiceServicer_to_server
 from bagel_thinker.flags import add_engine_flags
+from bagel_thinker.watchdog import STEP_TIMEOUT_S, watch
 
 if TYPE_CHECKING:
     from bagel_thinker.engine import Engine
@@ -33,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_engine_flags(flags)
     flags.add_argument("--kv-store-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
     flags.add_argument("--lease-seconds", type=float, default=service.LEASE_S, help="how long unrenewed K/V are kept")
+    flags.add_argument(
+        "--step-timeout",
+        type=_seconds,
+        default=STEP_TIMEOUT_S,
+        metavar="S",
+        help=f"a step of the engine that takes longer has hung, and the service ends (default: {STEP_TIMEOUT_S:g})",
+    )
     return service.run(flags, argv, _serve, "thinker")
 
 
@@ -49,13 +58,16 @@ async def _serve(args: argparse.Namespace) -> None:
     except BaseException:
         await host.server.stop(None)
         raise
+    watching = asyncio.create_task(watch(engine, args.step_timeout))
     try:
         servicer = _add_servicers(host, engine, args)
         await host.ready()
         log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
         await service.serve(host, args.drain_timeout, asyncio.wrap_future(engine.failed), servicer.idle)
     finally:
-        engine.close()
+        if not watching.done():  # else its thread never ends
+            watching.cancel()
+            engine.close()
 
 
 def _load(args: argparse.Namespace) -> Engine:
@@ -85,9 +97,19 @@ def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> Thin
     return servicer
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
 def _leave(code: int) -> NoReturn:
-    """End the process; at once if vLLM was there, whose modules take Python seconds to take apart, for nothing."""
-    if "vllm" in sys.modules:
+    """End the process; at once if its engine hangs, or vLLM was there, which Python takes seconds to take apart."""
+    if "vllm" in sys.modules or any(thread.name.endswith("-engine") for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -9,6 +9,7 @@ from bagel.engine.reader import Reading
 from bagel.engine.segments import ChainPlanner
 from bagel.kv.store import KvStore
 from bagel.v1 import common_pb2
+from bagel_thinker.watchdog import Pulse
 
 
 class Engine(Protocol):
@@ -16,6 +17,7 @@ class Engine(Protocol):
 
     A reading's callbacks are called from the engine's own thread. K/V go to the segments of the store that a lease
     has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can compute no more.
+    pulse: of that thread, which is called NAME-engine.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Engine(Protocol):
     planner: ChainPlanner
     info: common_pb2.ModelInfo
     failed: Future[None]
+    pulse: Pulse
 
     def submit(self, reading: Reading) -> None:
         """Take a reading on."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 
+from bagel.commands.flags import ENGINES
 from bagel.errors import ConfigError
 from bagel.model.roles import Role
 
-ENGINES = ("auto", "torch", "vllm")
 ENGINE_VARIABLE = "BAGEL_ENGINE"
 VLLM_ONLY = {
     "tensor_parallel_size": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,7 @@ class _Read:
 Event = _Read | Chain | str | Written | Exception
 
 
-@dataclass
+@dataclass(eq=False)
 class _Build:
     """One call: what the engine tells from its thread, and since when."""
 
@@ -71,6 +72,8 @@ class ThinkerServicer(ThinkerServiceServicer):
         self.engine, self.name, self.slots = engine, name, slots
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
+        self._builds: set[_Build] = set()
+        engine.failed.add_done_callback(self._tell_all)
 
     def idle(self) -> bool:
         """Whether no context is built, and none is held for somebody."""
@@ -100,6 +103,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         reading = self._reading(request, chain, build, lease)
         finished = False
         renewing = asyncio.create_task(self._keep(lease)) if lease else None
+        self._builds.add(build)
         try:
             yield Response(context=self._ref(chain, lease))
             self.engine.submit(reading)
@@ -126,6 +130,7 @@ class ThinkerServicer(ThinkerServiceServicer):
                         _log_built(built, reading)
                         yield Response(built=built)
         finally:
+            self._builds.discard(build)
             if renewing is not None:
                 renewing.cancel()
             if not finished:
@@ -140,6 +145,13 @@ class ThinkerServicer(ThinkerServiceServicer):
         return thinker_pb2.ThinkerServiceDescribeResponse(
             model=self.engine.info, engine=self.engine.name, name=self.name
         )
+
+    def _tell_all(self, failed: Future[None]) -> None:
+        """Whoever waits for an engine that has failed hears of it, also if the engine itself cannot say so."""
+        error = None if failed.cancelled() else failed.exception()
+        for build in list(self._builds):
+            if isinstance(error, Exception):
+                build.tell(error)
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
 from bagel.telemetry import Log
 from bagel.wire import model_info
+from bagel_thinker.watchdog import Pulse
 
 NEAR_CACHE_BYTES = 2**28
 """Segments kept on the device, to go on from without a copy out of shared memory."""
@@ -82,6 +83,7 @@ class TorchEngine:
         self.store, self.planner, self._loaded = store, loaded.planner, loaded
         self._filling: bytes | None = None
         self.failed: Future[None] = Future()
+        self.pulse = Pulse()
         self.info = model_info(
             loaded.model.config,
             name=model_name,
@@ -157,6 +159,7 @@ class TorchEngine:
         while True:
             try:
                 while self._take_commands():
+                    self.pulse.beat()
                     self._reader.work()
                 self._reader.abandon(Draining("the Thinker has shut down; send the request again"))
                 return
@@ -167,10 +170,13 @@ class TorchEngine:
     def _take_commands(self) -> bool:
         """Run what waits; blocks while there is nothing else to do. False: stop."""
         while True:
+            if not self._reader.busy:
+                self.pulse.rest()
             try:
                 command = self._commands.get(block=not self._reader.busy)
             except Empty:
                 return True
+            self.pulse.beat()
             if command is None:
                 return False
             command()

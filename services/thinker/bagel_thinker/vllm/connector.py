@@ -156,6 +156,7 @@ class _Worker:
         self._caches: dict[str, Tensor] = {}
         self._layers: dict[str, int] = {}
         self._saved: set[str] = set()
+        self._wanted: dict[Export, Tensor] = {}
         self._failed: set[str] = set()
         self._copies: _DeviceCopies | None = None
 
@@ -180,6 +181,7 @@ class _Worker:
             if name not in self._saved:
                 self.save(meta, name)
         self._saved.clear()
+        self._wanted.clear()
         if self._copies:
             self._copies.before_next_step()
 
@@ -201,7 +203,10 @@ class _Worker:
             layer = self._layers[name]
             target = self._target(part, layer)
             if target is not None:
-                k, v = read_rows(self._caches[name], part.blocks, part.begin, part.end)
+                cache = self._caches[name]
+                if part not in self._wanted:
+                    self._wanted[part] = _index(part, cache.shape[2], cache.device)
+                k, v = read_rows(cache, self._wanted[part], part.begin, part.end)
                 target[0].copy_(k, non_blocking=True)
                 target[1].copy_(v, non_blocking=True)
             self.tell(Notice(part.request, digest=part.digest, layer=layer))
@@ -272,13 +277,12 @@ class _DeviceCopies:
             self._outlet.tell(notice)
 
 
-def read_rows(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> tuple[Tensor, Tensor]:
+def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """K and V of rows [begin, end) of a request, each [rows, kv heads, head_dim].
 
-    cache: one layer, [blocks, kv heads, block size, K | V]; blocks: the request's, in order.
+    cache: one layer, [blocks, kv heads, block size, K | V]; wanted: the blocks that these rows lie in, in order.
     """
     size = cache.shape[2]
-    wanted = _index(blocks, begin, end, size, cache.device)
     rows = cache[wanted].transpose(1, 2).flatten(0, 1)
     pair = torch.stack(rows.chunk(2, dim=-1))
     first = begin - begin // size * size
@@ -286,7 +290,7 @@ def read_rows(cache: Tensor, blocks: tuple[int, ...], begin: int, end: int) -> t
     return k, v
 
 
-def _index(blocks: tuple[int, ...], begin: int, end: int, size: int, device: torch.device) -> Tensor:
-    """Ids of the blocks that rows [begin, end) lie in."""
-    wanted = torch.tensor(blocks[begin // size : -(-end // size)])
+def _index(part: Export, size: int, device: torch.device) -> Tensor:
+    """The blocks, of `size` rows, that a segment lies in; the same in all layers."""
+    wanted = torch.tensor(part.blocks[part.begin // size : -(-part.end // size)])
     return wanted.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wanted

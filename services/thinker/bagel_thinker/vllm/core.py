@@ -9,8 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from torch import OutOfMemoryError
+
 from bagel.engine.segments import Chain
-from bagel.errors import ConfigError
+from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.model.config import ModelConfig
 from bagel_thinker.vllm.images import image_item
@@ -62,9 +65,28 @@ class Core:
                 self._client = InprocClient(vllm_config, executor, log_stats=False, executor_fail_callback=on_broken)
             except (ValueError, NotImplementedError) as error:
                 raise ConfigError(f"vLLM refuses these settings: {_first_line(error)}") from error
+            except Exception as error:
+                if settings.quantization is None or isinstance(error, BagelError | OutOfMemoryError):
+                    raise
+                raise ConfigError(
+                    f"quantization is {settings.quantization!r}, with which vLLM cannot load this model on "
+                    f"{settings.device}: {_first_line(error)}; choose another, or leave it out"
+                ) from error
+        if settings.quantization is not None:
+            self._check_quantised(settings.quantization)
         self.block_size: int = vllm_config.cache_config.block_size
         if vllm_config.scheduler_config.async_scheduling:
             self._client.collective_rpc(_leave_tokens_on_device)
+
+    def _check_quantised(self, name: str) -> None:
+        """vLLM takes ways to quantise that leave some layers, or all, as they are, and says nothing."""
+        left = self._client.collective_rpc(_left_whole)[0]
+        if left:
+            self._client.shutdown()
+            raise ConfigError(
+                f"quantization is {name!r}, which leaves {len(left)} linear layers as they are here, {left[0]} among "
+                "them; choose another, or leave it out"
+            )
 
     @property
     def busy(self) -> bool:
@@ -160,6 +182,15 @@ class Core:
         return features
 
 
+def _left_whole(worker: Any) -> list[str]:
+    """Linear layers of both experts that are not quantised."""
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    modules = worker.model_runner.model.named_modules()
+    layers = {name: module for name, module in modules if isinstance(module, LinearBase)}
+    return [name for name, layer in layers.items() if isinstance(layer.quant_method, UnquantizedLinearMethod)]
+
+
 def _overflows(worker: Any) -> int:
     return int(worker.model_runner.model.overflows)
 
@@ -177,5 +208,7 @@ def cached_tokens(output: Any) -> int:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):  # its own first line only counts
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ").splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -42,6 +42,7 @@ from bagel_thinker.vllm.jobs import Filling, Job, Request
 from bagel_thinker.vllm.requests import Placeholders, segment_starts
 from bagel_thinker.vllm.settings import VllmSettings, row_limit
 from bagel_thinker.vllm.sink import Notice, Sink
+from bagel_thinker.watchdog import Pulse
 
 MOST_FAILURES = 2
 """Steps in a row that may fail before the engine is given up."""
@@ -80,6 +81,7 @@ class VllmEngine:
             device=settings.device,
         )
         self.failed: Future[None] = Future()
+        self.pulse = Pulse()
         self._failures, self._broken = 0, threading.Event()
         self._overflows = 0
         self._overflowed: bool | None = None
@@ -141,15 +143,19 @@ class VllmEngine:
     def _take_commands(self) -> bool:
         """Run what waits; blocks while there is nothing else to do. False: stop."""
         while True:
+            if idle := self.failed.done() or not self._core.busy:
+                self.pulse.rest()
             try:
-                command = self._commands.get(block=self.failed.done() or not self._core.busy)
+                command = self._commands.get(block=idle)
             except Empty:
                 return True
+            self.pulse.beat()
             if command is None:
                 return False
             command()
 
     def _step(self) -> None:
+        self.pulse.beat()
         began = time.perf_counter()
         outputs = self._core.step()
         writing = sum(self._writes(output.request_id) for output in outputs)

@@ -165,9 +165,10 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         logits: Tensor | None = self.language_model.compute_logits(hidden_states)
         if logits is None or self.overflow_id < 0:
             return logits
-        overflown = ~logits.isfinite().all(dim=-1)
+        # A NaN is both the largest and the smallest: two reductions, without a mask as large as the logits.
+        overflown = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
         self.overflows += overflown.sum()
-        logits = logits.masked_fill(overflown[:, None], float("-inf"))
+        logits.masked_fill_(overflown[:, None], float("-inf"))
         logits[:, self.overflow_id].masked_fill_(overflown, 0.0)
         return logits
 

@@ -1,7 +1,8 @@
 """The way from vLLM's workers to the store: its shared memory, and notices of what has been written there.
 
 A worker in the engine's own process finds the store's memory and the ear for its notices here by name; one in another
-process opens the memory through the engine's file descriptor and sends its notices over a local socket.
+process opens the memory, and a pipe for its notices, through the engine's file descriptors. Neither has a path of its
+own: whoever is killed, nothing stays behind.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
-import socket
-import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from select import PIPE_BUF
 from typing import Any
 
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
 
-LONGEST_NOTICE = 1 << 16
+MOST_WORDS = PIPE_BUF // 16
+"""Characters of a failure that are told: a notice, however encoded, must be one write of a pipe."""
 _HERE: dict[str, Sink] = {}
 
 
@@ -48,44 +47,38 @@ class Sink:
     layout: KvLayout
     hear: Callable[[Notice], None]
     name: str = field(default_factory=lambda: secrets.token_hex(8))
-    _folder: Path | None = None
-    _socket: socket.socket | None = None
+    _mouth: int = -1
 
     def open(self, *, other_processes: bool) -> dict[str, Any]:
         """Make it known to workers; what they need to find it (`Outlet.find`)."""
         _HERE[self.name] = self
-        address = self._listen() if other_processes else ""
         return {
             "name": self.name,
             "layout": asdict(self.layout),
-            "memory": f"/proc/{os.getpid()}/fd/{self.arena.fd}",
+            "memory": _path(self.arena.fd),
             "nbytes": self.arena.nbytes,
-            "address": address,
+            "notices": self._listen() if other_processes else "",
         }
 
     def close(self) -> None:
         """Hear nothing more."""
         _HERE.pop(self.name, None)
-        if self._socket is not None:
-            self._socket.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._mouth >= 0:
+            os.write(self._mouth, b"\n")
+            os.close(self._mouth)
+            self._mouth = -1
 
     def _listen(self) -> str:
-        self._folder = Path(tempfile.mkdtemp(prefix="bagel-kv-"))
-        address = str(self._folder / "notices")
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(address)
-        threading.Thread(target=self._receive, args=(self._socket,), name="kv-notices", daemon=True).start()
-        return address
+        ear, self._mouth = os.pipe()
+        threading.Thread(target=self._receive, args=(ear,), name="kv-notices", daemon=True).start()
+        return _path(self._mouth)
 
-    def _receive(self, ear: socket.socket) -> None:
-        while True:
-            try:
-                told = ear.recv(LONGEST_NOTICE)
-            except OSError:  # closed
-                return
-            self.hear(Notice(**json.loads(told)))
+    def _receive(self, ear: int) -> None:
+        with os.fdopen(ear, "rb") as lines:
+            for line in lines:
+                if not line.strip():  # closed
+                    return
+                self.hear(Notice(**json.loads(line)))
 
 
 class Outlet:
@@ -100,10 +93,15 @@ class Outlet:
         if (sink := _HERE.get(given["name"])) is not None:
             return cls(sink.arena, sink.layout, sink.hear)
         arena = Arena.attach(os.open(given["memory"], os.O_RDWR), given["nbytes"])
-        mouth = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        mouth.connect(given["address"])
+        mouth = os.open(given["notices"], os.O_WRONLY)
         return cls(arena, KvLayout(**given["layout"]), lambda notice: _send(mouth, notice))
 
 
-def _send(mouth: socket.socket, notice: Notice) -> None:
-    mouth.send(json.dumps(asdict(notice)).encode())
+def _path(fd: int) -> str:
+    """Where other processes of this user open a file of this one."""
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _send(mouth: int, notice: Notice) -> None:
+    short = replace(notice, failure=notice.failure[:MOST_WORDS])
+    os.write(mouth, json.dumps(asdict(short)).encode() + b"\n")

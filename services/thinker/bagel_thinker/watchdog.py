@@ -1,0 +1,66 @@
+"""Whether the engine's thread still gets on: one that hangs raises nothing, and nobody would hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING
+
+from bagel.errors import EngineDied
+from bagel.telemetry import Log
+
+if TYPE_CHECKING:
+    from bagel_thinker.engine import Engine
+
+STEP_TIMEOUT_S = 600.0
+"""Far beyond any step on a GPU; a long prompt of the full-size model on a CPU takes minutes."""
+LOOK_S = 1.0
+
+log = Log("bagel.thinker")
+
+
+class Pulse:
+    """Which step the engine's thread is at; None while it waits for work. Written by that thread, read by any."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self._steps = 0
+
+    def beat(self) -> None:
+        """A step begins."""
+        self._steps += 1
+        self.step = self._steps
+
+    def rest(self) -> None:
+        """There is nothing to do."""
+        self.step = None
+
+
+async def watch(engine: Engine, limit_s: float) -> None:
+    """Fail the engine once one step has taken limit_s, and return; its thread is lost.
+
+    Only time in which this runs counts: a process that was stopped for a while has not hung.
+    """
+    look_s = min(LOOK_S, limit_s / 4)
+    seen, waited = engine.pulse.step, 0.0
+    while waited < limit_s:
+        await asyncio.sleep(look_s)
+        now = engine.pulse.step
+        waited = waited + look_s if now is not None and now == seen else 0.0
+        seen = now
+    log.error("the engine hangs", step_timeout=limit_s, stack=_stack(f"{engine.name}-engine"))
+    if not engine.failed.done():
+        engine.failed.set_exception(
+            EngineDied(f"the Thinker's engine has hung for {limit_s:g} s, and the service ends; try again")
+        )
+
+
+def _stack(name: str) -> str:
+    """Where that thread is."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        if thread.name == name and thread.ident in frames:
+            return "".join(traceback.format_stack(frames[thread.ident]))
+    return ""
