@@ -279,6 +279,25 @@ def lose_the_thinker(client: Client, thinker: Service) -> None:
     pytest.fail(f"the gateway goes on choosing a Thinker that is gone: {caught.value}")
 
 
+def test_what_the_dit_knows_already_is_no_loss_to_a_thinker_that_reads_it_anew(stage: Stage) -> None:
+    """It gives its lease back at once, while the Thinker, started again, still computes what it was for."""
+    thinker = stage.thinker()
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    long = "a large red circle to the left of a small blue square " * 60
+    with Client(gateway.address(0)) as client:
+        before = client.generate(long, **SMALL)
+        thinker.process.kill()
+        thinker.process.wait(DETECTED_WITHIN_S)
+        again = stage.thinker(thinker.address(0))
+        until_serving(again, gateway)
+        after = client.generate(long, **SMALL)
+    assert same(after, before)
+    assert (after.usage["computed_tokens"], after.usage["pulled_bytes"]) == (before.usage["computed_tokens"], 0)
+    assert released(again.address(0), dit.address(0))
+
+
 def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage: Stage) -> None:
     thinker = stage.thinker()
     dit = stage.dit(thinker)
