@@ -352,8 +352,9 @@ def test_who_asks_late_hears_why_a_segment_of_another_request_failed() -> None:
 def test_a_source_that_was_started_again_and_loads_is_no_loading_of_ours() -> None:
     async def test(pair: Pair) -> None:
         async def pages(request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:
+            for page in list[bytes]():
+                yield page
             raise Loading("the service is loading its model")
-            yield b""
 
         pair.source._pages = pages  # type: ignore[method-assign]
         with pytest.raises(SourceUnavailable, match=r"thinker was started again .* loading its model"):
