@@ -117,7 +117,9 @@ class ForeignContext(ContextRefused):
 
 
 class LeaseLapsed(ContextRefused):
-    """The lease that kept K/V alive has run out, and what it held may be gone."""
+    """The lease that kept K/V alive has run out or went with its service, and what it held may be gone."""
+
+    grpc_status = "UNAVAILABLE"  # the same request, sent again, gets a new one
 
 
 class KvTimeout(BagelError):

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_images_and_make_take_the_same_torch() -> None:
     for service in ("thinker", "dit"):
         assert f"ARG TORCH_VERSION={pinned[1]}\n" in DOCKERFILES[service].read_text()
     assert "torch" not in DOCKERFILES["gateway"].read_text().lower()
+
+
+def test_with_a_gpu_both_stages_reserve_it_and_the_thinker_is_built_for_and_started_on_vllm() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    services = read(DEPLOY / "compose.gpu.yaml")["services"]
+    for name in ("thinker", "dit"):
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]
+        assert "ARG EXTRA=engine\n" in DOCKERFILES[name].read_text()
+    built_with = {name: services[name]["build"]["args"]["EXTRA"] for name in ("thinker", "dit")}
+    assert built_with == {"thinker": "vllm", "dit": "engine"} and extras.keys() >= set(built_with.values())
+    command = services["thinker"]["command"]
+    assert command[command.index("--engine") + 1] == "vllm"
 
 
 def test_thinker_and_dit_are_built_by_the_same_steps_and_so_share_their_layers() -> None:

@@ -22,6 +22,8 @@ from bagel.errors import (
     IncompleteContext,
     KvTimeout,
     LeaseLapsed,
+    Loading,
+    NotFinite,
     SourceUnavailable,
     StoreFull,
 )
@@ -165,6 +167,11 @@ def test_a_context_arrives_exactly(dtype: str) -> None:
 def flipped(at: int) -> Damage:
     """Flips a bit of one byte of the message numbered `at` (from the end of it); 0: of every message."""
     return lambda data, count: data[:-1] + bytes((data[-1] ^ 1,)) if at in (0, count) else data
+
+
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.01)
 
 
 async def fails(pair: Pair, kind: type[BagelError], *words: str, refs: list[kv_pb2.ContextRef] | None = None) -> None:
@@ -311,6 +318,48 @@ def test_a_source_that_dies_fails_the_request() -> None:
             await fetch
         stats = pair.here.stats()
         assert (stats.leases, stats.pulls, stats.stored_bytes) == (0, 0, 0)
+
+    run(test)
+
+
+def test_who_asks_late_hears_why_a_segment_of_another_request_failed() -> None:
+    async def test(pair: Pair) -> None:
+        overflow, served = asyncio.Event(), pair.source._pages
+
+        async def pages(request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:
+            if SEGMENTS[0][0] in request.digests:
+                await overflow.wait()
+                raise NotFinite("overflow")
+            async for page in served(request):
+                yield page
+
+        pair.source._pages = pages  # type: ignore[method-assign]
+        first = asyncio.create_task(pair.fetch(pair.ref(SEGMENTS[0])))
+        await until(lambda: pair.here.stats().pulls == 1)
+        late = asyncio.create_task(pair.fetch(pair.ref()))  # it pulls the second segment, and waits for the first then
+        await until(lambda: pair.here.stats().pulls == 2)
+        overflow.set()
+        with pytest.raises(NotFinite):
+            await first
+        fill(pair.there, SEGMENTS[1])
+        with pytest.raises(NotFinite, match="overflow"):
+            await late
+        await pair.settled()
+
+    run(test)
+
+
+def test_a_source_that_was_started_again_and_loads_is_no_loading_of_ours() -> None:
+    async def test(pair: Pair) -> None:
+        async def pages(request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:
+            for page in list[bytes]():
+                yield page
+            raise Loading("the service is loading its model")
+
+        pair.source._pages = pages  # type: ignore[method-assign]
+        with pytest.raises(SourceUnavailable, match=r"thinker was started again .* loading its model"):
+            await pair.fetch(pair.ref())
+        await pair.settled()
 
     run(test)
 
@@ -535,7 +584,7 @@ def test_what_does_not_fit_is_refused_with_its_name() -> None:
     ("change", "code", "words"),
     [
         ({"fingerprint": b"other"}, grpc.StatusCode.FAILED_PRECONDITION, (b"other".hex(), FINGERPRINT.hex())),
-        ({"lease_id": "gone"}, grpc.StatusCode.FAILED_PRECONDITION, ("gone",)),
+        ({"lease_id": "gone"}, grpc.StatusCode.UNAVAILABLE, ("gone",)),
         ({"digests": [b"?" * 16]}, grpc.StatusCode.NOT_FOUND, ((b"?" * 16).hex(),)),
         ({"head_end": 9}, grpc.StatusCode.INVALID_ARGUMENT, ("9",)),
         ({"layer_end": 9}, grpc.StatusCode.INVALID_ARGUMENT, ("9",)),
@@ -560,7 +609,7 @@ def test_a_lease_that_lapses_while_a_pull_waits_ends_it() -> None:
         request = kv_pb2.PullRequest(digests=[SEGMENTS[0][0]], fingerprint=FINGERPRINT, lease_id=lease)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await KvBlocksServiceStub(pair.channel).Pull(request).read()
-        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         await pair.settled()
         assert pair.there.stats().stored_bytes == 0
 

@@ -15,17 +15,22 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from PIL import Image
 
 from bagel.client import AsyncClient, Client
 from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.errors import BagelError, NoBackend, RunnerDied, SourceUnavailable
+from bagel.errors import BagelError, Draining, NoBackend, RunnerDied, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.launch import Deployment, is_serving
 from bagel.model.checkpoint import EMA
 from bagel.process import Service
+from bagel.status import from_rpc_error
 from bagel.transport import sync_channel
 from bagel.v1 import kv_pb2
+from bagel.v1.dit_pb2 import DitServiceGenerateRequest
+from bagel.v1.dit_pb2_grpc import DitServiceStub
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from tests.conftest import GOLDEN
 from tests.helpers import agree, sketch
@@ -212,7 +217,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         service.end(10)
 
 
-def until_serving(*services: Service, limit_s: float = 60) -> None:
+def until_serving(*services: Service, limit_s: float = 180) -> None:
     deadline = time.monotonic() + limit_s
     for service in services:
         while not is_serving(service.address(0)):
@@ -279,6 +284,25 @@ def lose_the_thinker(client: Client, thinker: Service) -> None:
     pytest.fail(f"the gateway goes on choosing a Thinker that is gone: {caught.value}")
 
 
+def test_what_the_dit_knows_already_is_no_loss_to_a_thinker_that_reads_it_anew(stage: Stage) -> None:
+    """It gives its lease back at once, while the Thinker, started again, still computes what it was for."""
+    thinker = stage.thinker()
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    long = "a large red circle to the left of a small blue square " * 60
+    with Client(gateway.address(0)) as client:
+        before = client.generate(long, **SMALL)
+        thinker.process.kill()
+        thinker.process.wait(DETECTED_WITHIN_S)
+        again = stage.thinker(thinker.address(0))
+        until_serving(again, gateway)
+        after = client.generate(long, **SMALL)
+    assert same(after, before)
+    assert (after.usage["computed_tokens"], after.usage["pulled_bytes"]) == (before.usage["computed_tokens"], 0)
+    assert released(again.address(0), dit.address(0))
+
+
 def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage: Stage) -> None:
     thinker = stage.thinker()
     dit = stage.dit(thinker)
@@ -298,6 +322,28 @@ def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage:
         with pytest.raises(BagelError) as caught:
             client.generate("too late", **SMALL)
         assert caught.value.grpc_status == "UNAVAILABLE"
+
+
+def test_a_dit_that_is_told_to_stop_answers_until_its_pictures_are_done(stage: Stage) -> None:
+    """It takes nothing new, but one that answers no checks would be taken for silent, and its pictures given up."""
+    thinker = stage.thinker()
+    dit = stage.dit(thinker)
+    gateway = stage.gateway(thinker, dit)
+    until_serving(thinker, dit, gateway)
+    with Client(gateway.address(0)) as client, sync_channel(dit.address(0)) as channel:
+        events = client.stream("a fox", **SMALL | {"steps": 500})
+        while not isinstance(next(events), StepDone):
+            pass
+        dit.process.send_signal(signal.SIGTERM)
+        while is_serving(dit.address(0)):
+            time.sleep(0.05)
+        health = HealthStub(channel).Check(HealthCheckRequest(), timeout=10)
+        assert health.status == HealthCheckResponse.NOT_SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            list(DitServiceStub(channel).Generate(DitServiceGenerateRequest(), timeout=10))
+        assert isinstance(from_rpc_error(caught.value, "dit-0"), Draining)
+        assert isinstance(list(events)[-1], Result)
+        assert dit.process.wait(DETECTED_WITHIN_S) == 0
 
 
 def test_a_dit_that_is_told_to_stop_under_a_think_text_leaves_the_picture_to_another(stage: Stage) -> None:

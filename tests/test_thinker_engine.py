@@ -180,3 +180,25 @@ def test_the_process_ends_with_its_service(tmp_path: Path) -> None:
         assert service.run(flags, [], failing, "thinker") == 1
     finally:
         root.handlers[:], root.level = before[0], before[1]
+
+
+def test_a_lease_that_is_given_back_early_takes_nothing_from_the_build(engine: TorchEngine) -> None:
+    """A DiT that has the K/V already needs them no more, while a Thinker that was started again computes them."""
+    store, lease = engine.store, "of-the-dit"
+
+    def give_back(*page: object) -> None:
+        store.release([lease])
+
+    async def test(at: Served) -> None:
+        request = build(max_tokens=3)
+        request.lease_id = lease
+        stop = store.subscribe(give_back)  # with the first page
+        with pytest.raises(BagelError, match=lease):  # the think text finds no lease that it could be kept under
+            await at.text(request)
+        request.ClearField("decode")
+        request.parts[0].text.text = "a blue cup"
+        await at.text(request)
+        stop()
+        assert store.stats().held_bytes == 0 < store.stats().stored_bytes == store.stats().computed_bytes
+
+    served(engine, test)

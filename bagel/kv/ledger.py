@@ -66,13 +66,28 @@ class Ledger:
         return next((each for each in candidates if each.digest == digest and each.pins), None)
 
     def get(self, digest: bytes) -> Segment:
-        if (segment := self.segments.get(digest)) is None:
-            raise UnknownSegment(f"{name(digest)} is not held here: it was never leased, was evicted, or failed")
-        return segment
+        """The segment; raises what it failed with if a lease still wants it, else UnknownSegment."""
+        if (segment := self.segments.get(digest)) is not None:
+            return segment
+        for lease in self.leases.values():
+            if failed := lease.segments.get(digest):
+                failed.alive()
+        raise UnknownSegment(f"{name(digest)} is not held here: it was never leased, was evicted, or failed")
+
+    def unclaim(self, digest: bytes) -> None:
+        """Nobody fills a segment any more; no effect on one that is complete or gone."""
+        if (segment := self.segments.get(digest)) and segment.claimed:
+            segment.claimed = False
+            segment.wake()
+            self._settle(segment)
+            wake(self.room_waiters)
 
     def lease(self, lease_id: str) -> Lease:
         if (lease := self.leases.get(lease_id)) is None:
-            raise LeaseLapsed(f"lease {lease_id!r} has run out or was never given; send the request again")
+            raise LeaseLapsed(
+                f"lease {lease_id!r} is not known here: it ran out, or the service was started again since; send the "
+                "request again"
+            )
         return lease
 
     def hold(self, lease: Lease, segments: Sequence[tuple[bytes, int]]) -> None:
@@ -156,7 +171,7 @@ class Ledger:
             wake(self.room_waiters)
 
     def _settle(self, segment: Segment) -> None:
-        """What becomes of a segment that lost a lease or a pin."""
+        """What becomes of a segment that lost a lease, a pin or its claim."""
         if not segment.stored or not segment.idle:
             return
         if segment.complete:

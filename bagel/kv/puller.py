@@ -18,6 +18,7 @@ from bagel.errors import (
     ForeignContext,
     IncompleteContext,
     KvTimeout,
+    Loading,
     SourceUnavailable,
 )
 from bagel.kv.codec import DTYPES, Page, checksum, decode_page
@@ -131,14 +132,26 @@ class KvPuller:
         """Make all segments of a context complete; the caller holds leases on both sides."""
         waiting = {segment.digest: segment.length for segment in ref.segments}
         while waiting:
-            mine = [digest for digest in waiting if self.store.claim(digest)]
-            if mine:
+            if mine := self._claim(waiting):
                 with self._claimed(mine):
                     await self._pull(ref, {digest: waiting[digest] for digest in mine})
             for digest in list(waiting):
                 if not await self.store.wait_segment(digest):
                     break  # who filled it gave up: claim it
                 del waiting[digest]
+
+    def _claim(self, digests: Iterable[bytes]) -> list[bytes]:
+        """Those that this pull is to fill; none is left claimed if one of them has failed for another request."""
+        mine: list[bytes] = []
+        try:
+            for digest in digests:
+                if self.store.claim(digest):
+                    mine.append(digest)
+        except BagelError:
+            for digest in mine:
+                self.store.unclaim(digest)
+            raise
+        return mine
 
     @contextmanager
     def _claimed(self, digests: Sequence[bytes]) -> Iterator[None]:
@@ -362,10 +375,13 @@ def _lease(ref: kv_pb2.ContextRef) -> tuple[str, str]:
 
 
 def _source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
-    """What the end of a call with a source means: what the source says, or that the connection broke."""
+    """What the end of a call with a source means: what the source says, or that it cannot be reached."""
     told = any(key == DETAILS for key, _ in error.trailing_metadata() or ())
     if not told and error.code().name in LOST:
         return SourceUnavailable(
             f"the connection to {source} broke while K/V were fetched from it: {error.code().name}, {error.details()}"
         )
-    return from_rpc_error(error, source)
+    cause = from_rpc_error(error, source)
+    if isinstance(cause, Loading):  # of the source, not of this service: its callers would take it for ours
+        return SourceUnavailable(f"{source} was started again while K/V were fetched from it: {cause}")
+    return cause

@@ -49,7 +49,8 @@ class Segment:
 
     @property
     def idle(self) -> bool:
-        return not self.leases and not self.pins
+        """Whether nobody needs it: who fills it goes on to the end, whatever becomes of the leases meanwhile."""
+        return not self.leases and not self.pins and not self.claimed
 
     def alive(self) -> Segment:
         """The segment; raises its error if it is gone."""

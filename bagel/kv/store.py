@@ -35,7 +35,8 @@ class KvStore:
     """Segments of K/V of one layout and fingerprint in `capacity_bytes` of shared memory (`arena`).
 
     A segment is reserved by a lease, claimed by whoever fills it, and ready page by page. A complete one stays as cache
-    when its leases are gone, until room is needed; an incomplete one is freed, unless pinned.
+    when its leases are gone, until room is needed; an incomplete one is freed, unless pinned or being filled: a holder
+    that needs it no more, as it has its K/V already, takes it from nobody.
     """
 
     def __init__(
@@ -133,9 +134,7 @@ class KvStore:
     def unclaim(self, digest: bytes) -> None:
         """Give a claim back: whoever waits for the segment may claim it. No effect on one that is complete or gone."""
         with self._entered():
-            if (segment := self._ledger.segments.get(digest)) and segment.claimed:
-                segment.claimed = False
-                segment.wake()
+            self._ledger.unclaim(digest)
 
     def fail(self, digest: bytes, error: BagelError) -> None:
         """Free a segment that cannot be filled; whoever waits for it gets the error. No effect on a complete one."""

@@ -23,6 +23,8 @@ from tests.helpers import agree
 pytestmark = pytest.mark.compose
 
 LONG: dict[str, Any] = {"prompt": "a large green triangle", "seed": 1, "steps": 300}
+BRIEF = LONG | {"steps": 100}
+"""Under way when a service is told to stop, and done before the drain timeout also on a machine that is busy."""
 GATEWAY_MB = 300
 
 
@@ -72,12 +74,14 @@ def test_a_container_has_few_rights_and_limits(stack: Stack, service: str) -> No
 
 @pytest.mark.parametrize("service", ["gateway", "dit", "thinker"])
 def test_a_stopped_service_finishes_what_is_under_way(stack: Stack, service: str, expected: Image.Image) -> None:
-    with under_way(stack) as running:
-        stack.compose("stop", service)
-        assert running.result(LIMIT_S).image is not None
-    assert stack.inspect(service)["State"]["ExitCode"] == 0
-    stack.compose("start", service)
-    stack.until_healthy("thinker", "dit", "gateway")
+    try:
+        with under_way(stack, BRIEF) as running:
+            stack.compose("stop", service)
+            assert running.result(LIMIT_S).image is not None
+        assert stack.inspect(service)["State"]["ExitCode"] == 0
+    finally:
+        stack.compose("start", service)
+        stack.until_healthy("thinker", "dit", "gateway")
     assert drawn(stack, expected)
 
 
@@ -126,12 +130,11 @@ def test_a_network_that_is_cut_while_kv_streams_fails_the_request_and_heals(
 
 
 class under_way:
-    """A long picture that has begun to be drawn, as its Result to come."""
+    """A picture that has begun to be drawn, as its Result to come."""
 
-    request: dict[str, Any] = LONG
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack, self.begun, self.pool = stack, Event(), ThreadPoolExecutor(1)
+    def __init__(self, stack: Stack, request: dict[str, Any] = LONG) -> None:
+        self.stack, self.request = stack, request
+        self.begun, self.pool = Event(), ThreadPoolExecutor(1)
 
     def __enter__(self) -> Future[Result]:
         self.running = self.pool.submit(self.run)
@@ -156,11 +159,8 @@ class slow_reading(under_way):
     """A prompt of 3000 tokens that the Thinker reads with a tenth of a CPU: its 37 MB of K/V are on their way."""
 
     def __init__(self, stack: Stack) -> None:
-        super().__init__(stack)
-        words = (
-            f"{time.time_ns()} " + "a large red circle to the left of a small blue square " * 250
-        )  # read never before
-        self.request = {"prompt": words, "seed": 1, "steps": 3}
+        words = "a large red circle to the left of a small blue square " * 250
+        super().__init__(stack, {"prompt": f"{time.time_ns()} {words}", "seed": 1, "steps": 3})  # read never before
 
     def __enter__(self) -> Future[Result]:
         self.stack.set_cpus("thinker", "0.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from collections.abc import Sequence
 
@@ -73,11 +74,12 @@ async def _serve(args: argparse.Namespace) -> None:
             puller = _puller(args, arena, driver.info)
             watch_store(puller.store.stats)
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
-        add_DitServiceServicer_to_server(_servicer(args, driver, puller), host.methods)
+        servicer = _servicer(args, driver, puller, host.draining)
+        add_DitServiceServicer_to_server(servicer, host.methods)
         added = True
         await host.ready()
         log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
-        await service.serve(host, args.drain_timeout, driver.failed)
+        await service.serve(host, args.drain_timeout, driver.failed, servicer.idle)
     finally:
         await host.server.stop(None)
         if puller is not None:
@@ -85,7 +87,9 @@ async def _serve(args: argparse.Namespace) -> None:
         await driver.stop()
 
 
-def _servicer(args: argparse.Namespace, driver: Driver, puller: KvPuller | None) -> DitServicer:
+def _servicer(
+    args: argparse.Namespace, driver: Driver, puller: KvPuller | None, draining: asyncio.Event
+) -> DitServicer:
     return DitServicer(
         args.name,
         driver,
@@ -93,6 +97,7 @@ def _servicer(args: argparse.Namespace, driver: Driver, puller: KvPuller | None)
         sources=tuple(dict(args.source)),
         max_num_seqs=args.max_num_seqs,
         batch_timeout_s=args.batch_timeout,
+        draining=draining,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
-from bagel.errors import BagelError, IncompleteContext, InvalidRequest
+from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.kv.puller import KvPuller
 from bagel.metrics import watch_queue
@@ -99,7 +99,10 @@ class _Work:
 
 
 class DitServicer(DitServiceServicer):
-    """Serves one runner. puller is None in single-stage mode, where no K/V is pulled."""
+    """Serves one runner. puller is None in single-stage mode, where no K/V is pulled.
+
+    draining: set once no new work may be begun.
+    """
 
     def __init__(
         self,
@@ -110,20 +113,29 @@ class DitServicer(DitServiceServicer):
         sources: tuple[str, ...],
         max_num_seqs: int,
         batch_timeout_s: float,
+        draining: asyncio.Event,
     ) -> None:
         self.name, self.driver, self.puller, self.sources = name, driver, puller, sources
+        self._draining, self._under_way = draining, 0
         self._slots = Slots(name, max_num_seqs, batch_timeout_s)
         watch_queue(lambda: self._slots.waiting, lambda: self._slots.taken)
         self._ids = itertools.count(1)
+
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._under_way
 
     @streaming
     async def Generate(
         self, request: dit_pb2.DitServiceGenerateRequest, context: ServicerContext[Any, Any]
     ) -> AsyncIterator[Response]:
         """Do one piece of work; a call that ends early stops it within a step."""
+        if self._draining.is_set():
+            raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another DiT")
+        self._under_way += 1
         work = _Work(next(self._ids))
-        self.driver.listen(work.id, work.events)
         try:
+            self.driver.listen(work.id, work.events)
             async with AsyncExitStack() as stack:
                 if request.WhichOneof("work") == "draw":
                     responses = self._draw(request, work, stack)
@@ -133,6 +145,7 @@ class DitServicer(DitServiceServicer):
                     yield response
         finally:
             self.driver.forget(work.id)
+            self._under_way -= 1
 
     @unary
     async def Describe(
