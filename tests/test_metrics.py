@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def served(topology: str, requests: Sequence[dict[str, Any]], env: dict[str, str
         ):
             for request in requests:
                 results.append(client.generate(**request))
-            urllib.request.urlopen(f"http://{services.http}/healthz", timeout=10).close()
+            with pytest.raises(urllib.error.HTTPError):
+                urllib.request.urlopen(f"http://{services.http}/v1/images/generations", b"{}", timeout=10)
             with pytest.raises(InvalidRequest):
                 client.generate("too large", height=100_000)
     return received, results
@@ -86,7 +88,7 @@ def test_two_stages_tell_what_they_did() -> None:
     drawn = {"rpc_method": "bagel.v1.DitService/Generate", "rpc_response_status_code": "OK"}
     assert got.count(DIT, "rpc.server.call.duration", **drawn) == 5
 
-    asked: dict[str, str | int] = {"http_route": "/healthz", "http_response_status_code": 200}
+    asked: dict[str, str | int] = {"http_route": "/v1/images/generations", "http_response_status_code": 415}
     assert got.count(GATEWAY, "http.server.request.duration", **asked) == 1
 
     # At the end nothing waits, and the page lists what there is.

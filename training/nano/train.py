@@ -1,8 +1,8 @@
 """Train bagel-nano, in stages that each take as long as they are given.
 
-python -m training.nano.train vae --run RUN --minutes 3.8                     the autoencoder
-python -m training.nano.train joint --run RUN --minutes 7.5 --rate-to 0.8     the whole model, the first part of two
-python -m training.nano.train joint --run RUN --minutes 8.5 --rate-from 0.8   the second part
+python -m training.nano.train vae --run RUN --minutes 3.7                     the autoencoder
+python -m training.nano.train joint --run RUN --minutes 7.4 --rate-to 0.8     the whole model, the first part of two
+python -m training.nano.train joint --run RUN --minutes 8.4 --rate-from 0.8   the second part
 
 RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
 starts from the weights of checkpoint/.
@@ -31,7 +31,7 @@ from training.nano.train_joint import Trainer, train_joint
 from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
 COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 40, "reason": 16}
-"""New examples a step; groups that draw learn from train_joint.REUSE times as many."""
+"""New examples of a whole batch; groups that draw learn from train_joint.REUSE times as many."""
 TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 
 
@@ -55,7 +55,8 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
     journal = Journal(args.run / "log.jsonl", "joint")
     schedule = Schedule(args.minutes, args.rate_from, args.rate_to, args.rise)
     folder = args.run / "checkpoint"
-    stream = batches(folder, TINY_COUNTS if args.tiny else COUNTS, args.seed + time.time_ns() % 2**31, args.workers)
+    counts = TINY_COUNTS if args.tiny else {group: round(args.batch * count) for group, count in COUNTS.items()}
+    stream = batches(folder, counts, args.seed + time.time_ns() % 2**31, args.workers)
     model = _load(folder, device)
     rates = Rates(muon=args.rate, adam=0.75 * args.rate)
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=2.5e-3, help="Muon's highest; AdamW's is three quarters of it")
     parser.add_argument("--rate-from", type=float, default=1.0, help="factor of the rates at the stage's start")
     parser.add_argument("--rate-to", type=float, default=0.0, help="factor of the rates at the stage's end")
+    parser.add_argument("--batch", type=float, default=1.0, help="share of a whole batch; a small one makes more steps")
     parser.add_argument("--rise", type=int, default=200, help="steps until the rates are at their height")
     parser.add_argument("--fresh", action="store_true", help="ignore state.pt")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
