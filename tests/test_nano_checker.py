@@ -12,11 +12,13 @@ from PIL import Image, ImageFilter
 from bagel.errors import ConfigError
 from bagel.events import Result
 from training.nano.checker import read, satisfies
+from training.nano.drawing import draw
+from training.nano.edits import add, edit, move, recolour, remove
 from training.nano.evaluate import wilson
+from training.nano.examples import Example, Thing
 from training.nano.images import to_pictures
 from training.nano.render import Renderer, encode_scenes
 from training.nano.rows import ROWS, answered, cases, judge, person, picture_of, rows_named
-from training.nano.texts import Example, Thing, add, draw, edit, move, recolour, remove
 from training.nano.world import BACKGROUNDS, COLOURS, SHAPES, Look, Scene, fits, make_scene, place
 
 pytestmark = pytest.mark.slow

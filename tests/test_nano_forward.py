@@ -21,11 +21,12 @@ from bagel.model.vit import vit_patchify
 from bagel.prompts import BranchName, ImagePart, Part, TextPart
 from bagel.request import ImageSettings, PosteriorMode, TextSettings
 from training.nano.batches import IGNORED, LAYOUTS, pack, unpack
+from training.nano.examples import Example
 from training.nano.forward import Inputs, Outputs, forward
 from training.nano.images import VitInput, clean_latents, to_pictures
 from training.nano.network import TINY, new_model, write_config
 from training.nano.render import Renderer, encode_scenes
-from training.nano.texts import GROUPS, Example
+from training.nano.tasks import GROUPS
 
 pytestmark = pytest.mark.slow
 

@@ -14,9 +14,10 @@ from bagel.cli import main as bagel
 from bagel.model.tokenizer import BagelTokenizer
 from training.nano import evaluate, train
 from training.nano.batches import LAYOUTS, encode_example
+from training.nano.examples import Example
 from training.nano.optim import FlatOptimizer, Rates
 from training.nano.rows import ROWS, answered, cases
-from training.nano.texts import GROUPS, Example, drop
+from training.nano.tasks import GROUPS, drop
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bagel.model.tokenizer import BagelTokenizer
+from training.nano.examples import Example
 from training.nano.render import encode_scenes
-from training.nano.texts import GROUPS, Example, drop
+from training.nano.tasks import GROUPS, drop
 from training.nano.world import Scene
 
 Array = NDArray[np.int16]

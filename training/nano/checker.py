@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from training.nano.texts import Thing, Wanted
+from training.nano.examples import Thing, Wanted
 from training.nano.world import BACKGROUNDS, CELLS, COLOURS
 
 Mask = NDArray[np.bool_]

@@ -17,12 +17,12 @@ from bagel.errors import ConfigError
 from bagel.events import Result
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
-from training.nano import texts
+from training.nano import drawing, edits, questions
 from training.nano.checker import Mask, Seen, read, satisfies, unchanged
+from training.nano.examples import Example
 from training.nano.images import to_pictures
 from training.nano.phrases import NUMBERS, article, plural
 from training.nano.render import Renderer, encode_scenes
-from training.nano.texts import Example
 from training.nano.world import COLOURS, SHAPES, Scene
 
 OFF = {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
@@ -96,7 +96,7 @@ OPEN = (
 
 def person(rng: Random) -> Example:
     """Drawing as a person asks for it: no articles, abbreviations, capitals, polite words."""
-    example = rng.choice((texts.one, texts.two, texts.count))(rng)
+    example = rng.choice((drawing.one, drawing.two, drawing.count))(rng)
     wanted = example.wanted
     assert wanted is not None
     named = [f"{thing.size + ' ' if thing.size else ''}{thing.colour} {thing.shape}" for thing in wanted.things]
@@ -130,17 +130,20 @@ def _again(row: Row, name: str, **changes: Any) -> Row:
     return replace(row, name=f"{name}: {row.name}", goal=None, prompts=row.name, **changes)
 
 
-ONE, TWO = Row("one object", texts.one, 0.97), Row("two objects", texts.two, 0.92)
-COUNT, THREE = Row("count to four", texts.count, 0.85), Row("three objects", _only(texts.three, "three"), 0.80)
-DESCRIBE = Row("description", _only(texts.see, "describe"), 0.90)
-QUESTIONS, TEXT = Row("questions", _only(texts.see, "question"), 0.93), Row("text", _only(texts.see, "text"), 0.97)
+ONE, TWO = Row("one object", drawing.one, 0.97), Row("two objects", drawing.two, 0.92)
+COUNT, THREE = Row("count to four", drawing.count, 0.85), Row("three objects", _only(drawing.three, "three"), 0.80)
+DESCRIBE = Row("description", _only(questions.see, "describe"), 0.90)
+QUESTIONS, TEXT = (
+    Row("questions", _only(questions.see, "question"), 0.93),
+    Row("text", _only(questions.see, "text"), 0.97),
+)
 ROWS = (
     ONE,
     TWO,
     COUNT,
     THREE,
     Row("as a person asks", person, 0.85),
-    Row("edits", texts.edit, 0.85),
+    Row("edits", edits.edit, 0.85),
     DESCRIBE,
     QUESTIONS,
     TEXT,
@@ -148,7 +151,7 @@ ROWS = (
     *(_again(row, "no guidance", options=OFF) for row in (TWO, COUNT)),
     *(
         Row(f"edit: {make.__name__}", make, extra=True)
-        for make in (texts.recolour, texts.add, texts.remove, texts.move, texts.background)
+        for make in (edits.recolour, edits.add, edits.remove, edits.move, edits.background)
     ),
 )
 

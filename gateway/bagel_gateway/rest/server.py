@@ -118,6 +118,7 @@ def _listen(address: str) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host.strip("[]"), int(port)))
+        listening.listen(BACKLOG)  # who calls from now on waits, and is not refused
     except (OSError, OverflowError) as error:
         listening.close()
         raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --http") from None

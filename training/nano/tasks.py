@@ -1,0 +1,51 @@
+"""The tasks: each makes examples of its kind from a random generator.
+
+Groups have one shape each in training: `draw` (text, picture), `plan` (think text, picture), `edit` (picture, text,
+picture), `see` (picture or none, question, answer) and `reason` (the same with a think text).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+from training.nano.drawing import draw, planned
+from training.nano.edits import edit
+from training.nano.examples import Example
+from training.nano.questions import reason, see
+
+NOISY = 0.08
+"""Share of drawings under the text of another one, as captions from the web are: this is what guidance takes away."""
+
+GROUPS: dict[str, Callable[[Random], Example]] = {
+    "draw": draw,
+    "plan": planned,
+    "edit": edit,
+    "see": see,
+    "reason": reason,
+}
+
+
+def drop(rng: Random, example: Example) -> Example:
+    """Take conditions away at random, so that each branch of guidance is trained.
+
+    draw: no text, or another picture's (NOISY). plan: no plan (cfg_img), or the system prompt alone (cfg_text).
+    edit: the picture alone (cfg_text), the text alone (cfg_img), or nothing.
+    """
+    if example.target is None:
+        return example
+    chance = rng.random()
+    if example.source is not None:
+        if chance < 0.1:
+            return replace(example, texts=())
+        if chance < 0.2:
+            return replace(example, source=None, vae=False, vit=False)
+        return replace(example, texts=(), source=None, vae=False, vit=False) if chance < 0.23 else example
+    if example.answer is not None:
+        if chance < 0.1:
+            return replace(example, answer=None)
+        return replace(example, answer=None, texts=example.texts[:1]) if chance < 0.2 else example
+    if chance < 0.1:
+        return replace(example, texts=())
+    return replace(example, texts=draw(rng).texts) if chance < 0.1 + NOISY else example
