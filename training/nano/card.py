@@ -53,7 +53,8 @@ small sums, counting and colour mixing, and drawing or answering after a plan in
 
 ## Evaluation
 
-`bagel eval-nano --seed {seed} --count {count}`: prompts drawn from a seed that training has not, {steps} timesteps,
+`bagel eval-nano --seed {seed} --count {count}`, run here in one process (`python -m training.nano.evaluate
+--model models/nano`): prompts drawn from a seed that training has not, {steps} timesteps,
 default guidance, pictures judged by their pixels alone, answers word for word; 95% Wilson intervals.
 
 {table}

@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
+from bagel.engine.clock import WindowClock
 from bagel.engine.denoise import (
     Canvas,
     OnVelocity,
@@ -23,23 +20,21 @@ from bagel.engine.denoise import (
     StepGate,
     Velocities,
     clean_estimate,
-    decode_picture,
     latent_bucket,
     preview_steps,
 )
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.noise import initial_noise
-from bagel.errors import BagelError, NotFinite, OutOfMemory
+from bagel.errors import BagelError, OutOfMemory
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
 from bagel.model.attention import KvSlab
 from bagel.model.checkpoint import find_checkpoint
-from bagel.model.pixels import to_image
 from bagel.model.roles import Role
 from bagel.status import rpc_status_of
 from bagel.telemetry import Log, set_up_logs
-from bagel.v1 import common_pb2
-from bagel.wire import encode_picture, model_info
+from bagel.wire import model_info
+from bagel_dit.decoding import Decoder, EarlyLook, Last
 from bagel_dit.messages import (
     ALIVE_EVERY_S,
     AddPicture,
@@ -47,14 +42,12 @@ from bagel_dit.messages import (
     Begin,
     Begun,
     Command,
-    Drawn,
     Failed,
     Land,
     LandedPage,
     LoadFailed,
     Output,
     PlacedContext,
-    Previewed,
     Read,
     Ready,
     Remove,
@@ -118,31 +111,6 @@ class _Drawing:
     """Of a picture that is profiled."""
 
 
-@dataclass(frozen=True)
-class _Last:
-    """A picture whose last step is launched, to decode: its latents, once `done`."""
-
-    id: int
-    latents: Tensor
-    grid: tuple[int, int]
-    output: Output
-    windows: WindowClock | None
-    done: torch.cuda.Event | None
-
-
-@dataclass(frozen=True)
-class _Preview:
-    """A preview to decode: what its latents tend to, once `done`."""
-
-    id: int
-    index: int
-    step: int
-    latents: Tensor
-    picture: Picture
-    output: Output
-    done: torch.cuda.Event | None
-
-
 class Runner:
     """One rank's worker, on a model that is loaded."""
 
@@ -157,8 +125,7 @@ class Runner:
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
-        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="vae")
-        self._decode_stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._decoder = Decoder(model, self._send, self._tell_failed, self._drawings.__contains__)
         self._whole = (
             WholeRequests(
                 self._loaded,
@@ -202,7 +169,7 @@ class Runner:
             if isinstance(command, Stop):
                 if self._whole is not None:
                     self._whole.close()
-                self._decoder.shutdown()
+                self._decoder.close()
                 return
             try:
                 handlers[type(command)](command)
@@ -305,45 +272,10 @@ class Runner:
         latents = drawing.canvas.latents(drawing.number).clone()
         if drawing.windows is not None:
             drawing.windows.reach(picture.step)
-        done = self._launched()
+        done = self._decoder.launched()
         self._forget(id_)
         # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
-        last = _Last(id_, latents, picture.grid, drawing.output, drawing.windows, done)
-        self._decoder.submit(self._decode_in_thread, last)
-
-    def _launched(self) -> torch.cuda.Event | None:
-        """An event after all that was launched so far; None on a CPU, where it is done."""
-        return torch.cuda.current_stream(self._device).record_event() if self._decode_stream else None
-
-    def _decode_in_thread(self, last: _Last) -> None:
-        start = time.perf_counter()
-        try:
-            image, decoding = self._image(last.latents, last.grid, last.done)
-            data = _encode(image, last.output)
-            profile = {}
-            if last.windows is not None:
-                profile = last.windows.stages() | {"decode": seconds_between(*decoding)}
-            self._send(Drawn(last.id, data, image.width, image.height, time.perf_counter() - start, profile))
-        except Exception as error:
-            self._tell_failed(last.id, error)
-
-    def _image(
-        self, latents: Tensor, grid: tuple[int, int], done: torch.cuda.Event | None, *, quick: bool = False
-    ) -> tuple[Image.Image, tuple[Moment, Moment]]:
-        """The image of latents that are there once `done`, and when the VAE began and ended on the device.
-
-        Raises NotFinite for one that overflowed.
-        """
-        with torch.cuda.stream(self._decode_stream) if self._decode_stream else nullcontext():
-            if done is not None and self._decode_stream is not None:
-                self._decode_stream.wait_event(done)
-                latents.record_stream(self._decode_stream)
-            begin = mark(self._device)
-            decoded = decode_picture(self._model, latents, grid, quick=quick)
-            end = mark(self._device)
-            if not decoded.isfinite().all():
-                raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
-            return to_image(decoded), (begin, end)
+        self._decoder.finish(Last(id_, latents, picture.grid, drawing.output, drawing.windows, done))
 
     # Previews
 
@@ -363,20 +295,10 @@ class Runner:
                 picture = drawing.canvas.pictures[number]
                 estimate = clean_estimate(drawing.canvas.latents(number), guided, picture.times[step])
                 index = drawing.previews.index(step + 1)
-                preview = _Preview(id_, index, step + 1, estimate, picture, drawing.output, self._launched())
-                self._decoder.submit(self._preview_in_thread, preview)
+                done = self._decoder.launched()
+                self._decoder.preview(EarlyLook(id_, index, step + 1, estimate, picture, drawing.output, done))
 
         return on_velocity
-
-    def _preview_in_thread(self, preview: _Preview) -> None:
-        if preview.id not in self._drawings and not preview.picture.finished:
-            return  # it has left
-        try:
-            image, _ = self._image(preview.latents, preview.picture.grid, preview.done, quick=True)
-            data = _encode(image, preview.output)
-            self._send(Previewed(preview.id, preview.index, preview.step, data, image.width, image.height))
-        except Exception as error:  # the picture itself may come out right, and tells if it does not
-            log.warning("a preview failed", why=str(error))
 
     def _remove(self, command: Remove) -> None:
         self._forget(command.id)
@@ -419,10 +341,6 @@ class Runner:
     def _send(self, reply: Reply) -> None:
         with self._sending:
             self._connection.send(reply)
-
-
-def _encode(image: Image.Image, output: Output) -> bytes:
-    return encode_picture(image, common_pb2.ImageFormat.ValueType(output.image_format), output.quality)
 
 
 def load(settings: RunnerSettings) -> LoadedModel:
