@@ -55,7 +55,9 @@ class Service:
         )
         self._logs = logs / f"{name}.log" if isinstance(logs, Path) else logs
         streams = (self.process.stdout, self.process.stderr)
-        self._readers = [Thread(target=self._read, args=(stream,), daemon=True) for stream in streams]
+        self._readers = [
+            Thread(target=self._read, args=(stream, stream is self.process.stdout), daemon=True) for stream in streams
+        ]
         for reader in self._readers:
             reader.start()
 
@@ -118,14 +120,17 @@ class Service:
         last = "; ".join(said[-TOLD_LINES:])
         raise BagelError(f"{self.title} {how}" + (f": {last}" if last else ""))
 
-    def _read(self, stream: IO[str]) -> None:
+    def _read(self, stream: IO[str], announces: bool) -> None:
+        """Hand a stream's lines on. announces: it is stdout, where a service says its address and that it is ready; its
+        log on stderr says the same, and the two are read at once.
+        """
         with stream, _sink(self._logs, self.name) as write:
             for line in stream:
-                if not self._listening.done() and (told := _listening(line)):
+                if announces and not self._listening.done() and (told := _listening(line)):
                     self.http = told.get("http", "")
                     self._listening.set_result(told["address"])
                     continue
-                if not self.said_ready and line.strip() == READY:
+                if announces and not self.said_ready and line.strip() == READY:
                     self.said_ready = True
                     continue
                 self._tail.append(line.rstrip("\n"))

@@ -63,7 +63,7 @@ class Journal:
         self.open_calls += 1
         try:
             yield
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # while it waits, or between two answers
             self.note(f"{name} is cancelled")
             raise
         finally:
