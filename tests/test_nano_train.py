@@ -12,7 +12,7 @@ from torch import nn
 
 from bagel.cli import main as bagel
 from bagel.model.tokenizer import BagelTokenizer
-from training.nano import evaluate, train
+from training.nano import evaluate, recipe
 from training.nano.batches import LAYOUTS, encode_example
 from training.nano.examples import Example
 from training.nano.optim import FlatOptimizer, Rates
@@ -25,10 +25,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    common = ["--run", str(folder), "--tiny", "--device", "cpu", "--workers", "0"]
-    assert train.main(["vae", *common, "--minutes", "0.03"]) == 0
-    assert train.main(["joint", *common, "--minutes", "0.05", "--rate-to", "0.5"]) == 0
-    assert train.main(["joint", *common, "--minutes", "0.05", "--rate-from", "0.5"]) == 0
+    tiny = ["--tiny", "--device", "cpu", "--workers", "0"]
+    assert recipe.main([str(folder), "--share", "0.007", *tiny]) == 0
     return folder
 
 
@@ -39,6 +37,11 @@ def test_a_later_stage_goes_on_from_the_one_before(run: Path) -> None:
     assert resumed == [saved[0]]
     assert saved[-1] > saved[0] > 0
     assert [line["skipped"] for line in lines if "skipped" in line][-1] == 0
+
+
+def test_a_stage_that_fails_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert recipe.main([str(tmp_path), "--share", "0.007", "--from", "2", "--device", "cpu"]) != 0
+    assert capfd.readouterr().err.count("Traceback") == 1
 
 
 def test_the_checkpoint_serves(run: Path, tmp_path: Path) -> None:

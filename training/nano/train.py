@@ -3,6 +3,7 @@
 python -m training.nano.train vae --run RUN --minutes 3.7                     the autoencoder
 python -m training.nano.train joint --run RUN --minutes 7.4 --rate-to 0.8     the whole model, the first part of two
 python -m training.nano.train joint --run RUN --minutes 8.4 --rate-from 0.8   the second part
+python -m training.nano.recipe RUN                                            all of them
 
 RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
 starts from the weights of checkpoint/.
