@@ -24,7 +24,7 @@ from training.nano.world import CELLS, Item, Scene
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-SEED = 20263
+SEED = 20261
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def drawn(result: Result) -> Seen:
 
 
 def test_guidance_beats_no_guidance(omni: bagel.Omni) -> None:
-    chosen = asked("two objects", 10) + asked("three objects", 10)
+    chosen = asked("two objects", 10) + asked("count to four", 10)
     guided = right(omni, chosen)
     settings = [replace(case.request.image, cfg_text_scale=1.0, cfg_img_scale=1.0) for case in chosen]
     unguided = [
