@@ -62,12 +62,12 @@ def one(rng: Random) -> Example:
     return _drawn(rng, "one", phrase, make_scene([item], background), wanted, named=named)
 
 
-def two(rng: Random) -> Example:
-    """Two objects and where one is from the other."""
+def two(rng: Random, *, anywhere: bool = False) -> Example:
+    """Two objects and where one is from the other: on opposite sides, or `anywhere` that makes it true."""
     background, named = _ground(rng)
     while True:
-        looks, vertical, line = distinct_looks(rng, 2), rng.random() < 0.5, rng.choice((1, 1, 1, 0, 2))
-        ends = rng.choice(((0, 2), (0, 2), (0, 1), (1, 2)))
+        looks, vertical = distinct_looks(rng, 2), rng.random() < 0.5
+        line, ends = (rng.randrange(3), rng.choice(((0, 2), (0, 1), (1, 2)))) if anywhere else (1, (0, 2))
         cells = [end * 3 + line if vertical else line * 3 + end for end in ends]
         items = arrange(rng, looks, cells)
         if items is not None:

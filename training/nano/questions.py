@@ -156,7 +156,7 @@ def ask_whether(rng: Random) -> tuple[Example, str]:
         )
         seen = ", ".join(f"{each.colour} {each.shape}" for each in source.items)
         return _asked(rng, "question", rng.choice(forms), "yes." if yes else "no.", f"{seen}.", source)
-    made = two(rng)
+    made = two(rng, anywhere=True)
     assert made.wanted is not None and made.target is not None
     a, b = (f"{thing.colour} {thing.shape}" for thing in made.wanted.things)
     kind = made.wanted.relations[0][1]

@@ -1,17 +1,25 @@
-"""Both experts of a decoder layer over one paged attention, for steps that hold latents of an image."""
+"""Both experts of a decoder layer over one paged attention, for steps that hold latents of an image.
+
+Types are the torch engine's (bagel.model.layers): products in the model's type; norms, rotation and what is added up
+between layers in float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.qwen2 import Qwen2MLP
 
+from bagel.model.attention import Rope
 from bagel.model.config import LlmConfig
+from bagel.model.layers import norm_and_rotate, rope_factors
 
 
 class GenerationLayer(nn.Module):
@@ -42,54 +50,65 @@ class _Expert:
     layer: Any
     attention: Any
 
-    def project(self, x: Tensor, positions: Tensor, rotary: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """x [all rows, hidden] -> q, k, v of this expert's rows, heads flattened."""
-        qkv, _ = self.attention.qkv_proj(self.layer.input_layernorm(x[self.rows]))
-        dim = self.attention.q_norm.weight.shape[0]
-        sizes = [self.q_width(dim, qkv.shape[-1]), *[self._kv_width(dim)] * 2]
-        q, k, v = qkv.split(sizes, dim=-1)
-        q = self.attention.q_norm(q.reshape(-1, q.shape[-1] // dim, dim)).view(q.shape)
-        k = self.attention.k_norm(k.reshape(-1, k.shape[-1] // dim, dim)).view(k.shape)
-        q, k = rotary(positions[self.rows], q, k)
-        return q, k, v
-
-    def q_width(self, dim: int, total: int) -> int:
-        return total - 2 * self._kv_width(dim)
-
-    def _kv_width(self, dim: int) -> int:
-        width: int = self.attention.qkv_proj.num_kv_heads * dim
-        return width
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x [all rows, hidden] float32, their rotary factors -> q, k, v of this expert's rows, heads flattened."""
+        qkv, _ = self.attention.qkv_proj(_normed(x[self.rows], self.layer.input_layernorm, self.dtype))
+        of_q, of_k = self.attention.q_norm, self.attention.k_norm
+        dim = of_q.weight.shape[0]
+        kv_heads: int = self.attention.qkv_proj.num_kv_heads
+        heads = qkv.shape[-1] // dim - 2 * kv_heads
+        qk, v = qkv.split(((heads + kv_heads) * dim, kv_heads * dim), dim=-1)
+        weight = torch.cat((of_q.weight.expand(heads, -1), of_k.weight.expand(kv_heads, -1))).float()
+        mine = rope[0][self.rows], rope[1][self.rows]
+        qk = norm_and_rotate(qk.unflatten(-1, (-1, dim)).float(), weight, of_q.variance_epsilon, mine)
+        q, k = qk.to(v.dtype).split((heads, kv_heads), dim=-2)
+        return q.flatten(-2), k.flatten(-2), v
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """This expert's rows of x [all rows, hidden] after attention [all rows, heads * dim] and MLP."""
+        """This expert's rows of x [all rows, hidden] after attention [all rows, heads * dim] and MLP, float32."""
         output, _ = self.attention.o_proj(attended[self.rows])
-        y: Tensor = x[self.rows] + output
-        y += self.layer.mlp(self.layer.post_attention_layernorm(y))
-        return y
+        y = x[self.rows] + output
+        return y.add_(self.layer.mlp(_normed(y, self.layer.post_attention_layernorm, self.dtype)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.layer.input_layernorm.weight.dtype
+        return dtype
 
 
-def run_both(understanding: Any, generation: nn.ModuleList, x: Tensor, positions: Tensor, latents: Tensor) -> Tensor:
+def run_both(
+    understanding: Any, generation: nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor], latents: Tensor
+) -> Tensor:
     """All layers on x [rows, hidden], whose rows `latents` (int64) take the generation expert.
 
-    understanding: vLLM's Qwen2Model. Returns hidden states after its last norm; a latent's are never used.
+    understanding: vLLM's Qwen2Model; rope: cos and sin of the rows' positions, each [rows, head_dim] float32. Returns
+    hidden states after its last norm, in x's type; a latent's are never used.
     """
     mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     mask[latents] = True
     others = (~mask).nonzero()[:, 0]
+    direct, swapped = rope_factors(*rope)
+    factors = direct[:, None], swapped[:, None]
+    added = x.float()
     for layer, gen_layer in zip(understanding.layers, generation, strict=True):
         attention = layer.self_attn
         experts = (_Expert(others, layer, attention), _Expert(latents, gen_layer, gen_layer))
-        parts = [expert.project(x, positions, attention.rotary_emb) for expert in experts]
-        q, k, v = (_merge(x, experts, pieces) for pieces in zip(*parts, strict=True))
+        parts = [expert.project(added, factors) for expert in experts]
+        q, k, v = (_merge(experts, pieces) for pieces in zip(*parts, strict=True))
         attended = attention.attn(q, k, v)
-        x = _merge(x, experts, [expert.finish(x, attended) for expert in experts])
-    hidden: Tensor = understanding.norm(x)
-    return hidden
+        added = _merge(experts, [expert.finish(added, attended) for expert in experts])
+    return _normed(added, understanding.norm, x.dtype)
 
 
-def _merge(x: Tensor, experts: tuple[_Expert, ...], pieces: Any) -> Tensor:
+def _normed(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
+    """RMS norm of float32 in float32, then rounded."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight.float(), norm.variance_epsilon).to(dtype)
+
+
+def _merge(experts: tuple[_Expert, ...], pieces: Sequence[Tensor]) -> Tensor:
     """Rows of both experts at their places again."""
-    out = x.new_empty(len(x), pieces[0].shape[-1])
+    rows = sum(len(expert.rows) for expert in experts)
+    out = pieces[0].new_empty(rows, pieces[0].shape[-1])
     for expert, piece in zip(experts, pieces, strict=True):
         out[expert.rows] = piece
     return out

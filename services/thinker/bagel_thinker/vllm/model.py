@@ -17,6 +17,7 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
 
 from bagel.errors import CheckpointError, NotSupported
 from bagel.model.checkpoint import EMA, Checkpoint
+from bagel.model.layers import Rotary
 from bagel_thinker.vllm.experts import GenerationLayer, run_both
 from bagel_thinker.vllm.images import VAE, VIT, embed_all, empty_encoder, load_encoder
 from bagel_thinker.vllm.settings import largest_blocks, read_hf_config
@@ -102,6 +103,7 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         device = vllm_config.device_config.device
         assert device is not None
         self.images = empty_encoder(self.bagel, self.role, dtype=self.dtype, device=torch.device(device))
+        self.rotary = Rotary(self.bagel.llm.head_dim, self.bagel.llm.rope_theta).to(device)
         self._latents: Tensor | None = None
         self.overflows = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -155,7 +157,7 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         if latents is None:
             return self.language_model.model(input_ids, rope, intermediate_tensors, inputs_embeds)
         assert inputs_embeds is not None
-        return run_both(self.language_model.model, self.generation, inputs_embeds, rope, latents)
+        return run_both(self.language_model.model, self.generation, inputs_embeds, self.rotary(rope), latents)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """hidden_states [rows, hidden] -> logits [rows, vocab].
