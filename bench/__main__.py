@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bagel.errors import BagelError, ConfigError
-from bench import cpu, gpu, nano, overhead, profiler, pull, stages
+from bench import cpu, gpu, nano, overhead, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json
 
 
@@ -40,6 +40,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
+        "threads": lambda: threads.run(options.repeats),
     }
     for table in parts[options.part]():
         print(table.render(), flush=True)
@@ -71,7 +72,7 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parts = ("cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages")
+    parts = ("cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages", "threads")
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")

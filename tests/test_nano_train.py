@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from random import Random
+from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bagel.cli import main as bagel
+from bagel.model.checkpoint import EMA
 from bagel.model.tokenizer import BagelTokenizer
-from training.nano import evaluate, recipe
+from training.nano import evaluate, recipe, train
 from training.nano.batches import LAYOUTS, encode_example
 from training.nano.examples import Example
 from training.nano.optim import FlatOptimizer, Rates
@@ -20,6 +23,8 @@ from training.nano.rows import ROWS, answered, cases
 from training.nano.tasks import GROUPS, drop
 
 pytestmark = pytest.mark.slow
+
+LATENT = ("vae2llm", "llm2vae", "time_embedder")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,17 @@ def test_a_later_stage_goes_on_from_the_one_before(run: Path) -> None:
 def test_a_stage_that_fails_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert recipe.main([str(tmp_path), "--share", "0.007", "--from", "2", "--device", "cpu"]) != 0
     assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_the_generation_expert_alone_can_go_on_and_texts_stay_what_they_are(run: Path, tmp_path: Path) -> None:
+    copytree(run / "checkpoint", tmp_path / "checkpoint")
+    tiny = ["--tiny", "--device", "cpu", "--workers", "0"]
+    more = ["--groups", "draw=2", "edit=1", "--expert", "generation"]
+    assert train.main(["joint", "--run", str(tmp_path), "--minutes", "0.05", *tiny, *more]) == 0
+    before, after = (load_file(folder / "checkpoint" / EMA) for folder in (run, tmp_path))
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert any("_moe_gen" in name for name in changed)
+    assert [name for name in changed if "moe_gen" not in name and not name.startswith(LATENT)] == []
 
 
 def test_the_checkpoint_serves(run: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from bagel.client import Client
@@ -28,6 +31,7 @@ from tests.test_services import address, released, stats
 
 pytestmark = pytest.mark.slow  # each start of services takes seconds
 
+LEAVERS = 200
 STEPS: dict[str, Any] = {"num_inference_steps": 8, "seed": 5}
 
 
@@ -224,6 +228,67 @@ def metrics(services: Deployment) -> str:
     text = connection.getresponse().read().decode()
     connection.close()
     return text
+
+
+def test_two_hundred_callers_who_leave_at_random_change_nothing_for_the_others(
+    services: Deployment, client: OpenAI
+) -> None:
+    alone = [_told(call(client)) for call in CALLS * 2]
+    survivors = asyncio.run(_amid_callers_who_leave(services.http, LEAVERS))
+    assert [_alike(*pair) for pair in zip(alone, survivors, strict=True)] == [True] * len(alone)
+    assert released(address(services, "thinker-0"), address(services, "dit-0"))
+    assert "\nbagel_requests_under_way 0.0\n" in metrics(services)
+    assert "\nbagel_requests_waiting 0.0\n" in metrics(services)
+
+
+def _draw(client: Any, **more: Any) -> Any:
+    return client.images.generate(prompt="a large red circle", size="64x64", extra_body=STEPS, **more)
+
+
+def _edit(client: Any) -> Any:
+    return client.images.edit(image=png(sketch(64, 64)), prompt="make it blue", extra_body=STEPS)
+
+
+def _chat(client: Any) -> Any:
+    content = [image_part(sketch(64, 64)), {"type": "text", "text": "describe the image"}]
+    return client.chat.completions.create(
+        model=NANO_NAME, messages=[{"role": "user", "content": content}], max_tokens=12
+    )
+
+
+CALLS: tuple[Callable[[Any], Any], ...] = (_draw, _edit, _chat)
+
+
+def _told(answer: Any) -> str | Image.Image:
+    """What a caller sees of an answer."""
+    return answer.choices[0].message.content if hasattr(answer, "choices") else decoded(answer.data[0].b64_json)
+
+
+def _alike(one: str | Image.Image, other: str | Image.Image) -> bool:
+    if isinstance(one, Image.Image) and isinstance(other, Image.Image):
+        return agree(one, other)
+    return one == other
+
+
+async def _amid_callers_who_leave(http: str, leavers: int) -> list[str | Image.Image]:
+    """What CALLS come to while others are begun and left at random moments, by closing their connections."""
+    chance = random.Random(6)
+
+    async def leave(client: AsyncOpenAI) -> None:
+        await asyncio.sleep(chance.random() * 8)
+        with suppress(TimeoutError, openai.APIError):
+            async with asyncio.timeout(chance.random() * 0.4):
+                if chance.random() < 0.5:
+                    async for _ in await _draw(client, stream=True, partial_images=2):
+                        pass
+                else:
+                    await chance.choice(CALLS)(client)
+
+    async with AsyncOpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=20, timeout=120) as client:
+        leaving = [asyncio.create_task(leave(client)) for _ in range(leavers)]
+        answers = await asyncio.gather(*(call(client) for call in CALLS * 2))
+        await asyncio.gather(*leaving)
+    return list(map(_told, answers))
 
 
 def test_the_example_runs(services: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
 from bagel.model.sizes import check_positions, position_limit
+from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
 from bagel.profile import stages_before
@@ -102,6 +103,7 @@ class BagelEngine:
         tokenizer = BagelTokenizer(checkpoint.folder)
         delimiters = (tokenizer.image_start, tokenizer.image_end)
         model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
+        settle_threads(model.config, device)
         if vae_use_tiling:
             model.autoencoder().use_tiling()
         return cls(

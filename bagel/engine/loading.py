@@ -13,6 +13,7 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
 from bagel.model.sizes import position_limit
+from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
 
@@ -48,6 +49,7 @@ def load_role(
     tokenizer = BagelTokenizer(checkpoint.folder)
     delimiters = (tokenizer.image_start, tokenizer.image_end)
     model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
+    settle_threads(model.config, device)
     kv_fingerprint = fingerprint(checkpoint.fingerprint, str(dtype).removeprefix("torch."))
     planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
     return LoadedModel(

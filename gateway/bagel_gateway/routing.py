@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
-from grpc.aio import EOF, UnaryStreamCall
+from grpc.aio import UnaryStreamCall
 
 from bagel import wire
 from bagel.errors import (
@@ -25,6 +25,7 @@ from bagel.errors import (
     SourceUnavailable,
     UnknownSegment,
 )
+from bagel.joined import Joined
 from bagel.pipelines import kv_collector
 from bagel.profile import stages_before
 from bagel.prompts import BranchName
@@ -66,7 +67,7 @@ class Route:
         waited_s: float = 0.0,
     ) -> None:
         self._plan, self._thinker, self._choose_dit, self._remaining = plan, thinker, choose_dit, remaining
-        self._queue: asyncio.Queue[gateway_pb2.GenerateResponse | None] = asyncio.Queue()
+        self._queue: Joined[gateway_pb2.GenerateResponse | None] = Joined(_join)
         loop = asyncio.get_running_loop()
         self._handed_over: list[asyncio.Future[kv_pb2.ContextRef]] = [loop.create_future() for _ in plan.builds]
         self._built: dict[int, thinker_pb2.ContextBuilt] = {}
@@ -95,9 +96,9 @@ class Route:
             else:
                 finished = await self._draw_picture(self._plan.draw)
             self._tell_times(finished)
-            self._queue.put_nowait(gateway_pb2.GenerateResponse(finished=finished))
+            self._queue.put(gateway_pb2.GenerateResponse(finished=finished))
         finally:
-            self._queue.put_nowait(None)
+            self._queue.put(None)
 
     def _tell_times(self, finished: gateway_pb2.Finished) -> None:
         """Add what only the gateway knows."""
@@ -320,7 +321,19 @@ class Route:
         event = gateway_pb2.GenerateResponse(
             prefill=prefill, text=text, drawing=drawing, step=step, preview=preview, picture=picture
         )
-        self._queue.put_nowait(event)
+        self._queue.put(event)
+
+
+def _join(
+    one: gateway_pb2.GenerateResponse | None, other: gateway_pb2.GenerateResponse | None
+) -> gateway_pb2.GenerateResponse | None:
+    """Pieces of text that wait to be sent become one."""
+    if one is None or other is None or not (one.HasField("text") and other.HasField("text")):
+        return None
+    if one.text.think != other.text.think:
+        return None
+    one.text.text += other.text.text
+    return one
 
 
 async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIterator[R]:
@@ -329,16 +342,14 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
     RemoteError if the backend falls silent: a process that is stopped, or a network that swallows, ends no call.
     """
     silent = asyncio.ensure_future(backend.silent.wait())
-    reading: asyncio.Future[Any] | None = None
+    silent.add_done_callback(lambda _: call.cancel())  # which ends the reading below
     try:
-        while True:
-            reading = asyncio.ensure_future(call.read())
-            await asyncio.wait({reading, silent}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE")
-            if (response := reading.result()) is EOF:
-                return
+        async for response in call:
             yield response
+    except asyncio.CancelledError:
+        if backend.silent.is_set() and not _leaving():
+            raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE") from None
+        raise
     except grpc.RpcError as error:
         told = from_rpc_error(error, backend.name)
         if _unreachable(told) or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
@@ -346,9 +357,13 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
         raise told from None
     finally:
         call.cancel()
-        for task in (silent, reading):
-            if task is not None:
-                task.cancel()
+        silent.cancel()
+
+
+def _leaving() -> bool:
+    """Whether the task that runs this is itself cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _unreachable(error: BagelError) -> bool:

@@ -1,7 +1,7 @@
-"""The model card from a run: python -m training.nano.card RUN EVALUATION [--out models/nano].
+"""The model card from a run: python -m training.nano.card RUN EVALUATION ... [--out models/nano].
 
-Reads RUN/log.jsonl and EVALUATION/results.json, writes README.md and training.png. The figures of the card are those
-of the two files; nothing is trained or evaluated here.
+Reads RUN/log.jsonl and each EVALUATION/results.json, writes README.md and training.png. The figures of the card are
+those of the files; nothing is trained or evaluated here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from training.nano.rows import ROWS
 
 Entry = Mapping[str, Any]
 Series = dict[str, list[tuple[float, float]]]
@@ -53,8 +55,7 @@ small sums, counting and colour mixing, and drawing or answering after a plan in
 
 ## Evaluation
 
-`bagel eval-nano --seed {seed} --count {count}`, run here in one process (`python -m training.nano.evaluate
---model models/nano`): prompts drawn from a seed that training has not, {steps} timesteps,
+`bagel eval-nano --seed {seed}`, {how}: prompts drawn from a seed that training has not, {steps} timesteps,
 default guidance, pictures judged by their pixels alone, answers word for word; 95% Wilson intervals.
 
 {table}
@@ -76,15 +77,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the card."""
     parser = argparse.ArgumentParser(prog="python -m training.nano.card", description="Write the model card.")
     parser.add_argument("run", type=Path, help="folder with checkpoint/ and log.jsonl")
-    parser.add_argument("evaluation", type=Path, help="folder with results.json, as bagel eval-nano leaves it")
+    parser.add_argument(
+        "evaluation",
+        type=Path,
+        nargs="+",
+        help="folder with results.json, as bagel eval-nano leaves it; rows of one seed",
+    )
     parser.add_argument("--out", type=Path, default=Path("models/nano"))
     args = parser.parse_args(argv)
     entries = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines() if line.strip()]
-    results = json.loads((args.evaluation / "results.json").read_text())
+    results = merged([json.loads((folder / "results.json").read_text()) for folder in args.evaluation])
     args.out.mkdir(parents=True, exist_ok=True)
     plot(*series(entries)).save(args.out / "training.png", optimize=True)
     (args.out / "README.md").write_text(card(entries, results, args.run / "checkpoint"))
     return 0
+
+
+def merged(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The results of several calls as of one; ValueError if they were not asked alike."""
+    rows: dict[str, Any] = {}
+    for results in several:
+        if any(results.get(key) != several[0].get(key) for key in ("seed", "steps", "fingerprint", "topology")):
+            raise ValueError("the evaluations differ in seed, steps, weights or topology; evaluate them alike")
+        rows |= results["rows"]
+    order = [row.name for row in ROWS]
+    return {**several[0], "rows": {name: rows[name] for name in sorted(rows, key=order.index)}}
 
 
 def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
@@ -124,7 +141,7 @@ def plot(curves: Series, starts: Sequence[float]) -> Image.Image:
         x = LEFT + (WIDTH - LEFT - RIGHT) * minute / last
         return x, TOP + (HEIGHT - TOP - BOTTOM) * (high - math.log10(value)) / max(1, high - low)
 
-    pen.text((LEFT, 12), "Losses of bagel-nano over minutes of training on one GPU", fill="black", font=small)
+    pen.text((LEFT, 12), "Losses of bagel-nano over minutes of training", fill="black", font=small)
     for power in range(low, high + 1):
         (_, y) = at(0, 10.0**power)
         pen.line((LEFT, y, WIDTH - RIGHT, y), fill="#dddddd")
@@ -154,21 +171,24 @@ def card(entries: Sequence[Entry], results: Mapping[str, Any], checkpoint: Path)
         training=training(entries),
         table=table(results["rows"]),
         seed=results["seed"],
-        count=max(row["count"] for row in results["rows"].values()),
+        how="through gateway, Thinker and DiT on a CPU" if "topology" in results else "in one process",
         steps=results["steps"],
     )
 
 
 def training(entries: Sequence[Entry]) -> str:
     """What each stage took."""
-    lines = ["| stage | minutes | steps | last losses |", "|---|--:|--:|---|"]
+    lines = ["| stage | on | minutes | steps | parameters | last losses |", "|---|---|--:|--:|--:|---|"]
     for run in stages(entries):
         steps = [entry["step"] for entry in run if "step" in entry]
         losses: dict[str, float] = {}
         for entry in run:
             losses |= {name: entry[name] for name in CURVES if isinstance(entry.get(name), float)}
         told = ", ".join(f"{NAMES[name]} {value:.3g}" for name, value in losses.items())
-        lines.append(f"| {run[0]['stage']} | {run[-1]['s'] / 60:.1f} | {max(steps, default=0):,} | {told} |")
+        device = next((entry["device"] for entry in run if "device" in entry), "cuda")
+        learned = next((f"{entry['learned'] / 1e6:.1f} M" for entry in run if "learned" in entry), "")
+        minutes = f"{run[-1]['s'] / 60:.1f}"
+        lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} | {told} |")
     return "\n".join(lines)
 
 

@@ -119,7 +119,7 @@ def three(rng: Random) -> Example:
     return _drawn(rng, "three" if len(items) == 3 else "pair", phrase, world, wanted, named=named)
 
 
-DRAW = ((one, 0.15), (two, 0.25), (count, 0.25), (three, 0.35))
+DRAW = ((one, 0.15), (two, 0.35), (count, 0.2), (three, 0.3))
 
 
 def draw(rng: Random) -> Example:

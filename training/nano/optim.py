@@ -113,7 +113,7 @@ def _matrix_shape(name: str, parameter: Tensor) -> tuple[int, int]:
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Five Newton-Schulz steps towards the nearest orthogonal matrices, [n, rows, columns]."""
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)  # a CPU has no fast bfloat16
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

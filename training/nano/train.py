@@ -4,9 +4,11 @@ python -m training.nano.train vae --run RUN --minutes 3.7                     th
 python -m training.nano.train joint --run RUN --minutes 7.4 --rate-to 0.8     the whole model, the first part of two
 python -m training.nano.train joint --run RUN --minutes 8.4 --rate-from 0.8   the second part
 python -m training.nano.recipe RUN                                            all of them
+python -m training.nano.train joint --run RUN --minutes 30 --rate 4e-4 --expert generation --groups draw=24 edit=3
+                                                                              drawing alone goes on, say on a CPU
 
-RUN holds checkpoint/ (what serves), state.pt (to go on from) and log.jsonl. Without state.pt, or with --fresh, `joint`
-starts from the weights of checkpoint/.
+RUN holds checkpoint/ (what serves), state.pt (to go on from; generation.pt with --expert generation) and log.jsonl.
+Without state.pt, or with --fresh, `joint` starts from the weights of checkpoint/.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
-from training.nano.batches import batches
+from training.nano.batches import LAYOUTS, batches
 from training.nano.journal import Journal, Schedule
 from training.nano.network import NANO, TINY, export, new_model, write_config
 from training.nano.optim import FlatOptimizer, Rates
@@ -33,6 +35,8 @@ from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
 COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 40, "reason": 16}
 """New examples of a whole batch; groups that draw learn from train_joint.REUSE times as many."""
+GENERATION = (".gen.", "norm_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+"""In the names of what latents alone pass through."""
 TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 
 
@@ -56,13 +60,13 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
     journal = Journal(args.run / "log.jsonl", "joint")
     schedule = Schedule(args.minutes, args.rate_from, args.rate_to, args.rise)
     folder = args.run / "checkpoint"
-    counts = TINY_COUNTS if args.tiny else {group: round(args.batch * count) for group, count in COUNTS.items()}
+    counts = _counts(args)
     stream = batches(folder, counts, args.seed + time.time_ns() % 2**31, args.workers)
-    model = _load(folder, device)
+    model = _load(folder, device, args.expert)
     rates = Rates(muon=args.rate, adam=0.75 * args.rate)
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = FlatOptimizer(learned, rates)
-    state = args.run / "state.pt"
+    state = args.run / {"both": "state.pt", "generation": "generation.pt"}[args.expert]
     if state.is_file() and not args.fresh:
         optimizer.load(torch.load(state, map_location=device, weights_only=True))
         journal.write(resumed=int(optimizer.count))
@@ -83,13 +87,34 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
         save()
 
 
-def _load(folder: Path, device: torch.device) -> Bagel:
-    """The checkpoint's model in float32, everything but the tables and the autoencoder learning."""
+def _counts(args: argparse.Namespace) -> dict[str, int]:
+    """New examples of each group in a batch; with the generation expert alone, of those that draw."""
+    whole = TINY_COUNTS if args.tiny else COUNTS
+    counts = dict(args.groups) or {
+        group: count if args.tiny else round(args.batch * count) for group, count in whole.items()
+    }
+    return {group: count for group, count in counts.items() if args.expert == "both" or LAYOUTS[group].draws}
+
+
+def _group(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if name not in COUNTS or not count.isdecimal() or int(count) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like draw=24, with one of {', '.join(COUNTS)}")
+    return name, int(count)
+
+
+def _load(folder: Path, device: torch.device, expert: str) -> Bagel:
+    """The checkpoint's model in float32.
+
+    Everything but the tables and the autoencoder learns, or of that what latents alone pass through: then texts are
+    written and pictures are read as before.
+    """
     tokenizer = BagelTokenizer(folder)
     delimiters = (tokenizer.image_start, tokenizer.image_end)
     model = load_model(Checkpoint(folder), Role.FULL, delimiter_ids=delimiters, device=device)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith("vae.") and "pos_embed.pos_embed" not in name)
+        learns = not name.startswith("vae.") and "pos_embed.pos_embed" not in name
+        parameter.requires_grad_(learns and (expert == "both" or any(part in name for part in GENERATION)))
     return model
 
 
@@ -106,6 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate-from", type=float, default=1.0, help="factor of the rates at the stage's start")
     parser.add_argument("--rate-to", type=float, default=0.0, help="factor of the rates at the stage's end")
     parser.add_argument("--batch", type=float, default=1.0, help="share of a whole batch; a small one makes more steps")
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        type=_group,
+        default=[],
+        metavar="GROUP=N",
+        help="a batch of these alone, of N new examples",
+    )
+    parser.add_argument("--expert", choices=("both", "generation"), default="both", help="which of them learns")
     parser.add_argument("--rise", type=int, default=200, help="steps until the rates are at their height")
     parser.add_argument("--fresh", action="store_true", help="ignore state.pt")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import aclosing, contextmanager, nullcontext, suppress
+from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from grpc.aio import ServicerContext
 from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
 from bagel.errors import Draining
+from bagel.joined import Joined
 from bagel.kv.digests import SegmentKind
 from bagel.model.sizes import check_positions
 from bagel.request import TextSettings
@@ -26,6 +27,7 @@ from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
 from bagel.wire import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel_thinker.engine import Engine
+from bagel_thinker.post import Post
 
 Response = thinker_pb2.BuildContextResponse
 log = Log("bagel.thinker")
@@ -42,15 +44,14 @@ Event = _Read | Chain | str | Written | Exception
 class _Build:
     """One call: what the engine tells from its thread, and since when."""
 
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    post: Post
+    events: Joined[Event] = field(default_factory=lambda: Joined[Event](_join))
     started: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
 
     def tell(self, event: Event) -> None:
         """Pass an event on from the engine's thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody listens
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        self.post.send(self.events.put, event)
 
     def lap(self, stage: str, **attributes: int) -> None:
         """The time since the last lap was spent on a stage, a span of the trace."""
@@ -58,6 +59,11 @@ class _Build:
         record(stage, self.started, now, **attributes)
         self.timings[stage] = self.timings.get(stage, 0.0) + now - self.started
         self.started = now
+
+
+def _join(one: Event, other: Event) -> Event | None:
+    """Pieces of text that wait to be told become one."""
+    return one + other if isinstance(one, str) and isinstance(other, str) else None
 
 
 class ThinkerServicer(ThinkerServiceServicer):
@@ -73,6 +79,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
         self._builds: set[_Build] = set()
+        self._told: Post | None = None
         engine.failed.add_done_callback(self._tell_all)
 
     def idle(self) -> bool:
@@ -89,7 +96,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place() if request.HasField("decode") else nullcontext()
         with self._counted():
-            build = _Build(asyncio.get_running_loop())
+            build = _Build(self._post())
             async with place:
                 if request.HasField("decode"):
                     build.lap("queue")
@@ -145,6 +152,12 @@ class ThinkerServicer(ThinkerServiceServicer):
         return thinker_pb2.ThinkerServiceDescribeResponse(
             model=self.engine.info, engine=self.engine.name, name=self.name
         )
+
+    def _post(self) -> Post:
+        """What the engine's thread tells goes through one post, that of the loop which serves."""
+        if self._told is None:
+            self._told = Post(asyncio.get_running_loop())
+        return self._told
 
     def _tell_all(self, failed: Future[None]) -> None:
         """Whoever waits for an engine that has failed hears of it, also if the engine itself cannot say so."""

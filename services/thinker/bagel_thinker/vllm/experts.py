@@ -67,8 +67,9 @@ class _Expert:
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """This expert's rows of x [all rows, hidden] after attention [all rows, heads * dim] and MLP, float32."""
         output, _ = self.attention.o_proj(attended[self.rows])
-        y = x[self.rows] + output
-        return y.add_(self.layer.mlp(_normed(y, self.layer.post_attention_layernorm, self.dtype)))
+        y: Tensor = x[self.rows] + output
+        y += self.layer.mlp(_normed(y, self.layer.post_attention_layernorm, self.dtype))
+        return y
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,50 @@
+"""Why a small model computes with one thread: the shipped model's pictures with one, and with one for each core."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bagel.defaults import NANO_NAME, find_model
+from bagel.engine.engine import BagelEngine
+from bagel.prompts import TextPart
+from bagel.request import Modality, resolve
+from bench.report import Table
+from bench.timing import compare
+
+TOGETHER = (1, 2, 4)
+STEPS = 21
+
+
+def run(repeats: int) -> Iterator[Table]:
+    """So many pictures at once, interleaved; fails where one thread takes longer."""
+    cores = os.cpu_count() or 1
+    table = Table("threads", f"{NANO_NAME}, pictures of {STEPS} timesteps drawn together in one process, {cores} cores")
+    _, checkpoint = find_model(NANO_NAME)
+    engine = BagelEngine.load(checkpoint)
+    for together in TOGETHER:
+        result = compare(_drawing(engine, together, 1), _drawing(engine, together, cores), repeats)
+        low, high = result.spread
+        table.add(
+            case=f"{together} at once",
+            one_ms=1e3 * result.ours_s,
+            all_ms=1e3 * result.control_s,
+            ratio=result.ratio,
+            quartiles=f"{low:.2f} to {high:.2f}",
+            cpu_ratio=result.cpu_ratio,
+        )
+        table.failed |= result.ratio > 1
+    yield table
+
+
+def _drawing(engine: BagelEngine, together: int, threads: int) -> Callable[[], None]:
+    prompt = (TextPart("a large red circle"),)
+    requests = [resolve(Modality.TEXT2IMG, prompt, {"seed": seed, "steps": STEPS}) for seed in range(together)]
+
+    def draw() -> None:
+        torch.set_num_threads(threads)
+        engine.generate(requests)
+
+    return draw
