@@ -101,7 +101,7 @@ class Stack:
         process = str(self.inspect(service)["State"]["Pid"])
         kill = "import os, sys; os.kill(int(sys.argv[1]), 9)"
         privileges = ("--pid", "host", "--user", "0", "--cap-drop", "ALL", "--cap-add", "KILL", "--network", "none")
-        docker("run", "--rm", *privileges, "--entrypoint", "python", GATEWAY_IMAGE, "-c", kill, process)
+        docker("run", "--rm", *privileges, "--entrypoint", "python3", GATEWAY_IMAGE, "-c", kill, process)
 
     def set_cpus(self, service: str, cpus: str) -> None:
         """Change a running container's share of CPUs; one that is being started again is waited for."""

@@ -54,7 +54,7 @@ def test_the_gateways_image_is_small_and_holds_no_torch() -> None:
     looked = (
         "import importlib.util as u, bagel_gateway; print([m for m in ('torch', 'transformers') if u.find_spec(m)])"
     )
-    assert docker("run", "--rm", "--entrypoint", "python", GATEWAY_IMAGE, "-c", looked) == "[]"
+    assert docker("run", "--rm", "--entrypoint", "python3", GATEWAY_IMAGE, "-c", looked) == "[]"
     assert int(docker("image", "inspect", "--format", "{{.Size}}", GATEWAY_IMAGE)) < GATEWAY_MB * 10**6
 
 
@@ -66,8 +66,8 @@ def test_a_container_has_few_rights_and_limits(stack: Stack, service: str) -> No
     assert status["Uid"].split()[0] == "10001" and status["NoNewPrivs"] == "1"
     assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")} == {0}
     write = "import sys\ntry: open(sys.argv[1], 'w')\nexcept OSError as error: print(error.strerror)"
-    assert stack.run(service, "python", "-c", write, "/opt/bagel/written") == "Read-only file system"
-    assert stack.run(service, "python", "-c", write, "/tmp/written") == ""
+    assert stack.run(service, "python3", "-c", write, "/opt/bagel/written") == "Read-only file system"
+    assert stack.run(service, "python3", "-c", write, "/tmp/written") == ""
     limits = stack.inspect(service)["HostConfig"]
     assert all(limits[name] > 0 for name in ("Memory", "NanoCpus", "PidsLimit"))
 
