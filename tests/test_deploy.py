@@ -97,12 +97,12 @@ def test_every_service_has_few_rights_limits_and_time_to_drain() -> None:
 @pytest.mark.parametrize("service", MODULES)
 def test_an_image_takes_its_base_as_an_argument_and_runs_without_rights(service: str) -> None:
     text = DOCKERFILES[service].read_text()
-    bases = re.findall(r"^FROM (\S+)( AS build)?$", text, re.M)
-    assert [base.startswith("${") for base, _ in bases] == [True, True] and bases[0][1]
+    bases = re.findall(r"^FROM (\S+)(?: AS \S+)?$", text, re.M)
+    assert len(bases) >= 2 and all(base.startswith("${") for base in bases)
     final = text[text.rindex("\nFROM") :]
     assert re.search(r"^USER (\d+):\d+$", final, re.M)
     assert not re.search(r"^RUN", final, re.M), "a base without a shell is enough"
-    assert f'ENTRYPOINT ["python", "-m", "{MODULES[service]}"]' in final
+    assert re.search(rf'^ENTRYPOINT \["python3?", "-m", "{MODULES[service]}"\]$', final, re.M)
     (command,) = re.findall(r"^CMD (\[.*\])$", final, re.M)
     assert not unknown_flags(service, json.loads(command))
 

@@ -213,9 +213,13 @@ def test_an_answer_needs_the_thinker_alone() -> None:
             "what is it?", modality="img2text", image=photo(), think=True, max_tokens=9, on_event=heard.append
         )
         assert result.text == "so be it" and result.image is None and not at.dits[0].asked
-        kinds = [type(event) for event in heard]
-        assert kinds == [Accepted, PrefillDone, TextDelta, TextDelta, Result]
-        assert not any(event.think for event in heard if isinstance(event, TextDelta))
+        pieces = [event for event in heard if isinstance(event, TextDelta)]
+        assert "".join(piece.text for piece in pieces) == "so be it" and not any(piece.think for piece in pieces)
+        assert heard[2:-1] == pieces and [type(event) for event in (*heard[:2], heard[-1])] == [
+            Accepted,
+            PrefillDone,
+            Result,
+        ]
         [build] = at.thinkers[0].asked
         assert texts(build) == [THINK_TEXT_PROMPT, "image", "what is it?"]
         assert not build.send_kv and not build.decode.append and build.decode.settings.max_tokens == 9
