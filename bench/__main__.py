@@ -36,7 +36,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "cpu": lambda: cpu.run(options.only, options.repeats),
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
         "nano": lambda: nano.run(options.only, options.repeats),
-        "overhead": lambda: overhead.run(options.repeats),
+        "overhead": lambda: overhead.run(options.repeats, options.rate),
         "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
     parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
+    parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")

@@ -25,14 +25,14 @@ from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bench.report import Table
 
 RATE = 20.0
-"""Requests a second, the three ways in turn."""
+"""Requests a second, the three ways in turn, unless --rate says otherwise: a slow machine cannot draw as many."""
 WARM_UP = 30
 PER_REPEAT = 60
 """Requests of each way for one of --repeats."""
 P50_MS, P99_MS = 5.0, 15.0
 """Most that the gateway may add."""
 NOTE = (
-    f"{NANO_NAME}, single stage, one Euler step of 64 x 64, {RATE:g} requests a second; latency at the client, and "
+    f"{NANO_NAME}, single stage, one Euler step of 64 x 64, {{rate:g}} requests a second; latency at the client, and "
     f"what it is above the direct call's; limits {P50_MS:g} and {P99_MS:g} ms"
 )
 PROMPT = "a large red circle"
@@ -41,16 +41,16 @@ OPTIONS: Mapping[str, Any] = {"steps": 2, "height": 64, "width": 64}
 Call = Callable[[int], Awaitable[None]]
 
 
-def run(repeats: int) -> Iterator[Table]:
+def run(repeats: int, rate: float) -> Iterator[Table]:
     """Measure all three ways, interleaved."""
-    table = Table("gateway overhead", NOTE)
+    table = Table("gateway overhead", NOTE.format(rate=rate))
     _, checkpoint = find_model(NANO_NAME)
     config = load_deploy_config(shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
     with (
         Path(os.devnull).open("w") as nowhere,
         Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0") as services,
     ):
-        found = asyncio.run(_measure(services, repeats * PER_REPEAT))
+        found = asyncio.run(_measure(services, repeats * PER_REPEAT, rate))
     direct = _percentiles(found["direct"])
     for name, latencies in found.items():
         p50, p99 = _percentiles(latencies)
@@ -60,7 +60,7 @@ def run(repeats: int) -> Iterator[Table]:
     yield table
 
 
-async def _measure(services: Deployment, count: int) -> dict[str, list[float]]:
+async def _measure(services: Deployment, count: int, rate: float) -> dict[str, list[float]]:
     dit = channel(services.services[0].address(0))
     gateway, rest = channel(services.address), _Rest(services.http)
     ways: dict[str, Call] = {
@@ -79,7 +79,7 @@ async def _measure(services: Deployment, count: int) -> dict[str, list[float]]:
     async with asyncio.TaskGroup() as group:
         began = time.perf_counter()
         for number in range(len(ways) * count + WARM_UP):
-            await asyncio.sleep(began + number / RATE - time.perf_counter())
+            await asyncio.sleep(began + number / rate - time.perf_counter())
             group.create_task(one(list(ways)[number % len(ways)], number))
     rest.close()
     await gateway.close()
