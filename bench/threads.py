@@ -21,7 +21,8 @@ STEPS = 21
 def run(repeats: int) -> Iterator[Table]:
     """So many pictures at once, interleaved; fails where one thread takes longer."""
     cores = os.cpu_count() or 1
-    table = Table("threads", f"{NANO_NAME}, pictures of {STEPS} timesteps drawn together in one process, {cores} cores")
+    note = f"{NANO_NAME}, pictures of {STEPS} timesteps drawn together in one process, {cores} cores"
+    table = Table("threads", f"{note}; threads wait as OMP_WAIT_POLICY says, PASSIVE in services")
     _, checkpoint = find_model(NANO_NAME)
     engine = BagelEngine.load(checkpoint)
     for together in TOGETHER:

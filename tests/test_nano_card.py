@@ -45,7 +45,7 @@ def test_card_and_picture_are_written(tmp_path: Path) -> None:
     assert "bagel eval-nano --seed 4" in text
     assert "1.0 M parameters" in text
     assert "| joint | cpu | 1.0 | 50 | 3.8 M | drawing: flow 2, answers: text 5 |" in text
-    assert "| joint | cuda | 0.5 | 60 |  | drawing: flow 0.2, answers: text 0.01 |" in text
+    assert "| joint |  | 0.5 | 60 |  | drawing: flow 0.2, answers: text 0.01 |" in text
     with Image.open(tmp_path / "out" / "training.png") as picture:
         assert len(picture.getcolors() or ()) > 5
 

@@ -9,7 +9,7 @@ import torch
 from bagel.model.config import ModelConfig
 
 SMALL = 256
-"""Hidden size up to which a second thread costs more than it computes (`python -m bench threads`)."""
+"""Hidden size up to which a second thread costs more than it computes (bench/README.md, "Why one thread")."""
 
 
 def settle_threads(config: ModelConfig, device: torch.device | str) -> None:

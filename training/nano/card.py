@@ -185,7 +185,7 @@ def training(entries: Sequence[Entry]) -> str:
         for entry in run:
             losses |= {name: entry[name] for name in CURVES if isinstance(entry.get(name), float)}
         told = ", ".join(f"{NAMES[name]} {value:.3g}" for name, value in losses.items())
-        device = next((entry["device"] for entry in run if "device" in entry), "cuda")
+        device = next((entry["device"] for entry in run if "device" in entry), "")
         learned = next((f"{entry['learned'] / 1e6:.1f} M" for entry in run if "learned" in entry), "")
         minutes = f"{run[-1]['s'] / 60:.1f}"
         lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} | {told} |")

@@ -43,6 +43,7 @@ TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
     """Write the configuration, train the autoencoder, save everything."""
     journal = Journal(args.run / "log.jsonl", "vae")
+    journal.write(device=str(device))
     schedule = Schedule(args.minutes, 1.0, 0.02, 100)
     folder = args.run / "checkpoint"
     write_config(folder, TINY if args.tiny else NANO)
@@ -89,10 +90,9 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
 
 def _counts(args: argparse.Namespace) -> dict[str, int]:
     """New examples of each group in a batch; with the generation expert alone, of those that draw."""
-    whole = TINY_COUNTS if args.tiny else COUNTS
-    counts = dict(args.groups) or {
-        group: count if args.tiny else round(args.batch * count) for group, count in whole.items()
-    }
+    if args.groups:
+        return dict(args.groups)
+    counts = TINY_COUNTS if args.tiny else {group: round(args.batch * count) for group, count in COUNTS.items()}
     return {group: count for group, count in counts.items() if args.expert == "both" or LAYOUTS[group].draws}
 
 
@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the code")
     args = parser.parse_args(argv)
+    if args.expert == "generation" and (useless := [name for name, _ in args.groups if not LAYOUTS[name].draws]):
+        parser.error(f"--expert generation learns nothing from {', '.join(useless)}: no picture is drawn there")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed + int(time.time()))
