@@ -33,16 +33,16 @@ def test_card_and_picture_are_written(tmp_path: Path) -> None:
     (checkpoint / "ema.safetensors").write_bytes(bytes(2_000_000))
     (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in LOG))
     rows = {"one object": {"right": 194, "count": 200, "interval": [0.9361, 0.9862], "goal": 0.97, "wrong": []}}
-    (tmp_path / "results.json").write_text(json.dumps({"seed": 4, "steps": 50, "rows": rows}))
+    (tmp_path / "results.json").write_text(json.dumps({"seed": 4, "steps": 50, "device": "cuda:0", "rows": rows}))
     more = {"two objects": {"right": 50, "count": 100, "interval": [0.4, 0.6], "goal": 0.92, "wrong": []}}
     (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "results.json").write_text(json.dumps({"seed": 4, "steps": 50, "rows": more}))
+    (tmp_path / "more" / "results.json").write_text(json.dumps({"seed": 4, "steps": 50, "device": "cpu", "rows": more}))
     evaluations = [str(tmp_path / "more"), str(tmp_path)]
     assert card.main([str(tmp_path / "run"), *evaluations, "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| one object | 194 of 200 | 97.0% | 93.6% to 98.6% | 97% |" in text
     assert text.index("| one object |") < text.index("| two objects | 50 of 100 |")
-    assert "bagel eval-nano --seed 4" in text
+    assert "bagel eval-nano --seed 4`, in one process on cpu and cuda:0:" in text
     assert "1.0 M parameters" in text
     assert "| joint | cpu | 1.0 | 50 | 3.8 M | drawing: flow 2, answers: text 5 |" in text
     assert "| joint |  | 0.5 | 60 |  | drawing: flow 0.2, answers: text 0.01 |" in text

@@ -55,7 +55,8 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
             raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
         security, api_key = security_of(args), api_key_of(args)
         model = describe(args.endpoint, security=security, api_key=api_key)
-        about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
+        about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex()}
+        about |= {"device": model.device, "dtype": model.dtype}
 
         def generate(requests: Sequence[Request]) -> list[Result]:
             return generate_all(args.endpoint, list(map(ask_of, requests)), security=security, api_key=api_key)
@@ -70,7 +71,7 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
     say(f"loading {name}")
     with deployment(args, config, name, checkpoint) as services:
         engine = ServedEngine(services)
-        yield engine.generate, {**about, "dtype": engine.dtype}
+        yield engine.generate, {**about, "device": engine.device, "dtype": engine.dtype}
 
 
 def _evaluation(name: str) -> Any:

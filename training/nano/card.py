@@ -101,7 +101,8 @@ def merged(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
             raise ValueError("the evaluations differ in seed, steps, weights or topology; evaluate them alike")
         rows |= results["rows"]
     order = [row.name for row in ROWS]
-    return {**several[0], "rows": {name: rows[name] for name in sorted(rows, key=order.index)}}
+    devices = sorted({results["device"] for results in several if "device" in results})
+    return {**several[0], "devices": devices, "rows": {name: rows[name] for name in sorted(rows, key=order.index)}}
 
 
 def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
@@ -171,9 +172,15 @@ def card(entries: Sequence[Entry], results: Mapping[str, Any], checkpoint: Path)
         training=training(entries),
         table=table(results["rows"]),
         seed=results["seed"],
-        how="through gateway, Thinker and DiT on a CPU" if "topology" in results else "in one process",
+        how=how(results),
         steps=results["steps"],
     )
+
+
+def how(results: Mapping[str, Any]) -> str:
+    """What was asked, and on which devices it ran."""
+    asked = "through gateway, Thinker and DiT" if "topology" in results else "in one process"
+    return " ".join((asked, *(["on", " and ".join(results["devices"])] if results["devices"] else ())))
 
 
 def training(entries: Sequence[Entry]) -> str:

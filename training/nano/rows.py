@@ -135,7 +135,7 @@ COUNT, THREE = Row("count to four", drawing.count, 0.85), Row("three objects", _
 DESCRIBE = Row("description", _only(questions.see, "describe"), 0.90)
 QUESTIONS, TEXT = (
     Row("questions", _only(questions.see, "question"), 0.93),
-    Row("text", _only(questions.see, "text"), 0.97),
+    Row("text", questions.ask_text, 0.97),
 )
 ROWS = (
     ONE,
