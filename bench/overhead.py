@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -78,13 +79,20 @@ async def _measure(services: Deployment, count: int, rate: float) -> dict[str, l
 
     async with asyncio.TaskGroup() as group:
         began = time.perf_counter()
-        for number in range(len(ways) * count + WARM_UP):
+        for number, name in enumerate(_order(list(ways), count + WARM_UP // len(ways))):
             await asyncio.sleep(began + number / rate - time.perf_counter())
-            group.create_task(one(list(ways)[number % len(ways)], number))
+            group.create_task(one(name, number))
     rest.close()
     await gateway.close()
     await dit.close()
     return latencies
+
+
+def _order(ways: list[str], rounds: int) -> Iterator[str]:
+    """Each way once a round, in a new order: in a fixed one each would always wait for the same other one's picture."""
+    shuffle = Random(0)
+    for _ in range(rounds):
+        yield from shuffle.sample(ways, len(ways))
 
 
 async def _draw_direct(stub: DitServiceStub, seed: int) -> None:
