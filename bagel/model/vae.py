@@ -60,6 +60,14 @@ class Vae(nn.Module):
         """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not exactly the same picture."""
         self.autoencoder.enable_tiling()
 
+    def settle_layout(self) -> None:
+        """Keep the decoder's channels last, in which a CPU convolves with fewer copies (bench/README.md).
+
+        The encoder stays: its sums come out in another order too, and a context's K/V carry that a long way.
+        """
+        if self.autoencoder.decoder is not None:
+            self.autoencoder.decoder.to(memory_format=torch.channels_last)
+
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
         with exact_convolutions():

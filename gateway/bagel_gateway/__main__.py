@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from bagel import service
+from bagel.heap import keep_loaded
 from bagel.telemetry import Log
 from bagel_gateway.server import Gateway
 from bagel_gateway.settings import parser, settings_of
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     gateway = Gateway(settings)
+    keep_loaded()
     await gateway.start()
     service.announce(gateway.host, settings.listen, gateway.rest.address if gateway.rest is not None else None)
     log.info("configuration", **settings.shown())

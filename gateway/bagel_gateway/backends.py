@@ -59,6 +59,7 @@ class Backend:
         self.silent = asyncio.Event()
         """Set once it has answered no check for silence_s: its calls under way are given up."""
         self._unanswered_since: float | None = None
+        self._waiting: set[Callable[[], object]] = set()
         self._channel = channel(address.target, security)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -75,6 +76,17 @@ class Backend:
         finally:
             self.under_way -= 1
 
+    @contextmanager
+    def waiting(self, give_up: Callable[[], object]) -> Iterator[None]:
+        """Call give_up if it is silent, or falls silent during the block."""
+        if self.silent.is_set():
+            give_up()
+        self._waiting.add(give_up)
+        try:
+            yield
+        finally:
+            self._waiting.discard(give_up)
+
     async def check(self) -> None:
         """Ask whether it is ready and what it serves."""
         began = time.monotonic()
@@ -90,11 +102,16 @@ class Backend:
             self.lost(str(from_rpc_error(error, self.name)))
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
-                self.silent.set()
+                self._fall_silent()
         except ConfigError as error:
             self.lost(str(error))
         else:
             self._found(model)
+
+    def _fall_silent(self) -> None:
+        self.silent.set()
+        for give_up in tuple(self._waiting):
+            give_up()
 
     def _answered(self) -> None:
         self._unanswered_since = None

@@ -87,9 +87,12 @@ async def read_request(
     think = options.get("think", defaults.get("think"))
     pipeline = pipeline_for_request(deployed, think=think)
     options["think"] = bool(pipeline.thinks) if think is None else think
-    # Without its images first: a wrong setting need not wait for them to be decoded.
-    resolve(modality, (TextPart("checked below"),), options, defaults)
-    prompt = await asyncio.to_thread(wire.prompt_from_wire, parts)
+    if modality.reads_image:
+        # Without its images first: a wrong setting need not wait for them to be decoded.
+        resolve(modality, (TextPart("checked below"),), options, defaults)
+        prompt = await asyncio.to_thread(wire.prompt_from_wire, parts)
+    else:
+        prompt = wire.prompt_from_wire(parts)
     return Asked(resolve(modality, prompt, options, defaults), parts, pipeline, output)
 
 

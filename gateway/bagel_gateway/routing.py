@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import grpc
@@ -76,16 +76,23 @@ class Route:
         self._leases = None if thinker is None else Leases(thinker)
         self._started, self._waited_s = time.perf_counter(), waited_s
 
-    async def events(self) -> AsyncGenerator[gateway_pb2.GenerateResponse, None]:
-        """What happens, the last one `finished`; raises the BagelError of the stage that failed."""
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[gateway_pb2.GenerateResponse]]:
+        """Begin it, and cancel what is left of it when the block ends.
+
+        What happens, the last one `finished`; raises the BagelError of the stage that failed.
+        """
         work = asyncio.create_task(self._run())
         try:
-            while (event := await self._queue.get()) is not None:
-                yield event
-            await work
+            yield self._events(work)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
+
+    async def _events(self, work: asyncio.Task[None]) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        while (event := await self._queue.get()) is not None:
+            yield event
+        await work
 
     async def _run(self) -> None:
         try:
@@ -341,11 +348,10 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
 
     RemoteError if the backend falls silent: a process that is stopped, or a network that swallows, ends no call.
     """
-    silent = asyncio.ensure_future(backend.silent.wait())
-    silent.add_done_callback(lambda _: call.cancel())  # which ends the reading below
     try:
-        async for response in call:
-            yield response
+        with backend.waiting(call.cancel):  # which ends the reading
+            async for response in call:
+                yield response
     except asyncio.CancelledError:
         if backend.silent.is_set() and not _leaving():
             raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE") from None
@@ -357,7 +363,6 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
         raise told from None
     finally:
         call.cancel()
-        silent.cancel()
 
 
 def _leaving() -> bool:

@@ -163,13 +163,14 @@ class Requests:
                 resolved=planned.resolved,
             )
             log.info("accepted", pipeline=accepted.pipeline, thinker=thinker.name if thinker is not None else None)
-            yield Event(accepted=accepted)
 
             async def choose_dit() -> DitBackend:
                 return await self._in_time(lambda: self._backends.dit_for(thinker, model))
 
             firsts: dict[str, float] = {}
-            async with aclosing(Route(planned, thinker, choose_dit, remaining, waited_s).events()) as events:
+            # Begun first: the stages need not wait until the client has been told.
+            async with Route(planned, thinker, choose_dit, remaining, waited_s).events() as events:
+                yield Event(accepted=accepted)
                 async for event in events:
                     firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
                     if self._log_stats and event.HasField("finished"):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from bagel import service
+from bagel.heap import keep_loaded
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
@@ -77,6 +78,7 @@ async def _serve(args: argparse.Namespace) -> None:
         servicer = _servicer(args, driver, puller, host.draining)
         add_DitServiceServicer_to_server(servicer, host.methods)
         added = True
+        keep_loaded()
         await host.ready()
         log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
         await service.serve(host, args.drain_timeout, driver.failed, servicer.idle)

@@ -26,6 +26,7 @@ from bagel.engine.denoise import (
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.noise import initial_noise
 from bagel.errors import BagelError, OutOfMemory
+from bagel.heap import keep_loaded
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
 from bagel.model.attention import KvSlab
@@ -69,7 +70,9 @@ def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: Runn
     set_up_logs("dit-runner", settings.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
-        runner = Runner(connection, arena, settings, load(settings))
+        loaded = load(settings)
+        keep_loaded()
+        runner = Runner(connection, arena, settings, loaded)
     except BagelError as error:
         connection.send(LoadFailed(rpc_status_of(error).SerializeToString()))
         return

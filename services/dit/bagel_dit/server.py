@@ -216,8 +216,9 @@ class DitServicer(DitServiceServicer):
         modality_from_wire(request.request.modality)
         output = _output(request)
         await stack.enter_async_context(self._slots.place())
-        yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
+        admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         self.driver.send(Serve(work.id, request.request.SerializeToString(), output))
+        yield Response(admitted=admitted)
         async for response in self._follow(work):
             yield response
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from bagel import service
+from bagel.heap import keep_loaded
 from bagel.metrics import watch_queue, watch_store
 from bagel.model.checkpoint import find_checkpoint
 from bagel.slots import Slots
@@ -61,6 +62,7 @@ async def _serve(args: argparse.Namespace) -> None:
     watching = asyncio.create_task(watch(engine, args.step_timeout))
     try:
         servicer = _add_servicers(host, engine, args)
+        keep_loaded()
         await host.ready()
         log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
         await service.serve(host, args.drain_timeout, asyncio.wrap_future(engine.failed), servicer.idle)

@@ -1,0 +1,14 @@
+"""Garbage collection in a process that has begun to serve. No torch here."""
+
+from __future__ import annotations
+
+import gc
+
+
+def keep_loaded() -> None:
+    """Have the collector leave alone all that is there now: it stays for as long as the process does.
+
+    A full collection walks every object, and nothing is served meanwhile: 0.3 s in a process that has loaded a model.
+    """
+    gc.collect()
+    gc.freeze()
