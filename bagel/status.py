@@ -24,6 +24,8 @@ from bagel.tracing import serving, tell_failure
 
 DOMAIN = "bagel-serving"
 _DETAILS = "grpc-status-details-bin"
+_OURS = "Locally cancelled by application!"
+"""What gRPC says of a call that this side cancelled."""
 
 log = Log("bagel.status")
 Q = TypeVar("Q")
@@ -62,6 +64,10 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> BagelError:
     status = _status(error)
     if status is None:
         code = _code(error)
+        if (
+            code is grpc.StatusCode.CANCELLED and _message(error) != _OURS
+        ):  # a server that stops drops calls just received
+            return RemoteError(f"{peer} ended the call, as it does when it stops; try again", "UNAVAILABLE")
         return RemoteError(f"{peer}: {_message(error) or code.name}", code.name)
     return from_status(status, peer)
 

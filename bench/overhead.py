@@ -37,11 +37,11 @@ PER_REPEAT = 60
 P50_MS, P99_MS = 5.0, 15.0
 """Most that the gateway may add."""
 NOTE = (
-    f"{NANO_NAME}, single stage, one Euler step of 64 x 64, {{rate:g}} requests a second; latency at the client, and "
+    f"{NANO_NAME}, single stage, one Euler step of 32 x 32, {{rate:g}} requests a second; latency at the client, and "
     f"what it is above the direct call's; limits {P50_MS:g} and {P99_MS:g} ms"
 )
 PROMPT = "a large red circle"
-OPTIONS: Mapping[str, Any] = {"steps": 2, "height": 64, "width": 64}
+OPTIONS: Mapping[str, Any] = {"steps": 2, "height": 32, "width": 32}
 
 Call = Callable[[int], Awaitable[None]]
 

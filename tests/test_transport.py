@@ -139,6 +139,25 @@ def test_while_it_loads_calls_are_told_so() -> None:
     through(work, ready=False)
 
 
+def test_a_call_that_the_peer_cancels_is_told_as_its_going_and_our_own_as_cancelled() -> None:
+    async def cancel(request: kv_pb2.GetStatsRequest, context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED)
+
+    async def work(host: Host) -> None:
+        handler: Any = grpc.unary_unary_rpc_method_handler(cancel, kv_pb2.GetStatsRequest.FromString)
+        host.methods.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"GetStats": handler}),))
+        await host.ready()
+        with pytest.raises(grpc.RpcError) as theirs:
+            await leases(host)
+        assert from_rpc_error(theirs.value, "it").grpc_status == "UNAVAILABLE"
+        with grpc.insecure_channel(f"127.0.0.1:{host.port}") as connection:
+            call: Any = KvBlocksServiceStub(connection).GetStats.future(kv_pb2.GetStatsRequest())
+            call.cancel()
+            assert from_rpc_error(call, "it").grpc_status == "CANCELLED"
+
+    through(work, ready=False)
+
+
 def test_while_it_drains_it_serves_until_it_is_idle() -> None:
     async def work(host: Host) -> None:
         idle = asyncio.Event()
