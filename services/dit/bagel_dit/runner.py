@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,8 @@ from bagel_dit.messages import (
 from bagel_dit.whole import WholeRequests
 
 log = Log("bagel.dit.runner")
+NICENESS = 5
+"""Of a process that computes on a CPU: the services beside it need little of it, and that at once (bench/README.md)."""
 
 
 def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
@@ -70,6 +73,8 @@ def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: Runn
     set_up_logs("dit-runner", settings.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
+        if choose_device(settings.device, 0).type == "cpu":
+            os.nice(NICENESS)
         loaded = load(settings)
         keep_loaded()
         runner = Runner(connection, arena, settings, loaded)
