@@ -64,9 +64,8 @@ def from_rpc_error(error: grpc.RpcError, peer: str) -> BagelError:
     status = _status(error)
     if status is None:
         code = _code(error)
-        if (
-            code is grpc.StatusCode.CANCELLED and _message(error) != _OURS
-        ):  # a server that stops drops calls just received
+        if code is grpc.StatusCode.CANCELLED and _message(error) != _OURS:
+            # A server that stops drops a call that it has only just received.
             return RemoteError(f"{peer} ended the call, as it does when it stops; try again", "UNAVAILABLE")
         return RemoteError(f"{peer}: {_message(error) or code.name}", code.name)
     return from_status(status, peer)
