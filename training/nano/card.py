@@ -68,7 +68,8 @@ guidance" have the prompts and seeds of the rows they are named after.
 
 It knows nothing outside its world: other words are ignored or misread, other pictures are described as shapes. It
 draws {side} x {side} alone, up to four objects, and counts no further. Its words for places are those of a 3 x 3
-grid ("to the left" is the middle of the left side). It is a means of testing and of showing features, not a model
+grid ("to the left" is the middle of the left side). An edit concerns one object or the background, and none was learned
+after a plan: with think, edits go wrong. It is a means of testing and of showing features, not a model
 of language or of images. Apache-2.0.
 """
 
