@@ -32,7 +32,7 @@ from bench.report import Table
 RATE = 20.0
 """Requests a second, the three ways in turn, unless --rate says otherwise: a slow machine cannot draw as many."""
 WARM_UP = 30
-PER_REPEAT = 60
+PER_REPEAT = 120
 """Requests of each way for one of --repeats."""
 P50_MS, P99_MS = 5.0, 15.0
 """Most that the gateway may add."""
