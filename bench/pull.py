@@ -22,6 +22,7 @@ import grpc
 import grpc.aio
 import torch
 
+from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
@@ -105,6 +106,7 @@ async def _transfers(server: Child, sender: Child, repeats: int) -> tuple[list[S
                     lease_id=server.ask(digest),
                     lease_seconds=60,
                     fingerprint=FINGERPRINT,
+                    page_version=PAGE_VERSION,
                 )
                 with server.measure(pulls):
                     await _pull(puller, ref)

@@ -15,6 +15,7 @@ from PIL import Image
 from bagel.client import AsyncClient
 from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
+from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
 from bagel.status import streaming, unary
 from bagel.telemetry import REQUEST_ID
@@ -117,7 +118,9 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
     async def Describe(
         self, request: thinker_pb2.ThinkerServiceDescribeRequest, context: Any
     ) -> thinker_pb2.ThinkerServiceDescribeResponse:
-        return thinker_pb2.ThinkerServiceDescribeResponse(model=self.info, engine="torch", name="thinker-0")
+        return thinker_pb2.ThinkerServiceDescribeResponse(
+            model=self.info, engine="torch", name="thinker-0", page_version=PAGE_VERSION
+        )
 
     def _ref(self, request: thinker_pb2.BuildContextRequest) -> kv_pb2.ContextRef:
         ref = kv_pb2.ContextRef(source="thinker-0", fingerprint=b"k")
@@ -155,6 +158,8 @@ class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
 class Dit(dit_pb2_grpc.DitServiceServicer):
     """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture."""
 
+    page_version = PAGE_VERSION
+
     def __init__(self, journal: Journal, *, single_stage: bool = False, kv_fingerprint: bytes = b"k") -> None:
         self.journal, self.info, self.single_stage = journal, model(kv_fingerprint), single_stage
         self.asked: list[dit_pb2.DitServiceGenerateRequest] = []
@@ -189,7 +194,11 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
         self, request: dit_pb2.DitServiceDescribeRequest, context: Any
     ) -> dit_pb2.DitServiceDescribeResponse:
         return dit_pb2.DitServiceDescribeResponse(
-            model=self.info, single_stage=self.single_stage, name="dit-0", sources=["thinker-0"]
+            model=self.info,
+            single_stage=self.single_stage,
+            name="dit-0",
+            sources=["thinker-0"],
+            page_version=self.page_version,
         )
 
 

@@ -36,7 +36,7 @@ from bagel.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.backends import Address
 from bagel_gateway.settings import Settings, parser, settings_of
-from tests.gateway_stages import Deployment, deployment
+from tests.gateway_stages import Deployment, Dit, deployment
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("--thinker", "thinker-0=127.0.0.1:1", "--dit", "dit-0=127.0.0.1:2")
@@ -324,6 +324,17 @@ def test_stages_of_different_models_are_not_mixed() -> None:
 
     through(refused, dits=(b"l",))
     through(chosen, dits=(b"l", b"k"))
+
+
+def test_stages_with_unlike_rules_for_pages_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dit, "page_version", 0)  # as of a release before the rule was told
+
+    async def work(at: Deployment) -> None:
+        with pytest.raises(ForeignContext, match=r"thinker-0 and dit-0 .* by rule 2 and 1; run the same release"):
+            await at.client.generate("a red cube")
+        assert not at.journal.events
+
+    through(work)
 
 
 def test_a_thinker_that_dies_is_told_as_such() -> None:

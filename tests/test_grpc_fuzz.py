@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bagel.client import Client
+from bagel.kv.codec import PAGE_VERSION
 from bagel.transport import sync_channel
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceStub
@@ -185,6 +186,7 @@ def contexts(fingerprint: bytes) -> dict[str, st.SearchStrategy[Any]]:
         "source": st.sampled_from(["thinker-0", "thinker-0", "elsewhere", "127.0.0.1:1", ""]),
         "lease_id": st.sampled_from(["", "gone"]),
         "fingerprint": st.sampled_from([fingerprint, fingerprint, b"", b"other"]),
+        "page_version": st.sampled_from([PAGE_VERSION, PAGE_VERSION, 0, 2**32 - 1]),
         "digest": DIGESTS,
         "length": st.sampled_from([0, 1, 7, 4000, 2**20, 2**32 - 1]),
     }
@@ -234,7 +236,7 @@ def test_a_store_answers_every_message(
         "digest": st.just(digest) | DIGESTS,
         "digests": st.just(digest) | DIGESTS,
     }
-    right = kv_pb2.PullRequest(digests=[digest], fingerprint=fingerprint, lease_id=lease)
+    right = kv_pb2.PullRequest(digests=[digest], fingerprint=fingerprint, lease_id=lease, page_version=PAGE_VERSION)
     pulls = messages(kv_pb2.PullRequest, named) | near(st.just(right), kv_pb2.PullRequest, named)
     status(stub.Pull, data.draw(pulls))
     ids = st.lists(st.sampled_from(["", "gone", "x" * 1000]), max_size=3)

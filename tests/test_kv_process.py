@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bagel.errors import BagelError, KvTimeout, SourceUnavailable
+from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
@@ -81,6 +82,7 @@ async def _ends_with(kind: type[BagelError], puller: KvPuller, lease: str, pid: 
         lease_id=lease,
         lease_seconds=60,
         fingerprint=FINGERPRINT,
+        page_version=PAGE_VERSION,
     )
     store = puller.store
     received = store.stats().received_pages

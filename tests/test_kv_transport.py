@@ -27,7 +27,7 @@ from bagel.errors import (
     SourceUnavailable,
     StoreFull,
 )
-from bagel.kv.codec import decode_page
+from bagel.kv.codec import PAGE_VERSION, decode_page
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
@@ -38,6 +38,7 @@ from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 LAYOUT = KvLayout(layers=3, kv_heads=4, head_dim=64, dtype="bfloat16")
 ROWS = LAYOUT.page_tokens + 7  # two pages a layer
 FINGERPRINT = b"fingerprint of tests"
+OURS: dict[str, Any] = {"fingerprint": FINGERPRINT, "page_version": PAGE_VERSION}
 SEGMENTS = ((b"a" * 16, ROWS), (b"b" * 16, 5))
 PAGES = LAYOUT.layers * 3
 Damage = Callable[[bytes, int], bytes]
@@ -79,7 +80,7 @@ class Pair:
         """A context of the source, under a lease."""
         segments = segments or SEGMENTS
         lease = self.there.lease(segments, ttl_s)
-        fields = {"source": "thinker", "lease_id": lease, "lease_seconds": ttl_s, "fingerprint": FINGERPRINT}
+        fields = {"source": "thinker", "lease_id": lease, "lease_seconds": ttl_s, **OURS}
         refs = [kv_pb2.SegmentRef(digest=digest, length=length) for digest, length in segments]
         return kv_pb2.ContextRef(segments=refs, **{**fields, **changes})
 
@@ -535,7 +536,7 @@ async def reading(call: Any) -> AsyncIterator[kv_pb2.PullResponse]:
 def test_only_who_asks_for_signs_of_life_gets_them() -> None:
     async def test(pair: Pair) -> None:
         ref = pair.ref(SEGMENTS[1])
-        request = kv_pb2.PullRequest(digests=[SEGMENTS[1][0]], fingerprint=FINGERPRINT, lease_id=ref.lease_id)
+        request = kv_pb2.PullRequest(digests=[SEGMENTS[1][0]], lease_id=ref.lease_id, **OURS)
         stub, quiet = KvBlocksServiceStub(pair.channel), kv_pb2.PullRequest()
         quiet.CopyFrom(request)
         request.waiting_seconds = 1e-9  # no more often than the source likes
@@ -593,7 +594,7 @@ def test_what_does_not_fit_is_refused_with_its_name() -> None:
 def test_a_source_refuses(change: dict[str, Any], code: grpc.StatusCode, words: tuple[str, ...]) -> None:
     async def test(pair: Pair) -> None:
         ref = pair.ref()
-        fields = {"digests": [SEGMENTS[0][0]], "fingerprint": FINGERPRINT, "lease_id": ref.lease_id, **change}
+        fields = {"digests": [SEGMENTS[0][0]], "lease_id": ref.lease_id, **OURS, **change}
         stub = KvBlocksServiceStub(pair.channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Pull(kv_pb2.PullRequest(**fields)).read()
@@ -606,7 +607,7 @@ def test_a_source_refuses(change: dict[str, Any], code: grpc.StatusCode, words: 
 def test_a_lease_that_lapses_while_a_pull_waits_ends_it() -> None:
     async def test(pair: Pair) -> None:
         lease = pair.there.lease(SEGMENTS, 0.2)
-        request = kv_pb2.PullRequest(digests=[SEGMENTS[0][0]], fingerprint=FINGERPRINT, lease_id=lease)
+        request = kv_pb2.PullRequest(digests=[SEGMENTS[0][0]], lease_id=lease, **OURS)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await KvBlocksServiceStub(pair.channel).Pull(request).read()
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -650,7 +651,7 @@ def test_a_stock_client_reads_pages_and_stats() -> None:
         fill(pair.there)
         stub = KvBlocksServiceStub(pair.channel)
         request = kv_pb2.PullRequest(
-            digests=[SEGMENTS[1][0]], fingerprint=FINGERPRINT, lease_id=ref.lease_id, layer_begin=1, layer_end=2
+            digests=[SEGMENTS[1][0]], lease_id=ref.lease_id, layer_begin=1, layer_end=2, **OURS
         )
         pages = [page async for page in stub.Pull(request)]
         k, v = layer_of(LAYOUT, *SEGMENTS[1], 1)

@@ -21,7 +21,7 @@ from bagel.errors import (
     Loading,
     SourceUnavailable,
 )
-from bagel.kv.codec import DTYPES, Page, checksum, decode_page
+from bagel.kv.codec import DTYPES, PAGE_VERSION, Page, decode_page, version_misfit
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.service import SERVICE
@@ -59,8 +59,8 @@ class _Wanted:
     causes: dict[PageKey | None, str] = field(default_factory=dict)
 
     def note(self, key: PageKey | None, cause: str) -> None:
-        """A page was damaged; the key is None if it cannot be told which."""
-        self.causes[key] = cause
+        """A page was damaged; the key is None if it cannot be told which, as when nobody wants the one it names."""
+        self.causes[key if key in self.ends else None] = cause
 
     def cause(self, key: PageKey) -> str:
         """Why a page is not there."""
@@ -122,6 +122,8 @@ class KvPuller:
         if ref.source not in self._stubs:
             known = ", ".join(sorted(self._stubs)) or "none"
             raise ConfigError(f"K/V source {ref.source!r} is not configured; the sources here are: {known}")
+        if misfit := version_misfit(ref.page_version):
+            raise ForeignContext(f"{ref.source} sends {misfit}")
         if ref.fingerprint != self.store.fingerprint:
             raise ForeignContext(
                 f"{ref.source} offers K/V of fingerprint {ref.fingerprint.hex()}, those here have "
@@ -240,7 +242,10 @@ class KvPuller:
             return
         if page is None:
             return  # a sign of life
-        if page.key not in wanted.ends:  # a page twice, or one damaged in its header: then its own stays wanted
+        found = page.found_checksum()
+        if found != page.checksum:  # in its header or its payload: its key may be another's, which stays wanted too
+            wanted.note(page.key, f"its checksum is {found:016x}, not {page.checksum:016x}")
+        elif page.key not in wanted.ends:
             wanted.note(None, f"a page of segment {page.key.digest.hex()}, layer {page.key.layer} came unasked")
         elif cause := self._damage(page, wanted.ends[page.key]):
             wanted.note(page.key, cause)
@@ -249,7 +254,7 @@ class KvPuller:
             del wanted.ends[page.key]
 
     def _damage(self, page: Page, end: int) -> str:
-        """What is wrong with a page that ends at `end`; empty if nothing is."""
+        """What is wrong with an intact page where the one wanted ends at `end`; empty if nothing is."""
         layout = self.store.layout
         tokens = end - page.key.token_begin
         facts = {
@@ -262,8 +267,7 @@ class KvPuller:
         for name, (found, right) in facts.items():
             if found != right:
                 return f"its {name} is {found}, not {right}"
-        found = checksum((page.payload,))
-        return "" if found == page.checksum else f"its checksum is {found:016x}, not {page.checksum:016x}"
+        return ""
 
     def _request(self, ref: kv_pb2.ContextRef, ends: Collection[PageKey]) -> kv_pb2.PullRequest:
         """Whole segments by digest, the rest page by page."""
@@ -282,6 +286,7 @@ class KvPuller:
             head_begin=self.heads[0],
             head_end=self.heads[1],
             waiting_seconds=self.page_timeout_s / WAITING_SHARE,
+            page_version=PAGE_VERSION,
         )
 
     async def _keep(self, ref: kv_pb2.ContextRef) -> None:

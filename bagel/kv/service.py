@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from bagel.errors import ForeignContext, InvalidRequest
-from bagel.kv.codec import Parts, encode_page, encode_waiting
+from bagel.kv.codec import Parts, encode_page, encode_waiting, version_misfit
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
@@ -56,6 +56,8 @@ class KvBlocksServicer:
         return kv_pb2.GetStatsResponse(**self.store.stats().as_dict())
 
     async def _pages(self, request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:
+        if misfit := version_misfit(request.page_version):
+            raise ForeignContext(f"the puller reads {misfit}")
         self._check_fingerprint(request.fingerprint)
         self.store.check_lease(request.lease_id)
         layout = self.store.layout

@@ -24,39 +24,39 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61gel/v1/kv.proto\x12\x08\x62\x61gel.v1\",\n\nSegmentRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\r\"\x95\x01\n\nContextRef\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.bagel.v1.SegmentRef\x12\x11\n\tnext_rope\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x15\n\rlease_seconds\x18\x05 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\"=\n\x07PageRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\"\xce\x01\n\x0bPullRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x13\n\x0blayer_begin\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\x12\x12\n\nhead_begin\x18\x05 \x01(\r\x12\x10\n\x08head_end\x18\x06 \x01(\r\x12\x10\n\x08lease_id\x18\x07 \x01(\t\x12 \n\x05pages\x18\x08 \x03(\x0b\x32\x11.bagel.v1.PageRef\x12\x17\n\x0fwaiting_seconds\x18\t \x01(\x01\"\x18\n\x07Waiting\x12\r\n\x05pages\x18\x01 \x01(\r\"\xf6\x01\n\x0cPullResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\x12\x11\n\ttoken_end\x18\x04 \x01(\r\x12\x12\n\nhead_begin\x18\x05 \x01(\r\x12\x10\n\x08head_end\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12 \n\x05\x64type\x18\x08 \x01(\x0e\x32\x11.bagel.v1.KvDtype\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\"\n\x07waiting\x18\n \x01(\x0b\x32\x11.bagel.v1.Waiting\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"!\n\x0cRenewRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\")\n\rRenewResponse\x12\x18\n\x10lapsed_lease_ids\x18\x01 \x03(\t\"#\n\x0eReleaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x11\n\x0fReleaseResponse\"\x11\n\x0fGetStatsRequest\"\xdc\x02\n\x10GetStatsResponse\x12\x19\n\x11\x63omputed_segments\x18\x01 \x01(\x04\x12\x16\n\x0e\x63omputed_pages\x18\x02 \x01(\x04\x12\x16\n\x0e\x63omputed_bytes\x18\x03 \x01(\x04\x12\x17\n\x0freused_segments\x18\x04 \x01(\x04\x12\x14\n\x0creused_bytes\x18\x05 \x01(\x04\x12\x12\n\nsent_pages\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_pages\x18\x08 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\t \x01(\x04\x12\x15\n\rretried_pages\x18\n \x01(\x04\x12\x12\n\nheld_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x0c \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\r \x01(\x04\x12\x0e\n\x06leases\x18\x0e \x01(\r\x12\r\n\x05pulls\x18\x0f \x01(\r*f\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_DTYPE_FLOAT32\x10\x01\x12\x15\n\x11KV_DTYPE_BFLOAT16\x10\x02\x12\x14\n\x10KV_DTYPE_FLOAT16\x10\x03\x32\x87\x02\n\x0fKvBlocksService\x12\x37\n\x04Pull\x12\x15.bagel.v1.PullRequest\x1a\x16.bagel.v1.PullResponse0\x01\x12\x38\n\x05Renew\x12\x16.bagel.v1.RenewRequest\x1a\x17.bagel.v1.RenewResponse\x12>\n\x07Release\x12\x18.bagel.v1.ReleaseRequest\x1a\x19.bagel.v1.ReleaseResponse\x12\x41\n\x08GetStats\x12\x19.bagel.v1.GetStatsRequest\x1a\x1a.bagel.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x62\x61gel/v1/kv.proto\x12\x08\x62\x61gel.v1\",\n\nSegmentRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06length\x18\x02 \x01(\r\"\xab\x01\n\nContextRef\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.bagel.v1.SegmentRef\x12\x11\n\tnext_rope\x18\x02 \x01(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x15\n\rlease_seconds\x18\x05 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x14\n\x0cpage_version\x18\x07 \x01(\r\"=\n\x07PageRef\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\"\xe4\x01\n\x0bPullRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x13\n\x0blayer_begin\x18\x03 \x01(\r\x12\x11\n\tlayer_end\x18\x04 \x01(\r\x12\x12\n\nhead_begin\x18\x05 \x01(\r\x12\x10\n\x08head_end\x18\x06 \x01(\r\x12\x10\n\x08lease_id\x18\x07 \x01(\t\x12 \n\x05pages\x18\x08 \x03(\x0b\x32\x11.bagel.v1.PageRef\x12\x17\n\x0fwaiting_seconds\x18\t \x01(\x01\x12\x14\n\x0cpage_version\x18\n \x01(\r\"\x18\n\x07Waiting\x12\r\n\x05pages\x18\x01 \x01(\r\"\xf6\x01\n\x0cPullResponse\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x13\n\x0btoken_begin\x18\x03 \x01(\r\x12\x11\n\ttoken_end\x18\x04 \x01(\r\x12\x12\n\nhead_begin\x18\x05 \x01(\r\x12\x10\n\x08head_end\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\x12 \n\x05\x64type\x18\x08 \x01(\x0e\x32\x11.bagel.v1.KvDtype\x12\x10\n\x08\x63hecksum\x18\t \x01(\x06\x12\"\n\x07waiting\x18\n \x01(\x0b\x32\x11.bagel.v1.Waiting\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"!\n\x0cRenewRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\")\n\rRenewResponse\x12\x18\n\x10lapsed_lease_ids\x18\x01 \x03(\t\"#\n\x0eReleaseRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\t\"\x11\n\x0fReleaseResponse\"\x11\n\x0fGetStatsRequest\"\xdc\x02\n\x10GetStatsResponse\x12\x19\n\x11\x63omputed_segments\x18\x01 \x01(\x04\x12\x16\n\x0e\x63omputed_pages\x18\x02 \x01(\x04\x12\x16\n\x0e\x63omputed_bytes\x18\x03 \x01(\x04\x12\x17\n\x0freused_segments\x18\x04 \x01(\x04\x12\x14\n\x0creused_bytes\x18\x05 \x01(\x04\x12\x12\n\nsent_pages\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x16\n\x0ereceived_pages\x18\x08 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\t \x01(\x04\x12\x15\n\rretried_pages\x18\n \x01(\x04\x12\x12\n\nheld_bytes\x18\x0b \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x0c \x01(\x04\x12\x16\n\x0e\x63\x61pacity_bytes\x18\r \x01(\x04\x12\x0e\n\x06leases\x18\x0e \x01(\r\x12\r\n\x05pulls\x18\x0f \x01(\r*f\n\x07KvDtype\x12\x18\n\x14KV_DTYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10KV_DTYPE_FLOAT32\x10\x01\x12\x15\n\x11KV_DTYPE_BFLOAT16\x10\x02\x12\x14\n\x10KV_DTYPE_FLOAT16\x10\x03\x32\x87\x02\n\x0fKvBlocksService\x12\x37\n\x04Pull\x12\x15.bagel.v1.PullRequest\x1a\x16.bagel.v1.PullResponse0\x01\x12\x38\n\x05Renew\x12\x16.bagel.v1.RenewRequest\x1a\x17.bagel.v1.RenewResponse\x12>\n\x07Release\x12\x18.bagel.v1.ReleaseRequest\x1a\x19.bagel.v1.ReleaseResponse\x12\x41\n\x08GetStats\x12\x19.bagel.v1.GetStatsRequest\x1a\x1a.bagel.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bagel.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVDTYPE']._serialized_start=1280
-  _globals['_KVDTYPE']._serialized_end=1382
+  _globals['_KVDTYPE']._serialized_start=1324
+  _globals['_KVDTYPE']._serialized_end=1426
   _globals['_SEGMENTREF']._serialized_start=31
   _globals['_SEGMENTREF']._serialized_end=75
   _globals['_CONTEXTREF']._serialized_start=78
-  _globals['_CONTEXTREF']._serialized_end=227
-  _globals['_PAGEREF']._serialized_start=229
-  _globals['_PAGEREF']._serialized_end=290
-  _globals['_PULLREQUEST']._serialized_start=293
-  _globals['_PULLREQUEST']._serialized_end=499
-  _globals['_WAITING']._serialized_start=501
-  _globals['_WAITING']._serialized_end=525
-  _globals['_PULLRESPONSE']._serialized_start=528
-  _globals['_PULLRESPONSE']._serialized_end=774
-  _globals['_RENEWREQUEST']._serialized_start=776
-  _globals['_RENEWREQUEST']._serialized_end=809
-  _globals['_RENEWRESPONSE']._serialized_start=811
-  _globals['_RENEWRESPONSE']._serialized_end=852
-  _globals['_RELEASEREQUEST']._serialized_start=854
-  _globals['_RELEASEREQUEST']._serialized_end=889
-  _globals['_RELEASERESPONSE']._serialized_start=891
-  _globals['_RELEASERESPONSE']._serialized_end=908
-  _globals['_GETSTATSREQUEST']._serialized_start=910
-  _globals['_GETSTATSREQUEST']._serialized_end=927
-  _globals['_GETSTATSRESPONSE']._serialized_start=930
-  _globals['_GETSTATSRESPONSE']._serialized_end=1278
-  _globals['_KVBLOCKSSERVICE']._serialized_start=1385
-  _globals['_KVBLOCKSSERVICE']._serialized_end=1648
+  _globals['_CONTEXTREF']._serialized_end=249
+  _globals['_PAGEREF']._serialized_start=251
+  _globals['_PAGEREF']._serialized_end=312
+  _globals['_PULLREQUEST']._serialized_start=315
+  _globals['_PULLREQUEST']._serialized_end=543
+  _globals['_WAITING']._serialized_start=545
+  _globals['_WAITING']._serialized_end=569
+  _globals['_PULLRESPONSE']._serialized_start=572
+  _globals['_PULLRESPONSE']._serialized_end=818
+  _globals['_RENEWREQUEST']._serialized_start=820
+  _globals['_RENEWREQUEST']._serialized_end=853
+  _globals['_RENEWRESPONSE']._serialized_start=855
+  _globals['_RENEWRESPONSE']._serialized_end=896
+  _globals['_RELEASEREQUEST']._serialized_start=898
+  _globals['_RELEASEREQUEST']._serialized_end=933
+  _globals['_RELEASERESPONSE']._serialized_start=935
+  _globals['_RELEASERESPONSE']._serialized_end=952
+  _globals['_GETSTATSREQUEST']._serialized_start=954
+  _globals['_GETSTATSREQUEST']._serialized_end=971
+  _globals['_GETSTATSRESPONSE']._serialized_start=974
+  _globals['_GETSTATSRESPONSE']._serialized_end=1322
+  _globals['_KVBLOCKSSERVICE']._serialized_start=1429
+  _globals['_KVBLOCKSSERVICE']._serialized_end=1692
 # @@protoc_insertion_point(module_scope)

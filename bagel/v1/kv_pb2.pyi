@@ -85,6 +85,7 @@ class ContextRef(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     LEASE_SECONDS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PAGE_VERSION_FIELD_NUMBER: _builtins.int
     next_rope: _builtins.int
     """The position of what comes next; not the number of rows."""
     source: _builtins.str
@@ -95,6 +96,8 @@ class ContextRef(_message.Message):
     """Seconds that the lease runs without being renewed."""
     fingerprint: _builtins.bytes
     """Fingerprint of what computes it: checkpoint, K/V type, tokenizer, transforms, layout."""
+    page_version: _builtins.int
+    """The rule by which its holder writes pages; see PullResponse. 0: a release that did not say, whose rule was 1."""
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentRef]:
         """Its segments, first to last."""
@@ -108,10 +111,11 @@ class ContextRef(_message.Message):
         lease_id: _builtins.str = ...,
         lease_seconds: _builtins.float = ...,
         fingerprint: _builtins.bytes = ...,
+        page_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "lease_id", b"lease_id", "lease_seconds", b"lease_seconds", "next_rope", b"next_rope", "segments", b"segments", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "lease_id", b"lease_id", "lease_seconds", b"lease_seconds", "next_rope", b"next_rope", "page_version", b"page_version", "segments", b"segments", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +166,7 @@ class PullRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
     WAITING_SECONDS_FIELD_NUMBER: _builtins.int
+    PAGE_VERSION_FIELD_NUMBER: _builtins.int
     fingerprint: _builtins.bytes
     """The puller's fingerprint; another one is refused."""
     layer_begin: _builtins.int
@@ -176,6 +181,8 @@ class PullRequest(_message.Message):
     """Lease that keeps the segments while they are sent."""
     waiting_seconds: _builtins.float
     """Seconds without a page after which the sender tells that it waits; 0: never."""
+    page_version: _builtins.int
+    """The rule by which the puller reads pages; see PullResponse. Another one than the sender's is refused."""
     @_builtins.property
     def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Digests of the segments wanted, all their pages."""
@@ -196,10 +203,11 @@ class PullRequest(_message.Message):
         lease_id: _builtins.str = ...,
         pages: _abc.Iterable[Global___PageRef] | None = ...,
         waiting_seconds: _builtins.float = ...,
+        page_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprint", b"fingerprint", "head_begin", b"head_begin", "head_end", b"head_end", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "lease_id", b"lease_id", "pages", b"pages", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprint", b"fingerprint", "head_begin", b"head_begin", "head_end", b"head_end", "layer_begin", b"layer_begin", "layer_end", b"layer_end", "lease_id", b"lease_id", "page_version", b"page_version", "pages", b"pages", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -229,7 +237,11 @@ Global___Waiting: _TypeAlias = Waiting  # noqa: Y015
 
 @_typing.final
 class PullResponse(_message.Message):
-    """One page: K then V of a token range of one layer of one segment, each [token, head, head dim]. Or a sign of life."""
+    """One page: K then V of a token range of one layer of one segment, each [token, head, head dim]. Or a sign of life.
+
+    The rule for pages has version 2. Each field is written once, in the order of the numbers, without what is not named
+    here: a page in any other form counts as damaged. (In version 1 the checksum covered the payload alone.)
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -261,7 +273,9 @@ class PullResponse(_message.Message):
     dtype: Global___KvDtype.ValueType
     """Type of the numbers."""
     checksum: _builtins.int
-    """xxh3 (64 bits) of the payload."""
+    """xxh3 (64 bits) of the payload, then the header: the digest's length, the digest, layer, token_begin, token_end,
+    head_begin, head_end, head_dim and dtype; each number as 4 bytes, little-endian.
+    """
     payload: _builtins.bytes
     """K, then V; at most 2 MiB. The last field, so that a sender need not copy it."""
     @_builtins.property

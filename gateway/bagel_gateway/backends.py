@@ -141,13 +141,13 @@ class Backend:
 
 
 class ThinkerBackend(Backend):
-    """A Thinker. source: the name under which DiTs know it; kv: its store, for leases."""
+    """A Thinker. source: the name under which DiTs know it; page_version: the rule of its pages; kv: its store."""
 
     kind = "Thinker"
 
     def __init__(self, address: Address, security: Security, silence_s: float = SILENCE_S) -> None:
         super().__init__(address, security, silence_s)
-        self.source = address.name
+        self.source, self.page_version = address.name, 0
         self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
         self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
         self._background: set[asyncio.Task[None]] = set()
@@ -165,12 +165,12 @@ class ThinkerBackend(Backend):
 
     async def _describe(self) -> ModelInfo:
         reply = await self.stub.Describe(thinker_pb2.ThinkerServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
-        self.source = reply.name or self.address.name
+        self.source, self.page_version = reply.name or self.address.name, reply.page_version
         return reply.model
 
 
 class DitBackend(Backend):
-    """A DiT. sources: names of the Thinkers that it can pull from."""
+    """A DiT. sources: names of the Thinkers that it can pull from; page_version: the rule of the pages it reads."""
 
     kind = "DiT"
 
@@ -178,7 +178,7 @@ class DitBackend(Backend):
         self, address: Address, security: Security, silence_s: float = SILENCE_S, *, single_stage: bool
     ) -> None:
         super().__init__(address, security, silence_s)
-        self.sources: frozenset[str] = frozenset()
+        self.sources, self.page_version = frozenset[str](), 0
         self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
         self._single_stage = single_stage
 
@@ -187,7 +187,7 @@ class DitBackend(Backend):
         if reply.single_stage != self._single_stage:
             change = "start it with --single-stage" if self._single_stage else "start it without --single-stage"
             raise ConfigError(f"{self.address} does not fit the gateway's pipeline; {change}")
-        self.sources = frozenset(reply.sources)
+        self.sources, self.page_version = frozenset(reply.sources), reply.page_version
         return reply.model
 
 
@@ -292,6 +292,11 @@ def _misfit(thinker: ThinkerBackend | None, model: ModelInfo | None, dit: DitBac
     if thinker is None:
         same = model.checkpoint_fingerprint == dit.model.checkpoint_fingerprint
         return None if same else f"{dit.address} serves another model than the request was begun with; send it again"
+    if thinker.page_version != dit.page_version:
+        return (
+            f"{thinker.name} and {dit.name} do not share K/V: they write and read pages by rule "
+            f"{thinker.page_version or 1} and {dit.page_version or 1}; run the same release of both"
+        )
     ours, theirs = model.kv_fingerprint, dit.model.kv_fingerprint
     if ours != theirs:
         return (

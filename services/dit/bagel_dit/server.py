@@ -15,6 +15,7 @@ from grpc.aio import ServicerContext
 
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
+from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.puller import KvPuller
 from bagel.metrics import watch_queue
 from bagel.model.sizes import check_side
@@ -153,7 +154,11 @@ class DitServicer(DitServiceServicer):
     ) -> dit_pb2.DitServiceDescribeResponse:
         """What this DiT is."""
         return dit_pb2.DitServiceDescribeResponse(
-            model=self.driver.info, single_stage=self.puller is None, name=self.name, sources=self.sources
+            model=self.driver.info,
+            single_stage=self.puller is None,
+            name=self.name,
+            sources=self.sources,
+            page_version=PAGE_VERSION,
         )
 
     async def _draw(

@@ -16,6 +16,7 @@ from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
 from bagel.errors import Draining
 from bagel.joined import Joined
+from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.digests import SegmentKind
 from bagel.model.sizes import check_positions
 from bagel.request import TextSettings
@@ -150,7 +151,7 @@ class ThinkerServicer(ThinkerServiceServicer):
     ) -> thinker_pb2.ThinkerServiceDescribeResponse:
         """What this Thinker is."""
         return thinker_pb2.ThinkerServiceDescribeResponse(
-            model=self.engine.info, engine=self.engine.name, name=self.name
+            model=self.engine.info, engine=self.engine.name, name=self.name, page_version=PAGE_VERSION
         )
 
     def _post(self) -> Post:
@@ -219,6 +220,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             lease_id=lease,
             lease_seconds=self.lease_s,
             fingerprint=self.engine.store.fingerprint,
+            page_version=PAGE_VERSION,
         )
 
 
