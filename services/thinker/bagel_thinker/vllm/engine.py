@@ -399,7 +399,7 @@ class VllmEngine:
         if request is None:
             return
         if notice.over:
-            self._over(request)
+            self._over(request, notice.rank)
         elif notice.failure:
             self._fail(request, IncompleteContext(f"{notice.failure}; send the request again"))
         elif error is not None:
@@ -415,8 +415,11 @@ class VllmEngine:
             if len(filling.told) == self._marks and digest not in request.fresh:
                 self._busy.pop(digest, None)
 
-    def _over(self, request: Request) -> None:
-        """No worker writes for a request any more."""
+    def _over(self, request: Request, rank: int) -> None:
+        """A worker writes for a request no more. Its memory may be another's only when none does."""
+        request.quiet.add(rank)
+        if len(request.quiet) < self._settings.tensor_parallel_size:
+            return
         job = request.job
         if job is not None and request.over and not request.filled(self._marks):
             self._fail(request, IncompleteContext("vLLM ended the request before all its K/V were copied; try again"))

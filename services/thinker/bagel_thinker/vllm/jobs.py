@@ -12,7 +12,7 @@ from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 @dataclass(eq=False)
 class Filling:
-    """A segment that a request fills in the store: claimed and pinned until its worker is done with the request.
+    """A segment that a request fills in the store: claimed and pinned until all workers are done with the request.
 
     told: (layer, rank) pairs that are written.
     """
@@ -26,7 +26,7 @@ class Request:
     """One request at vLLM; `job` is None once its reading is no longer wanted.
 
     fresh: segments that this request is the first to compute. begun: it has a token, so its prompt
-    is computed; over: vLLM has ended it.
+    is computed; over: vLLM has ended it; quiet: ranks that write nothing more for it.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Request:
     fillings: dict[bytes, Filling]
     begun: bool = False
     over: bool = False
+    quiet: set[int] = field(default_factory=set)
 
     def filled(self, marks: int) -> bool:
         """Whether every segment has all its marks: layers times ranks."""

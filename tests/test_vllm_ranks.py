@@ -1,0 +1,180 @@
+"""What the vLLM engine makes of its ranks' notices. Its core is replaced, so that this needs no vLLM."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bagel.engine.reader import Reading, Written
+from bagel.errors import IncompleteContext, StoreFull
+from bagel.model.checkpoint import Checkpoint
+from bagel.prompts import TextPart
+from bagel_thinker.vllm import engine as engine_module
+from bagel_thinker.vllm.engine import VllmEngine
+from bagel_thinker.vllm.settings import VllmSettings
+from bagel_thinker.vllm.sink import Notice, Outlet
+
+RANKS = 2
+LIMIT_S = 20
+
+
+class Core:
+    """In vLLM's place: every request ends in the next step. The ranks write and tell, by the pipe, when the test says.
+
+    exports: of each request, (digest in hexadecimal, first row, length, offset in the store) of what is to be copied.
+    """
+
+    block_size = 16
+
+    def __init__(self, config: Any, settings: Any, ids: Any, model: Any, sink: dict[str, Any], broken: Any) -> None:
+        elsewhere = {**sink, "name": "of another process"}
+        self.ranks = [Outlet.find(elsewhere) for _ in range(RANKS)]
+        self.exports: dict[str, list[tuple[str, int, int, int]]] = {}
+        self.aborted: list[str] = []
+        self._new: list[str] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._new)
+
+    def add(self, name: str, chain: Any, *, extra: dict[str, Any], **_: Any) -> None:
+        self.exports[name] = extra["kv_transfer_params"]["exports"]
+        self._new.append(name)
+
+    def step(self) -> list[Any]:
+        ended, self._new = self._new, []
+        return [SimpleNamespace(request_id=name, new_token_ids=[1], finish_reason="length") for name in ended]
+
+    def abort(self, names: Sequence[str]) -> None:
+        self.aborted += names
+
+    def close(self) -> None:
+        pass
+
+
+class Stand:
+    """An engine over two ranks whose notices the test sends."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        settings = VllmSettings("cpu", "float32", max_num_seqs=4, max_model_len=600, tensor_parallel_size=RANKS)
+        self.engine = VllmEngine(checkpoint, settings, model_name="tiny", kv_store_bytes=2**18)
+        self.heard, hear = 0, self.engine._sink.hear
+
+        def count(notice: Notice) -> None:
+            hear(notice)
+            self.heard += 1
+
+        self.engine._sink.hear = count
+        self.told = 0
+        self.came: list[Written | Exception] = []
+
+    @property
+    def core(self) -> Core:
+        core: Any = self.engine._core
+        assert isinstance(core, Core)
+        return core
+
+    def read(self, words: str) -> tuple[Reading, str]:
+        """A reading under way, and the lease of its context."""
+        planner = self.engine.planner
+        prompt = (TextPart(words),)
+        chain = planner.chain(prompt, {})
+        lease = self.engine.store.lease([(each.digest, each.length) for each in chain.segments], 600)
+        reading = Reading(chain, 7, self.came.append, self.came.append)
+        self.engine.submit(reading)
+        until(lambda: len(self.core.exports) > 0)
+        return reading, lease
+
+    def write(self, rank: int, name: str, *, layers: int | None = None) -> None:
+        """A rank writes its number into its half of the heads of the first layers, all if not said."""
+        outlet, layout = self.core.ranks[rank], self.engine.store.layout
+        half = layout.kv_heads // RANKS
+        for digest, _, length, offset in self.core.exports[name]:
+            for layer in range(layout.layers if layers is None else layers):
+                nbytes = layout.layer_bytes(length)
+                memory = outlet.arena.slice(offset + layer * nbytes, nbytes)
+                rows = torch.frombuffer(memory, dtype=torch.float32).view(2, length, layout.kv_heads, layout.head_dim)
+                rows[:, :, rank * half : (rank + 1) * half] = rank + 1
+                self.tell(Notice(name, rank=rank, digest=digest, layer=layer))
+
+    def tell(self, notice: Notice) -> None:
+        self.core.ranks[notice.rank].tell(notice)
+        self.told += 1
+
+    def settle(self) -> None:
+        """Until the engine has heeded all that was told."""
+        until(lambda: self.heard == self.told)
+        heeded = threading.Event()
+        self.engine._commands.put(heeded.set)
+        assert heeded.wait(LIMIT_S)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def stand(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
+    monkeypatch.setattr(engine_module, "Core", Core)
+    stand = Stand(checkpoint)
+    yield stand
+    stand.engine.close()
+
+
+@pytest.mark.parametrize("first", range(RANKS))
+def test_a_reading_waits_for_the_rank_that_is_last(stand: Stand, first: int) -> None:
+    reading, _ = stand.read("a red cube")
+    (name,) = stand.core.exports
+    stand.write(first, name)
+    stand.tell(Notice(name, rank=first, over=True))
+    stand.settle()
+    assert not stand.came and name in stand.engine._requests
+    stand.write(1 - first, name)
+    stand.tell(Notice(name, rank=1 - first, over=True))
+    stand.settle()
+    (came,) = stand.came
+    assert isinstance(came, Written) and not stand.engine._requests
+    k, v = stand.engine.store.load(reading.chain.segments[0].digest)
+    half = k.shape[2] // RANKS
+    assert all((part[:, :, :half] == 1).all() and (part[:, :, half:] == 2).all() for part in (k, v))
+    assert not any(segment.pins for segment in stand.engine.store._ledger.segments.values())
+
+
+def test_memory_is_given_away_only_when_no_rank_writes(stand: Stand) -> None:
+    reading, lease = stand.read("word " * 60)
+    (name,) = stand.core.exports
+    store, whole = stand.engine.store, stand.engine.store.capacity_bytes
+    most = whole // store.layout.segment_bytes(1)
+    stand.write(0, name, layers=1)
+    stand.engine.cancel(reading)
+    store.release([lease])
+    stand.tell(Notice(name, rank=0, over=True))
+    stand.settle()
+    with pytest.raises(StoreFull):
+        store.lease([(b"o" * 16, most)], 9)
+    stand.write(1, name, layers=1)
+    stand.tell(Notice(name, rank=1, over=True))
+    stand.settle()
+    store.lease([(b"o" * 16, most)], 9)
+    assert not stand.came
+
+
+def test_a_rank_that_leaves_something_out_fails_the_reading(stand: Stand) -> None:
+    stand.read("a red cube")
+    (name,) = stand.core.exports
+    stand.write(0, name)
+    stand.write(1, name, layers=1)
+    for rank in range(RANKS):
+        stand.tell(Notice(name, rank=rank, over=True))
+    stand.settle()
+    (came,) = stand.came
+    assert isinstance(came, IncompleteContext) and not stand.engine._requests
