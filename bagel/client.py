@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from contextlib import aclosing, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from threading import Event, Lock
+from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -22,6 +22,7 @@ import grpc
 from PIL import Image
 
 from bagel import wire
+from bagel.deadlines import deadline_of
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
@@ -97,17 +98,17 @@ class Client:
 
     def generate_many(
         self,
-        requests: Sequence[Mapping[str, Any]],
+        requests: Sequence[Mapping[str, Any] | str],
         on_event: OnServiceEvent | None = None,
         *,
         at_once: int = MANY,
     ) -> list[Result]:
-        """Several at once, results in their order; each is the arguments of `generate`, `prompt` among them.
+        """Several at once, results in their order; each is the arguments of `generate`, or a prompt alone.
 
         Events carry the request's index, and come from several threads. The first error cancels the others. One that
         the gateway is too busy for waits and is sent again while others of them run (`bagel.together`).
         """
-        calls, under_way, together = [_Call.of(request) for request in requests], _UnderWay(), Together()
+        calls, under_way, together = _calls(requests), _UnderWay(), Together()
 
         def run(index: int, call: _Call) -> Result:
             return _last(self._patiently(call, index, under_way, together), on_event)
@@ -125,7 +126,9 @@ class Client:
     def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
         """What the gateway serves."""
         try:
-            return self._stub.DescribeModel(gateway_pb2.DescribeModelRequest(), timeout=timeout, metadata=self._key)
+            return self._stub.DescribeModel(
+                gateway_pb2.DescribeModelRequest(), timeout=deadline_of(timeout), metadata=self._key
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
 
@@ -138,9 +141,17 @@ class Client:
                 for event in events:
                     attempt.begun = True
                     yield event
-            left = call.again(attempt.refused)
-            if attempt.refused is not None and under_way.ends_within(attempt.refused.retry_after_s):
-                raise attempt.refused
+            left = None
+            if attempt.refused is not None:
+                turn = together.turn(attempt.refused)
+                under_way.add(turn.free)
+                try:
+                    turn.free.result(call.until(turn.seconds))
+                except TimeoutError:
+                    turn.free.cancel()
+                except CancelledError:  # with all others
+                    raise attempt.refused from None
+                left = call.again(attempt.refused)
 
     def _events(self, call: _Call, index: int, under_way: _UnderWay) -> Generator[ServiceEvent, None, None]:
         reader = _Reader(index)
@@ -200,13 +211,13 @@ class AsyncClient:
 
     async def generate_many(
         self,
-        requests: Sequence[Mapping[str, Any]],
+        requests: Sequence[Mapping[str, Any] | str],
         on_event: OnServiceEvent | None = None,
         *,
         at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; see Client.generate_many."""
-        calls, places, together = [_Call.of(request) for request in requests], asyncio.Semaphore(at_once), Together()
+        calls, places, together = _calls(requests), asyncio.Semaphore(at_once), Together()
 
         async def run(index: int, call: _Call) -> Result:
             async with places:
@@ -223,7 +234,7 @@ class AsyncClient:
         """What the gateway serves."""
         try:
             return await self._stub.DescribeModel(
-                gateway_pb2.DescribeModelRequest(), timeout=timeout, metadata=self._key
+                gateway_pb2.DescribeModelRequest(), timeout=deadline_of(timeout), metadata=self._key
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error, self._target) from None
@@ -236,9 +247,12 @@ class AsyncClient:
                     async for event in events:
                         attempt.begun = True
                         yield event
-            left = call.again(attempt.refused)
+            left = None
             if attempt.refused is not None:
-                await asyncio.sleep(attempt.refused.retry_after_s)
+                turn = together.turn(attempt.refused)
+                await asyncio.wait([asyncio.wrap_future(turn.free)], timeout=call.until(turn.seconds))
+                turn.free.cancel()
+                left = call.again(attempt.refused)
 
     async def _events(self, call: _Call, index: int) -> AsyncGenerator[ServiceEvent, None]:
         reader = _Reader(index)
@@ -281,14 +295,17 @@ class _Call:
     message: gateway_pb2.GenerateRequest
     timeout: float | None
     metadata: tuple[tuple[str, str], ...]
-    began: float = field(default_factory=time.monotonic)
+    deadline: float | None = None
 
-    def again(self, refused: Busy | None) -> _Call | None:
-        """The call to make after the pause that a refusal asks for; None without one. Busy if no time is left then."""
-        if refused is None or self.timeout is None:
-            return None if refused is None else self
-        left = self.began + self.timeout - time.monotonic() - refused.retry_after_s
-        if left <= 0:
+    def until(self, seconds: float) -> float:
+        """So many seconds, or those until the deadline."""
+        return seconds if self.deadline is None else max(0.0, min(seconds, self.deadline - time.monotonic()))
+
+    def again(self, refused: Busy) -> _Call:
+        """The call to make once more; Busy if its time is over."""
+        if self.deadline is None:
+            return self
+        if (left := self.deadline - time.monotonic()) <= 0:
             raise refused
         return replace(self, timeout=left)
 
@@ -308,12 +325,19 @@ class _Call:
             raise InvalidRequest("modality", f"modality is {modality!r}; it must be one of {', '.join(Modality)}")
         message = output.request()
         message.request.CopyFrom(wire.options_to_wire(Modality(modality), _parts(prompt, image), options))
-        return cls(message, timeout, ((REQUEST_ID, request_id or new_request_id()), *trace_metadata()))
+        seconds = deadline_of(timeout)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        return cls(message, seconds, ((REQUEST_ID, request_id or new_request_id()), *trace_metadata()), deadline)
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> _Call:
-        """A call from the arguments of `generate`."""
-        options = dict(arguments)
+    def of(cls, arguments: Mapping[str, Any] | str) -> _Call:
+        """A call from the arguments of `generate`, or from a prompt."""
+        if not isinstance(arguments, Mapping | str):
+            raise InvalidRequest(
+                "requests",
+                f"a request is {arguments!r:.80}; give a prompt or the arguments of generate, by their names",
+            )
+        options: dict[str, Any] = {"prompt": arguments} if isinstance(arguments, str) else dict(arguments)
         if "prompt" not in options:
             raise InvalidRequest("prompt", "a request has no prompt; give each one, like {'prompt': 'a red cube'}")
         return cls.make(
@@ -329,6 +353,13 @@ class _Call:
             ),
             options=options,
         )
+
+
+def _calls(requests: Iterable[Mapping[str, Any] | str]) -> list[_Call]:
+    """A call for each; InvalidRequest for what is no list of requests."""
+    if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise InvalidRequest("requests", f"requests is {requests!r:.80}; give a list, like ['a cat', 'a dog']")
+    return [_Call.of(request) for request in requests]
 
 
 class _Reader:
@@ -396,22 +427,18 @@ class _UnderWay:
     """Calls of several threads that end together."""
 
     def __init__(self) -> None:
-        self._lock, self._cancelled = Lock(), Event()
+        self._lock, self._cancelled = Lock(), False
         self._calls: list[_Cancellable] = []
 
     def add(self, call: _Cancellable) -> None:
         with self._lock:
             self._calls.append(call)
-            if self._cancelled.is_set():
+            if self._cancelled:
                 call.cancel()
-
-    def ends_within(self, seconds: float) -> bool:
-        """Wait for so long; whether they were cancelled meanwhile."""
-        return self._cancelled.wait(seconds)
 
     def cancel(self) -> None:
         with self._lock:
-            self._cancelled.set()
+            self._cancelled = True
             for call in self._calls:
                 call.cancel()
 
@@ -421,6 +448,10 @@ def _parts(prompt: PromptInput, image: ImageInput | None) -> list[common_pb2.Par
     before = [] if image is None else [common_pb2.Part(image=common_pb2.ImagePart(data=_image_bytes(image)))]
     if isinstance(prompt, str):
         return [*before, _part(prompt)]
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise InvalidRequest(
+            "prompt", f"prompt is {prompt!r:.80}; it must be a text, or a list of texts, TextPart and ImagePart"
+        )
     return [*before, *map(_part, prompt)]
 
 

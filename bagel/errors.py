@@ -24,6 +24,7 @@
     ├── RunnerDied                  a worker process that ended under its requests
     ├── EngineDied                  an engine that can compute no more
     ├── RemoteError                 an error of a peer that has no name here (keeps its status)
+    ├── NotRead                     an answer that its client does not read
     └── OutOfMemory                 a device without memory for what was asked
 
 Each message says what was wrong, the value seen and what would be right, in one line.
@@ -206,6 +207,13 @@ class RemoteError(BagelError):
         super().__init__(message)
         self.grpc_status = grpc_status
         self.http_status = _HTTP.get(grpc_status, 500)
+
+
+class NotRead(BagelError):
+    """An answer that its client does not read: its call was ended."""
+
+    grpc_status = "ABORTED"
+    http_status = 408
 
 
 class OutOfMemory(BagelError):

@@ -32,6 +32,10 @@ class Joined(Generic[T]):
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
+    def clear(self) -> None:
+        """Drop what waits."""
+        self._items.clear()
+
     async def get(self) -> T:
         """The next item, as soon as there is one."""
         while not self._items:

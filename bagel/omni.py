@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +166,8 @@ class Omni:
         image: Image | str | Path | bytes | None,
         options: dict[str, Any],
     ) -> list[Request]:
+        if not isinstance(prompts, Iterable | Request):
+            raise InvalidRequest("prompt", f"prompts is {prompts!r:.80}; give a text, or a list of texts")
         several = [prompts] if isinstance(prompts, str | Request) else list(prompts)
         if not several:
             raise InvalidRequest("prompt", "there is no prompt; give at least one")

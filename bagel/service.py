@@ -16,6 +16,7 @@ from bagel.otlp import shut_down
 from bagel.telemetry import Log, set_up_logs
 from bagel.tracing import set_up_tracing
 from bagel.transport import DRAIN_S, Host, Security
+from bagel.unread import MAX_UNREAD_BYTES, READER_TIMEOUT_S, Unread
 
 DEFAULT_KV_BYTES = 2 * 2**30
 BATCH_TIMEOUT_S = 5.0
@@ -34,6 +35,20 @@ def parser(module: str, description: str, listen: str) -> argparse.ArgumentParse
         "--listen", default=listen, metavar="HOST:PORT", help=f"port 0: any free one (default: {listen})"
     )
     flags.add_argument("--drain-timeout", type=float, default=DRAIN_S, metavar="S", help="for requests under way")
+    flags.add_argument(
+        "--reader-timeout",
+        type=float,
+        default=READER_TIMEOUT_S,
+        metavar="S",
+        help=f"of a client that takes nothing of its answer; then its call ends (default: {READER_TIMEOUT_S:g})",
+    )
+    flags.add_argument(
+        "--max-unread-bytes",
+        type=int,
+        default=MAX_UNREAD_BYTES,
+        metavar="N",
+        help=f"of all answers that wait for their clients (default: {MAX_UNREAD_BYTES})",
+    )
     flags.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM; without it, plaintext")
     flags.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
     flags.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM; peers are checked against it, clients too")
@@ -57,6 +72,11 @@ def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
 def security(args: argparse.Namespace) -> Security:
     """TLS as the flags say."""
     return Security(args.tls_certificate, args.tls_key, args.tls_ca)
+
+
+def unread(args: argparse.Namespace) -> Unread:
+    """What may wait for slow readers, as the flags say; ConfigError for what cannot be."""
+    return Unread(args.reader_timeout, args.max_unread_bytes)
 
 
 def named_address(text: str) -> tuple[str, str]:

@@ -21,11 +21,14 @@ class Slots:
         self.taken = self.waiting = 0
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
-        """A place for the block; Busy if none becomes free in time."""
+    async def place(self, *, begun: bool = False) -> AsyncIterator[None]:
+        """A place for the block, first come first served; Busy if none becomes free in time.
+
+        begun: the request was accepted before; it waits for as long as its call lasts.
+        """
         self.waiting += 1
         try:
-            async with asyncio.timeout(self._wait_s):
+            async with asyncio.timeout(None if begun else self._wait_s):
                 await self._places.acquire()
         except TimeoutError:
             raise Busy(

@@ -135,6 +135,7 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
     async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> AsyncIterator[R]:
         request_id = adopt_request_id(context)
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        failed: BagelError | None = None
         with serving(name, metadata, request_id=request_id) as span, timed_call(name) as call:
             responses = handler(self, request, context)
             try:
@@ -142,12 +143,13 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
                 async for response in responses:
                     yield response
             except Exception as error:
-                told = _told(error)
-                call.status = told.grpc_status
-                tell_failure(span, told)
-                await abort(context, told)
+                failed = _told(error)
+                call.status = failed.grpc_status
+                tell_failure(span, failed)
             finally:
                 await responses.aclose()  # type: ignore[attr-defined]
+        if failed is not None:  # last: a client that reads nothing does not take this either
+            await abort(context, failed)
 
     return handle
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -12,21 +14,31 @@ from bagel.errors import Busy
 
 @dataclass
 class Attempt:
-    """One call. begun: set by the caller once something came of it; refused: why it is to be tried again, if it is."""
+    """One call. begun: set by the caller once it is accepted; refused: why it is to be tried again, if it is."""
 
     begun: bool = False
     refused: Busy | None = None
 
 
-class Together:
-    """Tells whether one of several requests that is refused as busy is to be tried again. Thread-safe.
+@dataclass(frozen=True)
+class Turn:
+    """When a refused call is to be tried again: once `free` is done, or after `seconds`."""
 
-    So it is while others of the same caller run, which are what the gateway is busy with: then its time will come.
-    Busy is raised where none of them is left: others keep the gateway busy, and the caller decides.
+    free: Future[None]
+    seconds: float
+
+
+class Together:
+    """Tells whether one of several requests that is refused as busy is to be tried again, and when. Thread-safe.
+
+    So it is while others of the same caller run, which are what the gateway is busy with: then its time will come, as
+    soon as one of them has ended. Busy is raised where none of them ran: others keep the gateway busy, and the caller
+    decides.
     """
 
     def __init__(self) -> None:
-        self._lock, self._running = Lock(), 0
+        self._lock, self._running, self._served = Lock(), 0, 0
+        self._refused: deque[Future[None]] = deque()
 
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
@@ -34,12 +46,32 @@ class Together:
         attempt = Attempt()
         with self._lock:
             self._running += 1
+            served = self._served
         try:
             yield attempt
         except Busy as busy:
-            if attempt.begun or self._running == 1:
+            with self._lock:  # one that has just ended left no place unless others took it, who came before
+                alone = self._running == 1 and self._served == served
+            if attempt.begun or alone:
                 raise
             attempt.refused = busy
         finally:
-            with self._lock:
-                self._running -= 1
+            self._end(attempt)
+
+    def turn(self, refused: Busy) -> Turn:
+        """The next turn of a call that was refused. They come one after the other, not all at once."""
+        with self._lock:
+            free: Future[None] = Future()
+            self._refused = deque(each for each in self._refused if not each.done())
+            self._refused.append(free)
+            return Turn(free, refused.retry_after_s * len(self._refused))
+
+    def _end(self, attempt: Attempt) -> None:
+        with self._lock:
+            self._running -= 1
+            self._served += attempt.begun
+            while attempt.begun and self._refused:
+                free = self._refused.popleft()
+                if free.set_running_or_notify_cancel():
+                    free.set_result(None)
+                    return

@@ -20,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 from bagel.errors import ConfigError, Loading
 from bagel.status import abort, decoding
 from bagel.telemetry import Log
+from bagel.unread import Unread
+from bagel.writing import writing
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt's images and a picture fit; K/V pages are far smaller."""
@@ -116,8 +118,8 @@ class LateMethods(grpc.GenericRpcHandler):
     Every method of a servicer is one of `bagel.status`'s `unary` or `streaming`.
     """
 
-    def __init__(self, services: Sequence[str]) -> None:
-        self._services = tuple(services)
+    def __init__(self, services: Sequence[str], unread: Unread) -> None:
+        self._services, self._unread = tuple(services), unread
         self._handlers: list[grpc.GenericRpcHandler] = []
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -131,18 +133,20 @@ class LateMethods(grpc.GenericRpcHandler):
         """The handler of a call."""
         for handler in self._handlers:
             if (found := handler.service(details)) is not None:
-                return _refusing_wrong_bytes(found)
+                return _guarded(found, self._unread)
         service = str(details.method).strip("/").partition("/")[0]
         if service in self._services and not self._handlers:
             return grpc.unary_unary_rpc_method_handler(_loading)
         return None
 
 
-def _refusing_wrong_bytes(found: grpc.RpcMethodHandler[Any, Any]) -> grpc.RpcMethodHandler[Any, Any]:
+def _guarded(found: grpc.RpcMethodHandler[Any, Any], unread: Unread) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler, for requests that are no message and for clients that do not read."""
     handler = cast(Any, found)  # of its fields, those of its kind are not None
     read = decoding(handler.request_deserializer)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(handler.unary_stream, read, handler.response_serializer)
+        write = writing(handler.unary_stream, unread)
+        return grpc.unary_stream_rpc_method_handler(write, read, handler.response_serializer)
     return grpc.unary_unary_rpc_method_handler(handler.unary_unary, read, handler.response_serializer)
 
 
@@ -156,7 +160,7 @@ class Host:
 
     services: the full names of what is served. Servicers are added to `methods`, also after `start`: a model loads for
     minutes, and its service's address and health are to be known meanwhile. interceptors see every call, also one of a
-    method that there is not.
+    method that there is not. unread: what may wait for clients that read slowly.
     """
 
     def __init__(
@@ -165,9 +169,11 @@ class Host:
         services: Sequence[str],
         security: Security = PLAINTEXT,
         interceptors: Sequence[aio.ServerInterceptor] = (),
+        unread: Unread | None = None,
     ) -> None:
+        self.unread = Unread() if unread is None else unread
         self.server = aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
-        self._methods = LateMethods(services)
+        self._methods = LateMethods(services, self.unread)
         self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()
         self._services = tuple(services)

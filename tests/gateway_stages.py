@@ -17,6 +17,7 @@ from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
 from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
+from bagel.slots import Slots
 from bagel.status import streaming, unary
 from bagel.telemetry import REQUEST_ID
 from bagel.transport import Host
@@ -156,7 +157,11 @@ class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
 
 
 class Dit(dit_pb2_grpc.DitServiceServicer):
-    """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture."""
+    """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture.
+
+    slots: its places, as many as come by default; seconds: that a picture takes; size: of one, as many bytes as it has
+    by itself by default.
+    """
 
     page_version = PAGE_VERSION
 
@@ -167,6 +172,8 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
         self.go.set()
         self.called = asyncio.Event()
         self.failure: BagelError | None = None
+        self.slots = Slots("dit-0", 1000, 5.0)
+        self.seconds, self.size = 0.0, 0
 
     @streaming
     async def Generate(
@@ -174,7 +181,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
     ) -> AsyncIterator[dit_pb2.DitServiceGenerateResponse]:
         self.asked.append(request)
         self.called.set()
-        async with self.journal.call("draw", context):
+        async with self.journal.call("draw", context), self.slots.place(begun=request.begun):
             if self.failure is not None:
                 raise self.failure
             yield dit_pb2.DitServiceGenerateResponse(admitted=dit_pb2.Admitted(waited_seconds=0.25))
@@ -183,7 +190,13 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
             settings = request.draw.image if request.HasField("draw") else request.request.image
             yield dit_pb2.DitServiceGenerateResponse(step=common_pb2.StepDone(step=1, steps=settings.steps - 1))
             await self.go.wait()
-            yield dit_pb2.DitServiceGenerateResponse(picture=picture(settings.width, settings.height))
+            await asyncio.sleep(self.seconds)
+            drawn = picture(settings.width, settings.height)
+            drawn.data += bytes(max(0, self.size - len(drawn.data)))
+            for number in range(request.partial_images):
+                preview = common_pb2.Preview(index=number, step=1, picture=drawn)
+                yield dit_pb2.DitServiceGenerateResponse(preview=preview)
+            yield dit_pb2.DitServiceGenerateResponse(picture=drawn)
             usage = common_pb2.Usage(steps=settings.steps - 1, pulled_bytes=9)
             timings = [common_pb2.StageTiming(stage="denoise", seconds=2.0)]
             finished = dit_pb2.DitServiceGenerateFinished(usage=usage, timings=timings)

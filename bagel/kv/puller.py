@@ -101,15 +101,17 @@ class KvPuller:
         self._background: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def hold(self, refs: Iterable[kv_pb2.ContextRef]) -> AsyncIterator[HeldContexts]:
+    async def hold(
+        self, refs: Iterable[kv_pb2.ContextRef], *, room_wait_s: float | None = None
+    ) -> AsyncIterator[HeldContexts]:
         """Keep contexts: their sources' leases from now on until they are fetched, the local one until the end.
 
         Raises ConfigError for an unknown source, ForeignContext for another fingerprint, InvalidRequest for what is
-        larger than the store, StoreFull if there is no room within room_wait_s.
+        larger than the store, StoreFull if there is no room within room_wait_s (not given: the puller's own).
         """
         held = HeldContexts(self, list(refs))
         try:
-            await held._open()
+            await held._open(self.room_wait_s if room_wait_s is None else room_wait_s)
             yield held
         finally:
             held._close()
@@ -346,16 +348,14 @@ class HeldContexts:
         if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
             self._let_go(ref)
 
-    async def _open(self) -> None:
+    async def _open(self, room_wait_s: float) -> None:
         puller = self._puller
         for ref in self._refs:
             if ref.source in puller._stubs and _lease(ref) not in self._keepers:
                 self._keepers[_lease(ref)] = asyncio.create_task(puller._keep(ref))
         for ref in self._refs:  # only now, so that the leases of all are given back
             puller._check(ref)
-        self.lease_id = await puller.store.lease_in_time(
-            self._segments(), puller.lease_ttl_s, wait_s=puller.room_wait_s
-        )
+        self.lease_id = await puller.store.lease_in_time(self._segments(), puller.lease_ttl_s, wait_s=room_wait_s)
         self._own = asyncio.create_task(puller._keep_own(self.lease_id))
 
     def _segments(self) -> list[tuple[bytes, int]]:

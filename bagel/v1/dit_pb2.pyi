@@ -158,12 +158,17 @@ class DitServiceGenerateRequest(_message.Message):
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     PARTIAL_IMAGES_FIELD_NUMBER: _builtins.int
     OUTPUT_COMPRESSION_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     output_format: _common_pb2.ImageFormat.ValueType
     """How a picture is encoded."""
     partial_images: _builtins.int
     """Previews of the picture under way that are wanted, at most 3; they change nothing of the picture."""
     output_compression: _builtins.int
     """Quality of a JPEG or WebP from 0 to 100; 95 where not set. Refused for PNG."""
+    begun: _builtins.bool
+    """Whether the request has begun: its caller was told so, or has seen some of it. It is not refused as busy any more,
+    and waits for its place as long as its deadline allows.
+    """
     @_builtins.property
     def draw(self) -> Global___DrawPicture:
         """A picture from contexts: the second of two stages."""
@@ -180,10 +185,11 @@ class DitServiceGenerateRequest(_message.Message):
         output_format: _common_pb2.ImageFormat.ValueType = ...,
         partial_images: _builtins.int = ...,
         output_compression: _builtins.int | None = ...,
+        begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "draw", b"draw", "output_compression", b"output_compression", "request", b"request", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "draw", b"draw", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "begun", b"begun", "draw", b"draw", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__output_compression: _TypeAlias = _typing.Literal["output_compression"]  # noqa: Y015
     _WhichOneofArgType__output_compression: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression"]  # noqa: Y015

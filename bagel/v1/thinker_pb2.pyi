@@ -60,6 +60,7 @@ class BuildContextRequest(_message.Message):
     DECODE_FIELD_NUMBER: _builtins.int
     SEND_KV_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of sampled text and, in posterior mode seed, of the images' posterior noise."""
     posterior: _common_pb2.PosteriorMode.ValueType
@@ -70,6 +71,8 @@ class BuildContextRequest(_message.Message):
     """Name of that lease, at most 64 characters, so that the caller can release it whatever becomes of the call; one is
     drawn where it is empty.
     """
+    begun: _builtins.bool
+    """Whether the request has begun, as its other results have: its text waits for a place as long as its deadline allows."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Part]:
         """The prompt's parts."""
@@ -87,10 +90,11 @@ class BuildContextRequest(_message.Message):
         decode: Global___DecodeText | None = ...,
         send_kv: _builtins.bool = ...,
         lease_id: _builtins.str = ...,
+        begun: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode", "lease_id", b"lease_id", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "begun", b"begun", "decode", b"decode", "lease_id", b"lease_id", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode: _TypeAlias = _typing.Literal["decode"]  # noqa: Y015
     _WhichOneofArgType__decode: _TypeAlias = _typing.Literal["_decode", b"_decode"]  # noqa: Y015

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TypeVar
 
 import grpc
@@ -25,7 +25,6 @@ from bagel.errors import (
     SourceUnavailable,
     UnknownSegment,
 )
-from bagel.joined import Joined
 from bagel.pipelines import kv_collector
 from bagel.profile import stages_before
 from bagel.prompts import BranchName
@@ -41,6 +40,7 @@ Q = TypeVar("Q")
 R = TypeVar("R")
 Remaining = Callable[[], float | None]
 """Seconds until the client's deadline; None without one."""
+Put = Callable[[gateway_pb2.GenerateResponse], None]
 ChooseDit = Callable[[], Awaitable[DitBackend]]
 """A DiT that is ready; waits for one, and raises NoBackend if none comes."""
 
@@ -55,7 +55,10 @@ _OF_THE_PROMPT = ("prompt_tokens", "image_tokens", "completion_tokens", "think_t
 class Route:
     """One request, from its plan to its end. Ends with the first error of a stage; all other calls are cancelled.
 
-    waited_s: seconds that it waited for its place, which is part of its queue and of its total.
+    put: hears what happens, the last event `finished`; it does not wait for whoever reads it.
+    accepted: its first event, told once every stage that it needs at its beginning has taken it on. Until then it may
+    be refused as busy; from then on it waits for its places. begun: it is told at once, as to one more result of a call
+    that was accepted. waited_s: seconds that it waited for its place, which is part of its queue and of its total.
     """
 
     def __init__(
@@ -64,48 +67,37 @@ class Route:
         thinker: ThinkerBackend | None,
         choose_dit: ChooseDit,
         remaining: Remaining,
+        put: Put,
+        accepted: gateway_pb2.Accepted,
         waited_s: float = 0.0,
+        *,
+        begun: bool = False,
     ) -> None:
         self._plan, self._thinker, self._choose_dit, self._remaining = plan, thinker, choose_dit, remaining
-        self._queue: Joined[gateway_pb2.GenerateResponse | None] = Joined(_join)
+        self._put = put
         loop = asyncio.get_running_loop()
         self._handed_over: list[asyncio.Future[kv_pb2.ContextRef]] = [loop.create_future() for _ in plan.builds]
         self._built: dict[int, thinker_pb2.ContextBuilt] = {}
         self._lengths: dict[int, int] = {}
         self._told_prefill = self._dit_began = False
+        self._begun = asyncio.Event()
+        self._accepted = gateway_pb2.GenerateResponse(accepted=accepted)
+        self._held_back: list[gateway_pb2.GenerateResponse] = []
         self._leases = None if thinker is None else Leases(thinker)
         self._started, self._waited_s = time.perf_counter(), waited_s
+        if begun:
+            self._begin()
 
-    @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[gateway_pb2.GenerateResponse]]:
-        """Begin it, and cancel what is left of it when the block ends.
-
-        What happens, the last one `finished`; raises the BagelError of the stage that failed.
-        """
-        work = asyncio.create_task(self._run())
-        try:
-            yield self._events(work)
-        finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-    async def _events(self, work: asyncio.Task[None]) -> AsyncIterator[gateway_pb2.GenerateResponse]:
-        while (event := await self._queue.get()) is not None:
-            yield event
-        await work
-
-    async def _run(self) -> None:
-        try:
-            if self._plan.whole is not None:
-                finished = await self._serve_whole(self._plan.whole)
-            elif self._plan.draw is None:
-                finished = await self._answer()
-            else:
-                finished = await self._draw_picture(self._plan.draw)
-            self._tell_times(finished)
-            self._queue.put(gateway_pb2.GenerateResponse(finished=finished))
-        finally:
-            self._queue.put(None)
+    async def run(self) -> None:
+        """Serve it; raises the BagelError of the stage that failed. Cancelled it cancels its calls."""
+        if self._plan.whole is not None:
+            finished = await self._serve_whole(self._plan.whole)
+        elif self._plan.draw is None:
+            finished = await self._answer()
+        else:
+            finished = await self._draw_picture(self._plan.draw)
+        self._tell_times(finished)
+        self._tell(gateway_pb2.GenerateResponse(finished=finished))
 
     def _tell_times(self, finished: gateway_pb2.Finished) -> None:
         """Add what only the gateway knows."""
@@ -163,11 +155,11 @@ class Route:
 
     async def _build(self, number: int, build: Build) -> thinker_pb2.ContextBuilt:
         """One context. Its K/V are handed over as the pipeline says: at once, or when its sequence has ended."""
-        early = self._plan.pipeline.stages[0].omni_kv_config.kv_transfer_criteria is not None
         handed_over, refs = self._handed_over[number], list[kv_pb2.ContextRef]()
         assert self._thinker is not None
         request = thinker_pb2.BuildContextRequest()
         request.CopyFrom(build.request)
+        request.begun = self._begun.is_set()
         if request.send_kv and self._leases is not None:
             request.lease_id = self._leases.new()
         call = self._thinker.stub.BuildContext(request, timeout=self._remaining(), metadata=request_metadata())
@@ -178,10 +170,12 @@ class Route:
                     if self._leases is not None:
                         self._leases.hold(event.context)
                     self._lengths[number] = sum(segment.length for segment in event.context.segments)
+                    self._begin_if_built()
                     # The second context of a think run is the one with the think text.
-                    if not handed_over.done() and (early or (build.thinks and len(refs) == 2)):
+                    if not handed_over.done() and (self._early or (build.thinks and len(refs) == 2)):
                         handed_over.set_result(event.context)
                 case "text":
+                    await self._begun.wait()  # for the other contexts, which may have to wait for room
                     self._tell_answer_begins(build)
                     self._emit(text=common_pb2.TextDelta(text=event.text.text, think=build.thinks))
                 case "built":
@@ -197,6 +191,19 @@ class Route:
         if len(self._built) == len(self._plan.builds):
             self._tell_prefill()
         return self._built[number]
+
+    @property
+    def _early(self) -> bool:
+        """Whether contexts are handed over before they are computed, so that the DiT takes part from the beginning."""
+        return self._plan.pipeline.stages[0].omni_kv_config.kv_transfer_criteria is not None
+
+    def _begin_if_built(self) -> None:
+        """All contexts are taken on: an answer, or a think text before a picture, has begun; what is drawn at once
+        begins with its place at a DiT.
+        """
+        draws_at_once = self._plan.draw is not None and self._early
+        if len(self._lengths) == len(self._plan.builds) and not draws_at_once:
+            self._begin()
 
     def _tell_answer_begins(self, build: Build) -> None:
         """An answer's prompt is read once its first text comes; a picture's contexts may still be computed then."""
@@ -242,6 +249,7 @@ class Route:
         moves = 0
         while True:
             dit = await self._choose_dit()
+            request.begun = self._begun.is_set()
             try:
                 with dit.busy():
                     return await self._follow(dit, request)
@@ -265,6 +273,7 @@ class Route:
             match event.WhichOneof("event"):
                 case "admitted":
                     admitted = event.admitted
+                    self._begin()
                     if self._plan.draw is not None:
                         self._tell_drawing(admitted)
                 case "prefill":
@@ -328,13 +337,28 @@ class Route:
         event = gateway_pb2.GenerateResponse(
             prefill=prefill, text=text, drawing=drawing, step=step, preview=preview, picture=picture
         )
-        self._queue.put(event)
+        self._tell(event)
+
+    def _tell(self, event: gateway_pb2.GenerateResponse) -> None:
+        """Pass an event on, at once or behind `accepted`."""
+        if self._begun.is_set():
+            self._put(event)
+        else:
+            self._held_back.append(event)
+
+    def _begin(self) -> None:
+        """Tell that the request is accepted, once."""
+        if not self._begun.is_set():
+            self._begun.set()
+            for event in (self._accepted, *self._held_back):
+                self._put(event)
+            self._held_back.clear()
 
 
-def _join(
+def joined(
     one: gateway_pb2.GenerateResponse | None, other: gateway_pb2.GenerateResponse | None
 ) -> gateway_pb2.GenerateResponse | None:
-    """Pieces of text that wait to be sent become one."""
+    """Pieces of text that wait to be sent, as one; None for other events."""
     if one is None or other is None or not (one.HasField("text") and other.HasField("text")):
         return None
     if one.text.think != other.text.think:

@@ -50,7 +50,7 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         keys = None if settings.api_keys is None else Keys(settings.api_keys)
         guards = () if keys is None else (KeyInterceptor(keys),)
-        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards)
+        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, settings.unread())
         self.backends = Backends(
             settings.thinkers,
             settings.dits,
@@ -69,6 +69,7 @@ class Gateway:
             settings.sampling_defaults,
             settings.backend_timeout_s,
             self.metrics,
+            self.host.unread,
             log_stats=settings.log_stats,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)

@@ -5,28 +5,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import bagel
-from bagel.errors import InvalidRequest, NoBackend
+from bagel.errors import Busy, InvalidRequest, NoBackend
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig
 from bagel.request import MAX_SEED
 from bagel.telemetry import Log, current_request
-from bagel.together import Together
+from bagel.unread import Unread
 from bagel.v1 import gateway_pb2
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends, DitBackend, ThinkerBackend
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.outbox import delivered
 from bagel_gateway.planning import Asked, plan, read_request
-from bagel_gateway.routing import Remaining, Route
+from bagel_gateway.routing import Put, Remaining, Route, joined
 
 LOOK_AGAIN_S = 0.05
 
 T = TypeVar("T")
 Event = gateway_pb2.GenerateResponse
+PutOne = Callable[[tuple[int, Event]], None]
+"""What takes an event of one of several results."""
 Begin = tuple[ThinkerBackend | None, ModelInfo]
 """The Thinker that a request goes to, and the model that it is planned for."""
 
@@ -44,16 +47,17 @@ class Requests:
         defaults: Mapping[str, Any],
         wait_s: float,
         metrics: Metrics,
+        unread: Unread,
         *,
         log_stats: bool = False,
     ) -> None:
         """wait_s: how long a request waits for a backend to be ready, as one that is started again soon is.
 
-        log_stats: log where the time of each request went.
+        unread: what the gateway holds for clients that read slowly; log_stats: log where the time of each request went.
         """
         self._deployed, self._backends = deployed, backends
         self._admission, self._defaults, self._wait_s, self._metrics = admission, defaults, wait_s, metrics
-        self._log_stats = log_stats
+        self._unread, self._log_stats = unread, log_stats
 
     @property
     def thinks(self) -> bool:
@@ -63,16 +67,18 @@ class Requests:
     async def serve(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> AsyncGenerator[Event, None]:
         """What happens to one request, `accepted` first and `finished` last; raises the BagelError that it ends with.
 
-        remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage.
+        remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage. The
+        work does not wait for who reads this, and gives its place back when it is done.
         """
-        with self._metrics.request(message.request.modality) as seen:
-            async with self._admission.admit() as waited_s:
-                asked = await self._read(message)
-                async with aclosing(self._run(asked, remaining, waited_s)) as events:
-                    del asked  # its images are decoded, and large
-                    async for event in events:
-                        seen(event)
-                        yield event
+
+        async def work(put: Put) -> None:
+            with self._metrics.request(message.request.modality) as seen:
+                async with self._admission.admit() as waited_s:
+                    await self._run(await self._read(message), remaining, waited_s, _both(seen, put))
+
+        async with aclosing(delivered(work, joined, _size, self._unread)) as events:
+            async for event in events:
+                yield event
 
     async def serve_many(
         self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining
@@ -80,24 +86,20 @@ class Requests:
         """As `serve`, for so many of one prompt: (which, event), with rising seeds.
 
         Its images are read once, and all go to one Thinker, which computes their prompt once. Each takes a place of
-        its own; what the services are too busy for waits while others of them run.
+        its own and gives it back when it is done. Once the first is accepted all are: the others wait for their places.
         """
         if count == 1:
             async with aclosing(self.serve(message, remaining)) as events:
                 async for event in events:
                     yield 0, event
             return
-        async with AsyncExitStack() as stack:
-            waited_s = await stack.enter_async_context(self._admission.admit())
-            asked = await self._read(message)
-            begin = await self._begin(asked)
-            copies = _copies(asked, count)
-            queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
-            work = asyncio.create_task(self._run_all(copies, begin, remaining, waited_s, queue))
-            stack.push_async_callback(_end, work)
-            while (item := await queue.get()) is not None:
+
+        async def work(put: PutOne) -> None:
+            await self._run_all(message, count, remaining, put)
+
+        async with aclosing(delivered(work, _joined_of_many, _size_of_one, self._unread)) as many:
+            async for item in many:
                 yield item
-            await work
 
     async def describe(self) -> gateway_pb2.DescribeModelResponse:
         """What is served; NoBackend while nothing is."""
@@ -110,47 +112,59 @@ class Requests:
         return await read_request(message, self._deployed, self._defaults)
 
     async def _run_all(
-        self,
-        copies: list[Asked],
-        begin: Begin,
-        remaining: Remaining,
-        first_waited_s: float,
-        queue: asyncio.Queue[tuple[int, Event] | None],
+        self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining, put: PutOne
     ) -> None:
-        """All copies at once; the first has its place already. Ends with the first error, the others cancelled."""
-        together = Together()
-
-        async def run(number: int, asked: Asked) -> None:
-            refused = True
-            while refused:
-                with together.attempt() as attempt:
-                    place: AbstractAsyncContextManager[float] = nullcontext(first_waited_s)
-                    if number:
-                        place = self._admission.admit()
-                    async with place as waited_s:
-                        with self._metrics.request_of(asked.request.modality) as seen:
-                            async with aclosing(self._run(asked, remaining, waited_s, begin)) as events:
-                                async for event in events:
-                                    seen(event)
-                                    attempt.begun |= event.WhichOneof("event") in ("text", "drawing", "step")
-                                    queue.put_nowait((number, event))
-                refused = attempt.refused is not None
-                if attempt.refused is not None:
-                    await asyncio.sleep(attempt.refused.retry_after_s)
-
+        """The first result, and all others once it is accepted. Ends with the first error, the others cancelled."""
         try:
-            async with asyncio.TaskGroup() as group:
-                for number, asked in enumerate(copies):
-                    group.create_task(run(number, asked))
+            async with asyncio.TaskGroup() as group, self._admission.admit() as waited_s:
+                asked = await self._read(message)
+                begin = await self._begin(asked)
+                first, *others = _copies(asked, count)
+
+                def tell(event: Event) -> None:
+                    put((0, event))
+                    if event.HasField("accepted"):
+                        for number, copy in enumerate(others, 1):
+                            group.create_task(self._run_later(number, copy, remaining, begin, put))
+
+                with self._metrics.request_of(first.request.modality) as seen:
+                    await self._run(first, remaining, waited_s, _both(seen, tell), begin)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
-        finally:
-            queue.put_nowait(None)
+
+    async def _run_later(self, number: int, asked: Asked, remaining: Remaining, begin: Begin, put: PutOne) -> None:
+        """One more result of a call that was accepted. If its K/V find no room it gives all back and tries again."""
+        told: set[str] = set()
+
+        def tell(event: Event) -> None:
+            kind = event.WhichOneof("event") or ""
+            if kind not in ("accepted", "prefill") or kind not in told:  # which come again with each try
+                told.add(kind)
+                put((number, event))
+
+        while True:
+            try:
+                async with self._admission.admit(begun=True) as waited_s:
+                    with self._metrics.request_of(asked.request.modality) as seen:
+                        await self._run(asked, remaining, waited_s, _both(seen, tell), begin, begun=True)
+                return
+            except Busy as busy:
+                if told & {"text", "drawing", "step"}:
+                    raise
+                log.info("too busy for one more result; it is tried again", number=number, why=str(busy))
+                await asyncio.sleep(busy.retry_after_s)
 
     async def _run(
-        self, asked: Asked, remaining: Remaining, waited_s: float, begin: Begin | None = None
-    ) -> AsyncGenerator[Event, None]:
-        """One request that has its place, for which it waited so long."""
+        self,
+        asked: Asked,
+        remaining: Remaining,
+        waited_s: float,
+        put: Put,
+        begin: Begin | None = None,
+        *,
+        begun: bool = False,
+    ) -> None:
+        """One request that has its place, for which it waited so long. begun: as a `Route` takes it."""
         began = time.perf_counter()
         thinker, model = begin or await self._begin(asked)
         planned = plan(asked, model)
@@ -168,14 +182,14 @@ class Requests:
                 return await self._in_time(lambda: self._backends.dit_for(thinker, model))
 
             firsts: dict[str, float] = {}
-            # Begun first: the stages need not wait until the client has been told.
-            async with Route(planned, thinker, choose_dit, remaining, waited_s).events() as events:
-                yield Event(accepted=accepted)
-                async for event in events:
-                    firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
-                    if self._log_stats and event.HasField("finished"):
-                        log.info("stats", **_stats(event.finished, firsts))
-                    yield event
+
+            def tell(event: Event) -> None:
+                firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
+                if self._log_stats and event.HasField("finished"):
+                    log.info("stats", **_stats(event.finished, firsts))
+                put(event)
+
+            await Route(planned, thinker, choose_dit, remaining, tell, accepted, waited_s, begun=begun).run()
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
     async def _begin(self, asked: Asked) -> Begin:
@@ -223,6 +237,22 @@ def _copies(asked: Asked, count: int) -> list[Asked]:
     return [replace(asked, request=replace(asked.request, seed=seed + number)) for number in range(count)]
 
 
-async def _end(work: asyncio.Task[None]) -> None:
-    work.cancel()
-    await asyncio.gather(work, return_exceptions=True)
+def _both(seen: Put, put: Put) -> Put:
+    def tell(event: Event) -> None:
+        seen(event)
+        put(event)
+
+    return tell
+
+
+def _joined_of_many(one: tuple[int, Event], other: tuple[int, Event]) -> tuple[int, Event] | None:
+    both = joined(one[1], other[1]) if one[0] == other[0] else None
+    return None if both is None else (one[0], both)
+
+
+def _size(event: Event) -> int:
+    return event.ByteSize()
+
+
+def _size_of_one(item: tuple[int, Event]) -> int:
+    return item[1].ByteSize()

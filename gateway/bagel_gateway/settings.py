@@ -17,6 +17,7 @@ from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from bagel.transport import DRAIN_S, PLAINTEXT, Security
+from bagel.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 
 MAX_REQUESTS = 64
@@ -37,7 +38,9 @@ class Settings:
     own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
     max_body_bytes: of one HTTP request. api_keys: the file of the keys that callers need, on both fronts; none: anyone
-    may call. log_stats: log where the time of each request went.
+    may call. log_stats: log where the time of each request went. reader_timeout_s: that a client may take nothing of
+    its answer before its call is ended; max_unread_bytes: of all answers that wait for their clients, …_per_call: of
+    one.
     """
 
     listen: str
@@ -59,6 +62,9 @@ class Settings:
     max_body_bytes: int = MAX_BODY_BYTES
     api_keys: Path | None = None
     log_stats: bool = False
+    reader_timeout_s: float = READER_TIMEOUT_S
+    max_unread_bytes: int = MAX_UNREAD_BYTES
+    max_unread_bytes_per_call: int = MAX_UNREAD_CALL_BYTES
 
     def __post_init__(self) -> None:
         single = self.pipeline is BAGEL_SINGLE_STAGE
@@ -86,7 +92,12 @@ class Settings:
         for flag, seconds in times.items():
             if not 0 <= seconds < float("inf"):
                 raise ConfigError(f"{flag} is {seconds}; it must be 0 or more seconds")
+        self.unread()
         _check_defaults(self.sampling_defaults)
+
+    def unread(self) -> Unread:
+        """A new account of what waits for clients that read slowly, with these limits."""
+        return Unread(self.reader_timeout_s, self.max_unread_bytes, self.max_unread_bytes_per_call)
 
     @property
     def exposes_keys(self) -> bool:
@@ -112,6 +123,9 @@ class Settings:
             "model_names": list(self.model_names),
             "image_hosts": list(self.image_hosts),
             "log_stats": self.log_stats,
+            "reader_timeout": self.reader_timeout_s,
+            "max_unread_bytes": self.max_unread_bytes,
+            "max_unread_bytes_per_call": self.max_unread_bytes_per_call,
             "tls": self.front_security != PLAINTEXT,
             "tls_to_services": self.security != PLAINTEXT,
             "api_keys": None if self.api_keys is None else str(self.api_keys),
@@ -136,6 +150,13 @@ def parser() -> argparse.ArgumentParser:
     add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
     add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
     add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
+    add(
+        "--max-unread-bytes-per-call",
+        type=int,
+        default=MAX_UNREAD_CALL_BYTES,
+        metavar="N",
+        help=f"of one answer that waits for its client (default: {MAX_UNREAD_CALL_BYTES})",
+    )
     add("--api-keys", type=Path, metavar="FILE", help=f"callers need one of them (default: {KEYS_FILE}'s, else none)")
     add("--log-stats", action="store_true", help="log where the time of each request went")
     return flags
@@ -161,6 +182,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_body_bytes=args.max_body_bytes,
         api_keys=key_file(args.api_keys),
         log_stats=args.log_stats,
+        reader_timeout_s=args.reader_timeout,
+        max_unread_bytes=args.max_unread_bytes,
+        max_unread_bytes_per_call=args.max_unread_bytes_per_call,
         security=PLAINTEXT if args.plaintext_services else secure,
         front_security=replace(secure, ca=None) if args.tls_any_client else secure,
     )

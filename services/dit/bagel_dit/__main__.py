@@ -57,7 +57,7 @@ async def _serve(args: argparse.Namespace) -> None:
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not args.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
-    host = Host(args.listen, names, service.security(args))
+    host = Host(args.listen, names, service.security(args), unread=service.unread(args))
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))

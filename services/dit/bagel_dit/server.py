@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack
@@ -170,12 +171,14 @@ class DitServicer(DitServiceServicer):
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
         picture = _add_picture(request, refs, work.id, self.driver.info)  # checked before anything is pulled
-        async with self.puller.hold(ref for ref in refs.values() if ref.segments) as held:
+        # Room and place are waited for in this order by all, and neither by who has both: nobody waits in a circle.
+        needed = [ref for ref in refs.values() if ref.segments]
+        async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
             wanted, lacking = self._wanted(refs)
             work.counts |= {"pulled_bytes": lacking, "kv_reused_bytes": wanted - lacking}
             fetching = asyncio.create_task(held.fetch())
             try:
-                await stack.enter_async_context(self._slots.place())
+                await stack.enter_async_context(self._slots.place(begun=request.begun))
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
                 await self._land(picture, refs, work, fetching)
             finally:
@@ -220,7 +223,7 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
         output = _output(request)
-        await stack.enter_async_context(self._slots.place())
+        await stack.enter_async_context(self._slots.place(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         self.driver.send(Serve(work.id, request.request.SerializeToString(), output))
         yield Response(admitted=admitted)

@@ -50,7 +50,7 @@ async def _serve(args: argparse.Namespace) -> None:
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
     find_checkpoint(args.model)  # what is wrong with it is told before anybody waits for this service
-    host = Host(args.listen, [name, kv_name], service.security(args))
+    host = Host(args.listen, [name, kv_name], service.security(args), unread=service.unread(args))
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))

@@ -95,7 +95,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
-        place = self.slots.place() if request.HasField("decode") else nullcontext()
+        place = self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext()
         with self._counted():
             build = _Build(self._post())
             async with place:
