@@ -18,6 +18,7 @@ from bagel.errors import (
     ForeignContext,
     IncompleteContext,
     KvTimeout,
+    LeaseLapsed,
     Loading,
     SourceUnavailable,
 )
@@ -300,9 +301,12 @@ class KvPuller:
                 await self._stubs[ref.source].Renew(request, timeout=CALL_TIMEOUT_S)
 
     async def _keep_own(self, lease_id: str) -> None:
+        """Renew the local lease. One that has run out stays so, and `HeldContexts.check` tells."""
         while True:
             await asyncio.sleep(self.lease_ttl_s / 3)
-            self.store.renew([lease_id])
+            if self.store.renew([lease_id]):
+                log.warning("the own lease on K/V ran out: it was not renewed in time", seconds=self.lease_ttl_s)
+                return
 
     def _release(self, ref: kv_pb2.ContextRef) -> None:
         """Give a source's lease back, in the background: a request that was cancelled does not wait."""
@@ -332,6 +336,7 @@ class HeldContexts:
 
         Raises IncompleteContext, KvTimeout, SourceUnavailable, ContextRefused or StoreFull.
         """
+        self.check()
         self._puller.store.extend(self.lease_id, self._segments())  # what failed for another request meanwhile
         tasks = [asyncio.create_task(self._fetch(index)) for index in self._unfetched]
         try:
@@ -340,6 +345,21 @@ class HeldContexts:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        self.check()
+
+    def check(self) -> None:
+        """Raises LeaseLapsed unless the local lease has run without a break since `hold`.
+
+        While it has, what was fetched lies where it was: whoever copies it elsewhere asks this once the copy is made.
+        A lease that ran out may have been another's room meanwhile, and is never taken up again.
+        """
+        try:
+            self._puller.store.check_lease(self.lease_id)
+        except LeaseLapsed:
+            raise LeaseLapsed(
+                f"the lease on the K/V that were fetched ran out here: it was not renewed for "
+                f"{self._puller.lease_ttl_s:g} s, as when a service is stopped or gets no CPU; send the request again"
+            ) from None
 
     async def _fetch(self, index: int) -> None:
         ref = self._refs[index]

@@ -17,7 +17,7 @@ from grpc.aio import ServicerContext
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.kv.codec import PAGE_VERSION
-from bagel.kv.puller import KvPuller
+from bagel.kv.puller import HeldContexts, KvPuller
 from bagel.metrics import watch_queue
 from bagel.model.sizes import check_side
 from bagel.profile import WINDOW, stages_before
@@ -180,7 +180,7 @@ class DitServicer(DitServiceServicer):
             try:
                 await stack.enter_async_context(self._slots.place(begun=request.begun))
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
-                await self._land(picture, refs, work, fetching)
+                await self._land(picture, refs, work, held, fetching)
             finally:
                 fetching.cancel()
                 await asyncio.gather(fetching, return_exceptions=True)
@@ -192,9 +192,10 @@ class DitServicer(DitServiceServicer):
         picture: AddPicture,
         refs: Mapping[BranchName, kv_pb2.ContextRef],
         work: _Work,
+        held: HeldContexts,
         fetching: asyncio.Task[None],
     ) -> None:
-        """Give the runner the picture and its pages as they land, until all are there."""
+        """Give the runner the picture and its pages as they land, until it has copied them all."""
         assert self.puller is not None
         self.driver.send(picture)
         with Landing(self.puller.store, refs, lambda pages: self.driver.send(Land(work.id, pages))) as landing:
@@ -211,6 +212,7 @@ class DitServicer(DitServiceServicer):
         self.driver.send(Begin(work.id))
         begun = await work.next()
         assert isinstance(begun, Begun)
+        held.check()  # not before: until now the runner read the pages where they lie in the store
         work.steps = begun.steps
         self.driver.begin(begun)
         work.lap("transfer", pages=len(landing.times), pulled_bytes=work.counts["pulled_bytes"])
