@@ -34,6 +34,10 @@ class Vae(nn.Module):
     Latents are the model's: scale * (z - shift).
     """
 
+    # Weights and inputs keep PyTorch's default layout (channels first). With channels last a CPU convolves a little
+    # faster, but its group norm then adds each group up in float32 one value after the other: the error grows with
+    # the picture, to 1e-4 at 512 x 512 (bench/README.md).
+
     def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool) -> None:
         super().__init__()
         self.config = config
@@ -60,18 +64,10 @@ class Vae(nn.Module):
         """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not exactly the same picture."""
         self.autoencoder.enable_tiling()
 
-    def settle_layout(self) -> None:
-        """Keep the decoder's channels last, in which a CPU convolves with fewer copies (bench/README.md).
-
-        The encoder stays: its sums come out in another order too, and a context's K/V carry that a long way.
-        """
-        if self.autoencoder.decoder is not None:
-            self.autoencoder.decoder.to(memory_format=torch.channels_last)
-
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
         with exact_convolutions():
-            moments = self.autoencoder.encoder(pixels)
+            moments = self.autoencoder.encoder(pixels.contiguous())
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
@@ -84,7 +80,7 @@ class Vae(nn.Module):
         """latent [1, z, h, w] -> pixels [1, 3, 8 h, 8 w], about [-1, 1], not clamped."""
         with exact_convolutions():
             decoded: Tensor = self.autoencoder.decode(
-                latent / self.config.scale_factor + self.config.shift_factor, return_dict=False
+                (latent / self.config.scale_factor + self.config.shift_factor).contiguous(), return_dict=False
             )[0]
         return decoded
 

@@ -56,8 +56,6 @@ def load_model(
         logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
     for file in (EMA, AE):
         fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
-    if model.vae is not None and model.device.type == "cpu":
-        model.vae.settle_layout()
     return model.eval()
 
 
