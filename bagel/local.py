@@ -12,6 +12,7 @@ import torch
 
 from bagel.config import StageDeploy
 from bagel.engine.engine import BagelEngine
+from bagel.engine.memory import is_out_of_memory
 from bagel.errors import ConfigError, OutOfMemory
 from bagel.events import OnEvent, Result
 from bagel.model.checkpoint import Checkpoint
@@ -79,8 +80,7 @@ def _memory_told(remedy: str) -> Iterator[None]:
     """Turn PyTorch's ways to say that memory ran out into one line."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        told = "not enough memory" in str(error) or "allocate memory" in str(error)  # a CPU's allocator
-        if not (told or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"the memory of the device is full; {remedy}") from error

@@ -97,6 +97,11 @@ class SegmentCache:
             _, evicted = self._entries.popitem(last=False)
             self.nbytes -= evicted.nbytes
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._entries.clear()
+        self.nbytes = 0
+
 
 class ContextBuilder:
     """Computes contexts on one model. segments_computed counts those that no cache had."""

@@ -143,23 +143,39 @@ class Canvas:
 
     @torch.inference_mode()
     def add(self, picture: Picture) -> int:
-        """Let a picture take part; its number. Its contexts are written to the slab."""
+        """Let a picture take part; its number. Its contexts are written to the slab.
+
+        All or nothing: a picture that memory runs out for leaves no trace.
+        """
         if picture.tokens > self.padded:
             raise ValueError(f"a picture of {picture.tokens} latents does not fit a bucket of {self.padded}")
-        number = next(self._added)
-        rows = {}
-        for digest, context in _distinct(picture).items():
-            rows[digest] = next(self._rows_made)
-            self._rows[rows[digest]] = _Row(number, context, self._space.take(self._room(context)))
-            context.copy_to(self.slab, self._rows[rows[digest]].start)
-        for name, context in picture.contexts.items():
-            self._row_of[number, name] = rows[context.digest]
         device = self.model.device
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
         x[: picture.tokens] = picture.noise.to(device)
-        self.pictures[number], self._x[number] = picture, x
-        self._position_ids[number] = self._padded_ids(picture).to(device)
+        position_ids = self._padded_ids(picture).to(device)
+        distinct = _distinct(picture)
+        starts = self._place_contexts(list(distinct.values()))
+        # From here on nothing is allocated on the device, so nothing fails half-way.
+        number, rows = next(self._added), {}
+        for (digest, context), start in zip(distinct.items(), starts, strict=True):
+            rows[digest] = next(self._rows_made)
+            self._rows[rows[digest]] = _Row(number, context, start)
+        for name, context in picture.contexts.items():
+            self._row_of[number, name] = rows[context.digest]
+        self.pictures[number], self._x[number], self._position_ids[number] = picture, x, position_ids
         return number
+
+    def _place_contexts(self, contexts: Sequence[ContextKv]) -> list[int]:
+        """Write contexts to the slab, with room for latents behind each; where each begins."""
+        starts = self._space.take_all([self._room(context) for context in contexts])
+        try:
+            for context, start in zip(contexts, starts, strict=True):
+                context.copy_to(self.slab, start)
+        except BaseException:
+            for start in starts:
+                self._space.give(start)
+            raise
+        return starts
 
     def remove(self, number: int) -> None:
         """Let a picture leave."""

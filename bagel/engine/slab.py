@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from bagel.model.attention import KvSlab
@@ -20,6 +22,23 @@ class SharedSlab:
         self._taken: dict[int, int] = {}
         self._size = tokens
         self.slab = KvSlab(config, tokens, dtype=dtype, device=device)
+
+    @property
+    def taken(self) -> int:
+        """Tokens of the intervals that are taken."""
+        return sum(self._taken.values())
+
+    def take_all(self, lengths: Sequence[int]) -> list[int]:
+        """First tokens of free intervals of these lengths; none is taken if memory runs out for one of them."""
+        starts: list[int] = []
+        try:
+            for tokens in lengths:
+                starts.append(self.take(tokens))
+        except BaseException:
+            for start in starts:
+                self.give(start)
+            raise
+        return starts
 
     def take(self, tokens: int) -> int:
         """First token of a free interval of that length."""

@@ -53,7 +53,11 @@ class TextBatch:
         """Let a text take part from the next step on."""
         uniforms = text_uniforms(run.seed, run.settings.max_tokens).tolist()
         start = self._space.take(run.context.length + run.settings.max_tokens)
-        run.context.copy_to(self._space.slab, start)
+        try:
+            run.context.copy_to(self._space.slab, start)
+        except BaseException:
+            self._space.give(start)
+            raise
         self._entries.append(_Entry(run, start, uniforms))
 
     def remove(self, run: TextRun) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -66,6 +67,7 @@ class Decoder:
         self._model, self._device = model, model.device
         self._send, self._tell_failed, self._drawing = send, tell_failed, drawing
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._jobs: set[Future[None]] = set()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def launched(self) -> torch.cuda.Event | None:
@@ -74,11 +76,21 @@ class Decoder:
 
     def finish(self, last: Last) -> None:
         """Decode a picture; Drawn is sent when it is done."""
-        self._thread.submit(self._finish, last)
+        self._submit(self._finish, last)
 
     def preview(self, look: EarlyLook) -> None:
         """Decode a preview; Previewed is sent when it is done."""
-        self._thread.submit(self._preview, look)
+        self._submit(self._preview, look)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being decoded, or waits for it."""
+        return bool(self._jobs)
+
+    def _submit(self, work: Callable[[Any], None], job: object) -> None:
+        future = self._thread.submit(work, job)
+        self._jobs.add(future)
+        future.add_done_callback(self._jobs.discard)
 
     def close(self) -> None:
         """Wait for what is under way, and end."""

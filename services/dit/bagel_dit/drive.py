@@ -14,7 +14,7 @@ from bagel.metrics import count_step
 from bagel.status import from_status
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2
-from bagel_dit.messages import Alive, Begun, Command, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
+from bagel_dit.messages import Alive, Begun, Command, Health, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
 from bagel_dit.runner_process import RunnerProcess
 from bagel_dit.scheduler import Scheduler
 
@@ -109,6 +109,8 @@ class Driver:
                 self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
             case Alive():
                 pass
+            case Health():
+                self._spawn(self._on_health(reply.healthy))
             case Stepped():
                 self._under_way -= 1
                 for done in reply.timed:

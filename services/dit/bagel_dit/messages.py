@@ -146,6 +146,13 @@ class Alive:
 
 
 @dataclass(frozen=True)
+class Health:
+    """Whether the runner can draw: not while the memory of its device is full with nothing under way."""
+
+    healthy: bool
+
+
+@dataclass(frozen=True)
 class Planned:
     """A whole request has passed its checks."""
 
@@ -267,6 +274,7 @@ class LoadFailed:
 Reply = (
     Ready
     | Alive
+    | Health
     | Planned
     | PromptRead
     | Prefilled

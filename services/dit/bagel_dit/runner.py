@@ -25,6 +25,7 @@ from bagel.engine.denoise import (
     preview_steps,
 )
 from bagel.engine.loading import LoadedModel, load_role
+from bagel.engine.memory import is_out_of_memory
 from bagel.engine.noise import initial_noise
 from bagel.errors import BagelError, OutOfMemory
 from bagel.heap import keep_loaded
@@ -37,6 +38,7 @@ from bagel.status import rpc_status_of
 from bagel.telemetry import Log, set_up_logs
 from bagel.wire import model_info
 from bagel_dit.decoding import Decoder, EarlyLook, Last
+from bagel_dit.device_check import DeviceCheck
 from bagel_dit.messages import (
     ALIVE_EVERY_S,
     AddPicture,
@@ -146,6 +148,7 @@ class Runner:
             if settings.single_stage
             else None
         )
+        self._check = DeviceCheck(model, self._send, self._whole.drop_cache if self._whole else lambda: None)
         info = model_info(
             model.config,
             name=settings.model,
@@ -169,11 +172,7 @@ class Runner:
         }
         if self._whole is not None:
             handlers |= {Serve: self._whole.serve, Read: self._whole.read}
-        while True:
-            try:
-                command: Command = self._connection.recv()
-            except (EOFError, OSError):
-                return
+        while (command := self._next_command()) is not None:
             if isinstance(command, Stop):
                 if self._whole is not None:
                     self._whole.close()
@@ -183,6 +182,21 @@ class Runner:
                 handlers[type(command)](command)
             except Exception as error:
                 self._fail(getattr(command, "id", None), error)
+            self._check.look(self._is_idle)
+
+    def _next_command(self) -> Command | None:
+        """The next command; None once the server is gone."""
+        try:
+            while not self._connection.poll(self._check.look_again_s):
+                self._check.look(self._is_idle)
+            command: Command = self._connection.recv()
+        except (EOFError, OSError):
+            return None
+        return command
+
+    def _is_idle(self) -> bool:
+        """Whether no work holds memory of the device."""
+        return not self._drawings and not self._decoder.busy and (self._whole is None or not self._whole.busy)
 
     # Pictures from contexts that are pulled
 
@@ -220,16 +234,13 @@ class Runner:
         """Give a picture a place on the canvas of its bucket."""
         # On a CPU nothing is compiled or captured, so there a picture is padded to nothing.
         bucket = latent_bucket(picture.tokens) if self._device.type == "cuda" else picture.tokens
-        canvas = self._canvases.get(bucket)
-        if canvas is None:
-            canvas = self._canvases[bucket] = Canvas(self._model, [], bucket)
-        drawing = self._drawings[id_] = _Drawing(
-            canvas,
-            canvas.add(picture),
-            output,
-            preview_steps(picture.steps, output.previews),
-            WindowClock(self._device, picture.steps) if self._profiles else None,
-        )
+        self._check.grid = picture.grid
+        previews = preview_steps(picture.steps, output.previews)
+        windows = WindowClock(self._device, picture.steps) if self._profiles else None
+        canvas = self._canvases.get(bucket) or Canvas(self._model, [], bucket)
+        number = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
+        self._canvases[bucket] = canvas
+        drawing = self._drawings[id_] = _Drawing(canvas, number, output, previews, windows)
         return drawing
 
     def _announce(self, id_: int, drawing: _Drawing) -> None:
@@ -258,7 +269,10 @@ class Runner:
             picture = drawing.canvas.pictures[drawing.number]
             taken[id_] = picture.step
             if picture.finished:
-                self._decode(id_, drawing, picture)
+                try:
+                    self._decode(id_, drawing, picture)
+                except Exception as error:
+                    self._fail(id_, error)
         try:
             if plan.read and self._whole is not None:
                 timed += self._whole.work()
@@ -277,7 +291,7 @@ class Runner:
 
     def _decode(self, id_: int, drawing: _Drawing, picture: Picture) -> None:
         """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
-        latents = drawing.canvas.latents(drawing.number).clone()
+        latents = drawing.canvas.latents(drawing.number)  # the canvas lets go of them
         if drawing.windows is not None:
             drawing.windows.reach(picture.step)
         done = self._decoder.launched()
@@ -329,7 +343,8 @@ class Runner:
     def _tell_failed(self, id_: int | None, error: Exception) -> None:
         """Tell of an error; the server answers with Remove. Also from other threads."""
         if not isinstance(error, BagelError):
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
+                self._check.ran_out()
                 error = OutOfMemory("the memory of the device is full; draw fewer or smaller pictures at once")
             else:
                 log.error("internal error", exc_info=error)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from bagel.engine.context import Context, ContextBuilder
+from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.denoise import Picture
 from bagel.engine.loading import LoadedModel
 from bagel.engine.plan import RequestPlan, plan_picture, plan_request
@@ -63,11 +63,12 @@ class WholeRequests:
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._timed: list[Timed] = []
+        self._cache = SegmentCache()
         self._reader = Reader(
             loaded.model,
             loaded.tokenizer,
             loaded.planner,
-            ContextBuilder(loaded.model),
+            ContextBuilder(loaded.model, self._cache),
             max_num_seqs=max_num_seqs,
             max_model_len=loaded.max_model_len,
             on_write=lambda texts, seconds: self._timed.append(Timed("text", texts, seconds)),
@@ -87,6 +88,10 @@ class WholeRequests:
             except Exception as error:  # of the reader as a whole: which request it was cannot be told
                 self._reader.abandon(error)
         return self._timed
+
+    def drop_cache(self) -> None:
+        """Give back the memory of contexts that are only kept for other requests."""
+        self._cache.clear()
 
     def forget(self, id_: int) -> None:
         """Drop a request; nothing if it is over, or drawn."""

@@ -1,0 +1,109 @@
+"""The server's end of a single stage's runner that runs in a thread, spoken to as its server does."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from threading import Thread
+from typing import Any
+
+from google.rpc import status_pb2
+
+from bagel import wire
+from bagel_dit.messages import (
+    Alive,
+    Command,
+    Failed,
+    Output,
+    Planned,
+    Read,
+    Ready,
+    Reply,
+    RunnerSettings,
+    Serve,
+    Stepped,
+    StepPlan,
+    Stop,
+)
+from bagel_dit.runner import Runner, load
+from tests.conftest import GOLDEN
+from tests.helpers import request
+
+LIMIT_S = 30
+READ = StepPlan((), read=True)
+
+
+class Server:
+    """The other end of a single stage's runner, which runs in a thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.runner: Runner | None = None
+
+    def send(self, command: Command) -> None:
+        self._connection.send(command)
+
+    def next(self) -> Reply:
+        """The next reply that is about something."""
+        while True:
+            assert self._connection.poll(LIMIT_S), "the runner does not answer"
+            reply: Reply = self._connection.recv()
+            if not isinstance(reply, Alive):
+                return reply
+
+    def until(self, *kinds: type) -> list[Reply]:
+        """Replies up to the first of these kinds."""
+        replies = [self.next()]
+        while not isinstance(replies[-1], kinds):
+            replies.append(self.next())
+        return replies
+
+    def begin(self, id_: int, modality: str = "text2text", **options: Any) -> None:
+        """Give the runner a request, up to where it is to be read."""
+        asked = request(modality, **options)
+        message = wire.request_to_wire(asked, (wire.part_to_wire(part) for part in asked.prompt))
+        self.send(Serve(id_, message.SerializeToString(), Output()))
+        assert self.until(Planned)[-1] == Planned(id_)
+        self.send(Read(id_))
+
+    def read(self) -> list[Reply]:
+        """What comes of reading and writing until there is nothing left to do."""
+        replies: list[Reply] = []
+        while True:
+            self.send(READ)
+            replies += self.until(Stepped)
+            if not replies[-1].reading:  # type: ignore[union-attr]
+                return replies
+
+
+@contextmanager
+def single_stage() -> Iterator[Server]:
+    """A runner of the recordings' checkpoint."""
+    ours, theirs = multiprocessing.Pipe()
+    settings = RunnerSettings(str(GOLDEN / "checkpoint"), True, "cpu", "auto", 4, None, False, "ERROR")
+    server = Server(ours)
+
+    def run() -> None:
+        server.runner = Runner(theirs, None, settings, load(settings))
+        server.runner.run()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    assert isinstance(server.next(), Ready)
+    yield server
+    server.send(Stop())
+    thread.join(LIMIT_S)
+    ours.close()
+    theirs.close()
+
+
+def of(replies: list[Reply], kind: type) -> list[int]:
+    """The requests that such replies are about."""
+    return [reply.id for reply in replies if isinstance(reply, kind)]  # type: ignore[union-attr]
+
+
+def failures(replies: list[Reply]) -> dict[int, str]:
+    statuses = {reply.id: status_pb2.Status.FromString(reply.status) for reply in replies if isinstance(reply, Failed)}
+    return {id_: status.message for id_, status in statuses.items()}
