@@ -37,7 +37,7 @@ class Ask:
 def ask_of(request: Request) -> Ask:
     """A resolved request with all of its settings, so that the gateway has nothing left to fill in."""
     text = " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
-    image = next((part.image for part in request.prompt if isinstance(part, ImagePart)), None)
+    image = next((part.pixels for part in request.prompt if isinstance(part, ImagePart)), None)
     options = {name: getattr(request, name) for name in ("seed", "think", "max_think_tokens", "negative_prompt")}
     options["posterior"] = request.posterior
     for settings in (request.text, request.image):

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from PIL.Image import Image
 
-from bagel.errors import IncompleteContext, InvalidRequest
+from bagel.errors import IncompleteContext, InvalidImage, InvalidRequest
+from bagel.images import InputImage, plain
 
 # The space before each line break is the reference's.
 THINK_IMAGE_PROMPT = (
@@ -51,15 +52,28 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """One RGB image, entered as VAE tokens (for_generation), ViT tokens (for_understanding) or both, in that order."""
+    """One image, entered as VAE tokens (for_generation), ViT tokens (for_understanding) or both, in that order.
 
-    image: Image
+    A Pillow image becomes what a file of it is read as (`bagel.images.to_rgb`); InvalidImage if it cannot.
+    """
+
+    image: InputImage
     for_generation: bool
     for_understanding: bool = True
 
     def __post_init__(self) -> None:
         if not (self.for_generation or self.for_understanding):
             raise InvalidRequest("image", "an image part is for generation, for understanding or both; neither is set")
+        if not isinstance(self.image, InputImage):
+            raise InvalidImage("image", f"the image of a part is {self.image!r:.80}; it must be a Pillow image")
+        if isinstance(self.image, Image):
+            object.__setattr__(self, "image", plain(self.image))
+
+    @property
+    def pixels(self) -> Image:
+        """The image, of a part whose image is decoded in this process."""
+        assert isinstance(self.image, Image)
+        return self.image
 
 
 Part = TextPart | ImagePart

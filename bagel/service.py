@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bagel.commands.flags import Parser
 from bagel.errors import BagelError
+from bagel.images.pool import TIMEOUT_S, WORKERS, ImagePool
 from bagel.metrics import set_up_metrics
 from bagel.otlp import shut_down
 from bagel.telemetry import Log, set_up_logs
@@ -67,6 +68,29 @@ def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
         "--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="for a place among them, then busy"
     )
     flags.add_argument("--max-model-len", type=_count, metavar="N", help="positions of prompt and text together")
+
+
+def add_image_flags(flags: argparse.ArgumentParser) -> None:
+    """Flags of a service that reads images."""
+    flags.add_argument(
+        "--image-workers",
+        type=_count,
+        default=WORKERS,
+        metavar="N",
+        help="processes that read images",
+    )
+    flags.add_argument(
+        "--image-timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="S",
+        help=f"seconds to read one image; one that takes longer is refused (default: {TIMEOUT_S:g})",
+    )
+
+
+def image_pool(args: argparse.Namespace) -> ImagePool:
+    """What a service reads images with; ConfigError for wrong flags."""
+    return ImagePool(args.image_workers, args.image_timeout, args.batch_timeout)
 
 
 def security(args: argparse.Namespace) -> Security:

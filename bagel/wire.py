@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 from PIL.Image import Image
 
 from bagel.errors import InvalidRequest
-from bagel.images import ImageTransform, load_image
+from bagel.images import ImageTransform, InputImage, load_image
 from bagel.model.config import ModelConfig
 from bagel.model.sizes import PictureLimits
 from bagel.prompts import BranchName, ImagePart, Part, Prompt, TextPart
@@ -65,38 +65,52 @@ def part_to_wire(part: Part) -> common_pb2.Part:
     if isinstance(part, TextPart):
         return common_pb2.Part(text=common_pb2.TextPart(text=part.text))
     image = common_pb2.ImagePart(
-        data=encode_picture(part.image, common_pb2.IMAGE_FORMAT_PNG),
+        data=encode_picture(part.pixels, common_pb2.IMAGE_FORMAT_PNG),
         for_generation=part.for_generation,
         for_understanding=part.for_understanding,
     )
     return common_pb2.Part(image=image)
 
 
-def part_from_wire(part: common_pb2.Part, *, for_generation: bool = False) -> Part:
-    """A part. for_generation: how an image enters whose message does not say; raises InvalidRequest if it is none."""
-    kind = part.WhichOneof("part")
-    if kind == "text":
-        return TextPart(part.text.text)
-    if kind != "image":
-        raise InvalidRequest("prompt", "a part of the prompt is neither text nor image; set one of them")
-    image = part.image
-    return ImagePart(
-        load_image(image.data),
-        for_generation=image.for_generation if image.HasField("for_generation") else for_generation,
-        for_understanding=image.for_understanding if image.HasField("for_understanding") else True,
-    )
+def image_purposes(image: common_pb2.ImagePart, *, for_generation: bool = False) -> dict[str, bool]:
+    """How an image enters. for_generation: of one whose message does not say."""
+    return {
+        "for_generation": image.for_generation if image.HasField("for_generation") else for_generation,
+        "for_understanding": image.for_understanding if image.HasField("for_understanding") else True,
+    }
 
 
-def prompt_from_wire(parts: Iterable[common_pb2.Part], *, for_generation: bool = False) -> Prompt:
-    """A prompt; see `part_from_wire`. Its size is checked before any of its images is decoded.
+def check_prompt(parts: Sequence[common_pb2.Part]) -> None:
+    """Check a prompt before any of its images is read.
 
-    Raises InvalidRequest for one without parts, and for a text that is empty: none is ever meant to be read.
+    Raises InvalidRequest for one that is empty or too large, and for a text that is empty: none is ever meant to be
+    read.
     """
-    parts = list(parts)
     if not parts or any(part.HasField("text") and not part.text.text for part in parts):
         raise InvalidRequest("prompt", "the prompt is empty, or a text of it is; write what is wanted, as 'a red cube'")
+    if any(part.WhichOneof("part") is None for part in parts):
+        raise InvalidRequest("prompt", "a part of the prompt is neither text nor image; set one of them")
     check_prompt_size("prompt", len(parts), [part.text.text for part in parts])
-    return tuple(part_from_wire(part, for_generation=for_generation) for part in parts)
+
+
+def prompt_from_wire(
+    parts: Iterable[common_pb2.Part], images: Iterable[InputImage] | None = None, *, for_generation: bool = False
+) -> Prompt:
+    """A prompt. images: those of its parts in order, where they have been read elsewhere; else they are decoded here.
+
+    for_generation: how an image enters whose message does not say. Raises InvalidRequest as `check_prompt`.
+    """
+    parts = list(parts)
+    check_prompt(parts)
+    read = None if images is None else iter(images)
+    prompt: list[Part] = []
+    for part in parts:
+        if part.HasField("text"):
+            prompt.append(TextPart(part.text.text))
+        else:
+            image = load_image(part.image.data) if read is None else next(read)
+            prompt.append(ImagePart(image, **image_purposes(part.image, for_generation=for_generation)))
+    return tuple(prompt)
 
 
 def modality_from_wire(value: common_pb2.Modality.ValueType) -> Modality:
@@ -152,12 +166,12 @@ def request_to_wire(request: Request, parts: Iterable[common_pb2.Part]) -> commo
     )
 
 
-def request_from_wire(message: common_pb2.Request) -> Request:
-    """A resolved request, as `request_to_wire` makes it."""
+def request_from_wire(message: common_pb2.Request, images: Iterable[InputImage] | None = None) -> Request:
+    """A resolved request, as `request_to_wire` makes it; images as of `prompt_from_wire`."""
     modality = modality_from_wire(message.modality)
     return Request(
         modality=modality,
-        prompt=prompt_from_wire(message.prompt, for_generation=modality is Modality.IMG2IMG),
+        prompt=prompt_from_wire(message.prompt, images, for_generation=modality is Modality.IMG2IMG),
         seed=message.seed,
         think=message.think,
         max_think_tokens=message.max_think_tokens,

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from bagel.errors import BagelError, LeaseLapsed
+from bagel.images.pool import ImagePool
 from bagel.kv.puller import KvPuller
 from bagel.kv.store import KvStore
 from bagel.request import ImageSettings
@@ -73,7 +74,14 @@ async def draw(pair: Pair, runner: Runner, store: KvStore, ref: Any) -> None:
     puller: Any = KvPuller(store, {"thinker": pair.channel}, lease_ttl_s=TTL_S)
     driver: Any = runner
     dit = DitServicer(
-        "dit-0", driver, puller, sources=("thinker",), max_num_seqs=1, batch_timeout_s=0, draining=asyncio.Event()
+        "dit-0",
+        driver,
+        puller,
+        ImagePool(),
+        sources=("thinker",),
+        max_num_seqs=1,
+        batch_timeout_s=0,
+        draining=asyncio.Event(),
     )
     host = Host("127.0.0.1:0", ())
     dit_pb2_grpc.add_DitServiceServicer_to_server(dit, host.server)

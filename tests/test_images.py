@@ -213,7 +213,7 @@ class TestToRgb:
         image = Image.new(mode, (1, 1))
         assert images.to_rgb(image).tobytes() == image.convert("RGB").tobytes()
 
-    @pytest.mark.parametrize("mode", ["I;16", "I", "F", "LAB"])
+    @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
     def test_deep_modes_are_refused(self, mode: str) -> None:
         with pytest.raises(InvalidImage, match=f"{mode}; save it with 8 bits"):
             images.to_rgb(Image.new(mode, (1, 1)))
@@ -286,16 +286,13 @@ class TestLoad:
         with contextlib.suppress(InvalidImage):  # anything else is a crash
             assert images.load_image(bytes(broken)).mode == "RGB"
 
-    def test_deep_pixels(self) -> None:
-        assert "I;16" in refusal(encoded(Image.new("I;16", (2, 2), 7000), "PNG"))
-
     @pytest.mark.parametrize("size", [(8000, 8001), (10_000, 9000), (20_000, 20_000), (100_000, 10), (2**31 - 1, 1)])
     def test_size_is_checked_before_decoding(self, size: tuple[int, int]) -> None:
         assert "scale it down to at most 64000000 pixels" in refusal(hollow_png(*size))
 
     def test_too_many_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = encoded(gradient(4, 4), "PNG")
-        monkeypatch.setattr(images, "MAX_INPUT_BYTES", len(data))
+        monkeypatch.setattr(images.reading, "MAX_INPUT_BYTES", len(data))
         assert images.load_image(data).size == (4, 4)
         assert f"{len(data) + 1} bytes" in refusal(data + b"\0")
 

@@ -16,6 +16,7 @@ from bagel import service
 from bagel.engine.context import ContextBuilder
 from bagel.engine.reader import Reader
 from bagel.errors import BagelError, EngineDied
+from bagel.images.pool import ImagePool
 from bagel.model.checkpoint import Checkpoint
 from bagel.slots import Slots
 from bagel.status import from_rpc_error
@@ -66,8 +67,8 @@ def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> No
 
     async def main() -> None:
         host = Host("127.0.0.1:0", ["bagel.v1.ThinkerService"])
-        slots = Slots("thinker", 4, 5.0)
-        servicer = ThinkerServicer(engine, "thinker", slots, lease_s=5, room_wait_s=1, draining=host.draining)
+        slots, pool = Slots("thinker", 4, 5.0), ImagePool()
+        servicer = ThinkerServicer(engine, "thinker", slots, pool, lease_s=5, room_wait_s=1, draining=host.draining)
         add_ThinkerServiceServicer_to_server(servicer, host.methods)
         await host.start()
         await host.ready()
@@ -78,6 +79,7 @@ def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> No
                 await test(Served(engine, host, target, stub, health))
         finally:
             await host.server.stop(None)
+            await pool.close()
 
     asyncio.run(main())
 

@@ -110,9 +110,9 @@ def test_none_is_not_given() -> None:
 def test_images_arrive_pixel_for_pixel(generation: bool, understanding: bool) -> None:
     image = Image.linear_gradient("L").convert("RGB").resize((37, 23))
     part = ImagePart(image, for_generation=generation, for_understanding=understanding)
-    back = wire.part_from_wire(wire.part_to_wire(part))
+    back = wire.prompt_from_wire([wire.part_to_wire(part)])[0]
     assert isinstance(back, ImagePart)
-    assert pixel_digest(back.image) == pixel_digest(image)
+    assert pixel_digest(back.pixels) == pixel_digest(image)
     assert replace(back, image=image) == part
 
 

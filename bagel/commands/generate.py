@@ -110,7 +110,7 @@ def _generate_there(args: argparse.Namespace) -> None:
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
         say(f"note: {note}")
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
-    images = (next((part.image for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
+    images = (next((part.pixels for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
     asks = [Ask(prompt_text(each), each.modality, image, options) for each, image in zip(requests, images, strict=True)]
 
     def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:

@@ -10,7 +10,7 @@ from PIL.Image import Image
 
 from bagel.engine.noise import Posterior, Shape
 from bagel.errors import InvalidImage
-from bagel.images import PreparedImage, pixel_digest, prepare
+from bagel.images import PreparedImage, ResizedImage, pixel_digest, prepare
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
 from bagel.model.config import ModelConfig
 from bagel.model.tokenizer import BagelTokenizer
@@ -78,17 +78,23 @@ class ChainPlanner:
         for part in prompt:
             if not isinstance(part, ImagePart):
                 continue
-            prepared = prepare(
-                part.image,
-                self.config.vae_transform,
-                self.config.vit_transform,
-                for_generation=part.for_generation,
-                for_understanding=part.for_understanding,
-            )
+            prepared = self._prepared(part)
             images[id(part)] = InputImage(prepared, Posterior(mode, seed, earlier))
             if prepared.vae is not None:
                 earlier = (*earlier, self.latent_shape(prepared.vae))
         return images
+
+    def _prepared(self, part: ImagePart) -> PreparedImage:
+        """A part's image, resized here unless another process has done it."""
+        if isinstance(part.image, ResizedImage):
+            return part.image.prepared
+        return prepare(
+            part.pixels,
+            self.config.vae_transform,
+            self.config.vit_transform,
+            for_generation=part.for_generation,
+            for_understanding=part.for_understanding,
+        )
 
     def latent_shape(self, image: Image) -> Shape:
         """Shape of the VAE's latent of a resized image, [1, z, H/8, W/8]."""

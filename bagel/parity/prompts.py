@@ -123,11 +123,11 @@ class PromptRun:
         parts = [part for part in self.prompt if isinstance(part, ImagePart)] if wanted else []
         config = self.engine.model.config
         for part, sizes in zip(parts, wanted, strict=True):
-            ours = prepare(part.image, config.vae_transform, config.vit_transform, for_generation=True)
+            ours = prepare(part.pixels, config.vae_transform, config.vit_transform, for_generation=True)
             assert ours.vae is not None and ours.vit is not None
             images = {"vae_input": ours.vae, "vit_input": ours.vit}
             found = {name: list(image.size) for name, image in images.items()}
-            found |= {"input": list(part.image.size), "after_first_vae_resize": list(ours.size)}
+            found |= {"input": list(part.pixels.size), "after_first_vae_resize": list(ours.size)}
             for name, size in sizes.items():
                 self.report.equal(f"sizes_wh.{name}", found.get(name), size)
             for kind, path in self.case.pictures.items():

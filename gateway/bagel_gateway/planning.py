@@ -1,8 +1,7 @@
-"""What a request asks of the stages, as messages, before any stage is called. Pure but for the decoding of images."""
+"""What a request asks of the stages, as messages, before any stage is called. Pure but for the look at its images."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig, pipeline_for_req
 from bagel.prompts import Branch, BranchName, ImagePart, Prompt, TextPart, text_prompt
 from bagel.request import Modality, PosteriorMode, Request, resolve, text_settings
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, thinker_pb2
+from bagel_gateway.images import InputImages
 
 WireParts = list[common_pb2.Part]
 
@@ -54,7 +54,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of the stages. It holds no decoded image.
+    """What is asked of the stages.
 
     resolved: every setting as it is used, without the images' data; whole: the work of a single stage; builds: the
     contexts of two stages; draw: the picture, its contexts not filled in yet; branches, needed and empty: what is
@@ -77,6 +77,7 @@ async def read_request(
     whole: gateway_pb2.GenerateRequest,
     deployed: PipelineConfig,
     defaults: Mapping[str, Any],
+    images: InputImages,
 ) -> Asked:
     """Check a request as far as it goes without the model; raises InvalidRequest or InvalidImage."""
     message, output = whole.request, _output(whole)
@@ -87,12 +88,11 @@ async def read_request(
     think = options.get("think", defaults.get("think"))
     pipeline = pipeline_for_request(deployed, think=think)
     options["think"] = bool(pipeline.thinks) if think is None else think
+    wire.check_prompt(parts)
     if modality.reads_image:
-        # Without its images first: a wrong setting need not wait for them to be decoded.
+        # Without its images first: a wrong setting need not wait for them to be looked at.
         resolve(modality, (TextPart("checked below"),), options, defaults)
-        prompt = await asyncio.to_thread(wire.prompt_from_wire, parts)
-    else:
-        prompt = wire.prompt_from_wire(parts)
+    prompt = wire.prompt_from_wire(parts, await images.sizes(parts))
     return Asked(resolve(modality, prompt, options, defaults), parts, pipeline, output)
 
 

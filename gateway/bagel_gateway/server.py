@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from bagel.images.pool import ImagePool
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.status import streaming, unary
 from bagel.transport import Host
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends
+from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.serving import Requests
@@ -62,6 +64,8 @@ class Gateway:
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
         self.metrics = Metrics()
         self.metrics.watch(self.admission, self.backends)
+        pool = ImagePool(settings.image_workers, settings.image_timeout_s, settings.batch_timeout_s)
+        self.images = InputImages(pool, settings.max_images, settings.max_image_pixels)
         self.requests = Requests(
             settings.pipeline,
             self.backends,
@@ -70,6 +74,7 @@ class Gateway:
             settings.backend_timeout_s,
             self.metrics,
             self.host.unread,
+            self.images,
             log_stats=settings.log_stats,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)
@@ -113,6 +118,7 @@ class Gateway:
             await self.rest.stop()
         if self._watching is not None:
             self._watching.cancel()
+        await self.images.close()
         await self.backends.close()
 
     async def _on_ready(self, ready: bool) -> None:

@@ -19,6 +19,7 @@ from bagel.v1 import gateway_pb2
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends, DitBackend, ThinkerBackend
+from bagel_gateway.images import InputImages
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.outbox import delivered
 from bagel_gateway.planning import Asked, plan, read_request
@@ -48,6 +49,7 @@ class Requests:
         wait_s: float,
         metrics: Metrics,
         unread: Unread,
+        images: InputImages,
         *,
         log_stats: bool = False,
     ) -> None:
@@ -57,7 +59,7 @@ class Requests:
         """
         self._deployed, self._backends = deployed, backends
         self._admission, self._defaults, self._wait_s, self._metrics = admission, defaults, wait_s, metrics
-        self._unread, self._log_stats = unread, log_stats
+        self._unread, self.images, self._log_stats = unread, images, log_stats
 
     @property
     def thinks(self) -> bool:
@@ -109,7 +111,7 @@ class Requests:
         )
 
     async def _read(self, message: gateway_pb2.GenerateRequest) -> Asked:
-        return await read_request(message, self._deployed, self._defaults)
+        return await read_request(message, self._deployed, self._defaults, self.images)
 
     async def _run_all(
         self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining, put: PutOne
@@ -168,7 +170,7 @@ class Requests:
         began = time.perf_counter()
         thinker, model = begin or await self._begin(asked)
         planned = plan(asked, model)
-        del asked  # its images are decoded, and large
+        del asked  # its images may be large
         with thinker.busy() if thinker is not None else nullcontext():
             accepted = gateway_pb2.Accepted(
                 request_id=current_request.get(),

@@ -12,18 +12,22 @@ from typing import Any
 
 from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
+from bagel.images.pool import TIMEOUT_S, WORKERS
 from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
-from bagel.request import Modality, resolve
-from bagel.transport import DRAIN_S, PLAINTEXT, Security
+from bagel.request import MAX_PARTS, Modality, resolve
+from bagel.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Security
 from bagel.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
+from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES
 
 MAX_REQUESTS = 64
 BATCH_TIMEOUT_S = service.BATCH_TIMEOUT_S
 MAX_BODY_BYTES = 64 * 2**20
 """As a gRPC message may have."""
+MAX_BYTES_IN_FLIGHT = 256 * 2**20
+"""Several of the largest bodies and messages; what the gateway then takes in all is in docs/operate.md."""
 BACKEND_TIMEOUT_S = 15.0
 """Longer than a runner that died takes to come back with a small model."""
 
@@ -37,10 +41,11 @@ class Settings:
     sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
     own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
-    max_body_bytes: of one HTTP request. api_keys: the file of the keys that callers need, on both fronts; none: anyone
-    may call. log_stats: log where the time of each request went. reader_timeout_s: that a client may take nothing of
-    its answer before its call is ended; max_unread_bytes: of all answers that wait for their clients, …_per_call: of
-    one.
+    max_body_bytes: of one HTTP request; max_bytes_in_flight: of all requests together, on both fronts. max_images and
+    max_image_pixels: of one request; image_workers: processes that look at images, each at one for at most
+    image_timeout_s. api_keys: the file of the keys that callers need, on both fronts; none: anyone may call. log_stats:
+    log where the time of each request went. reader_timeout_s: that a client may take nothing of its answer before its
+    call is ended; max_unread_bytes: of all answers that wait for their clients, …_per_call: of one.
     """
 
     listen: str
@@ -60,6 +65,11 @@ class Settings:
     model_names: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
     max_body_bytes: int = MAX_BODY_BYTES
+    max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT
+    max_images: int = MAX_IMAGES
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    image_workers: int = WORKERS
+    image_timeout_s: float = TIMEOUT_S
     api_keys: Path | None = None
     log_stats: bool = False
     reader_timeout_s: float = READER_TIMEOUT_S
@@ -81,8 +91,21 @@ class Settings:
             raise ConfigError(f"--max-requests is {self.max_requests}; it must be at least 1")
         if self.http is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}", self.http):
             raise ConfigError(f"--http is {self.http!r}; write HOST:PORT, like 127.0.0.1:8000")
-        if self.max_body_bytes < 1:
-            raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1")
+        counts = {
+            "--max-body-bytes": self.max_body_bytes,
+            "--max-image-pixels": self.max_image_pixels,
+            "--image-workers": self.image_workers,
+        }
+        for flag, count in counts.items():
+            if count < 1:
+                raise ConfigError(f"{flag} is {count}; it must be at least 1")
+        if not 1 <= self.max_images <= MAX_PARTS:
+            raise ConfigError(f"--max-images is {self.max_images}; it must be from 1 to {MAX_PARTS}")
+        largest = max(self.max_body_bytes, MAX_MESSAGE_BYTES)
+        if self.max_bytes_in_flight < largest:
+            raise ConfigError(
+                f"--max-bytes-in-flight is {self.max_bytes_in_flight}; it must be at least {largest}, one request's"
+            )
         times = {
             "--batch-timeout": self.batch_timeout_s,
             "--drain-timeout": self.drain_timeout_s,
@@ -122,6 +145,12 @@ class Settings:
             "http": self.http,
             "model_names": list(self.model_names),
             "image_hosts": list(self.image_hosts),
+            "max_body_bytes": self.max_body_bytes,
+            "max_bytes_in_flight": self.max_bytes_in_flight,
+            "max_images": self.max_images,
+            "max_image_pixels": self.max_image_pixels,
+            "image_workers": self.image_workers,
+            "image_timeout": self.image_timeout_s,
             "log_stats": self.log_stats,
             "reader_timeout": self.reader_timeout_s,
             "max_unread_bytes": self.max_unread_bytes,
@@ -157,6 +186,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"of one answer that waits for its client (default: {MAX_UNREAD_CALL_BYTES})",
     )
+    add(
+        "--max-bytes-in-flight", type=int, default=MAX_BYTES_IN_FLIGHT, metavar="N",
+        help="of all requests together, gRPC and HTTP; more are refused as busy",
+    )  # fmt: skip
+    add("--max-images", type=int, default=MAX_IMAGES, metavar="N", help="input images of one request")
+    add("--max-image-pixels", type=int, default=MAX_IMAGE_PIXELS, metavar="N", help="of one request's images together")
+    service.add_image_flags(flags)
     add("--api-keys", type=Path, metavar="FILE", help=f"callers need one of them (default: {KEYS_FILE}'s, else none)")
     add("--log-stats", action="store_true", help="log where the time of each request went")
     return flags
@@ -180,6 +216,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
         model_names=tuple(args.served_model_name),
         image_hosts=tuple(args.allow_image_host),
         max_body_bytes=args.max_body_bytes,
+        max_bytes_in_flight=args.max_bytes_in_flight,
+        max_images=args.max_images,
+        max_image_pixels=args.max_image_pixels,
+        image_workers=args.image_workers,
+        image_timeout_s=args.image_timeout,
         api_keys=key_file(args.api_keys),
         log_stats=args.log_stats,
         reader_timeout_s=args.reader_timeout,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from bagel import service
 from bagel.heap import keep_loaded
+from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
     flags = service.parser("bagel_dit", "Draws pictures from K/V, or serves whole requests.", "127.0.0.1:50053")
     service.add_model_flags(flags, "dit-0")
+    service.add_image_flags(flags)
     flags.add_argument("--single-stage", action="store_true", help="load the whole model and serve whole requests")
     flags.add_argument(
         "--source", type=service.named_address, action="append", default=[], metavar="NAME=HOST:PORT",
@@ -68,14 +70,14 @@ async def _serve(args: argparse.Namespace) -> None:
 
     added = False
     driver = Driver(_runner_settings(args), arena, on_health)
-    puller = None
+    puller, images = None, service.image_pool(args)
     try:
         await driver.loaded()
         if arena is not None:
             puller = _puller(args, arena, driver.info)
             watch_store(puller.store.stats)
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
-        servicer = _servicer(args, driver, puller, host.draining)
+        servicer = _servicer(args, driver, puller, images, host.draining)
         add_DitServiceServicer_to_server(servicer, host.methods)
         added = True
         keep_loaded()
@@ -86,16 +88,18 @@ async def _serve(args: argparse.Namespace) -> None:
         await host.server.stop(None)
         if puller is not None:
             await puller.close()
+        await images.close()
         await driver.stop()
 
 
 def _servicer(
-    args: argparse.Namespace, driver: Driver, puller: KvPuller | None, draining: asyncio.Event
+    args: argparse.Namespace, driver: Driver, puller: KvPuller | None, images: ImagePool, draining: asyncio.Event
 ) -> DitServicer:
     return DitServicer(
         args.name,
         driver,
         puller,
+        images,
         sources=tuple(dict(args.source)),
         max_num_seqs=args.max_num_seqs,
         batch_timeout_s=args.batch_timeout,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from bagel.images import ResizedImage
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
@@ -92,11 +93,12 @@ class Begin:
 
 @dataclass(frozen=True)
 class Serve:
-    """A whole request, as a serialized bagel.v1.Request with every field set."""
+    """A whole request, as a serialized bagel.v1.Request with every field set. images: of its prompt, read already."""
 
     id: int
     request: bytes
     output: Output
+    images: tuple[ResizedImage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,15 @@ from grpc.aio import ServicerContext
 
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
+from bagel.images.pool import ImagePool
+from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.puller import HeldContexts, KvPuller
 from bagel.metrics import watch_queue
 from bagel.model.sizes import check_side
 from bagel.profile import WINDOW, stages_before
 from bagel.prompts import BranchName
-from bagel.request import MAX_PARTS, MAX_SEED
+from bagel.request import MAX_PARTS, MAX_SEED, Modality
 from bagel.slots import Slots
 from bagel.status import from_status, streaming, unary
 from bagel.telemetry import Log
@@ -101,7 +103,7 @@ class _Work:
 
 
 class DitServicer(DitServiceServicer):
-    """Serves one runner. puller is None in single-stage mode, where no K/V is pulled.
+    """Serves one runner. puller is None in single-stage mode, where no K/V is pulled and images reads images.
 
     draining: set once no new work may be begun.
     """
@@ -111,13 +113,14 @@ class DitServicer(DitServiceServicer):
         name: str,
         driver: Driver,
         puller: KvPuller | None,
+        images: ImagePool,
         *,
         sources: tuple[str, ...],
         max_num_seqs: int,
         batch_timeout_s: float,
         draining: asyncio.Event,
     ) -> None:
-        self.name, self.driver, self.puller, self.sources = name, driver, puller, sources
+        self.name, self.driver, self.puller, self.sources, self._images = name, driver, puller, sources, images
         self._draining, self._under_way = draining, 0
         self._slots = Slots(name, max_num_seqs, batch_timeout_s)
         watch_queue(lambda: self._slots.waiting, lambda: self._slots.taken)
@@ -227,10 +230,19 @@ class DitServicer(DitServiceServicer):
         output = _output(request)
         await stack.enter_async_context(self._slots.place(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
-        self.driver.send(Serve(work.id, request.request.SerializeToString(), output))
         yield Response(admitted=admitted)
+        self.driver.send(await self._whole(request.request, work.id, output))
         async for response in self._follow(work):
             yield response
+
+    async def _whole(self, request: common_pb2.Request, id_: int, output: Output) -> Serve:
+        """A request for the runner, its images read."""
+        edits = modality_from_wire(request.modality) is Modality.IMG2IMG
+        images = await resized_images(self._images, request.prompt, self.driver.info, for_generation=edits)
+        for part in request.prompt:
+            if part.HasField("image"):
+                part.image.ClearField("data")  # the runner needs the pixels alone
+        return Serve(id_, request.SerializeToString(), output, tuple(images))
 
     async def _follow(self, work: _Work) -> AsyncIterator[Response]:
         """Pass on what the runner tells, until the end."""

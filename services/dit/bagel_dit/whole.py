@@ -113,7 +113,7 @@ class WholeRequests:
         if serving is None:
             return  # it has left
         try:
-            request = request_from_wire(common_pb2.Request.FromString(command.request))
+            request = request_from_wire(common_pb2.Request.FromString(command.request), command.images)
             serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
             self._send(Planned(command.id))
         except Exception as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bagel import service
 from bagel.heap import keep_loaded
+from bagel.images.pool import ImagePool
 from bagel.metrics import watch_queue, watch_store
 from bagel.model.checkpoint import find_checkpoint
 from bagel.slots import Slots
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052")
     service.add_model_flags(flags, "thinker-0")
     add_engine_flags(flags)
+    service.add_image_flags(flags)
     flags.add_argument("--kv-store-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
     flags.add_argument("--lease-seconds", type=float, default=service.LEASE_S, help="how long unrenewed K/V are kept")
     flags.add_argument(
@@ -60,8 +62,9 @@ async def _serve(args: argparse.Namespace) -> None:
         await host.server.stop(None)
         raise
     watching = asyncio.create_task(watch(engine, args.step_timeout))
+    images = service.image_pool(args)
     try:
-        servicer = _add_servicers(host, engine, args)
+        servicer = _add_servicers(host, engine, images, args)
         keep_loaded()
         await host.ready()
         log.info("ready", fingerprint=engine.info.checkpoint_fingerprint.hex(), device=engine.info.device)
@@ -70,6 +73,7 @@ async def _serve(args: argparse.Namespace) -> None:
         if not watching.done():  # else its thread never ends
             watching.cancel()
             engine.close()
+        await images.close()
 
 
 def _load(args: argparse.Namespace) -> Engine:
@@ -79,7 +83,7 @@ def _load(args: argparse.Namespace) -> Engine:
     return load_engine(args, find_checkpoint(args.model))
 
 
-def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> ThinkerServicer:
+def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse.Namespace) -> ThinkerServicer:
     from bagel.kv.service import KvBlocksServicer, add_kv_blocks
     from bagel_thinker.server import ThinkerServicer
 
@@ -88,6 +92,7 @@ def _add_servicers(host: Host, engine: Engine, args: argparse.Namespace) -> Thin
         engine,
         args.name,
         slots,
+        images,
         lease_s=args.lease_seconds,
         room_wait_s=args.batch_timeout,
         draining=host.draining,

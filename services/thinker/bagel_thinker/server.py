@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +15,9 @@ from grpc.aio import ServicerContext
 from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
 from bagel.errors import Draining
+from bagel.images import ResizedImage
+from bagel.images.pool import ImagePool
+from bagel.images.prompt import resized_images
 from bagel.joined import Joined
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.digests import SegmentKind
@@ -68,15 +71,23 @@ def _join(one: Event, other: Event) -> Event | None:
 
 
 class ThinkerServicer(ThinkerServiceServicer):
-    """Serves one engine. name: what peers call this service; slots: for the texts written at once.
+    """Serves one engine. name: what peers call this service; slots: for the texts written at once; images: read them.
 
     room_wait_s: longest wait for room in the store; draining: set once no new context may be begun.
     """
 
     def __init__(
-        self, engine: Engine, name: str, slots: Slots, *, lease_s: float, room_wait_s: float, draining: asyncio.Event
+        self,
+        engine: Engine,
+        name: str,
+        slots: Slots,
+        images: ImagePool,
+        *,
+        lease_s: float,
+        room_wait_s: float,
+        draining: asyncio.Event,
     ) -> None:
-        self.engine, self.name, self.slots = engine, name, slots
+        self.engine, self.name, self.slots, self._images = engine, name, slots, images
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
         self._builds: set[_Build] = set()
@@ -106,7 +117,8 @@ class ThinkerServicer(ThinkerServiceServicer):
                         yield response
 
     async def _build(self, request: thinker_pb2.BuildContextRequest, build: _Build) -> AsyncGenerator[Response, None]:
-        chain = await asyncio.to_thread(self._plan, request)
+        images = await resized_images(self._images, request.parts, self.engine.info)
+        chain = await asyncio.to_thread(self._plan, request, images)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
         finished = False
@@ -175,11 +187,11 @@ class ThinkerServicer(ThinkerServiceServicer):
         finally:
             self._under_way -= 1
 
-    def _plan(self, request: thinker_pb2.BuildContextRequest) -> Chain:
+    def _plan(self, request: thinker_pb2.BuildContextRequest, images: Sequence[ResizedImage]) -> Chain:
         """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
-        prompt, planner = prompt_from_wire(request.parts), self.engine.planner
-        images = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
-        chain = planner.chain(prompt, images)
+        prompt, planner = prompt_from_wire(request.parts, images), self.engine.planner
+        prepared = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
+        chain = planner.chain(prompt, prepared)
         written = _settings(request).max_tokens if request.HasField("decode") else 0
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain

@@ -1,0 +1,63 @@
+"""Input images as the model sees them, and pictures as files. Pillow only: no torch here.
+
+reading.py      files: decoded, or described by their headers (jpeg.py and png.py know the two formats' structure)
+colour.py       what Pillow has opened as upright sRGB
+transforms.py   the resize rule
+pool.py         decoding in processes of its own, worker.py what they run
+saving.py       pictures as files
+"""
+
+from __future__ import annotations
+
+from bagel.images.colour import pixel_digest, plain, to_rgb
+from bagel.images.reading import (
+    FORMATS,
+    MAX_INPUT_BYTES,
+    MAX_INPUT_PIXELS,
+    MAX_INPUT_SIDE,
+    StrPath,
+    image_size,
+    load_image,
+)
+from bagel.images.saving import free_path, picture_name, read_settings, save_png
+from bagel.images.transforms import (
+    MAX_PIXELS,
+    VAE_TRANSFORM,
+    VIT_TRANSFORM,
+    ImageTransform,
+    InputImage,
+    PreparedImage,
+    ResizedImage,
+    UnreadImage,
+    prepare,
+    resize,
+    resized_size,
+)
+
+__all__ = [
+    "FORMATS",
+    "MAX_INPUT_BYTES",
+    "MAX_INPUT_PIXELS",
+    "MAX_INPUT_SIDE",
+    "MAX_PIXELS",
+    "VAE_TRANSFORM",
+    "VIT_TRANSFORM",
+    "ImageTransform",
+    "InputImage",
+    "PreparedImage",
+    "ResizedImage",
+    "StrPath",
+    "UnreadImage",
+    "free_path",
+    "image_size",
+    "load_image",
+    "picture_name",
+    "pixel_digest",
+    "plain",
+    "prepare",
+    "read_settings",
+    "resize",
+    "resized_size",
+    "save_png",
+    "to_rgb",
+]

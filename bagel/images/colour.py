@@ -1,0 +1,162 @@
+"""One rule for pictures: whatever Pillow has opened becomes an upright, opaque sRGB image of 8 bits a channel.
+
+The same picture is the same for the model whether it comes as a path, as bytes or as a Pillow image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from io import BytesIO
+from typing import Any
+
+from PIL import ExifTags, Image, ImageChops, TiffImagePlugin
+
+from bagel.errors import InvalidImage
+
+MAX_PROFILE_BYTES = 16 * 2**20
+"""A larger colour profile is not read; those of printing presses have a few MB."""
+
+_EIGHT_BIT_MODES = frozenset(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
+_SIXTEEN_BIT_MODES = frozenset(["I;16", "I;16L", "I;16B", "I;16N"])
+_GREY_MODES = frozenset(["1", "L", "LA", "La"])
+_SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+"""Colour spaces of profiles by the modes that they describe."""
+_SAME = 1
+"""Steps of 255 by which a profile may move a colour and still be sRGB: what its tables round."""
+_TAG_BITS, _TAG_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """A new RGB image without metadata: upright, in sRGB, any transparency composed over white.
+
+    Its EXIF orientation and its colour profile are applied; one that cannot be read counts as absent. Of 16 bits a
+    channel the upper eight are kept, in grey as in colour. Raises InvalidImage for an image without pixels, and for
+    other pixel formats, which Pillow would clip to white without a word; name is what the message calls the image.
+    """
+    if min(image.size) < 1:
+        raise InvalidImage("image", f"{name} is {image.width}x{image.height} pixels; it must have at least one")
+    if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
+        raise InvalidImage(
+            "image", f"{name} has the pixel format {image.mode}; save it with 8 bits per channel, RGB or greyscale"
+        )
+    image.load()
+    colours, alpha = _colours(image)
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and 0 < len(profile) <= MAX_PROFILE_BYTES:
+        colours = _to_srgb(colours, profile)
+    rgb = colours.convert("RGB")
+    if alpha is not None:
+        opaque = Image.new("RGB", rgb.size, (255, 255, 255))
+        opaque.paste(rgb, mask=alpha)
+        rgb = opaque
+    rgb.info = {}
+    method = _UPRIGHT.get(orientation(image))
+    return rgb if method is None else rgb.transpose(method)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """The image itself if it is what `to_rgb` makes, else what `to_rgb` makes of it."""
+    bare = type(image) is Image.Image and image.mode == "RGB" and not image.info and min(image.size) > 0
+    return image if bare and orientation(image) == 1 else to_rgb(image)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation that is still to be applied; 1 if there is none or it cannot be read.
+
+    The reference gets upright arrays from its web page, so it saw phone photos upright too. ImageOps.exif_transpose
+    would write the EXIF block anew and fail on odd ones, and a PNG's own getexif would decode the picture.
+    """
+    try:
+        found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's readers of metadata raise nearly everything, and nothing of it is needed
+        found = _tags(image).get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) and found in _UPRIGHT else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that an image has once it is upright, before it is decoded."""
+    # Of a TIFF Pillow says the upright size from the beginning.
+    turned = orientation(image) >= 5 and not isinstance(image, TiffImagePlugin.TiffImageFile)
+    width, height = image.size
+    return (height, width) if turned else (width, height)
+
+
+def pixel_digest(image: Image.Image) -> bytes:
+    """BLAKE2b, 16 bytes, of the image's size and RGB bytes; equal exactly for what looks equal to the model."""
+    digest = hashlib.blake2b(struct.pack("<QQ", *image.size), digest_size=16)
+    digest.update(to_rgb(image).tobytes())
+    return digest.digest()
+
+
+def _colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours (L, RGB or CMYK), and the alpha channel of an image that is not opaque."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        grey = image.mode in _GREY_MODES
+        return layer.getchannel("R") if grey else layer.convert("RGB"), layer.getchannel("A")
+    if image.mode in _GREY_MODES:
+        return image.convert("L"), None
+    return (image if image.mode in _SPACES else image.convert("RGB")), None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as grey of 8: the upper byte, as Pillow's decoders keep of 16-bit colours."""
+    tags = _tags(image)
+    data = image.tobytes("raw", "I;16B")
+    grey = Image.frombytes("L", image.im.size, data[::2])
+    if tags.get(_TAG_BITS) == (12,):  # the value fills the lower twelve bits
+        low = Image.frombytes("L", image.im.size, data[1::2])
+        grey = ImageChops.add(grey.point([value * 16 % 256 for value in range(256)]), low.point(lambda low: low >> 4))
+    if tags.get(_TAG_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = ImageChops.invert(grey)
+    if isinstance(key := image.info.get("transparency"), int):
+        grey.info["transparency"] = key >> 8
+    return grey
+
+
+def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
+    """Colours (L, RGB or CMYK) of a profile, in sRGB.
+
+    They stay as they are where the profile is sRGB itself, of another colour space, or unreadable.
+    """
+    from PIL import ImageCms  # here: few pictures need it
+
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if str(source.profile.xcolor_space).strip() != _SPACES[colours.mode]:
+            return colours
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), colours.mode, "RGB")
+        return colours if _is_srgb(transform, colours.mode) else ImageCms.applyTransform(colours, transform)  # type: ignore[return-value]
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return colours
+
+
+def _tags(image: Image.Image) -> Any:
+    """The tags of a TIFF; of another image none."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
+def _is_srgb(transform: Any, mode: str) -> bool:
+    """Whether a transform leaves the colours of a lattice as they are: then it may not round any pixel either."""
+    if mode == "CMYK":
+        return False
+    steps = range(0, 256, 15)
+    if mode == "L":
+        probe = Image.frombytes("L", (256, 1), bytes(range(256)))
+    else:
+        lattice = bytes(value for red in steps for green in steps for blue in steps for value in (red, green, blue))
+        probe = Image.frombytes("RGB", (len(steps) ** 2, len(steps)), lattice)
+    moved = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+    return max(moved.tobytes()) <= _SAME

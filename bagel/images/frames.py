@@ -1,0 +1,47 @@
+"""How a pool and its workers talk: frames of JSON and bytes. What a worker says is never unpickled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import IO, Any
+
+_HEAD = struct.Struct("<IQ")
+_PIECE = 2**20
+
+
+async def send(writer: asyncio.StreamWriter, fields: dict[str, Any], data: bytes) -> None:
+    """Send a frame piece by piece, so that its bytes are not copied into the stream's buffer as a whole."""
+    text = json.dumps(fields).encode()
+    writer.write(_HEAD.pack(len(text), len(data)) + text)
+    for at in range(0, len(data), _PIECE):
+        await writer.drain()
+        writer.write(memoryview(data)[at : at + _PIECE])
+    await writer.drain()
+
+
+async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
+    """The next frame; IncompleteReadError if the other side has ended."""
+    length, nbytes = _HEAD.unpack(await reader.readexactly(_HEAD.size))
+    fields: dict[str, Any] = json.loads(await reader.readexactly(length))
+    return fields, await reader.readexactly(nbytes)
+
+
+def read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
+    """The next frame of a worker's input; None at its end."""
+    head = stream.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return None
+    length, nbytes = _HEAD.unpack(head)
+    fields: dict[str, Any] = json.loads(stream.read(length))
+    return fields, stream.read(nbytes)
+
+
+def write(stream: IO[bytes], fields: dict[str, Any], *pieces: bytes) -> None:
+    """Answer with a frame."""
+    text = json.dumps(fields).encode()
+    stream.write(_HEAD.pack(len(text), sum(map(len, pieces))) + text)
+    for piece in pieces:
+        stream.write(piece)
+    stream.flush()

@@ -1,0 +1,117 @@
+"""JPEG files by their markers, without decoding: how many scans there are, whether the end is there, what is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from bagel.errors import InvalidImage
+
+MAX_SCANS = 100
+"""Of one JPEG. Cameras and encoders make up to about twenty; each takes the time of a whole picture to decode."""
+MAX_SEGMENTS = 10_000
+END = b"\xff\xd9"
+_START = b"\xff\xd8"
+_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)
+"""Within coded data: neither a stuffed byte nor a restart."""
+_EOI, _SOS = 0xD9, 0xDA
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})
+"""Markers without a length."""
+_KEPT_APPS: Mapping[int, bytes | tuple[bytes, ...]] = {
+    0xE0: b"",
+    0xE1: (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"),
+    0xE2: b"ICC_PROFILE\0",
+    0xEE: b"Adobe",
+}
+"""What of the application segments is read, by how it begins."""
+
+
+@dataclass
+class Jpeg:
+    """What a JPEG's markers say.
+
+    header: all before the pixels, without metadata that nobody reads; data: the file with that header; scans: how many;
+    ended: the end marker is there; whole: every coefficient of every component comes in some scan, in full.
+    """
+
+    data: bytes
+    header: bytes = b""
+    scans: int = 0
+    ended: bool = False
+    bits: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    """Of each component's 64 coefficients, the lowest bit that has come; above 13: nothing has."""
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.bits) and not any(low for lows in self.bits.values() for low in lows)
+
+    def take_frame(self, body: bytes) -> None:
+        """A frame header: its components."""
+        self.bits = {body[at]: [99] * 64 for at in range(6, len(body) - 2, 3)}
+
+    def take_scan(self, body: bytes) -> None:
+        """A scan's header: which coefficients of which components it has."""
+        self.scans += 1
+        if not body or len(body) < 4 + 2 * body[0]:
+            return
+        first, last, low = body[-3], min(body[-2], 63), body[-1] & 15
+        for at in range(body[0]):
+            for coefficient in range(first, last + 1):
+                if (component := self.bits.get(body[1 + 2 * at])) is not None:
+                    component[coefficient] = low
+
+
+def read_jpeg(data: bytes, name: str, *, pixels: bool = True) -> Jpeg:
+    """Walk through a JPEG's markers; InvalidImage for one of more scans or segments than are decoded.
+
+    pixels: whether `data` is wanted without needless metadata, which takes a copy.
+    """
+    found, kept, first_scan = Jpeg(data), [_START], 0
+    for number, (marker, start, end) in enumerate(_segments(data)):
+        if number >= MAX_SEGMENTS:
+            raise InvalidImage("image", f"{name} has more than {MAX_SEGMENTS} JPEG segments; save it anew")
+        body = data[start + 4 : end]
+        if marker == _SOS:
+            if not first_scan:
+                first_scan, found.header = start, b"".join([*kept, data[start:end]])
+            found.take_scan(body)
+            if found.scans > MAX_SCANS:
+                raise InvalidImage(
+                    "image",
+                    f"{name} is a progressive JPEG of more than {MAX_SCANS} scans, the most that are decoded; "
+                    "save it anew, as a baseline JPEG or a PNG",
+                )
+        elif marker == _EOI:
+            found.ended = True
+        elif not first_scan and _is_needed(marker, body):
+            kept.append(data[start:end])
+        if marker in _FRAMES:
+            found.take_frame(body)
+    if pixels and first_scan and sum(map(len, kept)) != first_scan:
+        found.data = b"".join([*kept, memoryview(data)[first_scan:]])
+    return found
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, where it starts, where its segment ends) up to the end of the image; coded data lies between them."""
+    at = 2
+    while (match := _MARKER.search(data, at)) is not None:
+        marker, start = match[1][0], match.end() - 2
+        end = (
+            match.end()
+            if marker in _ALONE or marker == _EOI
+            else start + 2 + int.from_bytes(data[start + 2 : start + 4])
+        )
+        yield marker, start, end
+        if marker == _EOI:
+            return
+        at = end
+
+
+def _is_needed(marker: int, body: bytes) -> bool:
+    """Whether a segment before the first scan is read at all: comments and most of the applications' are not."""
+    if 0xE0 <= marker <= 0xEF:
+        return marker in _KEPT_APPS and body.startswith(_KEPT_APPS[marker])
+    return marker != 0xFE

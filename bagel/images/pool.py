@@ -1,0 +1,182 @@
+"""Images are read in a bounded number of processes of their own, each image in a bounded time. No torch here.
+
+Pillow is quick with what people send, and takes minutes for what is made to take them. Nothing else waits for that:
+a worker whose time is up, or whose caller has left, is killed, and the next image gets a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from PIL import Image
+
+from bagel.errors import BagelError, Busy, ConfigError, InvalidImage
+from bagel.images import frames
+from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
+from bagel.telemetry import Log
+
+WORKERS = 2
+TIMEOUT_S = 20.0
+"""Of one image. 64 megapixels take two or three seconds."""
+_ATTEMPTS = 2
+_BUFFER_BYTES = 2**20
+
+log = Log("bagel.images")
+
+
+class _Died(Exception):
+    """The worker ended while it read an image."""
+
+
+class ImagePool:
+    """At most `workers` processes that read images, started when they are needed.
+
+    timeout_s: for one image, else InvalidImage; wait_s: for a worker that is free, else Busy. Everything is called in
+    one event loop; a call that is cancelled ends its worker.
+    """
+
+    def __init__(self, workers: int = WORKERS, timeout_s: float = TIMEOUT_S, wait_s: float = 5.0) -> None:
+        if workers < 1:
+            raise ConfigError(f"--image-workers is {workers}; it must be at least 1")
+        if not 0 < timeout_s < math.inf:
+            raise ConfigError(f"--image-timeout is {timeout_s:g}; it must be a number of seconds above 0")
+        self._timeout_s, self._wait_s, self._count = timeout_s, wait_s, workers
+        self._places = asyncio.Semaphore(workers)
+        self._idle: list[asyncio.subprocess.Process] = []
+        self._closed = False
+
+    async def size(self, data: bytes) -> tuple[int, int]:
+        """The upright (width, height) of an image file by its headers; no pixel is decoded."""
+        told, _ = await self._read({"work": "size"}, data)
+        width, height = told["size"]
+        return width, height
+
+    async def resized(
+        self,
+        data: bytes,
+        vae_transform: ImageTransform,
+        vit_transform: ImageTransform,
+        *,
+        for_generation: bool,
+        for_understanding: bool,
+    ) -> ResizedImage:
+        """An image file, decoded and resized as `prepare` does it."""
+        asked = {
+            "work": "resize",
+            "vae_transform": _values(vae_transform),
+            "vit_transform": _values(vit_transform),
+            "for_generation": for_generation,
+            "for_understanding": for_understanding,
+        }
+        told, pixels = await self._read(asked, data)
+        images: list[Image.Image | None] = []
+        for size in (told["vae"], told["vit"]):
+            nbytes = 0 if size is None else size[0] * size[1] * 3
+            images.append(None if size is None else Image.frombytes("RGB", tuple(size), pixels[:nbytes]))
+            pixels = pixels[nbytes:]
+        width, height = told["size"]
+        return ResizedImage((width, height), PreparedImage(tuple(told["resized"]), *images))
+
+    async def close(self) -> None:
+        """End the workers; images that are being read end with their calls."""
+        self._closed = True
+        while self._idle:
+            await _kill(self._idle.pop())
+
+    async def _read(self, asked: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """A worker's answer; raises the InvalidImage that it refuses the image with."""
+        if not data:
+            raise InvalidImage("image", "the image is empty (0 bytes); send the bytes of an image file")
+        for attempt in range(_ATTEMPTS):
+            try:
+                async with self._worker() as worker:
+                    told, answer = await self._answer(worker, {**asked, "seconds": self._timeout_s}, data)
+                break
+            except _Died:  # of itself, for want of memory, or by somebody's hand: only the first is the image's doing
+                log.warning("a process that reads images has died", attempt=attempt + 1)
+        else:
+            raise InvalidImage("image", "the image ends the process that reads it; save it anew as a PNG or JPEG")
+        if "refused" in told:
+            raise InvalidImage("image", str(told["refused"]))
+        return told, answer
+
+    async def _answer(
+        self, worker: asyncio.subprocess.Process, asked: dict[str, Any], data: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        assert worker.stdin is not None and worker.stdout is not None
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await frames.send(worker.stdin, asked, data)
+                return await frames.receive(worker.stdout)
+        except TimeoutError:
+            log.warning("an image took too long", seconds=self._timeout_s, bytes=len(data))
+            raise InvalidImage(
+                "image",
+                f"the image takes more than {self._timeout_s:g} s to read, the limit (--image-timeout); "
+                "save it anew as a plain PNG or JPEG, or scale it down",
+            ) from None
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise _Died from None
+
+    @asynccontextmanager
+    async def _worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A worker for one image; it is killed unless the block ends well. Busy if none is free in time."""
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise Busy(
+                f"all {self._count} processes that read images are busy; try again later, or raise --image-workers"
+            ) from None
+        worker = None
+        try:
+            worker = self._take() or await _start()
+            yield worker
+            if not self._closed:
+                self._idle.append(worker)
+                worker = None
+        finally:
+            self._places.release()
+            if worker is not None:
+                await asyncio.shield(_kill(worker))
+
+    def _take(self) -> asyncio.subprocess.Process | None:
+        """An idle worker that lives."""
+        while self._idle:
+            if (worker := self._idle.pop()).returncode is None:
+                return worker
+        return None
+
+
+async def _start() -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "bagel.images.worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_BUFFER_BYTES,
+        )
+    except OSError as error:
+        raise BagelError(f"no process can be started to read images in: {error.strerror}") from None
+
+
+async def _kill(worker: asyncio.subprocess.Process) -> None:
+    """End a worker at once, and wait until it has gone."""
+    with suppress(ProcessLookupError):
+        worker.kill()
+    await worker.wait()
+    if worker.stdin is not None:
+        worker.stdin.close()
+        with suppress(ConnectionError):
+            await worker.stdin.wait_closed()
+
+
+def _values(transform: ImageTransform) -> tuple[int, int, int]:
+    return transform.max_size, transform.min_size, transform.stride

@@ -1,0 +1,163 @@
+"""Images are read in processes of their own: alike, in bounded time, and whatever becomes of such a process."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bagel.errors import Busy, ConfigError, InvalidImage
+from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, load_image, prepare
+from bagel.images.jpeg import MAX_SCANS
+from bagel.images.pool import ImagePool
+
+LIMIT_S = 60
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A JPEG of as many scans as are allowed and 36 megapixels: seconds of work in few bytes."""
+    data = encoded(Image.new("RGB", (6000, 6000), "red"), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    scans = data.count(b"\xff\xda")
+    return data[:-2] + data[last:-2] * (MAX_SCANS - scans) + data[-2:]
+
+
+SMALL = encoded(Image.effect_mandelbrot((80, 50), (-2, -1, 1, 1), 30).convert("RGB"), "PNG")
+
+
+def with_pool(test: Callable[[ImagePool], Awaitable[None]], workers: int = 1, **limits: float) -> None:
+    async def main() -> None:
+        pool = ImagePool(workers, **limits)
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                await test(pool)
+        finally:
+            await pool.close()
+
+    asyncio.run(main())
+    assert not workers_of_this_process()
+
+
+def workers_of_this_process() -> list[int]:
+    """The ids of the workers that this process has started and that still run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (process / "cmdline").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if b"bagel.images.worker" in command and int(parent) == os.getpid() and state != "Z":
+            found.append(int(process.name))
+    return found
+
+
+async def resized(pool: ImagePool, data: bytes, *, for_generation: bool = True) -> ResizedImage:
+    return await pool.resized(data, VAE_TRANSFORM, VIT_TRANSFORM, for_generation=for_generation, for_understanding=True)
+
+
+def test_reads_as_this_process_does() -> None:
+    async def test(pool: ImagePool) -> None:
+        assert await pool.size(SMALL) == (80, 50)
+        for for_generation in (True, False):
+            made, own = await resized(pool, SMALL, for_generation=for_generation), load_image(SMALL)
+            wanted = prepare(own, for_generation=for_generation)
+            assert (made.size, made.prepared.size) == (own.size, wanted.size)
+            for ours, theirs in ((made.prepared.vae, wanted.vae), (made.prepared.vit, wanted.vit)):
+                assert (ours is None) == (theirs is None)
+                assert ours is None or theirs is None or ours.tobytes() == theirs.tobytes()
+        with pytest.raises(InvalidImage, match="no intact PNG"):
+            await pool.size(b"<!DOCTYPE html>")
+        with pytest.raises(InvalidImage, match="0 bytes"):
+            await pool.size(b"")
+        assert len(workers_of_this_process()) == 1
+
+    with_pool(test, timeout_s=30.0)
+
+
+def test_a_bomb_is_refused_in_time_and_the_next_image_is_read() -> None:
+    async def test(pool: ImagePool) -> None:
+        assert await pool.size(bomb()) == (6000, 6000)  # which takes no decoding
+        with pytest.raises(InvalidImage, match=r"more than 1 s to read, the limit \(--image-timeout\)"):
+            await resized(pool, bomb())
+        assert (await resized(pool, SMALL)).size == (80, 50)
+
+    with_pool(test, timeout_s=1.0, wait_s=30.0)
+
+
+def test_whoever_leaves_ends_the_decoding() -> None:
+    async def test(pool: ImagePool) -> None:
+        await pool.size(SMALL)
+        [worker] = workers_of_this_process()
+        reading = asyncio.create_task(resized(pool, bomb()))
+        await asyncio.sleep(0.3)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert worker not in workers_of_this_process()
+        assert await pool.size(SMALL) == (80, 50)
+
+    with_pool(test)
+
+
+def test_a_worker_that_was_killed_is_replaced() -> None:
+    async def test(pool: ImagePool) -> None:
+        await pool.size(SMALL)
+        [idle] = workers_of_this_process()
+        os.kill(idle, signal.SIGKILL)
+        assert await pool.size(SMALL) == (80, 50)
+        reading = asyncio.create_task(resized(pool, encoded(Image.new("RGB", (4000, 4000)), "PNG")))
+        await asyncio.sleep(0.1)
+        for busy in workers_of_this_process():
+            os.kill(busy, signal.SIGKILL)
+        assert (await reading).size == (4000, 4000)
+
+    with_pool(test)
+
+
+def test_no_more_workers_than_allowed_and_no_endless_wait() -> None:
+    async def test(pool: ImagePool) -> None:
+        data = bomb()
+        reading = [asyncio.create_task(resized(pool, data)) for _ in range(2)]
+        await asyncio.sleep(0.2)
+        with pytest.raises(Busy, match="all 2 processes that read images are busy"):
+            await pool.size(SMALL)
+        assert len(workers_of_this_process()) == 2
+        for each in reading:
+            each.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    with_pool(test, workers=2, wait_s=0.2)
+
+
+def test_a_worker_ends_with_the_process_that_started_it() -> None:
+    worker = subprocess.Popen([sys.executable, "-m", "bagel.images.worker"], stdin=subprocess.PIPE)
+    assert worker.stdin is not None
+    worker.stdin.close()
+    assert worker.wait(LIMIT_S) == 0
+
+
+def test_a_worker_is_light_and_bounded() -> None:
+    """What it imports is Pillow alone, and what one image may take is refused rather than had."""
+    code = "import sys, bagel.images.worker as w; print(*[m for m in ('torch', 'numpy', 'grpc') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == ""
+
+
+@pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0), (1, float("inf")), (1, float("nan"))])
+def test_limits_are_checked(workers: int, timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="--image-"):
+        ImagePool(workers, timeout_s)
