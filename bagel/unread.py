@@ -11,7 +11,7 @@ from bagel.telemetry import Log
 
 READER_TIMEOUT_S = 60.0
 """That a reader may take nothing: longer than a phone is out of reach in a tunnel."""
-SLOWEST_BYTES_PER_S = 16 * 1024
+SLOWEST_BYTES_PER_S = 64 * 1024
 """What a reader takes at least of one large message, on top of that time: a picture over a bad mobile network."""
 MAX_UNREAD_BYTES = 128 * 2**20
 MAX_UNREAD_CALL_BYTES = 64 * 2**20
@@ -39,12 +39,13 @@ class Unread:
             if value < 1:
                 raise ConfigError(f"{flag} is {value}; it must be at least 1")
         self.reader_timeout_s, self.limit_bytes, self.call_bytes = reader_timeout_s, limit_bytes, call_bytes
+        self.slowest_bytes_per_s = SLOWEST_BYTES_PER_S
         self.nbytes = 0
         self._waiting: dict[Waiting, None] = {}
 
     def time_for(self, nbytes: int) -> float:
         """Seconds that a reader has for one message."""
-        return self.reader_timeout_s + nbytes / SLOWEST_BYTES_PER_S
+        return self.reader_timeout_s + nbytes / self.slowest_bytes_per_s
 
     @contextmanager
     def waiting(self, give_up: Callable[[str], None]) -> Iterator[Waiting]:

@@ -159,8 +159,8 @@ class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
 class Dit(dit_pb2_grpc.DitServiceServicer):
     """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture.
 
-    slots: its places, as many as come by default; seconds: that a picture takes; size: of one, as many bytes as it has
-    by itself by default.
+    slots: its places, as many as come by default; seconds: that a picture takes; seconds_after_picture: until the work
+    ends; size: of a picture, in bytes, where it has fewer by itself.
     """
 
     page_version = PAGE_VERSION
@@ -173,7 +173,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
         self.called = asyncio.Event()
         self.failure: BagelError | None = None
         self.slots = Slots("dit-0", 1000, 5.0)
-        self.seconds, self.size = 0.0, 0
+        self.seconds, self.seconds_after_picture, self.size = 0.0, 0.0, 0
 
     @streaming
     async def Generate(
@@ -197,6 +197,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
                 preview = common_pb2.Preview(index=number, step=1, picture=drawn)
                 yield dit_pb2.DitServiceGenerateResponse(preview=preview)
             yield dit_pb2.DitServiceGenerateResponse(picture=drawn)
+            await asyncio.sleep(self.seconds_after_picture)
             usage = common_pb2.Usage(steps=settings.steps - 1, pulled_bytes=9)
             timings = [common_pb2.StageTiming(stage="denoise", seconds=2.0)]
             finished = dit_pb2.DitServiceGenerateFinished(usage=usage, timings=timings)

@@ -88,7 +88,9 @@ class Gateway:
             from bagel_gateway.rest.server import RestServer
 
             draining, port = self.host.draining.is_set, self.host.port
-            self.rest = RestServer(settings, self.requests, self.metrics, self.backends, draining, keys, port)
+            self.rest = RestServer(
+                settings, self.requests, self.metrics, self.backends, draining, keys, port, self.host.unread
+            )
 
     async def start(self) -> None:
         """Listen, and watch the backends and the API keys."""

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from bagel.errors import ConfigError
 from bagel.transport import PLAINTEXT, Security
+from bagel.unread import Unread
 from bagel_gateway.backends import Backends
 from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
@@ -22,6 +23,7 @@ from bagel_gateway.rest.app import make_app
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.keys import RequireKey
 from bagel_gateway.rest.limits import LimitBodies
+from bagel_gateway.rest.pieces import Abortable, InPieces, send_little_ahead
 from bagel_gateway.rest.serve import Front
 from bagel_gateway.serving import Requests
 from bagel_gateway.settings import Settings
@@ -44,6 +46,7 @@ class RestServer:
         draining: Callable[[], bool],
         keys: Keys | None,
         grpc_port: int,
+        unread: Unread,
     ) -> None:
         assert settings.http is not None
         self._socket = _listen(settings.http)
@@ -57,6 +60,7 @@ class RestServer:
         app = LimitBodies(app, settings.max_body_bytes)
         if keys is not None:
             app = RequireKey(app, keys, metrics)
+        app = InPieces(app, unread)
         self._server = _Server(_configuration(app, settings.front_security))
         self._serving: asyncio.Task[None] | None = None
 
@@ -96,7 +100,7 @@ def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="none",
-        http="h11",
+        http=Abortable,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -117,6 +121,7 @@ def _listen(address: str) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        send_little_ahead(listening)
         listening.bind((host.strip("[]"), int(port)))
         listening.listen(BACKLOG)  # who calls from now on waits, and is not refused
     except (OSError, OverflowError) as error:

@@ -187,7 +187,7 @@ class DitServicer(DitServiceServicer):
             finally:
                 fetching.cancel()
                 await asyncio.gather(fetching, return_exceptions=True)
-        async for response in self._follow(work):
+        async for response in self._follow(work, stack):
             yield response
 
     async def _land(
@@ -232,7 +232,7 @@ class DitServicer(DitServiceServicer):
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         yield Response(admitted=admitted)
         self.driver.send(await self._whole(request.request, work.id, output))
-        async for response in self._follow(work):
+        async for response in self._follow(work, stack):
             yield response
 
     async def _whole(self, request: common_pb2.Request, id_: int, output: Output) -> Serve:
@@ -244,8 +244,8 @@ class DitServicer(DitServiceServicer):
                 part.image.ClearField("data")  # the runner needs the pixels alone
         return Serve(id_, request.SerializeToString(), output, tuple(images))
 
-    async def _follow(self, work: _Work) -> AsyncIterator[Response]:
-        """Pass on what the runner tells, until the end."""
+    async def _follow(self, work: _Work, place: AsyncExitStack) -> AsyncIterator[Response]:
+        """Pass on what the runner tells, until the end. The place is given back once the work is done."""
         while True:
             event = await work.next()
             match event:
@@ -275,12 +275,14 @@ class DitServicer(DitServiceServicer):
                     preview = common_pb2.Preview(index=event.index, step=event.step, picture=_picture(event))
                     yield Response(preview=preview)
                 case Drawn():
+                    await place.aclose()
                     work.timings["decode"] = event.seconds
                     self._tell_profile(work, event)
                     record("decode", time.perf_counter() - event.seconds, width=event.width, height=event.height)
                     yield Response(picture=_picture(event))
                     break
                 case Done():
+                    await place.aclose()
                     break
         log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.timings.items()})
         yield Response(finished=_finished(work))
