@@ -22,6 +22,11 @@ MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
 MAX_STEPS = 1000
 MAX_SCALE = 100.0
+MAX_TEMPERATURE = 100.0
+PENALTIES = (0.01, 100.0)
+"""Of a repetition. Far smaller or larger ones leave float32, in which all logits are then equal or none is a number."""
+MAX_TOP_K = 2**32 - 1
+"""What its field of the wire holds."""
 MAX_PARTS = 64
 MAX_TEXT_BYTES = 2**20
 """UTF-8 of a prompt's texts and of the negative prompt: several times what any model has positions for."""
@@ -79,10 +84,11 @@ class TextSettings:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _finite("temperature", self.temperature, at_least=0.0)
+        lowest, highest = PENALTIES
+        _finite("temperature", self.temperature, at_least=0.0, at_most=MAX_TEMPERATURE)
         _finite("top_p", self.top_p, above=0.0, at_most=1.0)
-        _whole("top_k", self.top_k, at_least=0)
-        _finite("repetition_penalty", self.repetition_penalty, above=0.0)
+        _whole("top_k", self.top_k, at_least=0, at_most=MAX_TOP_K)
+        _finite("repetition_penalty", self.repetition_penalty, at_least=lowest, at_most=highest)
         _whole("max_tokens", self.max_tokens, at_least=1)
         _kind("do_sample", self.do_sample, bool, "true or false")
         for token in self.stop_token_ids:

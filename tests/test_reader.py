@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from bagel.engine.context import ContextBuilder
 from bagel.engine.engine import BagelEngine
 from bagel.engine.reader import Reader, Reading, Written
 from bagel.engine.segments import Chain
-from bagel.errors import BagelError, InvalidRequest
+from bagel.errors import BagelError, InvalidRequest, NotFinite
 from bagel.request import TextSettings
 
 MORE_THAN_ANY_MEMORY = 2**50
@@ -113,3 +114,29 @@ def test_what_is_abandoned_is_told_once_and_holds_nothing(engine: BagelEngine) -
     _, next_ = reading(at, "a red cup")
     finish(at)
     assert len(next_.done[0].token_ids) == 3
+
+
+def test_a_text_whose_logits_are_no_numbers_ends_and_the_others_go_on(
+    engine: BagelEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = reader(engine, max_num_seqs=5)
+    alone = reading(at, "a cup", 12)[1]
+    finish(at)
+    told = [reading(at, "a cup", 12)[1] for _ in range(4)]
+    fine = reading(at, "a cup", 12)[1]
+    forward, odd = at._texts._forward, (float("nan"), float("-inf"), float("inf"))
+
+    def overflow() -> torch.Tensor:
+        logits = forward()
+        if len(logits) > len(odd):
+            for row, value in enumerate(odd):
+                logits[row, 5:] = value
+            logits[len(odd)] = float("-inf")
+        return logits
+
+    monkeypatch.setattr(at._texts, "_forward", overflow)
+    finish(at)
+    for each in told:
+        (error,) = each.errors
+        assert isinstance(error, NotFinite) and "use float32" in str(error)
+    assert fine.texts == alone.texts and len(fine.done) == 1

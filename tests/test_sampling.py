@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bagel.engine.sampling import choose
-from bagel.request import TextSettings
+from bagel.request import MAX_TEMPERATURE, MAX_TOP_K, PENALTIES, TextSettings
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0])
 BEST = 1
@@ -84,6 +84,41 @@ def test_a_choice_is_always_an_allowed_one(logits: list[float], uniform: float) 
     probabilities = values.softmax(-1)
     chosen = choose(values, sampling(top_k=2), (), uniform)
     assert probabilities[chosen] >= probabilities.topk(min(2, len(logits))).values[-1]
+
+
+LARGEST = torch.finfo(torch.float32).max
+EXTREMES = st.sampled_from([0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 80.0, -80.0, 1e30, -1e30, LARGEST, -LARGEST])
+
+
+@given(
+    logits=st.lists(EXTREMES | st.floats(-50, 50, width=32), min_size=1, max_size=12),
+    uniform=st.floats(0, 1, exclude_max=True),
+    settings=st.builds(
+        TextSettings,
+        do_sample=st.booleans(),
+        temperature=st.floats(0, MAX_TEMPERATURE) | st.sampled_from([1e-320, 1e-45, 2e-38, 1e-30]),
+        top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([5e-324, 1e-46, 1e-38, 1e-9]),
+        top_k=st.integers(0, MAX_TOP_K),
+        repetition_penalty=st.floats(*PENALTIES),
+    ),
+    seen=st.booleans(),
+)
+@example([2.0, 1.0, -1.0], 0.5, sampling(top_p=5e-324), False)
+@example([1.0, LARGEST, -LARGEST], 0.5, TextSettings(do_sample=True, repetition_penalty=0.01), True)
+def test_whatever_the_settings_a_likely_token_is_chosen(
+    logits: list[float], uniform: float, settings: TextSettings, seen: bool
+) -> None:
+    """Of all that may be asked for nothing leaves float32: the last id, say, is not chosen for want of a number."""
+    values = torch.tensor(logits)
+    ids = range(len(logits)) if seen else ()
+    chosen = int(choose(values, settings, ids, uniform))
+    penalty = settings.repetition_penalty if seen else 1.0
+    penalised = torch.where(values > 0, values.double() / penalty, values.double() * penalty).clamp(-LARGEST, LARGEST)
+    best = float(penalised.max())
+    if not settings.do_sample or settings.temperature < 1e-30 or settings.top_p < 1e-40 or settings.top_k == 1:
+        assert float(penalised[chosen]) == pytest.approx(best, rel=1e-6, abs=1e-37)
+    else:  # softmax gives nothing to what lies further down
+        assert float(penalised[chosen]) >= best - 110 * settings.temperature - 1e-5 * abs(best)
 
 
 @pytest.mark.parametrize(

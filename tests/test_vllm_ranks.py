@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from bagel.defaults import NANO_FOLDERS
 from bagel.engine.reader import Reading, Written
-from bagel.errors import IncompleteContext, StoreFull
+from bagel.errors import IncompleteContext, NotFinite, StoreFull
 from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import TextPart
+from bagel.request import TextSettings
 from bagel_thinker.vllm import engine as engine_module
 from bagel_thinker.vllm.engine import VllmEngine
 from bagel_thinker.vllm.settings import VllmSettings
@@ -38,6 +40,7 @@ class Core:
         self.exports: dict[str, list[tuple[str, int, int, int]]] = {}
         self.aborted: list[str] = []
         self._new: list[str] = []
+        self.token, self.overflown = 1, 0
 
     @property
     def busy(self) -> bool:
@@ -49,7 +52,10 @@ class Core:
 
     def step(self) -> list[Any]:
         ended, self._new = self._new, []
-        return [SimpleNamespace(request_id=name, new_token_ids=[1], finish_reason="length") for name in ended]
+        return [SimpleNamespace(request_id=name, new_token_ids=[self.token], finish_reason="length") for name in ended]
+
+    def overflows(self) -> int:
+        return self.overflown
 
     def abort(self, names: Sequence[str]) -> None:
         self.aborted += names
@@ -61,9 +67,9 @@ class Core:
 class Stand:
     """An engine over two ranks whose notices the test sends."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, kv_store_bytes: int = 2**18) -> None:
         settings = VllmSettings("cpu", "float32", max_num_seqs=4, max_model_len=600, tensor_parallel_size=RANKS)
-        self.engine = VllmEngine(checkpoint, settings, model_name="tiny", kv_store_bytes=2**18)
+        self.engine = VllmEngine(checkpoint, settings, model_name="tiny", kv_store_bytes=kv_store_bytes)
         self.heard, hear = 0, self.engine._sink.hear
 
         def count(notice: Notice) -> None:
@@ -80,15 +86,15 @@ class Stand:
         assert isinstance(core, Core)
         return core
 
-    def read(self, words: str) -> tuple[Reading, str]:
+    def read(self, words: str, settings: TextSettings | None = None) -> tuple[Reading, str]:
         """A reading under way, and the lease of its context."""
         planner = self.engine.planner
         prompt = (TextPart(words),)
         chain = planner.chain(prompt, {})
         lease = self.engine.store.lease([(each.digest, each.length) for each in chain.segments], 600)
-        reading = Reading(chain, 7, self.came.append, self.came.append)
+        reading, before = Reading(chain, 7, self.came.append, self.came.append, settings), len(self.core.exports)
         self.engine.submit(reading)
-        until(lambda: len(self.core.exports) > 0)
+        until(lambda: len(self.core.exports) > before)
         return reading, lease
 
     def write(self, rank: int, name: str, *, layers: int | None = None) -> None:
@@ -178,3 +184,31 @@ def test_a_rank_that_leaves_something_out_fails_the_reading(stand: Stand) -> Non
     stand.settle()
     (came,) = stand.came
     assert isinstance(came, IncompleteContext) and not stand.engine._requests
+
+
+def test_an_overflow_is_told_where_texts_use_all_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bagel-nano's do: the id that stands for an overflow may be a text's own then, which the count decides."""
+    monkeypatch.setattr(engine_module, "Core", Core)
+    stand = Stand(Checkpoint(NANO_FOLDERS[1]), 2**24)
+    try:
+        core, writing = stand.core, TextSettings(max_tokens=1)
+        core.token = stand.engine.planner.config.llm.vocab_size - 1
+
+        def came(words: str, settings: TextSettings | None, overflown: int) -> Written | Exception:
+            stand.came.clear()
+            core.overflown += overflown
+            stand.read(words, settings)
+            name = list(core.exports)[-1]
+            for rank in range(RANKS):
+                stand.write(rank, name)
+                stand.tell(Notice(name, rank=rank, over=True))
+            stand.settle()
+            (ended,) = stand.came
+            return ended
+
+        assert isinstance(came("a red cube", writing, 0), Written)
+        assert isinstance(came("a blue cube", writing, 1), NotFinite)
+        assert isinstance(came("a green cube", None, 1), Written)  # its logits are nobody's
+        assert isinstance(came("a black cube", writing, 0), Written)
+    finally:
+        stand.engine.close()

@@ -14,7 +14,17 @@ from bagel import wire
 from bagel.errors import InvalidRequest
 from bagel.images import pixel_digest
 from bagel.prompts import BranchName, ImagePart, TextPart
-from bagel.request import MAX_SEED, ImageSettings, Modality, PosteriorMode, RenormType, TextSettings, resolve
+from bagel.request import (
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    PENALTIES,
+    ImageSettings,
+    Modality,
+    PosteriorMode,
+    RenormType,
+    TextSettings,
+    resolve,
+)
 from bagel.v1 import common_pb2
 
 COUNTS = st.integers(1, 2**31)
@@ -30,10 +40,10 @@ OPTIONS = st.fixed_dictionaries(
         "negative_prompt": TEXTS,
         "posterior": st.sampled_from(PosteriorMode),
         "do_sample": st.booleans(),
-        "temperature": st.floats(0.0, 1e6),
+        "temperature": st.floats(0.0, MAX_TEMPERATURE),
         "top_p": st.floats(0.001, 1.0),
         "top_k": st.integers(0, 2**31),
-        "repetition_penalty": st.floats(0.001, 1e6),
+        "repetition_penalty": st.floats(*PENALTIES),
         "max_tokens": COUNTS,
         "stop_token_ids": st.lists(st.integers(0, 2**31), min_size=1, max_size=4).map(tuple),
         "steps": st.integers(2, 1000),

@@ -177,6 +177,8 @@ class Reader:
             if reading._run is not None and reading._run.finished:
                 del self._writing[run_id]
                 with self._alone(reading):
+                    if reading._run.error is not None:
+                        raise reading._run.error
                     self._written(reading)
 
     def _written(self, reading: Reading) -> None:

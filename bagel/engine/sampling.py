@@ -13,6 +13,7 @@ from bagel.request import TextSettings
 def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform: float) -> Tensor:
     """The next token's id (0-d) from logits [vocab]; greedy unless settings.do_sample with a temperature above 0.
 
+    Logits that are finite lead to an allowed token, whatever the settings; from others the caller does not go on.
     seen: ids of the prompt and the text so far, which the repetition penalty (Keskar et al. 2019) divides down;
     uniform in [0, 1) picks from the cumulative distribution, so that a seed gives the same text on any device.
     """
@@ -23,6 +24,7 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     keep = cumulative - probabilities < settings.top_p
+    keep[0] = True  # of a top_p that float32 rounds to 0
     if settings.top_k:
         keep[settings.top_k :] = False
     allowed = (probabilities * keep).cumsum(-1)
@@ -35,4 +37,5 @@ def _penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
         return logits
     ids = torch.tensor(sorted(set(seen)), device=logits.device)
     values = logits[ids]
-    return logits.index_copy(0, ids, torch.where(values > 0, values / penalty, values * penalty))
+    limit = torch.finfo(values.dtype).max
+    return logits.index_copy(0, ids, torch.where(values > 0, values / penalty, values * penalty).clamp(-limit, limit))

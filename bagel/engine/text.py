@@ -24,13 +24,14 @@ OnToken = Callable[[int, int], None]
 
 @dataclass
 class TextRun:
-    """One text to decode after a context. tokens are the visible ids so far."""
+    """One text to decode after a context. tokens: the visible ids so far; error: what it ended with, if not well."""
 
     context: Context
     settings: TextSettings
     seed: int
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
+    error: NotFinite | None = None
 
 
 class TextBatch:
@@ -70,18 +71,25 @@ class TextBatch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[TextRun, int]]:
-        """One token of each text; the visible ones, with their texts. Finished texts leave."""
+        """One token of each text; the visible ones, with their texts. Finished texts leave.
+
+        A text whose logits are not finite is finished too, with an error: the others go on.
+        """
         entries = self._entries
         logits = self._forward()
         chosen = [
             choose(row, entry.run.settings, _seen(entry.run), entry.uniforms[len(entry.run.tokens)])
             for entry, row in zip(entries, logits, strict=True)
         ]
-        *tokens, finite = torch.stack([*chosen, logits.isfinite().all().long()]).tolist()
-        if not finite:
-            raise NotFinite("the text overflowed: its logits are not finite; use float32")
+        tokens, finite = torch.stack((torch.stack(chosen), logits.isfinite().all(-1).long())).tolist()
+        for entry, ok in zip(entries, finite, strict=True):
+            if not ok:
+                entry.run.error = NotFinite("the text overflowed: its logits are not finite; use float32")
+                entry.run.finished = True
         shown = [
-            (entry.run, token) for entry, token in zip(entries, tokens, strict=True) if self._take(entry.run, token)
+            (entry.run, token)
+            for entry, token in zip(entries, tokens, strict=True)
+            if not entry.run.finished and self._take(entry.run, token)
         ]
         for run in [entry.run for entry in entries if entry.run.finished]:
             self.remove(run)
@@ -128,7 +136,10 @@ class TextDecoder:
         self.model, self.tokenizer = model, tokenizer
 
     def decode(self, runs: Sequence[TextRun], on_token: OnToken | None = None) -> None:
-        """Fill every run's tokens until its limit or a stop token, which is not kept."""
+        """Fill every run's tokens until its limit or a stop token, which is not kept.
+
+        Raises NotFinite, after all others are written, if a text overflowed.
+        """
         room = sum(run.context.length + run.settings.max_tokens for run in runs)
         batch = TextBatch(self.model, self.tokenizer, room)
         index = {id(run): i for i, run in enumerate(runs)}
@@ -138,6 +149,9 @@ class TextDecoder:
             for run, token in batch.step():
                 if on_token is not None:
                     on_token(index[id(run)], token)
+        for run in runs:
+            if run.error is not None:
+                raise run.error
 
     def reply(self, run: TextRun) -> str:
         """The text of a finished run."""

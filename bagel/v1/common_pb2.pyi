@@ -242,13 +242,13 @@ class TextSettings(_message.Message):
     do_sample: _builtins.bool
     """Sample instead of taking the likeliest token."""
     temperature: _builtins.float
-    """Softmax temperature; 0 is greedy."""
+    """Softmax temperature, at most 100; 0 is greedy."""
     top_p: _builtins.float
     """Least probability mass that sampling chooses from."""
     top_k: _builtins.int
     """Likeliest tokens that sampling chooses from; 0 is all."""
     repetition_penalty: _builtins.float
-    """Divides down the logits of tokens that were there already."""
+    """Divides down the logits of tokens that were there already; from 0.01 to 100."""
     max_tokens: _builtins.int
     """Limit of the reply, in visible tokens."""
     @_builtins.property

@@ -162,6 +162,8 @@ class VllmEngine:
         if writing:
             count_step("text", writing, time.perf_counter() - began)
         self._failures, self._overflowed = 0, None
+        if any(self._ids.overflow in output.new_token_ids for output in outputs):
+            self._overflown()  # counted with this step, whether or not anybody still waits for the text
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is not None:

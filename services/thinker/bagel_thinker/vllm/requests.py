@@ -14,7 +14,7 @@ class Placeholders:
     """Ids that stand for what has none.
 
     start, end, vit, latent: tokens of image blocks; they only tell latents apart within a block. overflow: what a text
-    whose logits are not finite goes on with: a row of the vocabulary that no text has; -1 if there is none.
+    whose logits are not finite goes on with, the last row of the vocabulary, which most models have for no text.
     """
 
     start: int
@@ -26,8 +26,7 @@ class Placeholders:
     @classmethod
     def of(cls, tokenizer: BagelTokenizer, vocab_size: int) -> Placeholders:
         """Ids that every BAGEL tokenizer has; vocab_size: rows of the model's vocabulary."""
-        overflow = vocab_size - 1 if len(tokenizer) < vocab_size else -1
-        return cls(tokenizer.image_start, tokenizer.image_end, tokenizer.eos, tokenizer.bos, overflow)
+        return cls(tokenizer.image_start, tokenizer.image_end, tokenizer.eos, tokenizer.bos, vocab_size - 1)
 
 
 def token_ids(chain: Chain, ids: Placeholders) -> list[int]:
