@@ -15,6 +15,10 @@ __version__ = "0.1.0"
 # other process on the same cores that costs tens of times what they compute.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Read when gRPC is loaded. Its own lines would stand between the JSON lines of a log and under a command's one line of
+# error; what went wrong is in the status of the call. GRPC_VERBOSITY=ERROR brings them back.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 def __getattr__(name: str) -> Any:
     """`bagel.Omni`, imported when it is first asked for: the command line's --help needs none of it."""

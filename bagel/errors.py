@@ -4,6 +4,7 @@
     ├── InvalidRequest              a request that cannot be served as it is written (names the field)
     │   └── InvalidImage            an input image that cannot be read or is too large
     ├── Unauthenticated             a caller without an API key that the gateway knows
+    ├── Forbidden                   a caller whose certificate is not one that this service takes calls of
     ├── ConfigError                 a deploy file, flag or setting of the server that is wrong
     ├── CheckpointError             model files that are missing, odd or do not fit the configuration
     ├── NotSupported                a known option that does not exist in this version
@@ -66,6 +67,14 @@ class Unauthenticated(BagelError):
 
     grpc_status = "UNAUTHENTICATED"
     http_status = 401
+    exit_code = 2
+
+
+class Forbidden(BagelError):
+    """A caller who is known by their certificate, and may not call this service."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
     exit_code = 2
 
 
@@ -227,6 +236,7 @@ _HTTP = {
     "CANCELLED": 499,
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "DEADLINE_EXCEEDED": 504,
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,

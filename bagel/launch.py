@@ -162,7 +162,7 @@ class Deployment:
 
     def _is_ready(self, service: Service, address: str) -> bool:
         """Whether it says so; a gateway with TLS says it on stdout, as its certificate may be for another name."""
-        if service.name == GATEWAY and self._security != PLAINTEXT:
+        if service.name == GATEWAY and self._security.serves_tls:
             return service.said_ready
         return is_serving(address)
 
@@ -220,7 +220,7 @@ class Deployment:
             arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
         arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
         arguments += ["--log-stats"] if self._log_stats else []
-        if self._security != PLAINTEXT:
+        if self._security.serves_tls:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         if self._http is not None:
             arguments += ["--http", self._http, "--served-model-name", self._name]
@@ -247,7 +247,9 @@ def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) ->
 
 def _tls_arguments(security: Security) -> list[str]:
     files = {"certificate": security.certificate, "key": security.key, "ca": security.ca}
-    return [argument for what, file in files.items() if file is not None for argument in (f"--tls-{what}", str(file))]
+    arguments = [(f"--tls-{what}", str(file)) for what, file in files.items() if file is not None]
+    arguments += [("--tls-allow-client", name) for name in security.clients]
+    return [argument for pair in arguments for argument in pair]
 
 
 def reachable(address: str) -> str:

@@ -6,17 +6,19 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
 from bagel.commands.flags import Parser
-from bagel.errors import BagelError
+from bagel.descriptors import limit, raise_limit
+from bagel.errors import BagelError, ConfigError
+from bagel.guard import CONNECTIONS
 from bagel.images.pool import TIMEOUT_S, WORKERS, ImagePool
 from bagel.metrics import set_up_metrics
 from bagel.otlp import shut_down
 from bagel.telemetry import Log, set_up_logs
 from bagel.tracing import set_up_tracing
-from bagel.transport import DRAIN_S, Host, Security
+from bagel.transport import DRAIN_S, Host, Limits, Security
 from bagel.unread import MAX_UNREAD_BYTES, READER_TIMEOUT_S, Unread
 
 DEFAULT_KV_BYTES = 2 * 2**30
@@ -29,8 +31,8 @@ LAST_WORDS_S = 1.0
 log = Log("bagel.service")
 
 
-def parser(module: str, description: str, listen: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every service has."""
+def parser(module: str, description: str, listen: str, clients: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """A parser with the flags that every service has. clients: whose certificates it takes calls of by default."""
     flags = Parser(prog=f"python -m {module}", description=description)
     flags.add_argument(
         "--listen", default=listen, metavar="HOST:PORT", help=f"port 0: any free one (default: {listen})"
@@ -53,8 +55,70 @@ def parser(module: str, description: str, listen: str) -> argparse.ArgumentParse
     flags.add_argument("--tls-certificate", type=Path, metavar="FILE", help="PEM; without it, plaintext")
     flags.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM")
     flags.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM; peers are checked against it, clients too")
+    flags.add_argument(
+        "--tls-allow-client", action="append", metavar="NAME", help="a name that a caller's certificate may have, with "
+        f"--tls-ca; may be given again (default: {', '.join(clients) or 'any'})",
+    )  # fmt: skip
+    flags.set_defaults(default_clients=tuple(clients))
+    _add_limits(flags, Limits())
     flags.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return flags
+
+
+def _add_limits(flags: argparse.ArgumentParser, default: Limits) -> None:
+    group = flags.add_argument_group("bounds of the gRPC port; none of them ends a call whose request has come in")
+    connections = f"at once; further ones are closed (default: {CONNECTIONS}, at most half of the open files allowed)"
+    group.add_argument("--grpc-connections", type=_count, metavar="N", help=connections)
+    for flag, value, kind, metavar, what in (
+        ("streams", default.streams, _count, "N", "calls at once on one connection; further ones wait"),
+        ("watches", default.watches, _count, "N", "streams of health's Watch and reflection; a quarter of one host"),
+        ("message-timeout", default.message_s, seconds, "S", "until a call's request has come in"),
+        ("handshake-timeout", default.handshake_s, seconds, "S", "for TLS and HTTP/2, then it is closed"),
+        ("connection-age", default.age_s, seconds, "S", "of a connection, after which its caller makes another"),
+    ):
+        told = f"{what} (default: {value:g})"
+        group.add_argument(f"--grpc-{flag}", type=kind, default=value, metavar=metavar, help=told)
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    """The bounds of the gRPC port as the flags say; ConfigError for more connections than there are descriptors for."""
+    files = limit()
+    most = files // 2
+    if args.grpc_connections is not None and args.grpc_connections > most:
+        raise ConfigError(
+            f"--grpc-connections is {args.grpc_connections}; this process may open {files} files, and half of them may "
+            f"be connections; give at most {most}, or raise ulimit -n"
+        )
+    return Limits(
+        connections=args.grpc_connections or min(CONNECTIONS, most),
+        streams=args.grpc_streams,
+        watches=args.grpc_watches,
+        message_s=args.grpc_message_timeout,
+        handshake_s=args.grpc_handshake_timeout,
+        age_s=args.grpc_connection_age,
+    )
+
+
+def add_server_names(flags: argparse.ArgumentParser) -> None:
+    """The flag of a service that calls others: which name the certificate of each must have."""
+    flags.add_argument(
+        "--tls-server-name", type=_named, action="append", default=[], metavar="SERVICE=NAME",
+        help="the name that the certificate of a service must have (default: its role, thinker or dit); may be given "
+        "again, like thinker-0=a.example",
+    )  # fmt: skip
+
+
+def server_names(args: argparse.Namespace, services: Iterable[str], *, tls: bool) -> dict[str, str]:
+    """What --tls-server-name says, by service; ConfigError for one that is not called, or is called in plaintext."""
+    names = dict(args.tls_server_name)
+    known = set(services)
+    for service in names:
+        if service not in known:
+            told = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"--tls-server-name names {service!r}, which is not called; there is {told}")
+    if names and not tls:
+        raise ConfigError("--tls-server-name needs TLS to the services; give --tls-ca")
+    return names
 
 
 def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
@@ -94,8 +158,11 @@ def image_pool(args: argparse.Namespace) -> ImagePool:
 
 
 def security(args: argparse.Namespace) -> Security:
-    """TLS as the flags say."""
-    return Security(args.tls_certificate, args.tls_key, args.tls_ca)
+    """TLS as the flags say; ConfigError for what does not fit together or cannot be used by a server."""
+    clients = args.tls_allow_client
+    if clients is None:
+        clients = args.default_clients if args.tls_ca is not None else ()
+    return Security(args.tls_certificate, args.tls_key, args.tls_ca, clients=tuple(clients))
 
 
 def unread(args: argparse.Namespace) -> Unread:
@@ -149,6 +216,7 @@ def run(
     try:
         args = flags.parse_args(argv)
         set_up_logs(service, args.log_level)
+        raise_limit()
         instance = getattr(args, "name", service)
         set_up_tracing(service, instance)
         set_up_metrics(service, instance)
@@ -165,6 +233,24 @@ def run(
 
 async def _as_coroutine(work: Awaitable[None]) -> None:
     await work
+
+
+def _named(text: str) -> tuple[str, str]:
+    service, _, name = text.partition("=")
+    if not (service and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SERVICE=NAME, like thinker-0=a.example")
+    return service, name
+
+
+def seconds(text: str) -> float:
+    """A flag's number of seconds, above 0 and finite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
 
 
 def _count(text: str) -> int:

@@ -7,21 +7,33 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from bagel.errors import ConfigError, Loading
+from bagel.guard import Guard, Limits
+from bagel.health import HEALTH, NOT_SERVING, Health
+from bagel.security import PLAINTEXT, Security
 from bagel.status import abort, decoding
 from bagel.telemetry import Log
 from bagel.unread import Unread
 from bagel.writing import writing
+
+__all__ = [
+    "DRAIN_S",
+    "MAX_MESSAGE_BYTES",
+    "PLAINTEXT",
+    "Host",
+    "LateMethods",
+    "Limits",
+    "Security",
+    "channel",
+    "sync_channel",
+]
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt's images and a picture fit; K/V pages are far smaller."""
@@ -56,60 +68,24 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 log = Log("bagel.transport")
 
 
-@dataclass(frozen=True)
-class Security:
-    """TLS of one service: PEM files. None of them: plaintext, for loopback and private networks.
-
-    certificate and key are this service's own; ca is what the other side is checked against (and asked for, by a
-    server that has one: mutual TLS). trusted_network: nobody else reads what a client sends, so that its API key may go
-    over it without TLS.
-    """
-
-    certificate: Path | None = None
-    key: Path | None = None
-    ca: Path | None = None
-    trusted_network: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.certificate is None) != (self.key is None):
-            raise ConfigError("TLS needs both a certificate and its key; give --tls-certificate and --tls-key")
-
-    @property
-    def encrypted(self) -> bool:
-        """Whether a client speaks TLS."""
-        return self.ca is not None or self.certificate is not None
-
-    def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """What a client shows and checks; None for plaintext."""
-        if not self.encrypted:
-            return None
-        return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
-
-    def server_credentials(self) -> grpc.ServerCredentials | None:
-        """What a server shows and checks; None for plaintext."""
-        key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
-        if key is None or certificate is None:
-            return None
-        return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
-
-
-PLAINTEXT = Security()
-
-
-def channel(target: str, security: Security = PLAINTEXT) -> aio.Channel:
-    """A channel to a service's host:port."""
+def channel(target: str, security: Security = PLAINTEXT, server_name: str | None = None) -> aio.Channel:
+    """A channel to a service's host:port. server_name: what its certificate must be for, in place of that host."""
     credentials = security.channel_credentials()
     if credentials is None:
         return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-    return aio.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+    return aio.secure_channel(target, credentials, options=(*CHANNEL_OPTIONS, *_expecting(server_name)))
 
 
-def sync_channel(target: str, security: Security = PLAINTEXT) -> grpc.Channel:
+def sync_channel(target: str, security: Security = PLAINTEXT, server_name: str | None = None) -> grpc.Channel:
     """As `channel`, for threads."""
     credentials = security.channel_credentials()
     if credentials is None:
         return grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
-    return grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
+    return grpc.secure_channel(target, credentials, options=(*CHANNEL_OPTIONS, *_expecting(server_name)))
+
+
+def _expecting(server_name: str | None) -> tuple[tuple[str, str], ...]:
+    return () if server_name is None else (("grpc.ssl_target_name_override", server_name),)
 
 
 class LateMethods(grpc.GenericRpcHandler):
@@ -160,7 +136,7 @@ class Host:
 
     services: the full names of what is served. Servicers are added to `methods`, also after `start`: a model loads for
     minutes, and its service's address and health are to be known meanwhile. interceptors see every call, also one of a
-    method that there is not. unread: what may wait for clients that read slowly.
+    method that there is not. unread: what may wait for clients that read slowly; limits: of what callers may hold.
     """
 
     def __init__(
@@ -170,18 +146,19 @@ class Host:
         security: Security = PLAINTEXT,
         interceptors: Sequence[aio.ServerInterceptor] = (),
         unread: Unread | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        credentials, limits = security.server_credentials(), limits or Limits()
         self.unread = Unread() if unread is None else unread
-        self.server = aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
+        guard = Guard(security, limits)
+        self.server = aio.server(options=(*SERVER_OPTIONS, *limits.options()), interceptors=(*interceptors, guard))
         self._methods = LateMethods(services, self.unread)
         self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()
-        self._services = tuple(services)
-        self._health = health_aio.HealthServicer()
+        self._health = Health(services)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
-        names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        names = (*services, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.server)
-        credentials = security.server_credentials()
         try:
             if credentials is None:
                 self.port = self.server.add_insecure_port(address)
@@ -197,16 +174,15 @@ class Host:
 
     async def start(self) -> None:
         """Listen; health says NOT_SERVING until `ready`."""
-        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await self.server.start()
 
     async def ready(self) -> None:
         """Health says SERVING."""
-        await self._set(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def not_ready(self) -> None:
         """Health says NOT_SERVING, as after the loss of what serves."""
-        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(NOT_SERVING)
 
     async def until_stopped(self, drain_s: float = DRAIN_S, idle: Callable[[], bool] | None = None) -> None:
         """Serve until SIGTERM or SIGINT, then `drain`; a second signal ends what is under way at once."""
@@ -233,20 +209,7 @@ class Host:
         log.info("draining", seconds=drain_s)
         deadline = time.monotonic() + drain_s
         self.draining.set()
-        await self._health.enter_graceful_shutdown()
+        self._health.end()
         while idle is not None and not idle() and time.monotonic() < deadline:
             await asyncio.sleep(IDLE_CHECK_S)
         await self.server.stop(max(deadline - time.monotonic(), 0))
-
-    async def _set(self, status: int) -> None:
-        for name in ("", *self._services):
-            await self._health.set(name, status)
-
-
-def _read(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"the TLS file {path} cannot be read: {error.strerror}") from None

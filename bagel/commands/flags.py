@@ -168,7 +168,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     keys = "callers need an API key of it, see bagel keys"
     _add(group, "--api-keys", "BAGEL_API_KEYS_FILE's, else none", keys, type=_given, metavar="FILE")
     _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
-    _add_tls(parser.add_argument_group("TLS of the gateway"), "none, plaintext", "clients need a certificate of it")
+    group = parser.add_argument_group("TLS of the gateway")
+    _add_tls(group, "none, plaintext", "clients need a certificate of it")
+    allowed = "with --tls-ca: a name that a client's certificate may have; may be given again"
+    _add(group, "--tls-allow-client", "any", allowed, type=_given, action="append", metavar="NAME")
     group = parser.add_argument_group("times")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")

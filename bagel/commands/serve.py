@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def serve(args: argparse.Namespace) -> None:
         with deployment(args, config, model, checkpoint, **where, log_stats=bool(args.log_stats)) as running:
             _say_how_to_call(running.address, security, keys)
             if running.http:
-                say(f"the OpenAI API is at http{'' if security == PLAINTEXT else 's'}://{reachable(running.http)}/v1")
+                say(f"the OpenAI API is at http{'s' * security.serves_tls}://{reachable(running.http)}/v1")
             while True:
                 running.check()
                 time.sleep(WATCH_S)
@@ -99,10 +100,8 @@ def deployment(
 
 def _front(args: argparse.Namespace) -> Security:
     """TLS of the gateway's port; ConfigError for files that are missing or cannot be read."""
-    security = security_of(args)
-    if security.ca is not None and security.certificate is None:
-        raise ConfigError("--tls-ca alone serves no TLS; give --tls-certificate and --tls-key too")
-    security.server_credentials()
+    security = replace(security_of(args), clients=tuple(args.tls_allow_client or ()))
+    security.check_server()
     return security
 
 
@@ -116,9 +115,7 @@ def _keys(args: argparse.Namespace) -> Path | None:
 
 def _say_how_to_call(address: str, security: Security, keys: Path | None) -> None:
     write_out(f"{address}\n")
-    tls = (
-        "" if security == PLAINTEXT else " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca)
-    )
+    tls = " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca) if security.serves_tls else ""
     key = "" if keys is None else " --api-key-file FILE"
     say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls}{key} --prompts 'a red cube'")
     say("Ctrl-C stops it")

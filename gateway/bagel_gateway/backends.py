@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.errors import ConfigError, ForeignContext, NoBackend
+from bagel.security import DIT, THINKER
 from bagel.status import from_rpc_error
 from bagel.telemetry import Log
 from bagel.transport import PLAINTEXT, Security, channel
@@ -50,8 +51,12 @@ class Backend:
     """One service. model is what it serves while it is ready, else None; under_way counts the gateway's requests."""
 
     kind = "service"
+    role = ""
+    """What its certificate names it, unless the gateway is told another name."""
 
-    def __init__(self, address: Address, security: Security, silence_s: float = SILENCE_S) -> None:
+    def __init__(
+        self, address: Address, security: Security, silence_s: float = SILENCE_S, server_name: str | None = None
+    ) -> None:
         self.address, self.under_way = address, 0
         self.model: ModelInfo | None = None
         self.why_not = "not checked yet"
@@ -60,7 +65,7 @@ class Backend:
         """Set once it has answered no check for silence_s: its calls under way are given up."""
         self._unanswered_since: float | None = None
         self._waiting: set[Callable[[], object]] = set()
-        self._channel = channel(address.target, security)
+        self._channel = channel(address.target, security, server_name or self.role)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     @property
@@ -143,10 +148,12 @@ class Backend:
 class ThinkerBackend(Backend):
     """A Thinker. source: the name under which DiTs know it; page_version: the rule of its pages; kv: its store."""
 
-    kind = "Thinker"
+    kind, role = "Thinker", THINKER
 
-    def __init__(self, address: Address, security: Security, silence_s: float = SILENCE_S) -> None:
-        super().__init__(address, security, silence_s)
+    def __init__(
+        self, address: Address, security: Security, silence_s: float = SILENCE_S, server_name: str | None = None
+    ) -> None:
+        super().__init__(address, security, silence_s, server_name)
         self.source, self.page_version = address.name, 0
         self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
         self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
@@ -172,12 +179,18 @@ class ThinkerBackend(Backend):
 class DitBackend(Backend):
     """A DiT. sources: names of the Thinkers that it can pull from; page_version: the rule of the pages it reads."""
 
-    kind = "DiT"
+    kind, role = "DiT", DIT
 
     def __init__(
-        self, address: Address, security: Security, silence_s: float = SILENCE_S, *, single_stage: bool
+        self,
+        address: Address,
+        security: Security,
+        silence_s: float = SILENCE_S,
+        server_name: str | None = None,
+        *,
+        single_stage: bool,
     ) -> None:
-        super().__init__(address, security, silence_s)
+        super().__init__(address, security, silence_s, server_name)
         self.sources, self.page_version = frozenset[str](), 0
         self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
         self._single_stage = single_stage
@@ -195,7 +208,10 @@ B = TypeVar("B", bound=Backend)
 
 
 class Backends:
-    """All services of a deployment. Without thinkers the DiTs serve whole requests."""
+    """All services of a deployment. Without thinkers the DiTs serve whole requests.
+
+    server_names: what the certificate of a service, by its name, must be for; without an entry its role.
+    """
 
     def __init__(
         self,
@@ -206,9 +222,13 @@ class Backends:
         security: Security = PLAINTEXT,
         check_every_s: float = CHECK_EVERY_S,
         silence_s: float = SILENCE_S,
+        server_names: Mapping[str, str] | None = None,
     ) -> None:
-        self.thinkers = [ThinkerBackend(address, security, silence_s) for address in thinkers]
-        self.dits = [DitBackend(address, security, silence_s, single_stage=single_stage) for address in dits]
+        named = server_names or {}
+        self.thinkers = [ThinkerBackend(each, security, silence_s, named.get(each.name)) for each in thinkers]
+        self.dits = [
+            DitBackend(each, security, silence_s, named.get(each.name), single_stage=single_stage) for each in dits
+        ]
         self._single_stage, self._check_every_s = single_stage, check_every_s
         self._watches: list[asyncio.Task[None]] = []
 

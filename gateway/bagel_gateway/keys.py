@@ -11,12 +11,13 @@ import grpc
 from grpc import aio
 
 from bagel.errors import ConfigError, Unauthenticated
+from bagel.guard import HEALTH_METHODS
 from bagel.keys import AUTHORIZATION, KeyRing, read_keys
 from bagel.status import abort
 from bagel.telemetry import Log, current_caller
 
 LOOK_EVERY_S = 1.0
-OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+OPEN_METHODS = HEALTH_METHODS
 """What a health probe calls, which has no key. Everything else needs one, also what is added later."""
 
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]

@@ -52,7 +52,8 @@ class Gateway:
     def __init__(self, settings: Settings) -> None:
         keys = None if settings.api_keys is None else Keys(settings.api_keys)
         guards = () if keys is None else (KeyInterceptor(keys),)
-        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, settings.unread())
+        unread, limits = settings.unread(), settings.grpc
+        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, unread, limits)
         self.backends = Backends(
             settings.thinkers,
             settings.dits,
@@ -60,6 +61,7 @@ class Gateway:
             security=settings.security,
             check_every_s=settings.check_every_s,
             silence_s=settings.silence_timeout_s,
+            server_names=settings.server_names,
         )
         self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
         self.metrics = Metrics()

@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
 from bagel.request import MAX_PARTS, Modality, resolve
-from bagel.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Security
+from bagel.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
 from bagel.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES
@@ -39,7 +39,8 @@ class Settings:
     batch_timeout_s: seconds that a request waits for a place before it is refused as Busy; backend_timeout_s: for a
     service that is ready; silence_timeout_s: that a service may answer no check before its calls are ended;
     sampling_defaults: the deploy file's defaults for what a request leaves open. front_security: TLS of the gateway's
-    own ports; security: of its calls to the services. http: host:port of the REST front; model_names: what the model is
+    own ports; security: of its calls to the services, whose certificates must be for server_names, by default for their
+    roles. grpc: bounds of the gRPC port. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
     max_body_bytes: of one HTTP request; max_bytes_in_flight: of all requests together, on both fronts. max_images and
     max_image_pixels: of one request; image_workers: processes that look at images, each at one for at most
@@ -60,7 +61,9 @@ class Settings:
     silence_timeout_s: float = SILENCE_S
     backend_timeout_s: float = BACKEND_TIMEOUT_S
     security: Security = PLAINTEXT
+    server_names: Mapping[str, str] = field(default_factory=dict)
     front_security: Security = PLAINTEXT
+    grpc: Limits = field(default_factory=Limits)
     http: str | None = None
     model_names: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
@@ -126,7 +129,7 @@ class Settings:
     def exposes_keys(self) -> bool:
         """Whether callers on other machines send their API keys in plaintext."""
         fronts = (address for address in (self.listen, self.http) if address is not None)
-        plaintext = self.front_security.certificate is None
+        plaintext = not self.front_security.serves_tls
         return self.api_keys is not None and plaintext and not all(map(is_local, fronts))
 
     def shown(self) -> dict[str, object]:
@@ -155,8 +158,11 @@ class Settings:
             "reader_timeout": self.reader_timeout_s,
             "max_unread_bytes": self.max_unread_bytes,
             "max_unread_bytes_per_call": self.max_unread_bytes_per_call,
-            "tls": self.front_security != PLAINTEXT,
-            "tls_to_services": self.security != PLAINTEXT,
+            "tls": self.front_security.serves_tls,
+            "tls_clients": list(self.front_security.clients) or ("any" if self.front_security.ca else "not asked"),
+            "tls_to_services": self.security.encrypted,
+            "tls_server_names": dict(self.server_names),
+            "grpc": asdict(self.grpc),
             "api_keys": None if self.api_keys is None else str(self.api_keys),
         }
 
@@ -174,6 +180,10 @@ def parser() -> argparse.ArgumentParser:
     add("--backend-timeout", type=float, default=BACKEND_TIMEOUT_S, metavar="S", help="to wait for a ready service")
     add("--tls-any-client", action="store_true", help="callers need no certificate; --tls-ca is for the services alone")
     add("--plaintext-services", action="store_true", help="TLS is for callers alone: the services are on this machine")
+    add(
+        "--plaintext-front", action="store_true", help="TLS is for the services alone, as behind a proxy that speaks it"
+    )
+    service.add_server_names(flags)
     add("--sampling-defaults", default="{}", metavar="JSON", help="defaults for what requests leave open")
     add("--http", metavar="HOST:PORT", help="also speak the OpenAI API there; port 0: any free one (default: not)")
     add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
@@ -200,7 +210,8 @@ def parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Settings from the flags; ConfigError for wrong ones."""
-    secure = service.security(args)
+    front, inner = _front_and_inner(args)
+    names = [address.partition("=")[0] for address in (*args.thinker, *args.dit)]
     return Settings(
         listen=args.listen,
         pipeline=pipeline(args.pipeline),
@@ -226,9 +237,35 @@ def settings_of(args: argparse.Namespace) -> Settings:
         reader_timeout_s=args.reader_timeout,
         max_unread_bytes=args.max_unread_bytes,
         max_unread_bytes_per_call=args.max_unread_bytes_per_call,
-        security=PLAINTEXT if args.plaintext_services else secure,
-        front_security=replace(secure, ca=None) if args.tls_any_client else secure,
+        security=inner,
+        server_names=service.server_names(args, names, tls=inner.encrypted),
+        front_security=front,
+        grpc=service.limits(args),
     )
+
+
+def _front_and_inner(args: argparse.Namespace) -> tuple[Security, Security]:
+    """TLS of the gateway's own ports, and of its calls to the services; ConfigError for flags that mean nothing."""
+    secure = service.security(args)
+    inner = PLAINTEXT if args.plaintext_services else replace(secure, clients=())
+    if args.plaintext_front:
+        if not inner.encrypted:
+            raise ConfigError("--plaintext-front leaves TLS to the services, and there is none; give --tls-ca")
+        if args.tls_any_client or args.tls_allow_client:
+            raise ConfigError(
+                "--plaintext-front asks nobody for a certificate; leave out --tls-any-client and the like"
+            )
+        return PLAINTEXT, inner
+    if args.tls_any_client and args.tls_allow_client:
+        raise ConfigError("--tls-any-client and --tls-allow-client exclude each other; give one of them")
+    if args.tls_any_client and (args.tls_ca is None or args.plaintext_services):
+        raise ConfigError("--tls-any-client leaves --tls-ca to the services, which are not asked; give --tls-ca alone")
+    if secure.ca is not None and secure.certificate is None:
+        raise ConfigError(
+            "--tls-ca alone serves no TLS; give --tls-certificate and --tls-key too, or say --plaintext-front if only "
+            "the services speak TLS"
+        )
+    return (replace(secure, ca=None, clients=()) if args.tls_any_client else secure), inner
 
 
 def _read_json(text: str) -> dict[str, Any]:

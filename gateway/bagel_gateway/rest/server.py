@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from bagel.errors import ConfigError
-from bagel.transport import PLAINTEXT, Security
+from bagel.transport import Security
 from bagel.unread import Unread
 from bagel_gateway.backends import Backends
 from bagel_gateway.keys import Keys
@@ -55,7 +55,7 @@ class RestServer:
         self.address = f"{host}:{self.port}"
         front = Front(requests, settings.model_names)
         fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
-        grpc, keyed = GrpcFront(grpc_port, tls=settings.front_security != PLAINTEXT), keys is not None
+        grpc, keyed = GrpcFront(grpc_port, tls=settings.front_security.serves_tls), keys is not None
         app: ASGIApp = make_app(front, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed)
         app = LimitBodies(app, settings.max_body_bytes)
         if keys is not None:
@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
 
 def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
     tls: dict[str, Any] = {}
-    if security != PLAINTEXT:
+    if security.serves_tls:
         import ssl
 
         tls = {"ssl_certfile": security.certificate, "ssl_keyfile": security.key}

@@ -17,6 +17,7 @@ from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
 from bagel.metrics import watch_store
 from bagel.model.checkpoint import find_checkpoint
+from bagel.security import GATEWAY, THINKER
 from bagel.telemetry import Log
 from bagel.transport import Host, channel
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
@@ -33,7 +34,9 @@ log = Log("bagel.dit")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
-    flags = service.parser("bagel_dit", "Draws pictures from K/V, or serves whole requests.", "127.0.0.1:50053")
+    about = "Draws pictures from K/V, or serves whole requests."
+    flags = service.parser("bagel_dit", about, "127.0.0.1:50053", (GATEWAY,))
+    service.add_server_names(flags)
     service.add_model_flags(flags, "dit-0")
     service.add_image_flags(flags)
     flags.add_argument("--single-stage", action="store_true", help="load the whole model and serve whole requests")
@@ -59,7 +62,9 @@ async def _serve(args: argparse.Namespace) -> None:
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not args.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
-    host = Host(args.listen, names, service.security(args), unread=service.unread(args))
+    secure = service.security(args)
+    service.server_names(args, dict(args.source), tls=secure.encrypted)
+    host = Host(args.listen, names, secure, unread=service.unread(args), limits=service.limits(args))
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))
@@ -112,7 +117,8 @@ def _puller(args: argparse.Namespace, arena: Arena, info: common_pb2.ModelInfo) 
     layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, info.dtype)
     store = KvStore(layout, info.kv_fingerprint, args.kv_cache_bytes, arena=arena, flag="--kv-cache-bytes")
     secure = service.security(args)
-    sources = {name: channel(address, secure) for name, address in args.source}
+    names = service.server_names(args, dict(args.source), tls=secure.encrypted)
+    sources = {name: channel(address, secure, names.get(name, THINKER)) for name, address in args.source}
     return KvPuller(store, sources, page_timeout_s=args.kv_page_timeout, room_wait_s=args.batch_timeout)
 
 

@@ -15,6 +15,7 @@ from bagel.heap import keep_loaded
 from bagel.images.pool import ImagePool
 from bagel.metrics import watch_queue, watch_store
 from bagel.model.checkpoint import find_checkpoint
+from bagel.security import DIT, GATEWAY
 from bagel.slots import Slots
 from bagel.telemetry import Log
 from bagel.transport import Host
@@ -32,7 +33,8 @@ log = Log("bagel.thinker")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
-    flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052")
+    clients = (GATEWAY, DIT)
+    flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052", clients)
     service.add_model_flags(flags, "thinker-0")
     add_engine_flags(flags)
     service.add_image_flags(flags)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--lease-seconds", type=float, default=service.LEASE_S, help="how long unrenewed K/V are kept")
     flags.add_argument(
         "--step-timeout",
-        type=_seconds,
+        type=service.seconds,
         default=STEP_TIMEOUT_S,
         metavar="S",
         help=f"a step of the engine that takes longer has hung, and the service ends (default: {STEP_TIMEOUT_S:g})",
@@ -52,7 +54,8 @@ async def _serve(args: argparse.Namespace) -> None:
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
     find_checkpoint(args.model)  # what is wrong with it is told before anybody waits for this service
-    host = Host(args.listen, [name, kv_name], service.security(args), unread=service.unread(args))
+    secure, unread, limits = service.security(args), service.unread(args), service.limits(args)
+    host = Host(args.listen, [name, kv_name], secure, unread=unread, limits=limits)
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))
@@ -102,16 +105,6 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse
     watch_queue(lambda: slots.waiting, lambda: slots.taken)
     watch_store(engine.store.stats)
     return servicer
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
 
 
 def _leave(code: int) -> NoReturn:
