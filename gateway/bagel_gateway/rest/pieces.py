@@ -31,9 +31,9 @@ class Abortable(H11Protocol):
     """uvicorn's connection, which requests can end at once."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Tell the connection's requests how, and let them wait until all that they sent has gone to the kernel."""
+        """Tell the connection's requests how, and have them wait until what they sent has gone to the kernel."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)
+        transport.set_write_buffer_limits(high=1)  # of none, TLS would wait for ever
         self.app_state = {**self.app_state, ABORT: transport.abort}
 
 
