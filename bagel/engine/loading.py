@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from bagel.model.sizes import position_limit
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ def load_role(
     delimiters = (tokenizer.image_start, tokenizer.image_end)
     model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
     settle_threads(model.config, device)
+    backend = model.language_model.backend
+    chosen = {"attention": backend.attention, "kernels": backend.kernels.name, "device": str(device)}
+    logger.info("backend", extra={"fields": chosen})
     kv_fingerprint = fingerprint(checkpoint.fingerprint, str(dtype).removeprefix("torch."))
     planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
     return LoadedModel(

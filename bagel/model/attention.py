@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bagel.model.config import LlmConfig
-
-Rope = tuple[Tensor, Tensor]
+from bagel.model.kernels import Rope
 
 
 class KvSlab:
@@ -28,10 +26,19 @@ class KvSlab:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write K/V [..., kv_heads, head_dim] of one layer to the given token places (int64, as many)."""
-        self.k[layer].index_copy_(0, slots, k.flatten(0, -3))
-        self.v[layer].index_copy_(0, slots, v.flatten(0, -3))
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer, each [tokens, kv_heads, head_dim]."""
+        return self.k[layer], self.v[layer]
+
+
+@dataclass(frozen=True)
+class QueryBlock:
+    """Queries begin to begin + count of a forward, which see `length` tokens of K/V from `start` on."""
+
+    begin: int
+    count: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,27 @@ class Rows:
 
     @property
     def queries(self) -> int:
-        return self.und + self.gen
+        """All queries of the forward."""
+        return len(self.starts) * (self.und + self.gen)
+
+    @cached_property
+    def blocks(self) -> tuple[QueryBlock, ...]:
+        """What attends to what: all rows' und queries, row after row, then their gen queries.
+
+        Each expert's queries lie together, as each makes its own. Without a causal order it makes no difference that a
+        row's two experts attend apart.
+        """
+        experts = [count for count in (self.und, self.gen) if count]
+        blocks, begin = [], 0
+        for count in experts:
+            for start, length in zip(self.starts, self.lengths, strict=True):
+                blocks.append(QueryBlock(begin, count, start, length))
+                begin += count
+        return tuple(blocks)
+
+    @cached_property
+    def max_queries(self) -> int:
+        return max(self.und, self.gen)
 
     @cached_property
     def max_length(self) -> int:
@@ -64,62 +91,19 @@ class Rows:
 
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query starts [rows + 1], K/V starts [rows + 1] and lengths [rows], int32."""
+        """Query starts [blocks + 1], K/V starts [blocks + 1] and lengths [blocks], int32."""
         device = self.und_slots.device
-        query_starts = torch.arange(len(self.starts) + 1, dtype=torch.int32, device=device) * self.queries
-        ends = (*self.starts, self.starts[-1] + self.lengths[-1])
-        return query_starts, upload(ends, torch.int32, device), upload(self.lengths, torch.int32, device)
+        queries = (*(block.begin for block in self.blocks), self.queries)
+        starts = (*(block.start for block in self.blocks), self.starts[-1] + self.lengths[-1])
+        lengths = [block.length for block in self.blocks]
+        return (
+            upload(queries, torch.int32, device),
+            upload(starts, torch.int32, device),
+            upload(lengths, torch.int32, device),
+        )
 
 
 def upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small host list or tensor as a device tensor, without waiting for the device."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """Attention of q [rows, queries, heads, head_dim] over one layer's slab, k and v [tokens, kv_heads, head_dim].
-
-    Full within a row, or causal aligned at the end (rows.causal). Returns q's shape.
-    """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        return _attend_varlen(q, k, v, rows)
-    outputs = [
-        _attend_row(q[i], k[start : start + length], v[start : start + length], causal=rows.causal)
-        for i, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True))
-    ]
-    return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None]
-
-
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """Flash attention with lengths on the device: one launch for all rows, whatever their lengths.
-
-    The operator behind torch.nn.attention.varlen, which hands on grouped heads and used lengths only from torch 2.13.
-    """
-    query_starts, starts, lengths = rows.on_device
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q.flatten(0, 1),
-        k,
-        v,
-        query_starts,
-        starts,
-        rows.queries,
-        rows.max_length,
-        0.0,
-        rows.causal,
-        False,
-        seqused_k=lengths,
-    )[0]
-    return out.view(q.shape)
-
-
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """One row: q [queries, heads, head_dim], k and v [length, kv_heads, head_dim]."""
-    queries, length = len(q), len(k)
-    first = causal and queries == length  # without context, PyTorch's own causal order is ours
-    mask = None
-    if causal and 1 < queries < length:
-        mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=first, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel.model.kernels import Kernels, rms_norm
+
 
 class Linear(nn.Linear):
     """A linear layer that computes in its weight's type, whatever comes in."""
@@ -34,17 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # On a CPU rms_norm is five passes over x; this is three.
-        normed: Tensor = (x * rms_scale(x, self.eps)).mul_(self.weight)
-        return normed
-
-
-def rms_scale(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays as 1."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
@@ -70,23 +62,6 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rope_factors(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., head_dim] -> factors of x and of x with its halves swapped: x cos + swap(x) (-sin | sin)."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos, torch.cat((-first, second), dim=-1)
-
-
-def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, factors: tuple[Tensor, Tensor]) -> Tensor:
-    """RMS norm per head, then rotary embedding, in float32: x [..., heads, head_dim], weight [heads, head_dim].
-
-    The norm's weight goes into the factors (see rope_factors) and its scale comes last, which commutes.
-    """
-    half = x.shape[-1] // 2
-    direct, swapped = factors
-    y = (x * (direct * weight)).addcmul_(x.roll(half, -1), swapped * weight.roll(half, -1))
-    return y.mul_(rms_scale(x, eps))
-
-
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
 
@@ -95,9 +70,8 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = linear(hidden, 2 * intermediate, bias=False)
         self.down_proj = linear(intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return cast(Tensor, self.down_proj(F.silu(gate).mul_(up)))
+    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
+        return cast(Tensor, self.down_proj(kernels.gate(self.gate_up_proj(x))))
 
 
 class Mlp(nn.Module):

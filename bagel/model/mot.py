@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
-from bagel.model.attention import KvSlab, Rope, Rows, attend
+from bagel.model.attention import KvSlab, Rows
+from bagel.model.backend import LayerBackend
 from bagel.model.config import LlmConfig
-from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear, norm_and_rotate, rope_factors
+from bagel.model.kernels import Rope, rope_factors
+from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear
 
 OnLayer = Callable[[int], None]
 
@@ -39,21 +40,19 @@ class Expert(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
         self.mlp = GatedMlp(hidden, config.intermediate_size)
 
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """x [rows, n, hidden] float32 -> q [rows, n, heads, head_dim], k and v [rows, n, kv_heads, head_dim]."""
-        qkv = self.qkv_proj(self.input_layernorm(x)).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=-2)
-        weight = torch.cat(
-            (self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1))
-        )  # q and k take the same way, so they take it together
-        qk = norm_and_rotate(qk.float(), weight, self.q_norm.eps, rope).to(v.dtype)
-        q, k = qk.split((self.heads, self.kv_heads), dim=-2)
-        return q, k, v
+    def project(
+        self, x: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> None:
+        """Queries and K/V of x [rows, n, hidden] float32: q [rows * n, heads, head_dim] is filled, kv at slots."""
+        norm = self.input_layernorm
+        qkv = self.qkv_proj(backend.kernels.norm(x, norm.weight, norm.eps, q.dtype))
+        backend.kernels.rotate(qkv, (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps, rope, q, kv, slots)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Add attention's output [rows, n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
-        x = x + self.o_proj(attended.flatten(-2))
-        return x.add_(self.mlp(self.post_attention_layernorm(x)))
+    def finish(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
+        """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
+        norm, delta = self.post_attention_layernorm, self.o_proj(attended.flatten(-2)).view(x.shape)
+        x, normed = backend.kernels.add_norm(x, delta, norm.weight, norm.eps, attended.dtype)
+        return x.add_(self.mlp(normed, backend.kernels))
 
 
 class MoTLayer(nn.Module):
@@ -65,18 +64,18 @@ class MoTLayer(nn.Module):
         self.gen = Expert(config) if generation else None
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, layer: int
+        self, und: Tensor, gen: Tensor | None, rows: Rows, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> tuple[Tensor, Tensor | None]:
-        """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the slab."""
-        q, k, v = self.und.project(und, rows.und_rope)
-        slab.write(layer, rows.und_slots, k, v)
+        """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the layer's slab."""
+        q = kv[0].new_empty(rows.queries, self.und.heads, self.und.head_dim)
+        split = len(rows.starts) * rows.und
+        self.und.project(und, rows.und_rope, rows.und_slots, q[:split], kv, backend)
         if gen is None:
-            return self.und.finish(und, attend(q, slab.k[layer], slab.v[layer], rows)), None
+            return self.und.finish(und, backend.attend(q, *kv, rows), backend), None
         assert self.gen is not None and rows.gen_slots is not None and rows.gen_rope is not None
-        gen_q, k, v = self.gen.project(gen, rows.gen_rope)
-        slab.write(layer, rows.gen_slots, k, v)
-        attended = attend(torch.cat((q, gen_q), dim=1), slab.k[layer], slab.v[layer], rows)
-        return self.und.finish(und, attended[:, : rows.und]), self.gen.finish(gen, attended[:, rows.und :])
+        self.gen.project(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend)
+        attended = backend.attend(q, *kv, rows)
+        return self.und.finish(und, attended[:split], backend), self.gen.finish(gen, attended[split:], backend)
 
 
 class MoTDecoder(nn.Module):
@@ -88,7 +87,7 @@ class MoTDecoder(nn.Module):
 
     def __init__(self, config: LlmConfig, *, embedding_rows: int, generation: bool, denoising: bool, text: bool):
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.embed_tokens = nn.Embedding(embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(config, generation=generation) for _ in range(config.num_hidden_layers))
@@ -104,7 +103,7 @@ class MoTDecoder(nn.Module):
         on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
         """
         for i, layer in enumerate(self.layers):
-            und, gen = layer(und, gen, rows, slab, i)
+            und, gen = layer(und, gen, rows, slab.layer(i), self.backend)
             if on_layer is not None:
                 on_layer(i)
         return und, gen

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from bagel.errors import BagelError, CheckpointError
+from bagel.model.backend import choose_backend
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import AE, EMA, Checkpoint
 from bagel.model.config import BAGEL_7B_MOT, ModelConfig
@@ -73,6 +74,7 @@ def empty_model(
     settle_types(model, dtype)
     model.to_empty(device=device)
     model.language_model.rotary.to(torch.float32).reset()
+    model.language_model.backend = choose_backend(model.device, dtype)
     return model
 
 

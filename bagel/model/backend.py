@@ -1,0 +1,36 @@
+"""What a decoder computes its attention and elementwise work with; chosen once, when a model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bagel.model.attention_backends import AUTO, BACKENDS, AttentionBackend, choose_attention, sdpa
+from bagel.model.kernels import TORCH, Kernels
+
+
+@dataclass(frozen=True)
+class LayerBackend:
+    """attend: attention over a layer's slab; kernels: what lies between its matrix products."""
+
+    attend: AttentionBackend = sdpa
+    kernels: Kernels = TORCH
+    attention: str = "sdpa"
+    """The name of `attend`."""
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, *, attention: str = AUTO, eager: bool = False
+) -> LayerBackend:
+    """The fastest for a model of this type on this device; eager: PyTorch's own operators between the products.
+
+    Raises ConfigError for an attention backend that cannot run there.
+    """
+    name = choose_attention(device, dtype, attention)
+    kernels: Kernels = TORCH
+    if device.type == "cuda" and not eager:
+        from bagel.model.triton_kernels import TRITON  # only a build for CUDA has Triton
+
+        kernels = TRITON
+    return LayerBackend(BACKENDS[name], kernels, name)

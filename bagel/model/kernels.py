@@ -1,0 +1,130 @@
+"""What a decoder layer does besides its matrix products, as one set of functions that is chosen when a model is loaded.
+
+`TORCH` is PyTorch's own operators, on any device. `bagel.model.triton_kernels.TRITON` does each in one launch on a GPU.
+Both compute in float32 and round once, so that they agree up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Kernels(Protocol):
+    """The elementwise work of a layer. name is what the log calls it."""
+
+    name: str
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """RMS norm of x [..., hidden] float32, computed in float32, given in dtype."""
+        ...
+
+    def add_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """x + delta in float32 (a new tensor), and its RMS norm in dtype; x and delta [..., hidden]."""
+        ...
+
+    def rotate(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor],
+        eps: float,
+        rope: Rope,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        """RMS norm of each head of q and k, rotary embedding, and all three written to where attention reads them.
+
+        qkv [rows, n, (heads + 2 kv_heads) * head_dim] contiguous; norms: weights of q's and k's norm [head_dim];
+        rope: rotary factors, each [rows, n or 1, 1, head_dim] float32. Written: q [rows * n, heads, head_dim], and the
+        places slots [rows * n] of kv = (k, v), each [tokens, kv_heads, head_dim].
+        """
+        ...
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of [..., 2 * intermediate]."""
+        ...
+
+
+class TorchKernels:
+    """PyTorch's own operators."""
+
+    name = "torch"
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """As Kernels.norm."""
+        return rms_norm(x, weight, eps).to(dtype)
+
+    def add_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """As Kernels.add_norm."""
+        added = x + delta
+        return added, rms_norm(added, weight, eps).to(dtype)
+
+    def rotate(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor],
+        eps: float,
+        rope: Rope,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        """As Kernels.rotate."""
+        (heads, dim), kv_heads = q.shape[-2:], kv[0].shape[-2]
+        qk, v = qkv.unflatten(-1, (-1, dim)).split((heads + kv_heads, kv_heads), dim=-2)
+        # q and k take the same way, so they take it together
+        weight = torch.cat((norms[0].expand(heads, -1), norms[1].expand(kv_heads, -1)))
+        turned_q, turned_k = norm_and_rotate(qk.float(), weight, eps, rope).split((heads, kv_heads), dim=-2)
+        q.view(turned_q.shape).copy_(turned_q)
+        for cache, new in zip(kv, (turned_k, v), strict=True):
+            cache.index_copy_(0, slots, new.flatten(0, -3).to(cache.dtype))
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """As Kernels.gate."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+
+TORCH = TorchKernels()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, of float32 and in float32."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # On a CPU rms_norm is five passes over x; this is three.
+    normed: Tensor = (x * rms_scale(x, eps)).mul_(weight)
+    return normed
+
+
+def rms_scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays as 1."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, factors: Rope) -> Tensor:
+    """RMS norm per head, then rotary embedding, in float32: x [..., heads, head_dim], weight [heads, head_dim].
+
+    factors: see rope_factors. The norm's weight goes into them and its scale comes last, which commutes.
+    """
+    half = x.shape[-1] // 2
+    direct, swapped = factors
+    y = (x * (direct * weight)).addcmul_(x.roll(half, -1), swapped * weight.roll(half, -1))
+    return y.mul_(rms_scale(x, eps))
+
+
+def rope_factors(cos: Tensor, sin: Tensor) -> Rope:
+    """cos and sin [..., head_dim] -> factors of x and of x with its halves swapped: x cos + swap(x) (-sin | sin)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos, torch.cat((-first, second), dim=-1)

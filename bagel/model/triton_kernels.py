@@ -1,0 +1,168 @@
+"""A layer's elementwise work on a GPU, each function of `Kernels` in one launch and one pass over memory.
+
+Needs Triton, which PyTorch's CUDA builds bring. Rows of bench/README.md say what each gains.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bagel.model.kernels import Rope
+
+_GATE_BLOCK = 1024
+
+
+class TritonKernels:
+    """One launch for each function."""
+
+    name = "triton"
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """As Kernels.norm."""
+        x = x.contiguous()
+        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+        width = x.shape[-1]
+        block = triton.next_power_of_2(width)
+        _norm[x.numel() // width,](x, x, x, weight, normed, eps, width, block, False, num_warps=_warps(block))
+        return normed
+
+    def add_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """As Kernels.add_norm."""
+        x, delta = x.contiguous(), delta.contiguous()
+        added, normed = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+        width = x.shape[-1]
+        block = triton.next_power_of_2(width)
+        _norm[x.numel() // width,](x, delta, added, weight, normed, eps, width, block, True, num_warps=_warps(block))
+        return added, normed
+
+    def rotate(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor],
+        eps: float,
+        rope: Rope,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> None:
+        """As Kernels.rotate."""
+        rows, n = qkv.shape[:2]
+        (heads, dim), kv_heads = q.shape[-2:], kv[0].shape[-2]
+        direct, swapped = rope
+        turned, copied = (triton.next_power_of_2(count) for count in (heads + kv_heads, kv_heads))
+        _rotate[rows * n,](
+            qkv,
+            *norms,
+            eps,
+            direct,
+            swapped,
+            direct.stride(0),
+            direct.stride(1) if direct.shape[1] > 1 else 0,
+            n,
+            q,
+            *kv,
+            slots,
+            heads,
+            kv_heads,
+            dim,
+            turned,
+            copied,
+            triton.next_power_of_2(dim),
+            num_warps=_warps(turned * dim),
+        )
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """As Kernels.gate."""
+        width = gate_up.shape[-1] // 2
+        out = gate_up.new_empty((*gate_up.shape[:-1], width))
+        _gate[out.numel() // width, triton.cdiv(width, _GATE_BLOCK)](gate_up, out, width, _GATE_BLOCK)
+        return out
+
+
+TRITON = TritonKernels()
+
+
+def _warps(elements: int) -> int:
+    """Warps for a program over so many elements: 16 of them a thread."""
+    return min(max(elements // 512, 1), 16)
+
+
+@triton.jit
+def _norm(x, delta, added, weight, normed, eps, width, BLOCK: tl.constexpr, ADD: tl.constexpr):
+    """One token: normed = rms_norm(x [+ delta]) * weight; with ADD the sum is kept in `added`."""
+    token = tl.program_id(0).to(tl.int64) * width
+    column = tl.arange(0, BLOCK)
+    there = column < width
+    value = tl.load(x + token + column, there, 0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta + token + column, there, 0.0).to(tl.float32)
+        tl.store(added + token + column, value, there)
+    scale = tl.rsqrt(tl.sum(value * value) / width + eps)
+    value = value * scale * tl.load(weight + column, there, 0.0).to(tl.float32)
+    tl.store(normed + token + column, value.to(normed.dtype.element_ty), there)
+
+
+@triton.jit
+def _rotate(
+    qkv,
+    q_norm,
+    k_norm,
+    eps,
+    direct,
+    swapped,
+    rope_row,
+    rope_token,
+    n,
+    q,
+    k,
+    v,
+    slots,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    COPIED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One token: all heads of q and k normed and turned; q to its row, k and v to their place in the slab."""
+    token = tl.program_id(0)
+    slot = tl.load(slots + token)
+    source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM)
+    factor = (token // n).to(tl.int64) * rope_row + (token % n) * rope_token
+    head, d = tl.arange(0, TURNED)[:, None], tl.arange(0, WIDTH)[None, :]
+    opposite = (d + DIM // 2) % DIM
+    inside = (head < HEADS + KV_HEADS) & (d < DIM)
+    x = tl.load(source + head * DIM + d, inside, 0.0).to(tl.float32)
+    other = tl.load(source + head * DIM + opposite, inside, 0.0).to(tl.float32)
+    of_q = head < HEADS
+    weight = tl.where(of_q, tl.load(q_norm + d, d < DIM, 0.0), tl.load(k_norm + d, d < DIM, 0.0))
+    far = tl.where(of_q, tl.load(q_norm + opposite, d < DIM, 0.0), tl.load(k_norm + opposite, d < DIM, 0.0))
+    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
+    cos = tl.load(direct + factor + d, d < DIM, 0.0)
+    sin = tl.load(swapped + factor + d, d < DIM, 0.0)
+    y = (x * weight * cos + other * far * sin) * scale
+    at_q = q + token.to(tl.int64) * (HEADS * DIM) + head * DIM + d
+    tl.store(at_q, y.to(q.dtype.element_ty), inside & of_q)
+    at_k = k + slot * (KV_HEADS * DIM) + (head - HEADS) * DIM + d
+    tl.store(at_k, y.to(k.dtype.element_ty), inside & (head >= HEADS))
+    head = tl.arange(0, COPIED)[:, None]
+    inside = (head < KV_HEADS) & (d < DIM)
+    values = tl.load(source + (HEADS + KV_HEADS + head) * DIM + d, inside, 0.0)
+    tl.store(v + slot * (KV_HEADS * DIM) + head * DIM + d, values, inside)
+
+
+@triton.jit
+def _gate(gate_up, out, width, BLOCK: tl.constexpr):
+    """A block of one token: silu(gate) * up."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < width
+    gate = tl.load(gate_up + token * 2 * width + column, there, 0.0).to(tl.float32)
+    up = tl.load(gate_up + token * 2 * width + width + column, there, 0.0).to(tl.float32)
+    value = gate * tl.sigmoid(gate) * up
+    tl.store(out + token * width + column, value.to(out.dtype.element_ty), there)

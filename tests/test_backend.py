@@ -1,0 +1,126 @@
+"""Attention and the elementwise work of a layer: every backend computes the same, and the choice is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bagel.errors import ConfigError
+from bagel.model.attention import QueryBlock, Rows
+from bagel.model.attention_backends import BACKENDS, choose_attention, sdpa
+from bagel.model.backend import choose_backend
+from bagel.model.kernels import TORCH, Kernels
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+LAYOUTS = {
+    "a picture's branches": ((2, 9), (0, 30), (26, 17), False),
+    "one decoded token a text": ((1, 0), (0, 40), (37, 5), True),
+    "a text segment after contexts": ((6, 0), (3, 40), (20, 6), True),
+    "an image block": ((7, 0), (4,), (20,), False),
+}
+
+
+def rows_of(layout: str, device: torch.device = CPU) -> Rows:
+    (und, gen), starts, lengths, causal = LAYOUTS[layout]
+    return Rows(starts, lengths, und, torch.zeros(1, dtype=torch.int64, device=device), None, gen=gen, causal=causal)  # type: ignore[arg-type]
+
+
+def tensors(rows: Rows, heads: tuple[int, int], dim: int, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    total = rows.starts[-1] + rows.lengths[-1] + 3
+    shapes = (rows.queries, heads[0], dim), (total, heads[1], dim), (total, heads[1], dim)
+    q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return q, k, v
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """Softmax attention in float64, a row's two experts together, written out from the definition."""
+    q, k, v = q.double(), k.double(), v.double()
+    out, count = torch.empty_like(q), len(rows.starts)
+    for row, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
+        und = torch.arange(row * rows.und, (row + 1) * rows.und)
+        gen = torch.arange(row * rows.gen, (row + 1) * rows.gen) + count * rows.und
+        mine = torch.cat((und, gen)).to(q.device)
+        repeat = q.shape[1] // k.shape[1]
+        keys, values = (x[start : start + length].repeat_interleave(repeat, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[mine], keys) * q.shape[-1] ** -0.5
+        if rows.causal:
+            hidden = torch.ones(len(mine), length, dtype=torch.bool, device=q.device).triu(length - len(mine) + 1)
+            scores = scores.masked_fill(hidden, -torch.inf)
+        out[mine] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+    return out
+
+
+def test_each_experts_queries_lie_together() -> None:
+    und = [QueryBlock(0, 2, 0, 26), QueryBlock(2, 2, 30, 17)]
+    gen = [QueryBlock(4, 9, 0, 26), QueryBlock(13, 9, 30, 17)]
+    assert rows_of("a picture's branches").blocks == (*und, *gen)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_attention_is_what_its_definition_says(layout: str) -> None:
+    rows = rows_of(layout)
+    q, k, v = tensors(rows, (6, 2), 16)
+    torch.testing.assert_close(sdpa(q, k, v, rows).double(), by_hand(q, k, v, rows), rtol=0, atol=2e-6)
+
+
+def test_a_cpu_has_one_backend_and_says_so_to_who_asks_for_another() -> None:
+    chosen = choose_backend(CPU, torch.bfloat16)
+    assert (chosen.attend, chosen.kernels, chosen.attention) == (sdpa, TORCH, "sdpa")
+    with pytest.raises(ConfigError, match=r"attention_backend fa3 runs on CUDA devices, not on cpu; choose another"):
+        choose_attention(CPU, torch.bfloat16, "fa3")
+    with pytest.raises(ConfigError, match=r"attention_backend is 'flash'; it must be auto, sdpa, fa2 or fa3"):
+        choose_attention(CPU, torch.bfloat16, "flash")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("heads", "dim"), [((28, 4), 128), ((6, 2), 16)])
+def test_every_backend_attends_alike(name: str, layout: str, heads: tuple[int, int], dim: int) -> None:
+    device = torch.device("cuda")
+    try:
+        choose_attention(device, torch.bfloat16, name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    rows = rows_of(layout, device)
+    q, k, v = (x.bfloat16() for x in tensors(rows, heads, dim, device))
+    wanted = by_hand(q, k, v, rows)
+    assert (BACKENDS[name](q, k, v, rows).double() - wanted).norm() < 4e-3 * wanted.norm()
+
+
+def elementwise(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every function once, on two rows of five tokens; what is written is poisoned before."""
+    generator, device = torch.Generator().manual_seed(2), torch.device("cuda")
+    rows, n, width, heads, kv_heads, dim = 2, 5, 100, 6, 2, 20
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, delta, weight = random(rows, n, width), random(rows, n, width).to(dtype), random(width)
+    added, normed = kernels.add_norm(x, delta, weight, 1e-6, dtype)
+    qkv = random(rows, n, (heads + 2 * kv_heads) * dim).to(dtype)
+    q, k, v = (
+        torch.full((size, h, dim), torch.nan, dtype=dtype, device=device) for size, h in ((10, 6), (30, 2), (30, 2))
+    )
+    slots = torch.randperm(30, generator=generator)[:10].to(device)
+    rope = random(rows, n, 1, dim), random(rows, n, 1, dim)
+    kernels.rotate(qkv, (random(dim), random(dim)), 1e-6, rope, q, (k, v), slots)
+    gated = kernels.gate(random(rows, n, 66).to(dtype))
+    normed_alone = kernels.norm(x, weight, 1e-6, dtype)
+    return {"norm": normed_alone, "added": added, "normed": normed, "q": q, "k": k, "v": v, "gate": gated}
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, near: float) -> None:
+    from bagel.model.triton_kernels import TRITON
+
+    ours, theirs = elementwise(TRITON, dtype), elementwise(TORCH, dtype)
+    for name, wanted in theirs.items():
+        torch.testing.assert_close(ours[name], wanted, rtol=near, atol=near, equal_nan=True, msg=name)
