@@ -145,8 +145,9 @@ def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[
         max_model_len=2048,
         kv_cache_memory_bytes=2**30,
         enforce_eager=options.eager,
+        tensor_parallel_size=options.tensor_parallel_size,
     )
-    engine = VllmEngine(checkpoint, chosen, model_name="nano", kv_store_bytes=STORE_BYTES)
+    engine = VllmEngine(checkpoint, chosen, model_name="checked", kv_store_bytes=STORE_BYTES)
     answers = [submit(engine, case) for case in some]
     return [collect(engine, answer) for answer in answers]
 
@@ -193,10 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs: starts in seconds")
     parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend, say TRITON_ATTN")
+    parser.add_argument("--model", type=Path, default=NANO, metavar="DIR", help="another checkpoint than bagel-nano's")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of vLLM (nano: 1 or 3)")
     parser.add_argument("--causal", action="store_true", help="break it: images are not bidirectional")
     options = parser.parse_args(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    checkpoint, some, begin = Checkpoint(NANO), cases(), time.monotonic()
+    checkpoint, some, begin = Checkpoint(options.model), cases(), time.monotonic()
     truth = exact(checkpoint, options.device, "float32", some)
     same = truth if options.dtype == "float32" else exact(checkpoint, options.device, options.dtype, some)
     ours = on_vllm(checkpoint, options, some)
