@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from bagel.engine.slab import SharedSlab
 from bagel.errors import ConfigError
 from bagel.model.attention import QueryBlock, Rows
-from bagel.model.attention_backends import BACKENDS, choose_attention, sdpa
+from bagel.model.attention_backends import BACKENDS, READ_AHEAD, choose_attention, sdpa
 from bagel.model.backend import choose_backend
+from bagel.model.config import BAGEL_7B_MOT
 from bagel.model.kernels import TORCH, Kernels
 
 CPU = torch.device("cpu")
@@ -124,3 +128,37 @@ def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, ne
     ours, theirs = elementwise(TRITON, dtype), elementwise(TORCH, dtype)
     for name, wanted in theirs.items():
         torch.testing.assert_close(ours[name], wanted, rtol=near, atol=near, equal_nan=True, msg=name)
+
+
+def test_an_interval_of_the_slab_begins_finite_and_ends_apart_from_the_next() -> None:
+    config = replace(
+        BAGEL_7B_MOT.llm, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16
+    )
+    space = SharedSlab(config, dtype=torch.float32, device=CPU, read_ahead=5, lengths=(10, 10))
+    first, second = space.take(10), space.take(10)
+    assert (first, second) == (0, 15)
+    space.slab.k[:, second : second + 10] = space.slab.v[:, second : second + 10] = torch.nan
+    assert space.slab.k[:, : first + 15].isfinite().all() and space.slab.v[:, : first + 15].isfinite().all()
+    space.give(second)
+    assert space.take(10) == second
+    assert space.slab.k.isfinite().all() and space.slab.v.isfinite().all()
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", BACKENDS)
+def test_what_attention_reads_ahead_is_no_more_than_is_cleared(name: str) -> None:
+    device = torch.device("cuda")
+    try:
+        choose_attention(device, torch.bfloat16, name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for layout in LAYOUTS:
+        for heads, dim in (((28, 4), 128), ((6, 2), 16), ((4, 4), 64)):
+            rows = rows_of(layout, device)
+            q, k, v = (x.bfloat16() for x in tensors(rows, heads, dim, device))
+            end = max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True))
+            ahead = torch.zeros(READ_AHEAD.get(name, 0), *k.shape[1:], dtype=k.dtype, device=device)
+            poison = torch.full_like(k[:1].expand(300, -1, -1), torch.nan)
+            k, v = (torch.cat((x[:end], ahead, poison)) for x in (k, v))
+            assert BACKENDS[name](q, k, v, rows).isfinite().all(), (layout, heads, dim)

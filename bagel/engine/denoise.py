@@ -131,8 +131,13 @@ class Canvas:
         self._position_ids: dict[int, Tensor] = {}
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        room = sum(self._room(context) for picture in pictures for context in _distinct(picture).values())
-        self._space = SharedSlab(model.config.llm, dtype=model.dtype, device=model.device, tokens=room)
+        self._space = SharedSlab(
+            model.config.llm,
+            dtype=model.dtype,
+            device=model.device,
+            read_ahead=model.language_model.backend.read_ahead,
+            lengths=[self._room(context) for picture in pictures for context in _distinct(picture).values()],
+        )
         for picture in pictures:
             self.add(picture)
 

@@ -14,14 +14,24 @@ class SharedSlab:
     """Intervals of tokens in one slab, taken first-fit; it grows when none is free.
 
     Growing copies the slab to a larger one: places stay what they are, tensors taken from `slab` before do not.
+    read_ahead: LayerBackend.read_ahead. Each interval is that much longer and begins as zeros, so that what attention
+    reads too much is finite, whatever was there before and whatever the next interval holds.
     """
 
-    def __init__(self, config: LlmConfig, *, dtype: torch.dtype, device: torch.device, tokens: int = 0) -> None:
-        """tokens: room to begin with."""
-        self._config, self._dtype, self._device = config, dtype, device
+    def __init__(
+        self,
+        config: LlmConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        read_ahead: int = 0,
+        lengths: Sequence[int] = (),
+    ) -> None:
+        """lengths: intervals that there is room for to begin with."""
+        self._config, self._dtype, self._device, self._read_ahead = config, dtype, device, read_ahead
         self._taken: dict[int, int] = {}
-        self._size = tokens
-        self.slab = KvSlab(config, tokens, dtype=dtype, device=device)
+        self._size = sum(tokens + read_ahead for tokens in lengths)
+        self.slab = KvSlab(config, self._size, dtype=dtype, device=device)
 
     @property
     def taken(self) -> int:
@@ -42,6 +52,7 @@ class SharedSlab:
 
     def take(self, tokens: int) -> int:
         """First token of a free interval of that length."""
+        tokens += self._read_ahead
         start = 0
         for begin in sorted(self._taken):
             if begin - start >= tokens:
@@ -49,6 +60,8 @@ class SharedSlab:
             start = begin + self._taken[begin]
         if start + tokens > self._size:
             self._grow(start + tokens)
+        if self._read_ahead:
+            self.slab.clear(start, tokens)
         self._taken[start] = tokens
         return start
 

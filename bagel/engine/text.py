@@ -40,10 +40,16 @@ class TextBatch:
     Each begins with a fresh <|im_start|>, as the reference does.
     """
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, room: int = 0) -> None:
-        """room: tokens of K/V to begin with."""
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, runs: Sequence[TextRun] = ()) -> None:
+        """runs: texts that there is room for to begin with; `add` lets them take part."""
         self.model, self.tokenizer = model, tokenizer
-        self._space = SharedSlab(model.config.llm, dtype=model.dtype, device=model.device, tokens=room)
+        self._space = SharedSlab(
+            model.config.llm,
+            dtype=model.dtype,
+            device=model.device,
+            read_ahead=model.language_model.backend.read_ahead,
+            lengths=[_room(run) for run in runs],
+        )
         self._entries: list[_Entry] = []
 
     def __len__(self) -> int:
@@ -53,7 +59,7 @@ class TextBatch:
     def add(self, run: TextRun) -> None:
         """Let a text take part from the next step on."""
         uniforms = text_uniforms(run.seed, run.settings.max_tokens).tolist()
-        start = self._space.take(run.context.length + run.settings.max_tokens)
+        start = self._space.take(_room(run))
         try:
             run.context.copy_to(self._space.slab, start)
         except BaseException:
@@ -140,8 +146,7 @@ class TextDecoder:
 
         Raises NotFinite, after all others are written, if a text overflowed.
         """
-        room = sum(run.context.length + run.settings.max_tokens for run in runs)
-        batch = TextBatch(self.model, self.tokenizer, room)
+        batch = TextBatch(self.model, self.tokenizer, runs)
         index = {id(run): i for i, run in enumerate(runs)}
         for run in runs:
             batch.add(run)
@@ -156,6 +161,11 @@ class TextDecoder:
     def reply(self, run: TextRun) -> str:
         """The text of a finished run."""
         return self.tokenizer.reply([self.tokenizer.bos, *run.tokens])
+
+
+def _room(run: TextRun) -> int:
+    """Tokens of K/V that a text may come to."""
+    return run.context.length + run.settings.max_tokens
 
 
 def prompt_ids(chain: Chain) -> tuple[int, ...]:

@@ -23,8 +23,14 @@ class KvSlab:
 
     def __init__(self, config: LlmConfig, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, tokens, config.num_key_value_heads, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, as some attention reads rows that are not written yet (LayerBackend.read_ahead).
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def clear(self, start: int, tokens: int) -> None:
+        """Make zeros of the tokens from start on, in all layers."""
+        self.k[:, start : start + tokens].zero_()
+        self.v[:, start : start + tokens].zero_()
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [tokens, kv_heads, head_dim]."""

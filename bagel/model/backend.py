@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel.model.attention_backends import AUTO, BACKENDS, AttentionBackend, choose_attention, sdpa
+from bagel.model.attention_backends import AUTO, BACKENDS, READ_AHEAD, AttentionBackend, choose_attention, sdpa
 from bagel.model.kernels import TORCH, Kernels
 
 
@@ -18,6 +18,14 @@ class LayerBackend:
     kernels: Kernels = TORCH
     attention: str = "sdpa"
     """The name of `attend`."""
+
+    @property
+    def read_ahead(self) -> int:
+        """Tokens of the slab that attention may read behind what a row sees.
+
+        It weighs them by zero, and zero times what is not finite is not zero: they must be finite.
+        """
+        return READ_AHEAD.get(self.attention, 0)
 
 
 def choose_backend(
