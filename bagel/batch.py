@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from bagel.client import AsyncClient
+from bagel.client import AsyncClient, PromptInput
+from bagel.effect import effective
 from bagel.events import Result, ServiceEvent
-from bagel.prompts import ImagePart, TextPart
 from bagel.request import Request
 from bagel.transport import PLAINTEXT, Security
 
@@ -28,21 +28,21 @@ Inbox = SimpleQueue[ServiceEvent | BaseException | None]
 class Ask:
     """One request as the client takes it; options are those given, by their names in bagel.request."""
 
-    prompt: str
+    prompt: PromptInput
     modality: str
     image: Image | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def ask_of(request: Request) -> Ask:
-    """A resolved request with all of its settings, so that the gateway has nothing left to fill in."""
-    text = " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
-    image = next((part.pixels for part in request.prompt if isinstance(part, ImagePart)), None)
+    """A resolved request with every setting that has an effect on it, so that the gateway fills none of these in."""
     options = {name: getattr(request, name) for name in ("seed", "think", "max_think_tokens", "negative_prompt")}
     options["posterior"] = request.posterior
+    if not request.modality.makes_image:  # max_tokens bounds the thought and the answer together, once resolved
+        del options["max_think_tokens"]
     for settings in (request.text, request.image):
         options |= {each.name: getattr(settings, each.name) for each in fields(settings)}
-    return Ask(text, request.modality, image, options)
+    return Ask(request.prompt, request.modality, options=effective(request, options))
 
 
 def generate_all(

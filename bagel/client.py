@@ -23,6 +23,7 @@ from PIL import Image
 
 from bagel import wire
 from bagel.deadlines import deadline_of
+from bagel.effect import UNHEARD
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
@@ -71,6 +72,7 @@ class Client:
 
     def generate(self, prompt: PromptInput, *, on_event: OnServiceEvent | None = None, **settings: Any) -> Result:
         """One picture or one answer. settings: see `stream`; on_event hears everything that happens."""
+        _refuse_unheard(settings, on_event)
         return _last(self.stream(prompt, **settings), on_event)
 
     def stream(
@@ -108,7 +110,7 @@ class Client:
         Events carry the request's index, and come from several threads. The first error cancels the others. One that
         the gateway is too busy for waits and is sent again while others of them run (`bagel.together`).
         """
-        calls, under_way, together = _calls(requests), _UnderWay(), Together()
+        calls, under_way, together = _calls(requests, on_event), _UnderWay(), Together()
 
         def run(index: int, call: _Call) -> Result:
             return _last(self._patiently(call, index, under_way, together), on_event)
@@ -190,6 +192,7 @@ class AsyncClient:
 
     async def generate(self, prompt: PromptInput, *, on_event: OnServiceEvent | None = None, **settings: Any) -> Result:
         """One picture or one answer. settings: see `stream`; on_event hears everything that happens."""
+        _refuse_unheard(settings, on_event)
         return await _last_of(self.stream(prompt, **settings), on_event)
 
     def stream(
@@ -217,7 +220,7 @@ class AsyncClient:
         at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; see Client.generate_many."""
-        calls, places, together = _calls(requests), asyncio.Semaphore(at_once), Together()
+        calls, places, together = _calls(requests, on_event), asyncio.Semaphore(at_once), Together()
 
         async def run(index: int, call: _Call) -> Result:
             async with places:
@@ -355,10 +358,14 @@ class _Call:
         )
 
 
-def _calls(requests: Iterable[Mapping[str, Any] | str]) -> list[_Call]:
-    """A call for each; InvalidRequest for what is no list of requests."""
+def _calls(requests: Iterable[Mapping[str, Any] | str], on_event: OnServiceEvent | None) -> list[_Call]:
+    """A call for each; InvalidRequest for what is no list of requests, or asks for what nobody would hear."""
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         raise InvalidRequest("requests", f"requests is {requests!r:.80}; give a list, like ['a cat', 'a dog']")
+    requests = list(requests)
+    for request in requests:
+        if isinstance(request, Mapping):
+            _refuse_unheard(request, on_event)
     return [_Call.of(request) for request in requests]
 
 
@@ -484,6 +491,12 @@ def _image(picture: common_pb2.Picture) -> Image.Image:
     image = Image.open(BytesIO(picture.data))
     image.load()
     return image
+
+
+def _refuse_unheard(settings: Mapping[str, Any], on_event: OnServiceEvent | None) -> None:
+    """Raise InvalidRequest for what is told on the way, where nobody listens."""
+    if on_event is None:
+        UNHEARD.refuse(settings)
 
 
 def _last(events: Generator[ServiceEvent, None, None], on_event: OnServiceEvent | None) -> Result:

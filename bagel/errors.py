@@ -33,6 +33,8 @@ Each message says what was wrong, the value seen and what would be right, in one
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class BagelError(Exception):
     """Base of all errors that are meant for a user.
@@ -47,15 +49,24 @@ class BagelError(Exception):
 
 
 class InvalidRequest(BagelError):
-    """A request that cannot be served as written; `field` is its field's name in the request."""
+    """A request that cannot be served as written; `field` is its field's name in the request.
+
+    index: which it was of several that were asked for together, from 0; None where that is not known.
+    """
 
     grpc_status = "INVALID_ARGUMENT"
     http_status = 400
     exit_code = 2
 
-    def __init__(self, field: str, message: str) -> None:
+    def __init__(self, field: str, message: str, index: int | None = None) -> None:
         super().__init__(message)
-        self.field = field
+        self.field, self.index = field, index
+
+    def named(self, name: str) -> Self:
+        """The error with its field as a front calls it, also where the message begins with it."""
+        message = str(self)
+        told = name + message.removeprefix(self.field) if message.startswith(f"{self.field} ") else message
+        return type(self)(name, told, self.index)
 
 
 class InvalidImage(InvalidRequest):

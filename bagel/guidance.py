@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 from bagel.prompts import BranchName
-from bagel.request import ImageSettings
+
+if TYPE_CHECKING:  # bagel.request asks what is guided
+    from bagel.request import ImageSettings
 
 
 def needed_branches(settings: ImageSettings) -> frozenset[BranchName]:
     """Branches whose K/V a picture needs: gen, and those that guide it in at least one step."""
     gen = frozenset({BranchName.GEN})
-    if settings.cfg_text_scale <= 1 or not _guided_anywhere(settings):
+    if settings.cfg_text_scale <= 1 or not guided_anywhere(settings):
         return gen
     companions = {BranchName.CFG_TEXT} if settings.cfg_img_scale <= 1 else {BranchName.CFG_TEXT, BranchName.CFG_IMG}
     return gen | companions
@@ -33,7 +36,8 @@ def timesteps(num_timesteps: int, shift: float) -> list[float]:
     return times
 
 
-def _guided_anywhere(settings: ImageSettings) -> bool:
+def guided_anywhere(settings: ImageSettings) -> bool:
+    """Whether the interval holds a time at which a step begins."""
     lo, hi = (_f32(end) for end in settings.cfg_interval)
     return any(lo < t <= hi for t in timesteps(settings.steps, settings.timestep_shift)[:-1])
 

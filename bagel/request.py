@@ -15,6 +15,7 @@ from enum import StrEnum
 from types import UnionType
 from typing import Any, TypeVar
 
+from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
 
@@ -175,8 +176,8 @@ def resolve(
 ) -> Request:
     """Fill a request from a user's options (names of the dataclasses' fields; None means not given).
 
-    deploy_defaults is the deploy file's default_sampling_params. An unknown option, or a value out of
-    range, raises InvalidRequest. A seed that nobody gave is drawn.
+    deploy_defaults is the deploy file's default_sampling_params. An unknown option, a value out of range, or an option
+    that has no effect on this request (bagel.effect) raises InvalidRequest. A seed that nobody gave is drawn.
     """
     modality = _choice("modality", modality, Modality)
     defaults, options = _present(deploy_defaults or {}), _present(options)
@@ -199,7 +200,7 @@ def resolve(
         text["stop_token_ids"] = tuple(text["stop_token_ids"])
     rest = {name: given[name] for name in ("think", "max_think_tokens", "negative_prompt") if name in given}
     text["max_tokens"] = _reply_limit(modality, given)
-    return Request(
+    request = Request(
         modality=modality,
         prompt=prompt,
         seed=given["seed"] if "seed" in given else secrets.randbits(31),
@@ -208,6 +209,8 @@ def resolve(
         image=ImageSettings(**image),
         **rest,
     )
+    check_effect(Facts(request), options)
+    return request
 
 
 def with_settings(request: Request, settings: Mapping[str, Any]) -> Request:
@@ -280,13 +283,25 @@ def _finite(
     name: str, value: float, *, above: float | None = None, at_least: float | None = None, at_most: float | None = None
 ) -> None:
     """Check a real number; raises InvalidRequest with the allowed range."""
-    limits = [f"above {above}" if above is not None else "", f"at least {at_least}" if at_least is not None else ""]
-    limits.append(f"at most {at_most}" if at_most is not None else "")
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     too_low = number and ((above is not None and value <= above) or (at_least is not None and value < at_least))
     if not number or too_low or (at_most is not None and value > at_most):
-        wanted = " and ".join(filter(None, limits)) or "finite"
+        wanted = in_words(above=above, at_least=at_least, at_most=at_most)
         raise InvalidRequest(name, f"{name} is {value}; it must be a number {wanted}")
+
+
+def in_words(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> str:
+    """A range: both ends where there are two, and whether each belongs to it. None: no such end."""
+    if at_least is not None and at_most is not None:
+        return f"from {at_least:.15g} to {at_most:.15g}"
+    ends = {"above": above, "at least": at_least, "below": below, "at most": at_most}
+    return " and ".join(f"{word} {end:.15g}" for word, end in ends.items() if end is not None) or "that is finite"
 
 
 def _kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:

@@ -246,20 +246,23 @@ def timings_from_wire(timings: Iterable[common_pb2.StageTiming]) -> dict[str, fl
 
 
 def check_output(format_: common_pb2.ImageFormat.ValueType, quality: int | None, previews: int) -> None:
-    """Refuse an output that no picture is given out in; raises InvalidRequest."""
+    """Refuse an output that no picture is given out in; raises InvalidRequest. bagel.effect says what goes together."""
     if format_ not in (common_pb2.IMAGE_FORMAT_UNSPECIFIED, *FORMATS.values()):
         raise InvalidRequest("output_format", f"output_format is {format_}; it must be one of {', '.join(FORMATS)}")
-    if quality is not None and format_ not in (FORMATS["JPEG"], FORMATS["WEBP"]):
-        raise InvalidRequest("output_compression", "output_compression is for JPEG and WEBP; leave it out for PNG")
     if quality is not None and not 0 <= quality <= 100:
         raise InvalidRequest("output_compression", f"output_compression is {quality}; it must be from 0 to 100")
     if not 0 <= previews <= MAX_PREVIEWS:
         raise InvalidRequest("partial_images", f"partial_images is {previews}; it must be from 0 to {MAX_PREVIEWS}")
 
 
+def format_name(format_: common_pb2.ImageFormat.ValueType) -> str:
+    """Pillow's name of a format; PNG where none is set."""
+    return next((name for name, number in FORMATS.items() if number == format_), "PNG")
+
+
 def encode_picture(image: Image, format_: common_pb2.ImageFormat.ValueType, quality: int | None = None) -> bytes:
     """A picture as a file: PNG by default; quality is that of JPEG and WebP, from 0 to 100."""
-    name = next((name for name, number in FORMATS.items() if number == format_), "PNG")
+    name = format_name(format_)
     stream = BytesIO()
     options: dict[str, Any] = (
         {"compress_level": 1} if name == "PNG" else {"quality": QUALITY if quality is None else quality}

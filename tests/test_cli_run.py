@@ -109,7 +109,7 @@ def test_deploy_settings_without_effect_are_noted(capsys: Captured) -> None:
     Path("d.yaml").write_text(f"pipeline: bagel_single_stage\nstages: [{{stage_id: 0, devices: '7', {defaults}}}]\n")
     generate("--modality", "text2text", "--prompts", "a", "--deploy-config", "d.yaml")
     err = capsys.readouterr().err
-    assert "no effect without --do-sample: temperature, top_k of the deploy file" in err
+    assert "no effect on this request: temperature, top_k of the deploy file" in err
     assert "devices '7' has no effect on a CPU" in err
 
 
@@ -183,24 +183,47 @@ def test_several_answers_are_json_lines(capsys: Captured) -> None:
 
 
 NOTES = [
-    ("text2text", "--steps 9 --height 64 --output x", "no effect on text2text: --height, --steps, --output"),
-    ("text2text", "--enable-diffusion-pipeline-profiler", "text2text: --enable-diffusion-pipeline-profiler"),
-    ("text2img", "--max-tokens 9 --posterior mean", "no effect on text2img: --posterior, --max-tokens"),
-    ("text2img", "--do-sample --top-k 3", "no effect on a picture without --think: --do-sample, --top-k"),
-    ("text2img", "--think --top-k 3", "no effect without --do-sample: --top-k"),
-    ("text2text", "--max-tokens 9 --max-think-tokens 9", "limits the answer: --max-think-tokens"),
-    ("text2img", "--cfg-text-scale 1 --cfg-renorm-min 1", "no guidance: --cfg-renorm-min"),
+    ("text2text", "--enable-diffusion-pipeline-profiler", "text answer: --enable-diffusion-pipeline-profiler"),
     ("text2img", "--batch-timeout 9", "in one process, where no request is queued: --batch-timeout"),
 ]
 
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize(("modality", "flags", "note"), NOTES)
-def test_flags_without_effect_are_noted(modality: str, flags: str, note: str, capsys: Captured) -> None:
+def test_flags_of_the_deployment_without_effect_are_noted(
+    modality: str, flags: str, note: str, capsys: Captured
+) -> None:
     generate("--modality", modality, "--prompts", "a", *flags.split())
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bagel: note: ")]
     assert len(notes) == 1
     assert note in notes[0]
+
+
+REFUSED = [
+    ("text2text", "--steps 9 --height 64", "--steps has no effect on a text answer"),
+    ("text2text", "--output x", "--output has no effect on a text answer"),
+    ("text2img", "--max-tokens 9 --think", "--max-tokens has no effect on a picture"),
+    ("text2img", "--posterior mean", "--posterior has no effect where no image is edited"),
+    ("text2img", "--do-sample --top-k 3", "--top-k has no effect on a picture without think"),
+    (
+        "text2img",
+        "--think --text-temperature 0.5",
+        "--text-temperature has no effect without sampling; leave it out, or",
+    ),
+    ("text2text", "--text-temperature 0 --do-sample --top-p 0.5", "--top-p has no effect at temperature 0"),
+    ("text2text", "--max-tokens 9 --max-think-tokens 9", "--max-think-tokens has no effect on an answer"),
+    ("text2img", "--cfg-text-scale 1 --cfg-renorm-min 1", "--cfg-renorm-min has no effect without guidance"),
+    ("text2img", "--cfg-interval 0.95 0.99 --steps 4", "--cfg-interval has no effect as it holds no timestep"),
+]
+
+
+@pytest.mark.parametrize(("modality", "flags", "said"), REFUSED)
+def test_flags_without_effect_are_refused(
+    modality: str, flags: str, said: str, engine: FakeEngine, capsys: Captured
+) -> None:
+    assert main(["generate", "--modality", modality, "--prompts", "a", *flags.split()]) == 2
+    assert said in capsys.readouterr().err
+    assert engine.load_arguments == {}
     assert not Path("x").exists()
 
 

@@ -69,11 +69,11 @@ def test_a_picture_is_drawn_while_its_contexts_are_built() -> None:
 
 def test_a_result_says_with_which_settings_it_was_made() -> None:
     async def work(at: Deployment) -> None:
-        asked: dict[str, Any] = {"steps": 3, "seed": 5, "think": True, "top_k": 7}
+        asked: dict[str, Any] = {"steps": 3, "seed": 5, "think": True, "do_sample": True, "top_k": 7}
         result = await at.client.generate("a red cube", **asked)
         mine = resolve(Modality.TEXT2IMG, (TextPart("a red cube"),), asked)
         drawn = with_settings(mine, result.settings)
-        assert drawn == resolve(Modality.TEXT2IMG, mine.prompt, asked | defaults | {"height": 1024, "width": 512})
+        assert drawn == resolve(Modality.TEXT2IMG, mine.prompt, asked | {"height": 1024, "width": 512}, defaults)
         assert (drawn.image.cfg_text_scale, drawn.text.temperature, drawn.negative_prompt) == (2.5, 0.9, "blurred")
 
     defaults = {"cfg_text_scale": 2.5, "temperature": 0.9, "negative_prompt": "blurred", "posterior": "mean"}
@@ -140,10 +140,9 @@ def test_posterior_mode_seed_tells_the_dit_what_was_drawn_first() -> None:
 def test_thinking_comes_before_the_dit_is_called(topology: str) -> None:
     async def work(at: Deployment) -> None:
         heard: list[ServiceEvent] = []
-        asked = {} if topology == "bagel_think" else {"think": True}
-        result = await at.client.generate(
-            "a red cube", cfg_img_scale=1.5, max_think_tokens=1, top_k=3, on_event=heard.append, **asked
-        )
+        asked = {"cfg_img_scale": 1.5, "max_think_tokens": 1, "do_sample": True, "top_k": 3}
+        asked |= {} if topology == "bagel_think" else {"think": True}
+        result = await at.client.generate("a red cube", on_event=heard.append, **asked)
         assert heard[0] == Accepted(0, result.request_id, result.seed, "bagel_think")
         texts_heard = [event for event in heard if isinstance(event, TextDelta)]  # what comes together may be told so
         assert "".join(event.text for event in texts_heard) == "so be it" and all(event.think for event in texts_heard)

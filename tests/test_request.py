@@ -48,7 +48,8 @@ def test_an_edit_has_its_own_defaults() -> None:
 
 def test_the_user_comes_before_the_deploy_file_and_that_before_the_defaults() -> None:
     deploy = {"temperature": 0.4, "top_k": 5, "cfg_interval": [0.2, 0.9], "seed": 52, "steps": 24, "detokenize": True}
-    made = request(Modality.IMG2IMG, deploy, top_k=7, steps=None, cfg_renorm_type="channel", cfg_img_scale=2.0)
+    user = {"think": True, "do_sample": True, "top_k": 7, "steps": None}
+    made = request(Modality.IMG2IMG, deploy, cfg_renorm_type="channel", cfg_img_scale=2.0, **user)
     assert (made.text.top_k, made.image.cfg_img_scale, made.image.cfg_renorm_type) == (7, 2.0, RenormType.CHANNEL)
     # The deploy file's, where the user gave none (None is none), also before the modality's own.
     assert (made.text.temperature, made.image.cfg_interval, made.seed) == (0.4, (0.2, 0.9), 52)
@@ -119,15 +120,20 @@ def test_what_is_no_value_at_all_is_refused_by_name(name: str, value: Any) -> No
     assert caught.value.field == name
 
 
+SAMPLED = {"think": True, "do_sample": True}
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 2, "timestep_shift": 0.01, "cfg_text_scale": 0, "cfg_img_scale": 0, "cfg_renorm_min": 1},
+        {"steps": 2, "cfg_text_scale": 0, "cfg_img_scale": 0, "cfg_renorm_min": 0},
+        {"steps": 3, "timestep_shift": 0.001, "cfg_text_scale": 0},
+        {"steps": 3, "cfg_renorm_min": 1},
         {"steps": 1000, "timestep_shift": 100, "cfg_text_scale": 100, "cfg_img_scale": 100, "cfg_renorm_min": 0},
         {"cfg_interval": [0, 0], "height": 16, "width": 16, "seed": 0},
-        {"cfg_interval": (1.0, 1.0), "seed": 2**63 - 1, "max_tokens": 1, "max_think_tokens": 1},
-        {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 0.01, "stop_token_ids": [0]},
-        {"temperature": 100, "top_p": 5e-324, "top_k": 2**32 - 1, "repetition_penalty": 100, "do_sample": True},
+        {"cfg_interval": (1.0, 1.0), "seed": 2**63 - 1, "max_think_tokens": 1, "think": True},
+        {"temperature": 0, "top_p": 1, "top_k": 0, "repetition_penalty": 0.01, "stop_token_ids": [0], "think": True},
+        {"temperature": 100, "top_p": 5e-324, "top_k": 2**32 - 1, "repetition_penalty": 100, **SAMPLED},
     ],
 )
 def test_the_limits_themselves_are_allowed(options: dict[str, Any]) -> None:
@@ -163,7 +169,6 @@ def test_an_error_says_the_value_seen_in_one_line() -> None:
         ({}, 1000),
         ({"max_tokens": 5}, 5),
         ({"max_think_tokens": 7}, 7),
-        ({"max_tokens": 5, "max_think_tokens": 7}, 5),
         ({"think": True}, 1000),
         ({"think": True, "max_tokens": 5}, 5),
         # One limit for thought and answer together, unless the answer has its own.
@@ -209,6 +214,7 @@ def test_a_modality_may_be_given_by_its_name() -> None:
 
 @pytest.mark.parametrize("modality", PICTURES)
 def test_the_text_before_a_picture_is_limited_as_a_think_text(modality: Modality) -> None:
-    made = request(modality, think=True, max_tokens=5, max_think_tokens=7, temperature=0.8, do_sample=True, top_k=3)
+    deploy = {"max_tokens": 5}
+    made = request(modality, deploy, think=True, max_think_tokens=7, temperature=0.8, do_sample=True, top_k=3)
     assert text_run_settings(made) == TextSettings(max_tokens=7, temperature=0.8, do_sample=True, top_k=3)
     assert text_run_settings(request(modality, think=True)).max_tokens == 1000

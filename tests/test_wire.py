@@ -72,7 +72,7 @@ def test_options_come_back_as_they_were_given(modality: Modality, options: dict[
 
 @given(MODALITIES, OPTIONS)
 def test_a_resolved_request_comes_back_whole(modality: Modality, options: dict[str, Any]) -> None:
-    request = resolve(modality, (TextPart("a red cube"),), options)
+    request = resolve(modality, (TextPart("a red cube"),), {}, options)
     sent = wire.request_to_wire(request, PARTS).SerializeToString()
     assert wire.request_from_wire(common_pb2.Request.FromString(sent)) == request
 
@@ -81,7 +81,7 @@ def test_every_option_of_a_request_can_be_sent() -> None:
     """A field added to the request must come to the wire, and to this test."""
     fields = {*TextSettings.__dataclass_fields__, *ImageSettings.__dataclass_fields__}
     fields |= {"seed", "think", "max_think_tokens", "negative_prompt", "posterior"}
-    everything = resolve(Modality.TEXT2IMG, (TextPart("x"),), {"height": 64, "width": 64, "stop_token_ids": [3]})
+    everything = resolve(Modality.TEXT2IMG, (TextPart("x"),), {}, {"height": 64, "width": 64, "stop_token_ids": [3]})
     options = {
         name: getattr(owner, name)
         for owner in (everything, everything.text, everything.image)

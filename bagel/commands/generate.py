@@ -28,9 +28,10 @@ from bagel.commands.flags import (
     flag_name,
     request_option,
 )
-from bagel.commands.inputs import make_requests, notes_on_flags, prompt_text
+from bagel.commands.inputs import flags_named, located, make_requests, notes_on_flags, prompt_text, prompts_of
 from bagel.commands.outputs import Output, make_folder
 from bagel.commands.progress import say, shown
+from bagel.commands.prompts import GivenPrompt
 from bagel.commands.stats import Firsts, stats_table
 from bagel.commands.tables import profile_table
 from bagel.config import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
@@ -79,10 +80,11 @@ def _generate_here(args: argparse.Namespace) -> None:
     config = load_deploy_config(deploy, engine=args.engine)
     in_process = config.spec is BAGEL_SINGLE_STAGE
     defaults = request_defaults(config)
-    requests = make_requests(args, defaults)
+    prompts = prompts_of(args)
+    requests = make_requests(args, prompts, defaults)
     model, checkpoint = find_model(args.model)
     about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
-    _check_with_model(requests, config, checkpoint)
+    _check_with_model(prompts, requests, config, checkpoint)
     folder = _folder(args, requests)
     notes = notes_on_flags(args, requests[0], defaults, in_process=in_process)
     for note in (*config.notes(), *notes):  # an error stands alone
@@ -92,14 +94,15 @@ def _generate_here(args: argparse.Namespace) -> None:
     say(f"loading {model}")
     open_engine = _in_process if in_process else _in_services
     with open_engine(args, config, model, checkpoint) as engine:
-        _produce(args, requests, folder, {**about, "dtype": engine.dtype}, engine.generate)
+        _produce(args, prompts, requests, folder, {**about, "dtype": engine.dtype}, engine.generate)
 
 
 def _generate_there(args: argparse.Namespace) -> None:
     """At a running gateway, which fills in what the user does not say."""
     if given := [flag_name(flag) for flag in SERVER_FLAGS if getattr(args, flag) is not None]:
         raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
-    requests = make_requests(args, {})
+    prompts = prompts_of(args)
+    requests = make_requests(args, prompts, {})
     from bagel.batch import Ask, generate_all
     from bagel.omni import describe
 
@@ -116,11 +119,16 @@ def _generate_there(args: argparse.Namespace) -> None:
     def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:
         return generate_all(args.endpoint, asks, on_event, security=security, api_key=api_key)
 
-    _produce(args, requests, folder, about, run)
+    _produce(args, prompts, requests, folder, about, run)
 
 
 def _produce(
-    args: argparse.Namespace, requests: Sequence[Request], folder: Path | None, about: Mapping[str, str], run: Run
+    args: argparse.Namespace,
+    prompts: Sequence[GivenPrompt],
+    requests: Sequence[Request],
+    folder: Path | None,
+    about: Mapping[str, str],
+    run: Run,
 ) -> None:
     """Run the requests, give the user what comes, then the tables."""
     firsts = Firsts()
@@ -131,7 +139,8 @@ def _produce(
             firsts(event)
             output(event)
 
-        results = run(requests, on_event)
+        with located(prompts), flags_named():
+            results = run(requests, on_event)
     if args.log_stats:
         print(stats_table(requests, results, firsts), file=sys.stderr)
     if args.enable_diffusion_pipeline_profiler and folder is not None:
@@ -143,14 +152,17 @@ def _folder(args: argparse.Namespace, requests: Sequence[Request]) -> Path | Non
     return make_folder(args.output or OUTPUT) if requests[0].modality.makes_image else None
 
 
-def _check_with_model(requests: Sequence[Request], config: DeployConfig, checkpoint: Checkpoint) -> None:
+def _check_with_model(
+    prompts: Sequence[GivenPrompt], requests: Sequence[Request], config: DeployConfig, checkpoint: Checkpoint
+) -> None:
     """Tell of sizes and lengths that the model has no positions for."""
     lengths = [stage.max_model_len for stage in config.stages if stage.max_model_len is not None]
     limit = position_limit(checkpoint.config, min(lengths, default=None))
-    for request in requests:
-        if request.modality.makes_image:
-            picture_size(request, checkpoint.config)
-        check_positions(_fewest_positions(request), text_positions(request), limit)
+    for number, request in enumerate(requests):
+        with located(prompts, number), flags_named():
+            if request.modality.makes_image:
+                picture_size(request, checkpoint.config)
+            check_positions(_fewest_positions(request), text_positions(request), limit)
 
 
 def _fewest_positions(request: Request) -> int:

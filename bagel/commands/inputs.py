@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from bagel.commands.flags import PICTURE_FLAGS, REQUEST_FLAGS, SAMPLING_FLAGS, flag_name, request_option
+from bagel.commands.flags import REQUEST_FLAGS, flag_name, request_option
+from bagel.commands.prompts import GivenPrompt, check_text, read_prompts
+from bagel.effect import effective
 from bagel.errors import InvalidRequest
 from bagel.images import load_image
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality, Request, resolve
 
-MAX_PROMPT_FILE_BYTES = 16 * 2**20
+_FLAGS = {request_option(flag): flag_name(flag) for flag in REQUEST_FLAGS}
+"""Flags by the options of bagel.request that they set."""
+_IN_WORDS = re.compile(rf"\b({'|'.join(option for option in _FLAGS if '_' in option)})\b")
+"""Options that are no words of English, wherever a message names them."""
 
 
-def make_requests(args: argparse.Namespace, deploy_defaults: Mapping[str, Any]) -> list[Request]:
+def make_requests(
+    args: argparse.Namespace, prompts: Sequence[GivenPrompt], deploy_defaults: Mapping[str, Any]
+) -> list[Request]:
     """One request a prompt, in the order given; all see the same input image.
 
     Raises InvalidRequest or InvalidImage for whatever can be seen to be wrong without the model.
     """
     modality = Modality(args.modality or Modality.TEXT2IMG)
-    prompts = read_prompts(args.prompts, args.txt_prompts)
-    if args.negative_prompt is not None:
-        _check_text("--negative-prompt", args.negative_prompt)
+    if args.output is not None and not modality.makes_image:
+        raise InvalidRequest("output", "--output has no effect on a text answer, which goes to stdout; leave it out")
+    if args.negative_prompt:
+        check_text("--negative-prompt", args.negative_prompt)
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
     image = _image_parts(modality, args.image_path)
-    return [resolve(modality, (*image, TextPart(prompt)), options, deploy_defaults) for prompt in prompts]
+    requests = []
+    for number, prompt in enumerate(prompts):
+        with located(prompts, number), flags_named():
+            requests.append(resolve(modality, (*image, TextPart(prompt.text)), options, deploy_defaults))
+    return requests
+
+
+def prompts_of(args: argparse.Namespace) -> list[GivenPrompt]:
+    """The prompts that the flags give."""
+    return read_prompts(args.prompts, args.txt_prompts)
 
 
 def prompt_text(request: Request) -> str:
@@ -35,50 +53,43 @@ def prompt_text(request: Request) -> str:
     return " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
 
 
-def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[str]:
-    """The prompts of the command line, then those of the file; InvalidRequest if there is none or one is empty."""
-    for prompt in prompts or ():
-        _check_text("--prompts", prompt)
-    found = [*(prompts or ()), *(_prompts_of(file) if file is not None else ())]
-    if not found:
-        raise InvalidRequest("prompt", "there is no prompt; give --prompts 'a red cube', or --txt-prompts FILE")
-    return found
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """An InvalidRequest names its settings as flags."""
+    try:
+        yield
+    except InvalidRequest as error:
+        told = error.named(_FLAGS[error.field]) if error.field in _FLAGS else error
+        message = _IN_WORDS.sub(lambda match: _FLAGS[match[0]], str(told))
+        raise type(error)(error.field, message, error.index) from None
+
+
+@contextmanager
+def located(prompts: Sequence[GivenPrompt], number: int | None = None) -> Iterator[None]:
+    """An InvalidRequest about one of several prompts says which: number, else the error's own index."""
+    try:
+        yield
+    except InvalidRequest as error:
+        which = error.index if number is None else number
+        if which is None or len(prompts) == 1 or error.field not in ("prompt", "max_tokens"):
+            raise
+        raise type(error)(error.field, f"{prompts[which].where}: {error}", which) from None
 
 
 def notes_on_flags(
     args: argparse.Namespace, request: Request, deploy_defaults: Mapping[str, Any], *, in_process: bool
 ) -> list[str]:
-    """One line for each reason why flags that the user gave have no effect on this request."""
-    picture, think = request.modality.makes_image, request.think
-    notes = []
-
-    def note(reason: str, flags: Iterable[str]) -> None:
-        given = [flag_name(flag) for flag in flags if getattr(args, flag) is not None]
-        if given:
-            notes.append(f"no effect {reason}: {', '.join(given)}")
-
-    elsewhere = () if picture else (*PICTURE_FLAGS, "output", "enable_diffusion_pipeline_profiler")
-    posterior = () if request.modality is Modality.IMG2IMG else ("posterior",)
-    note(f"on {request.modality}", (*elsewhere, *posterior, *(("max_tokens",) if picture else ())))
-    if picture and not think:
-        note("on a picture without --think", ("max_think_tokens", *SAMPLING_FLAGS))
-    elif not request.text.do_sample:
-        note("without --do-sample", ("text_temperature", "top_p", "top_k"))
-        if unused := sorted(_SAMPLED & deploy_defaults.keys()):
-            notes.append(f"no effect without --do-sample: {', '.join(unused)} of the deploy file")
-    by_file = args.max_think_tokens is None and deploy_defaults.get("max_tokens") is not None
-    limited = args.max_tokens is not None or by_file
-    if not picture and not think and limited:
-        note("without --think, as max_tokens limits the answer", ("max_think_tokens",))
-    if picture and request.image.cfg_text_scale <= 1:
-        note("when cfg_text_scale is at most 1, no guidance", _GUIDANCE_FLAGS)
-    if in_process:
-        note("in one process, where no request is queued", ("batch_timeout",))
+    """One line for each thing that was set for the command or the deployment, and has no effect on this request."""
+    picture, notes = request.modality.makes_image, []
+    if args.enable_diffusion_pipeline_profiler and not picture:
+        notes.append("no effect on a text answer: --enable-diffusion-pipeline-profiler")
+    if request.think or not picture:
+        used = effective(request, deploy_defaults)
+        if unused := sorted(name for name in deploy_defaults if name not in used):
+            notes.append(f"no effect on this request: {', '.join(unused)} of the deploy file")
+    if in_process and args.batch_timeout is not None:
+        notes.append("no effect in one process, where no request is queued: --batch-timeout")
     return notes
-
-
-_SAMPLED = {"temperature", "top_p", "top_k"}
-_GUIDANCE_FLAGS = ("negative_prompt", "cfg_img_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min")
 
 
 def _image_parts(modality: Modality, path: str | None) -> tuple[ImagePart, ...]:
@@ -92,33 +103,3 @@ def _image_parts(modality: Modality, path: str | None) -> tuple[ImagePart, ...]:
     if path is None:
         raise InvalidRequest("image", f"{modality} needs an input image; give --image-path FILE")
     return (ImagePart(load_image(path), for_generation=modality is Modality.IMG2IMG),)
-
-
-def _prompts_of(file: str) -> list[str]:
-    """The lines of a prompt file that are not blank, without the space around them."""
-    try:
-        with Path(file).open("rb") as stream:  # not only of regular files: <(...) of a shell is a pipe
-            data = stream.read(MAX_PROMPT_FILE_BYTES + 1)
-    except OSError as error:
-        raise InvalidRequest("prompt", f"--txt-prompts {file!r} cannot be read: {error.strerror}") from None
-    if len(data) > MAX_PROMPT_FILE_BYTES:
-        raise InvalidRequest("prompt", f"--txt-prompts {file!r} has more than {MAX_PROMPT_FILE_BYTES} bytes; split it")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InvalidRequest("prompt", f"--txt-prompts {file!r} is not UTF-8 in line {line}; convert it") from None
-    lines = text.replace("\r", "\n").split("\n")  # not splitlines, which also splits at U+2028 and the like
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InvalidRequest("prompt", f"--txt-prompts {file!r} has no prompt; write one a line")
-    return prompts
-
-
-def _check_text(flag: str, text: str) -> None:
-    if not text.strip():
-        raise InvalidRequest("prompt", f"{flag} has an empty text; write what is wanted, like 'a red cube'")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidRequest("prompt", f"{flag} {text!a:.80} is not UTF-8; convert it") from None

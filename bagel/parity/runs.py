@@ -70,7 +70,7 @@ def compare_text(engine: BagelEngine, case: Case, report: Comparison) -> None:
     run.build(run.planner.chain(tuple(part for part in parts if isinstance(part, TextPart)), run.images))
     run.calls.compare(case.data["call_order"], report)
     if "end_token_id" not in case.settings:  # a stop id is an argument of Bagel.generate_text, no user's option
-        request = resolve(case_modality(run.prompt, picture=False), run.prompt, case_options(case))
+        request = resolve(case_modality(run.prompt, picture=False), run.prompt, {}, case_options(case))
         reply = engine.generate([request])[0].text
         report.equal("generate().text", reply, text)
 
@@ -90,7 +90,7 @@ def compare_picture(engine: BagelEngine, case: Case, report: Comparison) -> None
         # The recording zeroes the posterior noise but draws it, so only these parts have that order of draws.
         report.picture("image", to_image(pixels), case.pictures["image"])
         return
-    request = resolve(case_modality(run.prompt, picture=True), run.prompt, case_options(case))
+    request = resolve(case_modality(run.prompt, picture=True), run.prompt, {}, case_options(case))
     result = engine.generate([request])[0]
     assert result.image is not None
     report.picture("image", result.image, case.pictures["image"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bagel.client import Client
 from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.effect import effective
 from bagel.engine.loading import kv_layout
 from bagel.engine.segments import Chain, ChainPlanner
 from bagel.kv.digests import SegmentKind, fingerprint
@@ -28,7 +29,7 @@ from bagel.parity.report import Comparison, absolute
 from bagel.parity.runs import case_modality, case_options
 from bagel.pipelines import pipeline
 from bagel.prompts import BranchName, Prompt, TextPart, expand_cfg_prompts, expand_cfg_prompts_think, text_prompt
-from bagel.request import PosteriorMode
+from bagel.request import PosteriorMode, resolve
 from bagel.transport import channel
 from bagel.v1 import kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
@@ -103,8 +104,10 @@ class ServedRun:
                 "stop_token_ids": [case.settings["end_token_id"]],
                 "max_tokens": case.settings["max_length"] - 1,
             }
+        modality = case_modality(prompt, picture=draws)
+        options = effective(resolve(modality, prompt, {}, options), options)
         with Client(self._gateway) as client:
-            result = client.generate(prompt, modality=case_modality(prompt, picture=draws), timeout=300, **options)
+            result = client.generate(prompt, modality=modality, timeout=300, **options)
         wanted = case.result["think"] if draws and case.settings.get("think") else case.result
         if not draws or case.settings.get("think"):
             report.equal("ids", [self._planner.tokenizer.bos, *result.token_ids], wanted["ids_with_bos"])

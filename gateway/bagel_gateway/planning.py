@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bagel import wire
+from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images import resized_size
@@ -93,7 +94,9 @@ async def read_request(
         # Without its images first: a wrong setting need not wait for them to be looked at.
         resolve(modality, (TextPart("checked below"),), options, defaults)
     prompt = wire.prompt_from_wire(parts, await images.sizes(parts))
-    return Asked(resolve(modality, prompt, options, defaults), parts, pipeline, output)
+    request = resolve(modality, prompt, options, defaults)
+    _check_output(request, whole)
+    return Asked(request, parts, pipeline, output)
 
 
 def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
@@ -191,6 +194,15 @@ def _output(message: gateway_pb2.GenerateRequest) -> Output:
     quality = message.output_compression if message.HasField("output_compression") else None
     wire.check_output(message.output_format, quality, message.partial_images)
     return Output(message.output_format, quality, message.partial_images)
+
+
+def _check_output(request: Request, message: gateway_pb2.GenerateRequest) -> None:
+    """Refuse what would have no effect on how the request's picture is given out, or has none to be given out."""
+    name = wire.format_name(message.output_format)
+    output = {"output_format": name, "partial_images": message.partial_images}
+    if message.HasField("output_compression"):
+        output["output_compression"] = message.output_compression
+    check_effect(Facts(request, output_format=name), output)
 
 
 def _check_parts(modality: Modality, parts: Iterable[common_pb2.Part]) -> None:

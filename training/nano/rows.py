@@ -192,8 +192,8 @@ def _case(row: Row, example: Example, seed: int, steps: int) -> Case:
     if example.source is not None:
         parts = (ImagePart(picture_of(example.source), for_generation=draws), *parts)
     options: dict[str, Any] = {"seed": seed, "think": row.think, **row.options}
-    options |= {"max_think_tokens": 160, "steps": steps} if draws else {"max_tokens": 160}
-    return Case(row, example, resolve(kinds[draws, reads], parts, options))
+    limits = {"max_think_tokens": 160, "steps": steps} if draws else {"max_tokens": 160}
+    return Case(row, example, resolve(kinds[draws, reads], parts, options, limits))
 
 
 def judge(case: Case, result: Result) -> tuple[bool, str]:

@@ -19,7 +19,7 @@ from bagel_gateway.rest.bodies import read_json
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import usage as picture_usage
 from bagel_gateway.rest.messages import parts_of
-from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, picture_options, read, text_options
+from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, options_of, read
 from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, check_images, outcomes
 
 DONE = "[DONE]"
@@ -45,21 +45,10 @@ class Chat:
         images = sum(part.HasField("image") for part in parts)
         check_images(images, "messages")
         reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
-        events = self._front.events(given, _modality(given, images), parts, self._options(given, images), _names(given))
+        events = self._front.events(given, _modality(given, images), parts, options_of(given), _names(given))
         if given.stream:
             return await event_stream(request, reply.stream(events))
         return JSONResponse(reply.whole(await unless_gone(request, outcomes(events, given.count))))
-
-    def _options(self, given: ChatParameters, images: int) -> dict[str, Any]:
-        if not given.makes_image:
-            return text_options(given)
-        for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(given, name) is not None:
-                raise InvalidRequest(name, f"{name} has no effect on a picture; max_think_tokens bounds its think text")
-        thinks = self._front.requests.thinks if given.think is None else given.think
-        if given.temperature is not None and not thinks:
-            raise InvalidRequest("temperature", "temperature has no effect on a picture without think; leave it out")
-        return picture_options(given, edits=bool(images), thinks=self._front.requests.thinks)
 
     async def _stride(self) -> int:
         return (await self._front.requests.describe()).model.latent_stride
@@ -152,10 +141,10 @@ def _modality(given: ChatParameters, images: int) -> Modality:
 def _names(given: ChatParameters) -> Mapping[str, str]:
     """Parameters by the fields that errors name: as this client called them."""
     names = dict(_NAMES)
-    if given.makes_image:
-        names["max_tokens"] = "max_think_tokens"
-    elif given.max_completion_tokens is not None:
+    if given.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
+    elif given.makes_image and given.max_tokens is None:
+        names["max_tokens"] = "max_think_tokens"
     if given.temperature is not None:
         names["temperature"] = "temperature"
     return names

@@ -64,10 +64,12 @@ def status_of(error: BagelError) -> int:
     return 400 if isinstance(error, NotFinite) else error.http_status
 
 
-def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
-    """The error with its field as the client calls it."""
-    told = type(error)(names.get(error.field, error.field), str(error))
-    return told
+def renamed(error: InvalidRequest, names: Mapping[str, str], size: str | None = None) -> InvalidRequest:
+    """The error with its field as the client calls it; size: the client's, of which height and width are sides."""
+    name = names.get(error.field, error.field)
+    if name == "size" and str(error).startswith(f"{error.field} is "):
+        return type(error)(name, f"size is {size}: its {error}")
+    return error.named(name)
 
 
 def _unicode(text: str | None) -> str | None:

@@ -19,7 +19,7 @@ from bagel_gateway.rest.parameters import (
     REFUSED_EDIT,
     REFUSED_GENERATION,
     ImageParameters,
-    picture_options,
+    options_of,
     read,
 )
 from bagel_gateway.rest.serve import (
@@ -58,9 +58,7 @@ class Images:
         return await self._answer(request, given, images)
 
     async def _answer(self, request: Request, given: ImageParameters, images: Sequence[bytes]) -> Response:
-        options = picture_options(given, edits=bool(images), thinks=self._front.requests.thinks)
-        if given.progress and not given.stream:
-            raise InvalidRequest("progress", "progress comes in a stream; send stream: true")
+        options = options_of(given)
         await self._front.check_model(given.model)
         stride = (await self._front.requests.describe()).model.latent_stride
         modality = Modality.IMG2IMG if images else Modality.TEXT2IMG

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bagel.effect import UNHEARD
 from bagel.errors import InvalidRequest
 from bagel.request import RenormType
 from bagel.v1 import common_pb2, gateway_pb2
@@ -168,7 +169,11 @@ class ChatParameters(Parameters):
 
 P = TypeVar("P", bound=Parameters)
 
-_IMAGE_OPTIONS = {
+_OPTIONS = {
+    "seed": "seed",
+    "think": "think",
+    "max_think_tokens": "max_think_tokens",
+    "posterior": "posterior",
     "num_inference_steps": "steps",
     "timestep_shift": "timestep_shift",
     "cfg_text_scale": "cfg_text_scale",
@@ -177,8 +182,6 @@ _IMAGE_OPTIONS = {
     "cfg_renorm_type": "cfg_renorm_type",
     "cfg_renorm_min": "cfg_renorm_min",
     "negative_prompt": "negative_prompt",
-}
-_TEXT_OPTIONS = {
     "do_sample": "do_sample",
     "text_temperature": "temperature",
     "top_p": "top_p",
@@ -186,9 +189,6 @@ _TEXT_OPTIONS = {
     "repetition_penalty": "repetition_penalty",
     "stop_token_ids": "stop_token_ids",
 }
-_OF_PICTURES = (*_IMAGE_OPTIONS, "size", "output_format", "output_compression", "partial_images", "posterior")
-_OF_SAMPLING = {"text_temperature": None, "top_p": 1, "top_k": 0}
-"""What sampling alone uses, with the value that chooses nothing."""
 FIELD_NAMES = {"steps": "num_inference_steps", "temperature": "text_temperature", "height": "size", "width": "size"}
 """Parameters by the fields of bagel.request, where they are not the same."""
 
@@ -219,67 +219,50 @@ def generate_request(given: Parameters, request: common_pb2.Request) -> gateway_
     """The request with how its picture is given out."""
     return gateway_pb2.GenerateRequest(
         request=request,
-        output_format=FORMATS[given.output_format or "png"],
+        output_format=FORMATS[given.output_format] if given.output_format else common_pb2.IMAGE_FORMAT_UNSPECIFIED,
         output_compression=given.output_compression,
         partial_images=given.partial_images or 0,
     )
 
 
-def picture_options(given: Parameters, *, edits: bool, thinks: bool) -> dict[str, Any]:
-    """Options of bagel.request for a picture. edits: of an image; thinks: what the deployment does by default.
+def options_of(given: Parameters) -> dict[str, Any]:
+    """What was given, as options of bagel.request, which refuses what has no effect on the request.
 
-    Raises InvalidRequest for what would have no effect.
+    Raises InvalidRequest for what contradicts itself, and for previews and progress that nobody would hear of.
     """
-    if not (thinks if given.think is None else given.think):
-        _without_effect(given, ("max_think_tokens", *_TEXT_OPTIONS), "a picture without think")
-    if not edits:
-        _without_effect(given, ("posterior",), "a picture without input images")
-    if given.partial_images and not given.stream:
-        raise InvalidRequest("partial_images", "partial_images come in a stream; send stream: true")
-    options = _options(given, _IMAGE_OPTIONS) | _texts(given)
-    options["posterior"] = given.posterior
+    if not given.stream:
+        UNHEARD.refuse(given.model_dump(exclude_none=True))
+    options: dict[str, Any] = {option: getattr(given, name) for name, option in _OPTIONS.items()}
+    if given.cfg_renorm_type is not None:
+        options["cfg_renorm_type"] = RenormType(given.cfg_renorm_type)
     options["width"], options["height"] = _size(given.size)
+    if isinstance(given, ChatParameters):
+        options["max_tokens"] = _limit(given)
+        options |= _temperature(given)
+    if given.do_sample is None and options.get("do_sample") is None and options["temperature"] != 0:
+        # OpenAI's clients have no do_sample: a limit that leaves something to choose from says it.
+        options["do_sample"] = True if _chooses(given) else None
     return options
 
 
-def text_options(given: ChatParameters) -> dict[str, Any]:
-    """Options of bagel.request for an answer. Raises InvalidRequest for what would have no effect."""
-    _without_effect(given, _OF_PICTURES, "a text answer")
+def _chooses(given: Parameters) -> bool:
+    return given.top_p not in (None, 1) or bool(given.top_k)
+
+
+def _limit(given: ChatParameters) -> int | None:
+    """The limit of an answer under either name."""
     if given.max_tokens is not None and given.max_completion_tokens not in (None, given.max_tokens):
         raise InvalidRequest("max_tokens", "max_tokens and max_completion_tokens are one limit; send one of them")
-    limit = given.max_completion_tokens if given.max_tokens is None else given.max_tokens
-    return _texts(given) | {"max_tokens": limit}
+    return given.max_completion_tokens if given.max_tokens is None else given.max_tokens
 
 
-def _texts(given: Parameters) -> dict[str, Any]:
-    """How text is decoded. A temperature above 0 samples, as does a top_p or top_k that chooses."""
-    options = _options(given, _TEXT_OPTIONS) | {"think": given.think, "seed": given.seed}
-    options["max_think_tokens"] = given.max_think_tokens
-    temperature = given.temperature if isinstance(given, ChatParameters) else None
-    if temperature is not None:
-        if given.text_temperature is not None or given.do_sample not in (None, temperature > 0):
-            raise InvalidRequest("temperature", "temperature says it all; leave text_temperature and do_sample out")
-        options |= {"temperature": temperature, "do_sample": temperature > 0}
-    elif given.do_sample is None and (given.top_p not in (None, 1) or given.top_k):
-        options["do_sample"] = True
-    elif not given.do_sample:
-        for name, neutral in _OF_SAMPLING.items():
-            if getattr(given, name) not in (None, neutral):
-                raise InvalidRequest(name, f"{name} has no effect without sampling; send do_sample: true")
-    return options
-
-
-def _options(given: Parameters, names: Mapping[str, str]) -> dict[str, Any]:
-    values = {option: getattr(given, name) for name, option in names.items()}
-    if values.get("cfg_renorm_type") is not None:
-        values["cfg_renorm_type"] = RenormType(values["cfg_renorm_type"])
-    return values
-
-
-def _without_effect(given: Parameters, names: tuple[str, ...], on: str) -> None:
-    for name in names:
-        if getattr(given, name) is not None:
-            raise InvalidRequest(name, f"{name} has no effect on {on}; leave it out")
+def _temperature(given: ChatParameters) -> dict[str, Any]:
+    """OpenAI's temperature says whether to sample, too."""
+    if given.temperature is None:
+        return {}
+    if given.text_temperature is not None or given.do_sample not in (None, given.temperature > 0):
+        raise InvalidRequest("temperature", "temperature says it all; leave text_temperature and do_sample out")
+    return {"temperature": given.temperature, "do_sample": given.temperature > 0}
 
 
 def _size(size: str | None) -> tuple[int | None, int | None]:

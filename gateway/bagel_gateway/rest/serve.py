@@ -90,7 +90,7 @@ class Front:
                 async for event in events:
                     yield event
         except InvalidRequest as error:
-            raise renamed(error, names) from None
+            raise renamed(error, names, given.size) from None
 
 
 async def outcomes(events: Events, count: int) -> list[Outcome]:

@@ -1,0 +1,185 @@
+"""Settings that another one leaves without effect: one table for every front. No torch here.
+
+What is asked for happens, or is refused. Only what the user gave counts: a default, also a deploy file's, asks for
+nothing. Nor does a value that switches its own setting off (`NEUTRAL`), as clients send it that send every field.
+docs/options.md prints the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bagel.errors import InvalidRequest
+from bagel.guidance import guided_anywhere
+from bagel.prompts import ImagePart
+
+if TYPE_CHECKING:  # bagel.request checks by this table
+    from bagel.request import Request
+
+GREEDY_BELOW = 1.1754943508222875e-38
+"""Temperatures below float32's smallest normal number are 0 to the sampler."""
+_LEAVE = "leave it out"
+_GUIDED = ("negative_prompt", "cfg_img_scale", "cfg_renorm_type", "cfg_renorm_min")
+_DRAWN = ("steps", "timestep_shift", "cfg_text_scale", "cfg_interval", *_GUIDED, "height", "width")
+_WRITTEN = ("max_think_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop_token_ids", "do_sample")
+_GIVEN_OUT = ("output_format", "output_compression", "partial_images")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a rule looks at: the request with every setting filled in, the names that the user gave, the output.
+
+    output_format: Pillow's name of it; streams: whether the caller hears what happens on the way.
+    """
+
+    request: Request
+    given: frozenset[str] = frozenset()
+    output_format: str = "PNG"
+    streams: bool = True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Settings, and when they have no effect: `when` in words that complete "has no effect", `holds` in code."""
+
+    settings: tuple[str, ...]
+    when: str
+    holds: Callable[[Facts], bool]
+    instead: str = _LEAVE
+
+    def refuse(self, options: Mapping[str, Any]) -> None:
+        """Raise InvalidRequest for the first of the rule's settings that asks for something in these options."""
+        for name in self.settings:
+            if asks_for_something(name, options.get(name)):
+                raise InvalidRequest(name, f"{name} has no effect {self.when}; {self.instead}")
+
+
+def _draws(facts: Facts) -> bool:
+    return facts.request.modality.makes_image
+
+
+def _writes(facts: Facts) -> bool:
+    return facts.request.think or not _draws(facts)
+
+
+def _greedy(facts: Facts) -> bool:
+    return facts.request.text.temperature < GREEDY_BELOW
+
+
+def _edits(facts: Facts) -> bool:
+    """Whether an image enters as the VAE's tokens; of a prompt whose images are not there yet, what is usual."""
+    images = [part for part in facts.request.prompt if isinstance(part, ImagePart)]
+    return any(image.for_generation for image in images) if images else facts.request.modality == "img2img"
+
+
+def _guides(facts: Facts) -> bool:
+    return facts.request.image.cfg_text_scale > 1
+
+
+def _in_no_step(facts: Facts) -> bool:
+    return _draws(facts) and _guides(facts) and not guided_anywhere(facts.request.image)
+
+
+UNHEARD = Rule(("partial_images", "progress"), "without a stream", lambda facts: not facts.streams,
+               "leave it out, or ask for a stream (Python: give on_event)")  # fmt: skip
+"""What is told on the way, to somebody who waits for the end alone."""
+
+RULES: tuple[Rule, ...] = (
+    Rule((*_DRAWN, *_GIVEN_OUT), "on a text answer", lambda facts: not _draws(facts)),
+    Rule(("max_tokens",), "on a picture", _draws,
+         "leave it out: max_think_tokens bounds the text before one"),
+    Rule(_WRITTEN, "on a picture without think", lambda facts: not _writes(facts), "leave it out, or turn think on"),
+    Rule(("max_think_tokens",), "on an answer without think that max_tokens bounds",
+         lambda facts: not _draws(facts) and not facts.request.think and "max_tokens" in facts.given,
+         "give one of the two, or turn think on"),
+    Rule(("posterior",), "where no image is edited", lambda facts: not _edits(facts)),
+    Rule(("temperature", "top_p", "top_k"), "without sampling", lambda facts: not facts.request.text.do_sample,
+         "leave it out, or turn do_sample on"),
+    Rule(("top_p", "top_k", "do_sample"), "at temperature 0, which takes the likeliest token", _greedy,
+         "leave it out, or raise the temperature"),
+    Rule(("temperature", "top_p"), "with top_k 1, which leaves one token", lambda facts: facts.request.text.top_k == 1,
+         "leave it out, or raise top_k"),
+    Rule((*_GUIDED, "cfg_interval"), "without guidance, which cfg_text_scale at most 1 switches off",
+         lambda facts: not _guides(facts), "leave it out, or raise cfg_text_scale"),
+    Rule(("cfg_interval",), "as it holds no timestep of the schedule", _in_no_step,
+         "widen it, take more timesteps, or set cfg_text_scale to 1 for no guidance"),
+    Rule(("cfg_text_scale", *_GUIDED), "as cfg_interval holds no timestep of the schedule, so that nothing is guided",
+         _in_no_step, "leave it out, or widen cfg_interval"),
+    Rule(("cfg_renorm_type",), "where cfg_renorm_min is 1, which is no renorm",
+         lambda facts: facts.request.image.cfg_renorm_min == 1, "leave it out, or lower cfg_renorm_min"),
+    Rule(("timestep_shift",), "with 2 timesteps, which are 1 and 0 however they are shifted",
+         lambda facts: facts.request.image.steps == 2, "leave it out, or take more timesteps"),
+    Rule(("output_compression",), "on PNG, which loses nothing", lambda facts: facts.output_format == "PNG",
+         "leave it out, or choose JPEG or WEBP"),
+    Rule(("partial_images",), "with 2 timesteps, whose one step ends in the picture",
+         lambda facts: facts.request.image.steps == 2, "leave it out, or take more timesteps"),
+    UNHEARD,
+)  # fmt: skip
+"""A setting is refused by the first of its rules that holds."""
+
+NEUTRAL: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "do_sample": ("false", lambda value: not value),
+    "temperature": ("0", lambda value: value < GREEDY_BELOW),
+    "top_p": ("1", lambda value: value == 1),
+    "top_k": ("0", lambda value: value == 0),
+    "repetition_penalty": ("1", lambda value: value == 1),
+    "stop_token_ids": ("none", lambda value: len(value) == 0),
+    "negative_prompt": ("blank", lambda value: not value.strip()),
+    "cfg_text_scale": ("at most 1", lambda value: value <= 1),
+    "cfg_img_scale": ("at most 1", lambda value: value <= 1),
+    "cfg_interval": ("two equal ends", lambda value: value[0] == value[1]),
+    "cfg_renorm_min": ("0", lambda value: value == 0),
+    "timestep_shift": ("1", lambda value: value == 1),
+    "output_format": ("PNG", lambda value: value == "PNG"),
+    "partial_images": ("0", lambda value: value == 0),
+    "progress": ("false", lambda value: not value),
+}
+"""Values that ask for nothing, in words and in code: they are never refused."""
+
+
+def asks_for_something(name: str, value: Any) -> bool:
+    """Whether a value that was given wants an effect. None is not given."""
+    return value is not None and not (name in NEUTRAL and NEUTRAL[name][1](value))
+
+
+def check_effect(facts: Facts, options: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for the first of a user's options that asks for what will not happen."""
+    facts = replace(facts, given=facts.given | {name for name, value in options.items() if value is not None})
+    wanted = {name for name, value in options.items() if asks_for_something(name, value)}
+    for rule in RULES:
+        if not wanted.isdisjoint(rule.settings) and rule.holds(facts):
+            rule.refuse(options)
+
+
+def effective(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that have an effect on a request, for who has every one of them and not what a user gave.
+
+    Sent on without the others, they make the same request, whatever the defaults there are.
+    """
+    facts, kept = Facts(request, given=frozenset(options)), dict(options)
+    for rule in RULES:
+        for name in rule.settings:
+            if asks_for_something(name, kept.get(name)) and rule.holds(facts):
+                value = kept.pop(name)
+                if name == "cfg_interval" and _in_no_step(facts):  # a default could hold a step
+                    kept[name] = (value[0], value[0])
+    return kept
+
+
+def table() -> str:
+    """The rules as docs/options.md prints them."""
+    rows = [f"| {_names(rule.settings)} | {rule.when} |" for rule in RULES]
+    return "\n".join(["| settings | have no effect |", "|---|---|", *rows])
+
+
+def neutral_table() -> str:
+    """The values that ask for nothing, as docs/options.md prints them."""
+    return "\n".join(
+        ["| setting | asks for nothing |", "|---|---|", *(f"| `{n}` | {w} |" for n, (w, _) in NEUTRAL.items())]
+    )
+
+
+def _names(settings: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in settings)
