@@ -29,6 +29,7 @@ PENALTIES = (0.01, 100.0)
 MAX_TOP_K = 2**32 - 1
 """What its field of the wire holds."""
 MAX_PARTS = 64
+MAX_STOP_TOKENS = 64
 MAX_TEXT_BYTES = 2**20
 """UTF-8 of a prompt's texts and of the negative prompt: several times what any model has positions for."""
 
@@ -92,6 +93,7 @@ class TextSettings:
         _finite("repetition_penalty", self.repetition_penalty, at_least=lowest, at_most=highest)
         _whole("max_tokens", self.max_tokens, at_least=1)
         _kind("do_sample", self.do_sample, bool, "true or false")
+        check_stop_tokens(len(self.stop_token_ids))
         for token in self.stop_token_ids:
             _whole("stop_token_ids", token, at_least=0)
 
@@ -228,6 +230,12 @@ def check_prompt_size(field: str, parts: int, texts: Sequence[str]) -> None:
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     if size > MAX_TEXT_BYTES:
         raise InvalidRequest(field, f"{field} has {size} bytes of text; it may have {MAX_TEXT_BYTES}")
+
+
+def check_stop_tokens(count: int) -> None:
+    """Refuse more stop tokens than anybody needs; raises InvalidRequest."""
+    if count > MAX_STOP_TOKENS:
+        raise InvalidRequest("stop_token_ids", f"stop_token_ids has {count} ids; it may have {MAX_STOP_TOKENS}")
 
 
 def text_settings(request: Request) -> TextSettings:

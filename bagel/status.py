@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from bagel import errors
 from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
 from bagel.metrics import timed_call
+from bagel.structure import MAX_FIELDS, check_fields
 from bagel.telemetry import Log, adopt_request_id
 from bagel.tracing import serving, tell_failure
 
@@ -97,9 +98,13 @@ class Undecodable:
 
 def decoding(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """A request's deserializer that gives an Undecodable for wrong bytes: gRPC would answer UNKNOWN, as for a bug."""
+    kind = getattr(getattr(read, "__self__", None), "DESCRIPTOR", None)
+    limit = None if kind is None else MAX_FIELDS.get(kind.full_name)
 
     def decode(data: bytes) -> Any:
         try:
+            if kind is not None and limit is not None:
+                check_fields(data, kind, limit)
             return read(data)
         except DecodeError as error:
             return Undecodable(str(error))

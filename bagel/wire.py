@@ -21,6 +21,7 @@ from bagel.request import (
     Request,
     TextSettings,
     check_prompt_size,
+    check_stop_tokens,
 )
 from bagel.v1 import common_pb2, dit_pb2
 
@@ -125,6 +126,7 @@ def options_from_wire(message: common_pb2.Request) -> dict[str, Any]:
     """What a user set, as `bagel.request.resolve` takes it."""
     options: dict[str, Any] = _set_fields(message, ("seed", "think", "max_think_tokens", "negative_prompt"))
     options |= _set_fields(message.text, _TEXT_FIELDS) | _set_fields(message.image, _IMAGE_FIELDS)
+    check_stop_tokens(len(message.text.stop_token_ids))
     if message.text.stop_token_ids:
         options["stop_token_ids"] = tuple(message.text.stop_token_ids)
     if message.image.HasField("cfg_interval"):
@@ -290,6 +292,7 @@ def model_info(config: ModelConfig, **more: Any) -> common_pb2.ModelInfo:
         vit_transform=_transform_to_wire(config.vit_transform),
         latent_channels=config.vae.z_channels,
         vae_downsample=config.vae.downsample,
+        vocabulary=config.llm.vocab_size,
         **more,
     )
 

@@ -34,6 +34,7 @@ def model(kv_fingerprint: bytes = b"k") -> common_pb2.ModelInfo:
         for t in (VAE_TRANSFORM, VIT_TRANSFORM)
     )
     return common_pb2.ModelInfo(
+        vocabulary=1000,
         name="tiny",
         kv_fingerprint=kv_fingerprint,
         latent_stride=16,

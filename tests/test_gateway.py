@@ -342,3 +342,26 @@ def test_a_text_part_alone_can_be_the_prompt() -> None:
         assert texts(at.thinkers[0].asked[0]) == ["one", "two"]
 
     through(work)
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "said"),
+    [
+        ("stop_token_ids", {"stop_token_ids": [1000]}, "tokens are 0 to 999"),
+        ("stop_token_ids", {"stop_token_ids": range(65)}, "has 65 ids; it may have 64"),
+        ("prompt", {"prompt": ["x"] * 65}, "has 65 parts; it may have 64"),
+        ("prompt", {"prompt": ["x" * 2**19] * 3}, "bytes of text"),
+        ("request", {"prompt": [""] * 1001}, "more than 1000 fields"),
+        ("request", {"stop_token_ids": [2**31] * 10**5}, "more than 1000 fields"),
+        ("top_k", {"top_k": 5}, "top_k has no effect without sampling"),
+        ("output_format", {"output_format": "JPEG"}, "on a text answer"),
+    ],
+)
+def test_what_rest_bounds_or_refuses_grpc_does_too(field: str, change: dict[str, Any], said: str) -> None:
+    async def work(at: Deployment) -> None:
+        with pytest.raises(InvalidRequest, match=said) as caught:
+            await at.client.generate(**{"prompt": "a red cube", "modality": "text2text", **change})
+        assert caught.value.field == field
+        assert at.thinkers[0].asked == []
+
+    through(work)

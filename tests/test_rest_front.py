@@ -263,6 +263,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (IMAGES, {"prompt": "x", "cfg_interval": [0.5, 0.5], "negative_prompt": "y"}, "negative_prompt", "no timestep"),
     (IMAGES, {"prompt": "x", "num_inference_steps": 2, "timestep_shift": 2}, "timestep_shift", "2 timesteps"),
     (IMAGES, {"prompt": "x", "size": "8x64"}, "size", "size is 8x64: its width is 8; it must be"),
+    (CHAT, ASK | {"stop_token_ids": [5, 1000]}, "stop_token_ids", "has 1000; this model's tokens are 0 to 999"),
+    (CHAT, ASK | {"stop_token_ids": [5] * 65}, "stop_token_ids", "64"),
     (CHAT, ASK | {"temperature": 0, "top_p": 0.5}, "top_p", "without sampling"),
     (CHAT, ASK | {"temperature": 0, "top_k": 5}, "top_k", "without sampling"),
     (CHAT, ASK | {"do_sample": True, "text_temperature": 0, "top_k": 5}, "top_k", "temperature 0"),

@@ -23,6 +23,10 @@ MARKS = (
 """Byte-order marks, and the encodings that they stand for."""
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 _ALLOWED = "\t\r\n"
+_NO_CONTROLS = bytes(range(32, 256)) + _ALLOWED.encode()
+_CONTROLS = bytes(byte for byte in range(32) if byte not in _ALLOWED.encode())
+_WIDE_PRINTABLE = 0.75
+"""Share of printable ASCII up to which bytes may be a text of two or four bytes a character."""
 _LETTERS = 0.6
 """Share of ASCII above which bytes that are no UTF-8 are a western text with some accents."""
 
@@ -118,20 +122,30 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 def _unmarked(data: bytes) -> str | None:
-    """The encoding of two or four bytes a character that bytes with control characters read cleanly in, if any."""
-    controls = data.translate(None, bytes(range(32, 256)) + b"\t\n\r")
-    if not controls:
+    """The encoding of two or four bytes a character that a file without a mark seems to be in; None for UTF-8.
+
+    Such a file holds control characters for UTF-8, about half of its bytes are none of ASCII's, and it reads cleanly.
+    """
+    printable = len(data.translate(None, _CONTROLS + bytes(range(128, 256))))
+    if not data.translate(None, _NO_CONTROLS) or printable > _WIDE_PRINTABLE * len(data) or _holds_utf8(data):
         return None
     for encoding in _WIDE:
         width = 4 if "32" in encoding else 2
-        whole = data[: len(data) // width * width]
         try:
-            text = whole.decode(encoding)
+            text = data[: len(data) // width * width].decode(encoding)
         except UnicodeDecodeError:
             continue
         if text and all(map(_plausible, text)):
             return encoding
     return None
+
+
+def _holds_utf8(data: bytes) -> bool:
+    """Whether it is UTF-8 of more than ASCII, which other encodings are hardly ever by chance."""
+    try:
+        return not data.decode("utf-8").isascii()
+    except UnicodeDecodeError:
+        return False
 
 
 def _plausible(character: str) -> bool:

@@ -11,7 +11,7 @@ from bagel.engine.noise import initial_noise
 from bagel.engine.segments import Chain, ChainPlanner, InputImage
 from bagel.errors import InvalidRequest
 from bagel.guidance import needed_branches
-from bagel.model.sizes import check_positions, picture_size, text_positions
+from bagel.model.sizes import check_positions, check_stop_ids, picture_size, text_positions
 from bagel.prompts import (
     Branch,
     BranchName,
@@ -49,6 +49,7 @@ class RequestPlan:
 
 def plan_request(planner: ChainPlanner, request: Request, max_model_len: int) -> RequestPlan:
     """Plan a request; raises InvalidRequest or InvalidImage if the model cannot serve it."""
+    check_stop_ids(request.text.stop_token_ids, planner.config.llm.vocab_size)
     # A part that stands twice in a prompt is two images, each with noise of its own.
     request = replace(request, prompt=tuple(replace(part) for part in request.prompt))
     images = planner.prepare_images(request.prompt, request.posterior, request.seed)

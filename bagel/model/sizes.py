@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bagel.errors import InvalidRequest
@@ -46,6 +47,13 @@ def check_side(name: str, pixels: int, config: ModelConfig | PictureLimits) -> i
     return pixels // stride * stride
 
 
+def check_stop_ids(ids: Iterable[int], vocabulary: int) -> None:
+    """Refuse a stop token that the model does not have, and could never write; raises InvalidRequest."""
+    if outside := [token for token in ids if token >= vocabulary]:
+        told = f"stop_token_ids has {outside[0]}; this model's tokens are 0 to {vocabulary - 1}"
+        raise InvalidRequest("stop_token_ids", told)
+
+
 def text_positions(request: Request) -> int:
     """Positions that the request's text may take: that of an answer or a think text, 0 if there is none."""
     return text_settings(request).max_tokens if request.think or not request.modality.makes_image else 0
@@ -59,11 +67,7 @@ def check_positions(prompt: int, text: int, limit: int) -> None:
         "max_tokens" if prompt <= limit else "prompt",
         f"the prompt takes {prompt} positions and the text after it up to {text}; the limit is {limit} "
         "(max_model_len of the deploy file, at most the model's max_position_embeddings): "
-        + (
-            "lower --max-tokens or --max-think-tokens, or shorten the prompt"
-            if prompt <= limit
-            else "shorten the prompt"
-        ),
+        + ("lower max_tokens or max_think_tokens, or shorten the prompt" if prompt <= limit else "shorten the prompt"),
     )
 
 

@@ -763,6 +763,7 @@ class ModelInfo(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    VOCABULARY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name or folder, as configured."""
     checkpoint_fingerprint: _builtins.bytes
@@ -787,6 +788,8 @@ class ModelInfo(_message.Message):
     """Type of the weights, such as bfloat16."""
     device: _builtins.str
     """The device, such as cuda:0."""
+    vocabulary: _builtins.int
+    """Ids of tokens are below it; 0 where the service does not say."""
     @_builtins.property
     def vae_transform(self) -> Global___ImageTransform:
         """How an image enters the VAE."""
@@ -812,10 +815,11 @@ class ModelInfo(_message.Message):
         max_positions: _builtins.int = ...,
         dtype: _builtins.str = ...,
         device: _builtins.str = ...,
+        vocabulary: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["vae_transform", b"vae_transform", "vit_transform", b"vit_transform"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_fingerprint", b"checkpoint_fingerprint", "default_height", b"default_height", "default_width", b"default_width", "device", b"device", "dtype", b"dtype", "kv_fingerprint", b"kv_fingerprint", "latent_channels", b"latent_channels", "latent_stride", b"latent_stride", "max_image_size", b"max_image_size", "max_positions", b"max_positions", "name", b"name", "vae_downsample", b"vae_downsample", "vae_transform", b"vae_transform", "vit_transform", b"vit_transform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_fingerprint", b"checkpoint_fingerprint", "default_height", b"default_height", "default_width", b"default_width", "device", b"device", "dtype", b"dtype", "kv_fingerprint", b"kv_fingerprint", "latent_channels", b"latent_channels", "latent_stride", b"latent_stride", "max_image_size", b"max_image_size", "max_positions", b"max_positions", "name", b"name", "vae_downsample", b"vae_downsample", "vae_transform", b"vae_transform", "vit_transform", b"vit_transform", "vocabulary", b"vocabulary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,7 +11,7 @@ from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images import resized_size
-from bagel.model.sizes import picture_size
+from bagel.model.sizes import check_stop_ids, picture_size
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig, pipeline_for_request, prompt_expander
 from bagel.prompts import Branch, BranchName, ImagePart, Prompt, TextPart, text_prompt
 from bagel.request import Modality, PosteriorMode, Request, resolve, text_settings
@@ -100,8 +100,10 @@ async def read_request(
 
 
 def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
-    """What the stages are to do with a request; raises InvalidRequest for a size that the model does not draw."""
+    """What the stages are to do with a request; raises InvalidRequest for a size or token that the model has not."""
     request = asked.request
+    if model.vocabulary:
+        check_stop_ids(request.text.stop_token_ids, model.vocabulary)
     if request.modality.makes_image:
         height, width = picture_size(request, wire.picture_limits(model))
         request = replace(request, image=replace(request.image, height=height, width=width))

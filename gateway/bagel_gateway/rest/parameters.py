@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bagel.effect import UNHEARD
 from bagel.errors import InvalidRequest
-from bagel.request import RenormType
+from bagel.request import MAX_STOP_TOKENS, RenormType
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownParameter
 
@@ -108,7 +108,7 @@ class Parameters(BaseModel):
     top_p: float | None = Field(None, description="sample from the likeliest tokens of this probability (1)")
     top_k: int | None = Field(None, description="sample from so many likeliest tokens; 0 is all (0)")
     repetition_penalty: float | None = Field(None, description="above 1 discourages repeats, from 0.01 to 100 (1)")
-    stop_token_ids: list[int] | None = Field(None, max_length=64, description="tokens that end a text")
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_TOKENS, description="tokens that end a text")
     posterior: Literal["content", "seed", "mean"] | None = Field(None, description="noise of an edit's input")
     negative_prompt: str | None = Field(None, description="what to steer away from")
     num_inference_steps: int | None = Field(None, description="timesteps; n are n - 1 steps (50)")
