@@ -16,6 +16,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
 
+from bagel.encodings import decode_marked
 from bagel.errors import ConfigError, Unauthenticated
 from bagel.transport import Security
 
@@ -108,7 +109,7 @@ def read_keys(path: Path) -> tuple[KeyRing, bytes]:
 def parse_keys(data: bytes, source: str) -> KeyRing:
     """The keys of a file's bytes; ConfigError, naming the line, for what it cannot hold."""
     entries: dict[str, bytes] = {}
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(decode_marked(data, "replace").splitlines(), 1):
         if not (text := line.strip()) or text.startswith("#"):
             continue
         match = _LINE.fullmatch(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from bagel.commands.flags import OnceParser
 from bagel.errors import BagelError, ConfigError
 from bench import cpu, gpu, nano, overhead, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json
@@ -71,7 +72,7 @@ def _device_name(name: str) -> torch.device:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
+    parser = OnceParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
     parts = ("cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages", "threads")
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")

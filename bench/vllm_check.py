@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.commands.flags import OnceParser
 from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
 from bagel.kv.digests import SegmentKind
@@ -189,7 +190,7 @@ def fits(far: Mapping[str, Distance], near: Mapping[str, Distance], dtype: str) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare case by case; 1 if one is not right."""
-    parser = argparse.ArgumentParser(prog="python -m bench.vllm_check", description="Is the Thinker's vLLM right here?")
+    parser = OnceParser(prog="python -m bench.vllm_check", description="Is the Thinker's vLLM right here?")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs: starts in seconds")

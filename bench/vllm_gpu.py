@@ -32,6 +32,7 @@ from typing import Any
 
 from PIL import Image
 
+from bagel.commands.flags import OnceParser
 from bagel.engine.noise import Posterior
 from bagel.engine.segments import Chain, Segment
 from bagel.kv.digests import DIGEST_BYTES, SegmentKind
@@ -368,7 +369,7 @@ SIDES = ("plain", "ours")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print figures and ratios; 1 if a ratio is missing or not what it should be."""
-    parser = argparse.ArgumentParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on a GPU.")
+    parser = OnceParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on a GPU.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures there; with --side, line by line")
     parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process")

@@ -6,7 +6,6 @@ is thought about first, and leaves a contact sheet. Takes less than a minute on 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from bagel import Omni
+from bagel.commands.flags import OnceParser
 from bagel.errors import BagelError
 from examples.sheet import Card, contact_sheet
 
@@ -39,7 +39,7 @@ class Step:
 
 def main() -> int:
     """Run the demo; 0, or the exit code of the error that ended it."""
-    parser = argparse.ArgumentParser(prog="python -m examples.demo", description="What the model can do, on one sheet.")
+    parser = OnceParser(prog="python -m examples.demo", description="What the model can do, on one sheet.")
     parser.add_argument("folder", nargs="?", default="demo-output", help="where the files go (default: demo-output)")
     folder = Path(parser.parse_args().folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bagel.cli import main
 from bagel.commands import flags
 from bagel.prompts import TextPart
 from bagel.request import (
@@ -23,6 +24,7 @@ from bagel.request import (
     TextSettings,
     resolve,
 )
+from bagel_thinker.__main__ import main as thinker
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("pydantic", "yaml", "rich", "numpy", "PIL", "torch", "transformers", "diffusers", "bagel.config")
@@ -119,3 +121,52 @@ def test_help_loads_nothing_slow(command: str) -> None:
     assert "argparse" in loaded
     assert not loaded & set(HEAVY)
     assert "bagel" in done.stdout
+
+
+TWICE = [
+    ("generate", "--prompts x --image-path a --image-path b", "--image-path: it is given twice, as 'a' and as 'b'"),
+    ("generate", "--prompts x --steps 5 --steps 6", "--steps: it is given twice, as 5 and as 6"),
+    ("generate", "--prompts x --cfg-interval 0.1 0.3 --cfg-interval 0.2 0.3", "0.1 0.3 and 0.2 0.3"),
+    ("serve", "--port 1 --port 2", "--port: it is given twice"),
+    ("health", "--endpoint a:1 --endpoint b:1", "--endpoint: it is given twice"),
+    ("eval-nano", "--seed 1 --seed 2", "--seed: it is given twice"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "said"), TWICE)
+def test_no_flag_overrides_itself(command: str, arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, *arguments.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_flags_may_be_given_again_with_the_same_value_or_where_values_are_collected() -> None:
+    parser = flags.Parser()
+    flags.add_generate_flags(parser)
+    for _ in range(2):
+        made = parser.parse_args("--think --steps 5 --prompts a --think --prompts b c --steps 5".split())
+        assert (made.think, made.steps, made.prompts) == (True, 5, ["a", "b", "c"])
+
+
+def test_a_switch_and_its_opposite_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert thinker(["--model", "x", "--enforce-eager", "--no-enforce-eager"]) == 2
+    assert "it is given twice, --enforce-eager and --no-enforce-eager" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--prompts", "x", "--negative-prompt", "-x"], "as in --negative-prompt=-x;"),
+        (["--prompts", "-x"], "as in --prompts=-x;"),
+        (["--prompts", "a", "-x"], "as in --prompts=-x;"),
+        (["--prompts", "a", "--output", "--steps"], "expected one argument; see"),
+    ],
+)
+def test_a_value_that_begins_with_a_dash_is_told_how_to_be_given(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", *arguments]) == 2
+    assert hint in capsys.readouterr().err
+    parser = flags.Parser()
+    flags.add_generate_flags(parser)
+    made = parser.parse_args(["--prompts=-x", "--negative-prompt=-y"])
+    assert (made.prompts, made.negative_prompt) == (["-x"], "-y")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import bagel
 from bagel.cli import main
 from bagel.client import Client
+from bagel.commands.endpoint import api_key_of
 from bagel.config import shipped_deploy_config
 from bagel.errors import Unauthenticated
 from bagel.keys import key_line, new_key, read_keys
@@ -52,6 +54,14 @@ def test_a_new_key_is_printed_with_the_line_that_makes_it_known(
     assert ring.name_of(key.encode()) == "alice"
     assert main(["keys", "new", "alice"]) == 0
     assert capsys.readouterr().out.splitlines()[0] != key
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_key_files_may_begin_with_the_mark_that_editors_write(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "ring").write_text(key_line("alice", KEY) + "\n", encoding=encoding)
+    assert read_keys(tmp_path / "ring")[0].name_of(KEY.encode()) == "alice"
+    (tmp_path / "key").write_text(KEY + "\r\n", encoding=encoding)
+    assert api_key_of(Namespace(api_key_file=str(tmp_path / "key"))) == KEY
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from bagel.commands.flags import ENDPOINT_FLAGS, flag_name
+from bagel.encodings import decode_marked
 from bagel.errors import ConfigError
 from bagel.transport import Security
 
@@ -26,7 +27,7 @@ def api_key_of(args: argparse.Namespace) -> str | None:
     if args.api_key_file is None:
         return os.environ.get(API_KEY, "").strip() or None
     try:
-        key = Path(args.api_key_file).read_text(encoding="utf-8").strip()
+        key = decode_marked(Path(args.api_key_file).read_bytes()).strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"--api-key-file {args.api_key_file!r} cannot be read: {reason}") from None

@@ -8,19 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bagel.encodings import decode_marked, mark_of
 from bagel.errors import InvalidRequest
 from bagel.request import MAX_TEXT_BYTES
 
 MAX_PROMPT_FILE_BYTES = 16 * 2**20
 STDIN = "-"
-MARKS = (
-    (b"\xff\xfe\x00\x00", "utf-32-le"),  # before UTF-16's, which it begins with
-    (b"\x00\x00\xfe\xff", "utf-32-be"),
-    (b"\xff\xfe", "utf-16-le"),
-    (b"\xfe\xff", "utf-16-be"),
-    (b"\xef\xbb\xbf", "utf-8"),
-)
-"""Byte-order marks, and the encodings that they stand for."""
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 _ALLOWED = "\t\r\n"
 _NO_CONTROLS = bytes(range(32, 256)) + _ALLOWED.encode()
@@ -102,7 +95,7 @@ def _read(file: str) -> bytes:
 
 def _decoded(data: bytes, source: str) -> str:
     """A file's text: UTF-8, or what its byte-order mark says; InvalidRequest naming what it seems to be instead."""
-    mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
+    mark, encoding = mark_of(data)
     told = f"--txt-prompts {source}"
     if not mark and (wide := _unmarked(data)):
         raise InvalidRequest(
@@ -110,7 +103,7 @@ def _decoded(data: bytes, source: str) -> str:
             f"{told} seems to be {wide.upper()} without a byte-order mark; convert it to UTF-8, or save it with one",
         )
     try:
-        return data[len(mark) :].decode(encoding)
+        return decode_marked(data)
     except UnicodeDecodeError as error:
         if mark:
             told = f"{told} begins as {encoding.upper()} does, but is damaged: {error.reason}"

@@ -6,7 +6,6 @@ python -m bagel.model.weights tensors.json    the same from a list of names and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from bagel.commands.flags import OnceParser
 from bagel.errors import BagelError, CheckpointError
 from bagel.model.backend import choose_backend
 from bagel.model.bagel import Bagel
@@ -184,9 +184,7 @@ def _listed(path: Path) -> dict[str, Shapes]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the inventory of a checkpoint or of a list of tensors; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bagel.model.weights", description="What each role loads, and its bytes."
-    )
+    parser = OnceParser(prog="python -m bagel.model.weights", description="What each role loads, and its bytes.")
     parser.add_argument("source", type=Path, help="a checkpoint folder, or tensors.json of BAGEL-7B-MoT")
     source: Path = parser.parse_args(argv).source
     try:

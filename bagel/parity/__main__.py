@@ -8,7 +8,6 @@ than is allowed or was not compared.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from bagel.commands.flags import OnceParser
 from bagel.engine.engine import BagelEngine
 from bagel.errors import BagelError
 from bagel.parity.bf16 import compare_bf16
@@ -34,9 +34,7 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare everything in a folder; 0 if it all agrees, 1 if not, 2 for a folder that is none."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None
-    )
+    parser = OnceParser(prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="recordings: checkpoint/, inputs/, fp32/, tables/, README.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--tolerance", type=float, help="largest absolute error in float32 (cpu 1e-4, cuda 1e-3)")

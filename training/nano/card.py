@@ -6,7 +6,6 @@ those of the files; nothing is trained or evaluated here.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from bagel.commands.flags import OnceParser
 from training.nano.rows import ROWS
 
 Entry = Mapping[str, Any]
@@ -76,7 +76,7 @@ of language or of images. Apache-2.0.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the card."""
-    parser = argparse.ArgumentParser(prog="python -m training.nano.card", description="Write the model card.")
+    parser = OnceParser(prog="python -m training.nano.card", description="Write the model card.")
     parser.add_argument("run", type=Path, help="folder with checkpoint/ and log.jsonl")
     parser.add_argument(
         "evaluation",

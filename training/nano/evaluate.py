@@ -7,7 +7,6 @@ python -m training.nano.evaluate --model RUN/checkpoint --seed 7         in this
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bagel.commands.flags import OnceParser
 from bagel.errors import BagelError
 from bagel.events import Result
 from bagel.prompts import TextPart
@@ -179,7 +179,7 @@ def score(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and print the table; 1 if a row failed or had no time."""
-    parser = argparse.ArgumentParser(prog="python -m training.nano.evaluate", description="Score a bagel-nano.")
+    parser = OnceParser(prog="python -m training.nano.evaluate", description="Score a bagel-nano.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--endpoint", help="a running gateway's HOST:PORT")
     where.add_argument("--model", type=Path, help="a checkpoint, loaded in this process")

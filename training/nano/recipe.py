@@ -6,11 +6,12 @@ not of the recipe go to every stage (see training.nano.train).
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from bagel.commands.flags import OnceParser
 
 STAGES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("vae", 3.7, ()),
@@ -22,7 +23,7 @@ STAGES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages; the exit code of the first that fails, 0 if none does."""
-    parser = argparse.ArgumentParser(prog="python -m training.nano.recipe", description="Train bagel-nano.")
+    parser = OnceParser(prog="python -m training.nano.recipe", description="Train bagel-nano.")
     parser.add_argument("run", type=Path, help="folder of checkpoint, state and log")
     parser.add_argument("--from", dest="first", type=int, choices=range(1, 1 + len(STAGES)), default=1, metavar="STAGE")
     parser.add_argument("--share", type=float, default=1.0, help="of every stage's minutes, to try it")

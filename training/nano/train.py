@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from bagel.commands.flags import OnceParser
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.roles import Role
@@ -120,7 +121,7 @@ def _load(folder: Path, device: torch.device, expert: str) -> Bagel:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage."""
-    parser = argparse.ArgumentParser(prog="python -m training.nano.train", description="Train bagel-nano.")
+    parser = OnceParser(prog="python -m training.nano.train", description="Train bagel-nano.")
     parser.add_argument("stage", choices=("vae", "joint"))
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoint, state and log")
     parser.add_argument("--minutes", type=float, required=True, help="of the whole stage, compiling included")
