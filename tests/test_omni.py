@@ -19,6 +19,7 @@ from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavail
 from bagel.events import Result, StepDone, TextDelta
 from bagel.images import read_settings
 from bagel.omni import describe
+from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
 from tests.conftest import GOLDEN
 from tests.helpers import agree, request, sketch
@@ -156,8 +157,9 @@ def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str,
 
 def test_request_is_sent_with_every_setting() -> None:
     ask = ask_of(request("img2img", "snow", steps=9, posterior="mean"))
-    assert (ask.prompt, ask.modality, ask.options["steps"], ask.options["posterior"]) == ("snow", "img2img", 9, "mean")
-    assert ask.image is not None
+    assert (ask.modality, ask.options["steps"], ask.options["posterior"]) == ("img2img", 9, "mean")
+    image, text = ask.prompt
+    assert isinstance(image, ImagePart) and text == TextPart("snow")
     assert ask.options["cfg_img_scale"] == 1.5
     assert Modality(ask.modality).reads_image
 

@@ -122,7 +122,7 @@ def mixed(count: int = 8) -> list[dict[str, Any]]:
         prompt: dict[str, Any] = {"prompt": f"thing number {i}", "seed": i}
         match i % 4:
             case 0:
-                requests.append(prompt | picture | {"think": i % 8 == 0, "max_think_tokens": 6})
+                requests.append(prompt | picture | ({"think": True, "max_think_tokens": 6} if i % 8 == 0 else {}))
             case 1:
                 requests.append(prompt | picture | {"modality": "img2img", "image": sketch(64 + 16 * i, 80)})
             case 2:
