@@ -158,7 +158,7 @@ def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str,
 def test_request_is_sent_with_every_setting() -> None:
     ask = ask_of(request("img2img", "snow", steps=9, posterior="mean"))
     assert (ask.modality, ask.options["steps"], ask.options["posterior"]) == ("img2img", 9, "mean")
-    image, text = ask.prompt
+    image, text = list(ask.prompt)
     assert isinstance(image, ImagePart) and text == TextPart("snow")
     assert ask.options["cfg_img_scale"] == 1.5
     assert Modality(ask.modality).reads_image

@@ -281,7 +281,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, ASK | {"num_inference_steps": 5}, "num_inference_steps", "no effect"),
     (CHAT, ASK | {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "one limit"),
     (CHAT, ASK | {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
-    (CHAT, ASK | {"temperature": -1}, "temperature", "at least"),
+    (CHAT, ASK | {"temperature": -1}, "temperature", "from 0 to 100"),
     (CHAT, ASK | {"text_temperature": 0.5}, "text_temperature", "sampling"),
     (CHAT, ASK | {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     (CHAT, ASK | {"modalities": ["audio"]}, "modalities.0", "text"),
