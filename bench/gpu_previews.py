@@ -24,7 +24,9 @@ from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 from bagel.v1 import common_pb2
 from bagel_dit import messages
+from bagel_dit.pulse import Pulses
 from bagel_dit.runner import Runner
+from bagel_dit.runner_process import Pipe
 from bench import cases
 from bench.lab import Lab
 from bench.report import Table
@@ -125,4 +127,4 @@ def _serve(connection: Connection, arena: Arena, model: Bagel) -> None:
     planner = ChainPlanner(model.config, tokenizer, b"bench")
     loaded = LoadedModel(model, tokenizer, checkpoint, planner, b"bench", 16_384)
     settings = messages.RunnerSettings("bench", False, str(model.device), "auto", 1, None, False, "WARNING")
-    Runner(connection, arena, settings, loaded).run()
+    Runner(Pipe(connection), Pulses(), arena, settings, loaded).run()

@@ -13,6 +13,7 @@ from google.rpc import status_pb2
 
 from bagel import wire
 from bagel_dit.messages import (
+    STEP_TIMEOUT_S,
     Alive,
     Command,
     Failed,
@@ -27,7 +28,9 @@ from bagel_dit.messages import (
     StepPlan,
     Stop,
 )
+from bagel_dit.pulse import Pulses, Watch
 from bagel_dit.runner import Runner, load
+from bagel_dit.runner_process import Pipe
 from tests.conftest import GOLDEN
 from tests.helpers import request
 
@@ -79,14 +82,18 @@ class Server:
 
 
 @contextmanager
-def single_stage() -> Iterator[Server]:
+def single_stage(step_timeout_s: float = STEP_TIMEOUT_S) -> Iterator[Server]:
     """A runner of the recordings' checkpoint."""
     ours, theirs = multiprocessing.Pipe()
-    settings = RunnerSettings(str(GOLDEN / "checkpoint"), True, "cpu", "auto", 4, None, False, "ERROR")
+    settings = RunnerSettings(
+        str(GOLDEN / "checkpoint"), True, "cpu", "auto", 4, None, False, "ERROR", step_timeout_s=step_timeout_s
+    )
     server = Server(ours)
 
     def run() -> None:
-        server.runner = Runner(theirs, None, settings, load(settings))
+        pipe, pulses = Pipe(theirs), Pulses()
+        server.runner = Runner(pipe, pulses, None, settings, load(settings))
+        Watch(pulses, settings.step_timeout_s, pipe.send).start()
         server.runner.run()
 
     thread = Thread(target=run, daemon=True)

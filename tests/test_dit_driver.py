@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,8 @@ from tests.conftest import GOLDEN
 pytestmark = pytest.mark.slow  # each start of a runner takes seconds
 
 LIMIT_S = 90
+STEP_TIMEOUT_S = 5.0
+"""More than a busy machine needs to start a thread."""
 
 
 @pytest.fixture
@@ -43,6 +47,12 @@ def kill_runner(driver: Driver) -> int:
     return pid
 
 
+def stop_runner(driver: Driver) -> None:
+    """Have the process stand still; only SIGKILL ends it now."""
+    assert driver._runner.pid is not None
+    os.kill(driver._runner.pid, signal.SIGSTOP)
+
+
 def driven(model: Path, test: Callable[[Driver, list[bool]], object]) -> None:
     async def main() -> None:
         health: list[bool] = []
@@ -50,7 +60,9 @@ def driven(model: Path, test: Callable[[Driver, list[bool]], object]) -> None:
         async def on_health(healthy: bool) -> None:
             health.append(healthy)
 
-        settings = RunnerSettings(str(model), False, "cpu", "auto", 4, None, False, "ERROR")
+        settings = RunnerSettings(
+            str(model), False, "cpu", "auto", 4, None, False, "ERROR", step_timeout_s=STEP_TIMEOUT_S
+        )
         async with asyncio.timeout(LIMIT_S):
             driver = Driver(settings, None, on_health)
             try:
@@ -83,6 +95,31 @@ def test_a_runner_that_dies_while_it_loads_again_fails_the_driver(model: Path) -
         assert health == [True, False]
         with pytest.raises(Loading):
             driver.listen(1, asyncio.Queue())
+
+    driven(model, test)
+
+
+def test_a_runner_that_stands_still_is_killed_and_started_again(model: Path) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        await driver.loaded()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        driver.listen(1, events)
+        stop_runner(driver)
+        error = await events.get()
+        assert isinstance(error, RunnerDied) and error.grpc_status == "UNAVAILABLE"
+        assert re.search(rf"silent for {STEP_TIMEOUT_S:g} s, killed.* send it again", str(error))
+        await until(lambda: health == [True, False, True])
+        assert not driver.failed.done()
+
+    driven(model, test)
+
+
+def test_a_first_load_that_stands_still_fails(model: Path) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        await asyncio.sleep(0.5)
+        stop_runner(driver)
+        with pytest.raises(BagelError, match=r"silent for .* killed.* while it loaded the model"):
+            await driver.loaded()
 
     driven(model, test)
 

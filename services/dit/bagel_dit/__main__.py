@@ -23,7 +23,7 @@ from bagel.transport import Host, channel
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import add_DitServiceServicer_to_server
 from bagel_dit.drive import Driver
-from bagel_dit.messages import RunnerSettings
+from bagel_dit.messages import STEP_TIMEOUT_S, RunnerSettings
 from bagel_dit.server import DitServicer
 
 PAGE_TIMEOUT_S = 30.0
@@ -48,6 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--kv-cache-bytes", type=int, default=service.DEFAULT_KV_BYTES, help="shared memory for K/V")
     flags.add_argument(
         "--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without a word of a source"
+    )
+    flags.add_argument(
+        "--step-timeout",
+        type=service.seconds,
+        default=STEP_TIMEOUT_S,
+        metavar="S",
+        help="a step that gets on with no layer for so long has hung: the runner is killed and started again "
+        f"(default: {STEP_TIMEOUT_S:g})",
     )
     flags.add_argument(
         "--enable-diffusion-pipeline-profiler",
@@ -133,6 +141,7 @@ def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
         vae_use_tiling=args.vae_use_tiling,
         log_level=args.log_level,
         profile=args.enable_diffusion_pipeline_profiler,
+        step_timeout_s=args.step_timeout,
     )
 
 

@@ -22,6 +22,7 @@ from bagel.telemetry import Log
 from bagel.v1 import common_pb2
 from bagel.wire import encode_picture
 from bagel_dit.messages import Drawn, Output, Previewed, Reply
+from bagel_dit.pulse import Pulses
 
 log = Log("bagel.dit.runner")
 
@@ -63,7 +64,9 @@ class Decoder:
         send: Callable[[Reply], None],
         tell_failed: Callable[[int, Exception], None],
         drawing: Callable[[int], bool],
+        pulses: Pulses,
     ) -> None:
+        self._pulses = pulses
         self._model, self._device = model, model.device
         self._send, self._tell_failed, self._drawing = send, tell_failed, drawing
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
@@ -88,9 +91,13 @@ class Decoder:
         return bool(self._jobs)
 
     def _submit(self, work: Callable[[Any], None], job: object) -> None:
-        future = self._thread.submit(work, job)
+        future = self._thread.submit(self._watched, work, job)
         self._jobs.add(future)
         future.add_done_callback(self._jobs.discard)
+
+    def _watched(self, work: Callable[[Any], None], job: object) -> None:
+        with self._pulses.work():
+            work(job)
 
     def close(self) -> None:
         """Wait for what is under way, and end."""

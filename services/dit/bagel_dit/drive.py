@@ -14,7 +14,19 @@ from bagel.metrics import count_step
 from bagel.status import from_status
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2
-from bagel_dit.messages import Alive, Begun, Command, Health, LoadFailed, Ready, Remove, Reply, RunnerSettings, Stepped
+from bagel_dit.messages import (
+    Alive,
+    Begun,
+    Command,
+    Health,
+    Hung,
+    LoadFailed,
+    Ready,
+    Remove,
+    Reply,
+    RunnerSettings,
+    Stepped,
+)
 from bagel_dit.runner_process import RunnerProcess
 from bagel_dit.scheduler import Scheduler
 
@@ -107,8 +119,6 @@ class Driver:
                 self._spawn(self._on_health(True))
             case LoadFailed():
                 self._ready.set_exception(from_status(status_pb2.Status.FromString(reply.status), "the runner"))
-            case Alive():
-                pass
             case Health():
                 self._spawn(self._on_health(reply.healthy))
             case Stepped():
@@ -122,6 +132,8 @@ class Driver:
                 for id_, step in reply.pictures.items():
                     self._tell(id_, step)
                 self._drive()
+            case Alive() | Hung():
+                pass  # the process's affair
             case _:
                 self._tell(reply.id, reply)
 
@@ -129,10 +141,9 @@ class Driver:
         if (events := self._listeners.get(id_)) is not None:
             events.put_nowait(event)
 
-    def _on_death(self, code: int | None) -> None:
+    def _on_death(self, cause: str) -> None:
         if self._stopping:
             return
-        cause = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         log.error("the runner died", cause=cause, requests=len(self._listeners))
         error = RunnerDied(f"the DiT's runner process ended ({cause}) under this request; send it again")
         for events in self._listeners.values():

@@ -9,9 +9,10 @@ from bagel.images import ResizedImage
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
-ALIVE_EVERY_S = 1.0
+STEP_TIMEOUT_S = 600.0
+"""Of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
 SILENCE_S = 30.0
-"""A runner that has told nothing for so long is taken for dead."""
+"""A runner that has told nothing for so long is taken for dead, once its model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunnerSettings:
     log_level: str
     profile: bool = False
     """Whether the durations of each picture's diffusion stages are told."""
+    step_timeout_s: float = STEP_TIMEOUT_S
 
 
 # Commands: server to runner
@@ -144,7 +146,15 @@ class Ready:
 
 @dataclass(frozen=True)
 class Alive:
-    """The process runs; told every ALIVE_EVERY_S seconds."""
+    """The process runs; told about every second."""
+
+
+@dataclass(frozen=True)
+class Hung:
+    """A thread has made no progress for the step timeout. stack: where it is; loading: whether it loads the model."""
+
+    loading: bool
+    stack: str
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,7 @@ class LoadFailed:
 Reply = (
     Ready
     | Alive
+    | Hung
     | Health
     | Planned
     | PromptRead

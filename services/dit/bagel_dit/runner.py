@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -32,17 +29,18 @@ from bagel.heap import keep_loaded
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
 from bagel.model.attention import KvSlab
+from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import find_checkpoint
+from bagel.model.mot import MoTLayer
 from bagel.model.roles import Role
+from bagel.model.vit import VitLayer
 from bagel.status import rpc_status_of
 from bagel.telemetry import Log, set_up_logs
 from bagel.wire import model_info
 from bagel_dit.decoding import Decoder, EarlyLook, Last
 from bagel_dit.device_check import DeviceCheck
 from bagel_dit.messages import (
-    ALIVE_EVERY_S,
     AddPicture,
-    Alive,
     Begin,
     Begun,
     Command,
@@ -55,7 +53,6 @@ from bagel_dit.messages import (
     Read,
     Ready,
     Remove,
-    Reply,
     RunnerSettings,
     Serve,
     Stepped,
@@ -63,6 +60,8 @@ from bagel_dit.messages import (
     Stop,
     Timed,
 )
+from bagel_dit.pulse import Pulses
+from bagel_dit.runner_process import Pipe
 from bagel_dit.whole import WholeRequests
 
 log = Log("bagel.dit.runner")
@@ -70,7 +69,7 @@ NICENESS = 5
 """Of a process that computes on a CPU: the services beside it need little of it, and that at once (bench/README.md)."""
 
 
-def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
+def main(pipe: Pipe, pulses: Pulses, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
     """Load the model, then serve commands until Stop or until the server is gone."""
     set_up_logs("dit-runner", settings.log_level)
     try:
@@ -79,9 +78,9 @@ def main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: Runn
             os.nice(NICENESS)
         loaded = load(settings)
         keep_loaded()
-        runner = Runner(connection, arena, settings, loaded)
+        runner = Runner(pipe, pulses, arena, settings, loaded)
     except BagelError as error:
-        connection.send(LoadFailed(rpc_status_of(error).SerializeToString()))
+        pipe.send(LoadFailed(rpc_status_of(error).SerializeToString()))
         return
     runner.run()
 
@@ -125,9 +124,9 @@ class Runner:
     """One rank's worker, on a model that is loaded."""
 
     def __init__(
-        self, connection: Connection, arena: Arena | None, settings: RunnerSettings, loaded: LoadedModel
+        self, pipe: Pipe, pulses: Pulses, arena: Arena | None, settings: RunnerSettings, loaded: LoadedModel
     ) -> None:
-        self._connection, self._sending = connection, threading.Lock()
+        self._pipe, self._send, self._pulses = pipe, pipe.send, pulses
         self._loaded = loaded
         model = self._loaded.model
         self._model, self._device = model, model.device
@@ -135,7 +134,7 @@ class Runner:
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
-        self._decoder = Decoder(model, self._send, self._tell_failed, self._drawings.__contains__)
+        self._decoder = Decoder(model, self._send, self._tell_failed, self._drawings.__contains__, pulses)
         self._whole = (
             WholeRequests(
                 self._loaded,
@@ -144,6 +143,7 @@ class Runner:
                 fail=self._fail,
                 tell_failed=self._tell_failed,
                 draw=self._draw_whole,
+                pulses=pulses,
             )
             if settings.single_stage
             else None
@@ -158,8 +158,9 @@ class Runner:
             dtype=self._loaded.dtype,
             device=str(self._device),
         )
+        beat_in_layers(model, pulses)
+        pulses.loading = False
         self._send(Ready(info.SerializeToString(), self._loaded.memory()))
-        threading.Thread(target=self._tell_alive, name="alive", daemon=True).start()
 
     def run(self) -> None:
         """Carry out commands until Stop, or until the server is gone."""
@@ -178,18 +179,19 @@ class Runner:
                     self._whole.close()
                 self._decoder.close()
                 return
-            try:
-                handlers[type(command)](command)
-            except Exception as error:
-                self._fail(getattr(command, "id", None), error)
-            self._check.look(self._is_idle)
+            with self._pulses.work():
+                try:
+                    handlers[type(command)](command)
+                except Exception as error:
+                    self._fail(getattr(command, "id", None), error)
+                self._check.look(self._is_idle)
 
     def _next_command(self) -> Command | None:
         """The next command; None once the server is gone."""
         try:
-            while not self._connection.poll(self._check.look_again_s):
-                self._check.look(self._is_idle)
-            command: Command = self._connection.recv()
+            while (command := self._pipe.next(self._check.look_again_s)) is None:
+                with self._pulses.work():
+                    self._check.look(self._is_idle)
         except (EOFError, OSError):
             return None
         return command
@@ -352,18 +354,13 @@ class Runner:
         if id_ is not None:
             self._send(Failed(id_, rpc_status_of(error).SerializeToString()))
 
-    def _tell_alive(self) -> None:
-        """Tell that the process runs, as a step may take minutes: until the server is gone."""
-        while True:
-            time.sleep(ALIVE_EVERY_S)
-            try:
-                self._send(Alive())
-            except OSError:
-                return
 
-    def _send(self, reply: Reply) -> None:
-        with self._sending:
-            self._connection.send(reply)
+def beat_in_layers(model: Bagel, pulses: Pulses) -> None:
+    """Let every layer that is done count as progress of its thread."""
+    layers = [module for module in model.modules() if isinstance(module, MoTLayer | VitLayer)]
+    parts = model.vae.modules() if model.vae is not None else ()
+    for layer in (*layers, *(part for part in parts if not list(part.children()))):
+        layer.register_forward_hook(lambda *_: pulses.beat())
 
 
 def load(settings: RunnerSettings) -> LoadedModel:

@@ -15,31 +15,54 @@ from typing import Any
 
 from bagel.kv.arena import Arena
 from bagel.telemetry import Log
-from bagel_dit.messages import SILENCE_S, Command, Reply, RunnerSettings, Stop
+from bagel_dit.messages import SILENCE_S, Alive, Command, Hung, Ready, Reply, RunnerSettings, Stop
+from bagel_dit.pulse import Pulses, Watch
 
 STOP_S = 10.0
 
 log = Log("bagel.dit")
 
 
+class Pipe:
+    """The runner's end of its pipe: commands for the main thread, replies from any."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._sending = connection, threading.Lock()
+
+    def next(self, timeout_s: float | None) -> Command | None:
+        """The next command; None if none came for so long. EOFError or OSError once the server is gone."""
+        if not self._connection.poll(timeout_s):
+            return None
+        command: Command = self._connection.recv()
+        return command
+
+    def send(self, reply: Reply) -> None:
+        """Tell the server something."""
+        with self._sending:
+            self._connection.send(reply)
+
+
 def _main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
     """What the child runs; torch is imported there alone."""
+    pipe, pulses = Pipe(connection), Pulses()
+    Watch(pulses, settings.step_timeout_s, pipe.send).start()  # the import may hang too
     from bagel_dit.runner import main
 
-    main(connection, arena_fd, arena_bytes, settings)
+    main(pipe, pulses, arena_fd, arena_bytes, settings)
 
 
 class RunnerProcess:
-    """One runner. on_reply and on_death (its exit code) are called in the event loop."""
+    """One runner. on_reply and on_death (why) are called in the event loop."""
 
     def __init__(
         self,
         settings: RunnerSettings,
         arena: Arena | None,
         on_reply: Callable[[Reply], None],
-        on_death: Callable[[int | None], None],
+        on_death: Callable[[str], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._step_timeout_s = settings.step_timeout_s
         self._on_reply, self._on_death = on_reply, on_death
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         context = multiprocessing.get_context("spawn")  # gRPC and CUDA survive no fork
@@ -63,7 +86,7 @@ class RunnerProcess:
 
     async def stop(self) -> None:
         """End the process, with force if it does not end by itself."""
-        self._on_death = lambda code: None
+        self._on_death = lambda why: None
         self.send(Stop())
         await asyncio.to_thread(self._process.join, STOP_S)
         if self._process.is_alive():
@@ -77,25 +100,52 @@ class RunnerProcess:
                 self._connection.send(command)
 
     def _receive_all(self) -> None:
-        silence: float | None = None  # loading takes as long as it takes
+        hung = self._pass_on()
+        if hung:
+            self._process.kill()
+        self._process.join(STOP_S)  # one that its device's driver holds may not even end then
+        self._commands.put(None)
+        self._tell(lambda why: self._on_death(why), hung or _cause(self._process.exitcode))
+
+    def _pass_on(self) -> str:
+        """Pass on replies until the process has ended, or is to be killed: then why, else empty."""
+        limit = self._step_timeout_s  # while it loads: the import of a large library may keep it silent
         while True:
             try:
-                if not self._connection.poll(silence):
-                    log.error("the runner is silent and is killed", seconds=silence)
-                    self._process.kill()
-                    break
+                if not self._comes_within(limit):
+                    log.error("the runner is silent and is killed", seconds=limit)
+                    return f"silent for {limit:g} s, killed"
                 reply: Reply = self._connection.recv()
             except (EOFError, OSError):
-                break
-            silence = SILENCE_S
+                return ""
+            match reply:
+                case Alive():
+                    continue
+                case Hung():
+                    doing = "while it loaded the model" if reply.loading else "in one step"
+                    log.error("the runner hangs and is killed", step_timeout=self._step_timeout_s, stack=reply.stack)
+                    return f"hung for {self._step_timeout_s:g} s {doing}, killed"
+                case Ready():
+                    limit = min(SILENCE_S, self._step_timeout_s)
             self._tell(self._on_reply, reply)
-        self._process.join()
-        self._commands.put(None)
-        self._tell(lambda code: self._on_death(code), self._process.exitcode)
+
+    def _comes_within(self, limit_s: float) -> bool:
+        """Whether something comes within so many seconds; only time in which this process runs counts."""
+        slice_s, waited = min(1.0, limit_s / 4), 0.0
+        while waited < limit_s:
+            if self._connection.poll(slice_s):
+                return True
+            waited += slice_s
+        return False
 
     def _tell(self, callback: Callable[[Any], None], value: object) -> None:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(callback, value)
+
+
+def _cause(code: int | None) -> str:
+    """Why a process ended, by its exit code."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
 class _Descriptor:

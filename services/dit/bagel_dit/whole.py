@@ -28,6 +28,7 @@ from bagel_dit.messages import (
     TextDone,
     Timed,
 )
+from bagel_dit.pulse import Pulses
 
 
 @dataclass
@@ -58,7 +59,9 @@ class WholeRequests:
         fail: Callable[[int, Exception], None],
         tell_failed: Callable[[int, Exception], None],
         draw: Callable[[int, Picture, Output], None],
+        pulses: Pulses,
     ) -> None:
+        self._pulses = pulses
         self._loaded, self._send, self._fail, self._tell_failed, self._draw = loaded, send, fail, tell_failed, draw
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
@@ -113,8 +116,9 @@ class WholeRequests:
         if serving is None:
             return  # it has left
         try:
-            request = request_from_wire(common_pb2.Request.FromString(command.request), command.images)
-            serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
+            with self._pulses.work():
+                request = request_from_wire(common_pb2.Request.FromString(command.request), command.images)
+                serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
             self._send(Planned(command.id))
         except Exception as error:
             self._tell_failed(command.id, error)
