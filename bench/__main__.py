@@ -12,7 +12,7 @@ import torch
 
 from bagel.commands.flags import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import cpu, gpu, nano, overhead, profiler, pull, stages, threads
+from bench import attacks, cpu, gpu, nano, overhead, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json
 
 
@@ -34,6 +34,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     print(", ".join(f"{name} {value}" for name, value in on.items()), flush=True)
     tables: list[Table] = []
     parts: dict[str, Callable[[], Iterator[Table]]] = {
+        "attacks": lambda: attacks.run(options.only),
         "cpu": lambda: cpu.run(options.only, options.repeats),
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
         "nano": lambda: nano.run(options.only, options.repeats),
@@ -73,10 +74,10 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OnceParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parts = ("cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages", "threads")
+    parts = ("attacks", "cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages", "threads")
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only the rows (cpu) or sections (gpu) named so")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows, sections (gpu) or attacks named so")
     parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")

@@ -1,0 +1,217 @@
+"""A real gateway, Thinker and DiT under one attack after the other, beside a quiet client of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+from bagel.client import AsyncClient
+from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.defaults import NANO_NAME, find_model
+from bagel.errors import BagelError, ConfigError
+from bagel.launch import Deployment
+from bagel.pipelines import BAGEL
+from bagel.process import Service
+from bench import attack_grpc, attack_http
+from bench.attack_http import Target
+from bench.nano import cpu_seconds
+from bench.report import Table
+
+MIB = 2**20
+QUIET_S, ATTACK_S, LATE_S = 4.0, 10.0, 20.0
+"""Seconds of measuring before an attack, of the attack, and that the quiet client waits for one answer."""
+PAUSE_S = 0.1
+GATEWAY_MIB = 1024.0
+"""What the shipped compose file gives the gateway."""
+SLOWER, LEAST_MS = 2.0, 100.0
+HEALTHZ_MS = 1000.0
+NOTE = (
+    f"{NANO_NAME}, Thinker, DiT and gateway; each attack for {ATTACK_S:g} s. Limits: rss_mib, the gateway's peak, "
+    f"{GATEWAY_MIB:g}; during_ms, a quiet client's median, {SLOWER:g} times quiet_ms or {LEAST_MS:g} if that is more; "
+    f"healthz_ms, the slowest, {HEALTHZ_MS:g}; failed, of the quiet client's requests, 0"
+)
+
+Attack = Callable[[Target], Awaitable[str]]
+ATTACKS: Mapping[str, Attack] = {
+    "http: 20-digit Content-Length": attack_http.huge_length,
+    "http: 4 pictures of 64 MP a chat": attack_http.large_pictures,
+    "http: JPEG of 1,000 scans": attack_http.many_scans,
+    "http: 60 MiB of JSON objects": attack_http.many_json_values,
+    "http: deep JSON": attack_http.deep_json_values,
+    "http: 64 streams not read": attack_http.unread_streams,
+    "http: 800 silent connections": attack_http.silent,
+    "http: 600 trickling connections": attack_http.trickling,
+    "grpc: 64 pictures of 64 MP": attack_grpc.large_pictures,
+    "grpc: 4 JPEGs of 1,000 scans": attack_grpc.many_scans,
+    "grpc: 64 streams not read": attack_grpc.unread,
+    "grpc: half messages": attack_grpc.half_messages,
+    "grpc: messages that are not taken": attack_grpc.half_messages_in_windows,
+    "grpc: calls without a request": attack_grpc.calls_without_a_request,
+    "grpc: 1,500 silent connections": attack_grpc.silent,
+    "grpc: 2,000 watches": attack_grpc.watches,
+    "grpc: 2,000 reflections": attack_grpc.reflections,
+    "grpc: health checks without a pause": attack_grpc.checks,
+}
+
+
+def run(only: str) -> Iterator[Table]:
+    """Attack by every attack whose name contains `only`; ConfigError if there is none."""
+    names = [name for name in ATTACKS if only in name]
+    if not names:
+        raise ConfigError(f"--only {only!r} names no attack; they are: {'; '.join(ATTACKS)}")
+    table = Table("attacks", NOTE)
+    _, checkpoint = find_model(NANO_NAME)
+    config = load_deploy_config(shipped_deploy_config(BAGEL.model_type))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0") as services,
+        # The attacker's own work must not slow what is measured, on a machine of few cores.
+        ProcessPoolExecutor(1, spawn, initializer=os.nice, initargs=(15,)) as attacker,
+    ):
+        for name in names:
+            asyncio.run(_measure(table, name, services, attacker))
+            print(table.rows[-1], file=sys.stderr, flush=True)
+            services.check()
+    yield table
+
+
+async def _measure(table: Table, name: str, services: Deployment, attacker: ProcessPoolExecutor) -> None:
+    before = await _Quiet(services).ask_for(QUIET_S)
+    for service in services.services:
+        _forget_peak(service)
+    cpu, own_cpu = cpu_seconds(services), _cpu(services.services[-1])
+    target = Target(services.address, services.http, ATTACK_S)
+    attack = asyncio.get_running_loop().run_in_executor(attacker, _attack, name, target)
+    during = await _Quiet(services).ask_for(ATTACK_S)
+    came_of_it = await attack
+    peaks = [_peak_mib(service) for service in services.services]
+    quiet_ms, during_ms = before.median_ms, during.median_ms
+    limit_ms = max(SLOWER * quiet_ms, LEAST_MS)
+    over = {
+        "rss": peaks[-1] > GATEWAY_MIB,
+        "median": during_ms > limit_ms,
+        "healthz": during.healthz_ms > HEALTHZ_MS,
+        "failed": during.failed > 0,
+    }
+    table.add(
+        attack=name,
+        quiet_ms=quiet_ms,
+        during_ms=during_ms,
+        healthz_ms=during.healthz_ms,
+        failed=during.failed,
+        rss_mib=peaks[-1],
+        others_mib=sum(peaks[:-1]),
+        cpu_s=_cpu(services.services[-1]) - own_cpu,
+        all_cpu_s=cpu_seconds(services) - cpu,
+        over=", ".join(what for what, passed in over.items() if passed) or "-",
+        came_of_it=came_of_it,
+    )
+    table.failed |= any(over.values())
+
+
+def _attack(name: str, target: Target) -> str:
+    """Run one attack, in a process of its own."""
+    return asyncio.run(_carry_out(name, target))
+
+
+async def _carry_out(name: str, target: Target) -> str:
+    try:
+        return await ATTACKS[name](target)
+    except (OSError, TimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+class _Quiet:
+    """A client that asks for a short text now and then, and looks at /healthz."""
+
+    def __init__(self, services: Deployment) -> None:
+        self._services = services
+        self._latencies: list[float] = []
+        self._healthz: list[float] = []
+        self.failed = 0
+
+    @property
+    def median_ms(self) -> float:
+        """Of the answers; of none, as long as one is waited for."""
+        return 1e3 * (median(self._latencies) if self._latencies else LATE_S)
+
+    @property
+    def healthz_ms(self) -> float:
+        """The slowest."""
+        return 1e3 * max(self._healthz, default=LATE_S)
+
+    async def ask_for(self, seconds: float) -> _Quiet:
+        """Ask again and again for so long."""
+        ends = time.monotonic() + seconds
+        await asyncio.gather(self._ask(ends), self._look(ends))
+        return self
+
+    async def _ask(self, ends: float) -> None:
+        async with AsyncClient(self._services.address) as client:
+            while time.monotonic() < ends:
+                began = time.perf_counter()
+                try:
+                    await client.generate("a red cube", modality="text2text", max_tokens=2, timeout=LATE_S)
+                except BagelError:
+                    self.failed += 1
+                self._latencies.append(time.perf_counter() - began)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _look(self, ends: float) -> None:
+        host, _, port = self._services.http.rpartition(":")
+        asked = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        while time.monotonic() < ends:
+            began = time.perf_counter()
+            try:
+                async with asyncio.timeout(LATE_S):
+                    reader, writer = await asyncio.open_connection(host, int(port))
+                    writer.write(asked)
+                    answer = await reader.read()
+                    writer.close()
+                self.failed += not answer.startswith(b"HTTP/1.1 200")
+            except (OSError, TimeoutError):
+                self.failed += 1
+            self._healthz.append(time.perf_counter() - began)
+            await asyncio.sleep(PAUSE_S)
+
+
+def _processes(service: Service) -> Iterator[Path]:
+    """The /proc folders of a service's process and of those that it started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int((path / "stat").read_text().rpartition(")")[2].split()[2]) == service.process.pid:
+                yield path
+
+
+def _forget_peak(service: Service) -> None:
+    for path in _processes(service):
+        with suppress(OSError):
+            (path / "clear_refs").write_text("5")
+
+
+def _peak_mib(service: Service) -> float:
+    """Most memory of its processes since, summed: as a container counts them, at most so much."""
+    total = 0
+    for path in _processes(service):
+        with suppress(OSError):
+            lines = (path / "status").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return total * 1024 / MIB
+
+
+def _cpu(service: Service) -> float:
+    ticks = 0
+    for path in _processes(service):
+        with suppress(OSError):
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
