@@ -6,6 +6,7 @@ No torch here.
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -32,7 +33,7 @@ _OF_ONE_CALLER = 4
 
 Handler = Any  # grpc.RpcMethodHandler has no parameters where it runs
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
-Serve = Callable[[AsyncIterator[Any], Any], Awaitable[None]]
+Serve = Callable[[Any], Awaitable[None]]
 
 log = Log("bagel.guard")
 
@@ -81,9 +82,13 @@ class Guard(aio.ServerInterceptor):
         serve = self._streamed(handler) if handler.request_streaming else self._single(handler, method)
 
         async def guarded(requests: AsyncIterator[Any], context: Any) -> None:
-            if method not in HEALTH_METHODS:
-                await self._check_caller(context, method)
-            await serve(requests, context)
+            try:
+                if method not in HEALTH_METHODS:
+                    await self._check_caller(context, method)
+                await serve(context)
+            except BaseException as error:
+                _forget_locals(error)
+                raise
 
         # Of streams, whatever the method: only their handlers are called before a request has come in.
         read, write = handler.request_deserializer, handler.response_serializer
@@ -101,8 +106,8 @@ class Guard(aio.ServerInterceptor):
     def _single(self, handler: Handler, method: str) -> Serve:
         """Serves a method of one request."""
 
-        async def serve(requests: AsyncIterator[Any], context: Any) -> None:
-            request = await self._next(requests, context)
+        async def serve(context: Any) -> None:
+            request = await self._next(context)
             if request is None:
                 return
             if isinstance(request, Undecodable) and method in HEALTH_METHODS:  # ours tell by themselves
@@ -122,9 +127,9 @@ class Guard(aio.ServerInterceptor):
     def _streamed(self, handler: Handler) -> Serve:
         """Serves a method of many requests, as reflection's."""
 
-        async def serve(requests: AsyncIterator[Any], context: Any) -> None:
+        async def serve(context: Any) -> None:
             async def timed() -> AsyncIterator[Any]:
-                while (request := await self._next(requests, context)) is not None:
+                while (request := await self._next(context)) is not None:
                     if isinstance(request, Undecodable):
                         await abort(context, InvalidRequest("request", f"the request cannot be read: {request.why}"))
                     yield request
@@ -136,14 +141,15 @@ class Guard(aio.ServerInterceptor):
 
         return serve
 
-    async def _next(self, requests: AsyncIterator[Any], context: Any) -> Any:
+    async def _next(self, context: Any) -> Any:
         """The next request of a call, None at its end; ends the call if it takes too long."""
         try:
             async with asyncio.timeout(self._limits.message_s):
-                return await anext(requests, None)
+                request = await context.read()
         except TimeoutError:
             why = f"no request has come within {self._limits.message_s:g} s of this call's begin or its last one"
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, why)
+        return None if request is aio.EOF else request
 
     @contextmanager
     def _place(self, context: Any) -> Iterator[Busy | None]:
@@ -164,6 +170,22 @@ class Guard(aio.ServerInterceptor):
             self._watching[caller] -= 1
             if not self._watching[caller]:
                 del self._watching[caller]
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Empty the frames that an error has passed, and those of the errors that it came from.
+
+    gRPC keeps what a call ended with in a cycle: the request and its images would stay until the next full collection.
+    """
+    found, left = set[int](), [error]
+    while left:
+        each = left.pop()
+        if id(each) in found:
+            continue
+        found.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        left += [came_from for came_from in (each.__context__, each.__cause__) if came_from is not None]
+        left += each.exceptions if isinstance(each, BaseExceptionGroup) else ()
 
 
 async def _write(responses: AsyncGenerator[Any] | Awaitable[None], context: Any) -> None:

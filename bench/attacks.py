@@ -49,7 +49,7 @@ ATTACKS: Mapping[str, Attack] = {
     "http: 64 streams not read": attack_http.unread_streams,
     "http: 800 silent connections": attack_http.silent,
     "http: 600 trickling connections": attack_http.trickling,
-    "grpc: 64 pictures of 64 MP": attack_grpc.large_pictures,
+    "grpc: 63 pictures of 64 MP": attack_grpc.large_pictures,
     "grpc: 4 JPEGs of 1,000 scans": attack_grpc.many_scans,
     "grpc: 64 streams not read": attack_grpc.unread,
     "grpc: half messages": attack_grpc.half_messages,
@@ -113,7 +113,7 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
         cpu_s=_cpu(services.services[-1]) - own_cpu,
         all_cpu_s=cpu_seconds(services) - cpu,
         over=", ".join(what for what, passed in over.items() if passed) or "-",
-        came_of_it=came_of_it,
+        came_of_it=f"{came_of_it}; {during.why}" if during.why else came_of_it,
     )
     table.failed |= any(over.values())
 
@@ -138,6 +138,8 @@ class _Quiet:
         self._latencies: list[float] = []
         self._healthz: list[float] = []
         self.failed = 0
+        self.why = ""
+        """Of the first that failed."""
 
     @property
     def median_ms(self) -> float:
@@ -161,10 +163,14 @@ class _Quiet:
                 began = time.perf_counter()
                 try:
                     await client.generate("a red cube", modality="text2text", max_tokens=2, timeout=LATE_S)
-                except BagelError:
-                    self.failed += 1
+                except BagelError as error:
+                    self._fail(f"{type(error).__name__}: {error}")
                 self._latencies.append(time.perf_counter() - began)
                 await asyncio.sleep(PAUSE_S)
+
+    def _fail(self, why: str) -> None:
+        self.failed += 1
+        self.why = self.why or why
 
     async def _look(self, ends: float) -> None:
         host, _, port = self._services.http.rpartition(":")
@@ -177,9 +183,10 @@ class _Quiet:
                     writer.write(asked)
                     answer = await reader.read()
                     writer.close()
-                self.failed += not answer.startswith(b"HTTP/1.1 200")
-            except (OSError, TimeoutError):
-                self.failed += 1
+                if not answer.startswith(b"HTTP/1.1 200"):
+                    self._fail(f"/healthz: {answer[:20]!r}")
+            except (OSError, TimeoutError) as error:
+                self._fail(f"/healthz: {type(error).__name__}")
             self._healthz.append(time.perf_counter() - began)
             await asyncio.sleep(PAUSE_S)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import struct
 from collections import Counter
@@ -18,8 +19,11 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from bagel.errors import InvalidRequest
 from bagel.guard import Limits
+from bagel.status import unary
 from bagel.transport import PLAINTEXT, Host, Security, channel
+from bagel.v1 import kv_pb2
 from tests.test_transport import SERVICE, SERVING, add_stats, leases
 
 LIMIT_S = 30
@@ -216,3 +220,30 @@ def test_bytes_that_are_no_message_are_the_callers_fault(method: str) -> None:
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     bounded(work)
+
+
+def test_a_refused_request_is_freed_at_once() -> None:
+    """gRPC keeps what a call ended with in a cycle, and the locals of the frames it passed hung from it."""
+
+    class Refuses:
+        @unary
+        async def GetStats(self, request: kv_pb2.GetStatsRequest, context: object) -> kv_pb2.GetStatsResponse:
+            raise InvalidRequest("request", "no")
+
+    async def work(host: Host) -> None:
+        host.methods.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Refuse": refuse}),))
+        async with channel(f"127.0.0.1:{host.port}") as one:
+            called: Any = one.unary_unary(f"/{SERVICE}/Refuse")
+            for _ in range(5):
+                with pytest.raises(grpc.RpcError):
+                    await called(b"")
+        await asyncio.sleep(0.1)
+        assert not [each for each in gc.get_objects() if isinstance(each, kv_pb2.GetStatsRequest)]
+
+    refuse: Any = grpc.unary_unary_rpc_method_handler(Refuses().GetStats, kv_pb2.GetStatsRequest.FromString)
+    gc.collect()
+    gc.disable()
+    try:
+        bounded(work)
+    finally:
+        gc.enable()
