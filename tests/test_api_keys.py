@@ -157,7 +157,7 @@ def paths(at: Deployment) -> set[tuple[str, str]]:
 
 
 async def ask(at: Deployment, method: str, path: str, *headers: str) -> tuple[int, bytes]:
-    head = [f"{method} {path} HTTP/1.1", "Host: here", "Connection: close", *headers, "", ""]
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers, "", ""]
     return await raw(at, "\r\n".join(head).encode())
 
 
@@ -165,7 +165,9 @@ def test_every_route_needs_a_key_but_probes_and_the_page(file: Path) -> None:
     async def work(at: Deployment) -> None:
         known = paths(at)
         assert {("POST", IMAGES), ("GET", "/metrics"), ("GET", "/docs"), ("GET", "/openapi.json")} < known
-        opened = {("GET", path) for path in ("/healthz", "/readyz", "/", "/playground/style.css")} | {("HEAD", "/")}
+        opened = {("GET", path) for path in ("/healthz", "/readyz", "/", "/playground/style.css")} | {
+            ("HEAD", path) for path in ("/", "/healthz", "/readyz")
+        }
         assert opened < known
         other = {("GET", "/v1/later"), ("POST", "/"), ("DELETE", "/healthz"), ("GET", "/playground"), ("GET", "//")}
         other |= {("GET", "/playground/later"), ("GET", "/playground/../metrics"), ("GET", "/%2e/metrics")}
@@ -197,7 +199,7 @@ def test_openais_client_sends_its_api_key_and_gets_openais_error_without_a_known
 
 def test_a_refused_request_is_answered_before_its_body_has_come(file: Path) -> None:
     async def work(at: Deployment) -> None:
-        head = f"POST {IMAGES} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         assert (await raw(at, f"{head}Content-Length: 10000\r\n\r\n".encode()))[0] == 401
 
     through(file, work)

@@ -22,6 +22,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from bagel.errors import ConfigError
+from bagel.http_front import HttpGuards
 from bagel.transport import Security
 from bagel.v1 import common_pb2
 from bagel_gateway.rest.parameters import (
@@ -94,12 +95,12 @@ async def raw(at: Deployment, request: bytes) -> tuple[int, bytes]:
 
 
 async def get(at: Deployment, path: str) -> tuple[int, bytes]:
-    return await raw(at, f"GET {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n".encode())
+    return await raw(at, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
 
 
 async def post(at: Deployment, path: str, body: object, kind: str = "application/json") -> tuple[int, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: {kind}\r\n"
     status, answer = await raw(at, f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return status, json.loads(answer)
 
@@ -355,7 +356,7 @@ def test_urls_of_other_hosts_than_those_allowed_are_refused() -> None:
 
 def test_a_body_is_bounded_while_it_is_read() -> None:
     async def work(at: Deployment, client: AsyncOpenAI) -> None:
-        head = f"POST {IMAGES} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n".encode()
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
         status, body = await raw(at, head + b"Content-Length: 10000000\r\n\r\n{")
         assert status == 413 and json.loads(body)["error"]["code"] == "request_too_large"
         piece = b"4000\r\n" + b" " * 0x4000 + b"\r\n"
@@ -363,7 +364,7 @@ def test_a_body_is_bounded_while_it_is_read() -> None:
         assert status == 413
         assert (await client.images.generate(prompt="a cat")).data
 
-    through(work, max_body_bytes=65_536)
+    through(work, guards=HttpGuards(max_body_bytes=65_536))
 
 
 @pytest.mark.parametrize(

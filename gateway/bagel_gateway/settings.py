@@ -12,6 +12,7 @@ from typing import Any
 
 from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
+from bagel.http_front import HttpGuards, add_http_flags, http_guards
 from bagel.images.pool import TIMEOUT_S, WORKERS
 from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
@@ -24,8 +25,6 @@ from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES
 
 MAX_REQUESTS = 64
 BATCH_TIMEOUT_S = service.BATCH_TIMEOUT_S
-MAX_BODY_BYTES = 64 * 2**20
-"""As a gRPC message may have."""
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
 """Several of the largest bodies and messages; what the gateway then takes in all is in docs/operate.md."""
 BACKEND_TIMEOUT_S = 15.0
@@ -42,8 +41,8 @@ class Settings:
     own ports; security: of its calls to the services, whose certificates must be for server_names, by default for their
     roles. grpc: bounds of the gRPC port. http: host:port of the REST front; model_names: what the model is
     called there, the aliases after its name; image_hosts: hosts that images are fetched from, none by default;
-    max_body_bytes: of one HTTP request; max_bytes_in_flight: of all requests together, on both fronts. max_images and
-    max_image_pixels: of one request; image_workers: processes that look at images, each at one for at most
+    guards: what the REST front bears with; max_bytes_in_flight: of all requests together, on both fronts; max_images,
+    max_image_pixels: of one; image_workers: processes that look at images, each at one for at most
     image_timeout_s. api_keys: the file of the keys that callers need, on both fronts; none: anyone may call. log_stats:
     log where the time of each request went. reader_timeout_s: that a client may take nothing of its answer before its
     call is ended; max_unread_bytes: of all answers that wait for their clients, …_per_call: of one.
@@ -67,7 +66,7 @@ class Settings:
     http: str | None = None
     model_names: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
-    max_body_bytes: int = MAX_BODY_BYTES
+    guards: HttpGuards = field(default_factory=HttpGuards)
     max_bytes_in_flight: int = MAX_BYTES_IN_FLIGHT
     max_images: int = MAX_IMAGES
     max_image_pixels: int = MAX_IMAGE_PIXELS
@@ -95,7 +94,6 @@ class Settings:
         if self.http is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}", self.http):
             raise ConfigError(f"--http is {self.http!r}; write HOST:PORT, like 127.0.0.1:8000")
         counts = {
-            "--max-body-bytes": self.max_body_bytes,
             "--max-image-pixels": self.max_image_pixels,
             "--image-workers": self.image_workers,
         }
@@ -104,7 +102,7 @@ class Settings:
                 raise ConfigError(f"{flag} is {count}; it must be at least 1")
         if not 1 <= self.max_images <= MAX_PARTS:
             raise ConfigError(f"--max-images is {self.max_images}; it must be from 1 to {MAX_PARTS}")
-        largest = max(self.max_body_bytes, MAX_MESSAGE_BYTES)
+        largest = max(self.guards.max_body_bytes, MAX_MESSAGE_BYTES)
         if self.max_bytes_in_flight < largest:
             raise ConfigError(
                 f"--max-bytes-in-flight is {self.max_bytes_in_flight}; it must be at least {largest}, one request's"
@@ -148,7 +146,7 @@ class Settings:
             "http": self.http,
             "model_names": list(self.model_names),
             "image_hosts": list(self.image_hosts),
-            "max_body_bytes": self.max_body_bytes,
+            "http_guards": self.guards.shown(),
             "max_bytes_in_flight": self.max_bytes_in_flight,
             "max_images": self.max_images,
             "max_image_pixels": self.max_image_pixels,
@@ -188,7 +186,6 @@ def parser() -> argparse.ArgumentParser:
     add("--http", metavar="HOST:PORT", help="also speak the OpenAI API there; port 0: any free one (default: not)")
     add("--served-model-name", action="append", default=[], metavar="NAME", help="its name there; again: its aliases")
     add("--allow-image-host", action="append", default=[], metavar="HOST", help="fetch https images from it")
-    add("--max-body-bytes", type=int, default=MAX_BODY_BYTES, metavar="N", help="of one HTTP request")
     add(
         "--max-unread-bytes-per-call",
         type=int,
@@ -205,6 +202,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_image_flags(flags)
     add("--api-keys", type=Path, metavar="FILE", help=f"callers need one of them (default: {KEYS_FILE}'s, else none)")
     add("--log-stats", action="store_true", help="log where the time of each request went")
+    add_http_flags(flags)
     return flags
 
 
@@ -226,7 +224,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         http=args.http,
         model_names=tuple(args.served_model_name),
         image_hosts=tuple(args.allow_image_host),
-        max_body_bytes=args.max_body_bytes,
+        guards=http_guards(args),
         max_bytes_in_flight=args.max_bytes_in_flight,
         max_images=args.max_images,
         max_image_pixels=args.max_image_pixels,

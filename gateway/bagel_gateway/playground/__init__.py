@@ -19,7 +19,8 @@ HEADERS: Mapping[str, str] = {
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # Nothing to other sites; to this one, as some browsers leave out Origin as well where no referrer is sent.
+    "Referrer-Policy": "same-origin",
     "Cache-Control": "no-cache",  # asked again each time; the files' ETags make that cheap
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import bagel
@@ -18,6 +18,7 @@ from bagel.tracing import tell_request, tell_request_failed
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import GrpcFront, add_playground
+from bagel_gateway.rest.bodies import Bodies
 from bagel_gateway.rest.chat import Chat
 from bagel_gateway.rest.docs import add_docs, form_body, json_body, path_parameter
 from bagel_gateway.rest.errors import ClientGone, error_response
@@ -54,6 +55,7 @@ log = Log("bagel_gateway.rest")
 
 def make_app(
     front: Front,
+    bodies: Bodies,
     fetcher: Fetcher,
     metrics: Metrics,
     backends: Backends,
@@ -75,7 +77,7 @@ def make_app(
         # The root span of a request over HTTP; what happens in it is told by spans of our own.
         telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
     )
-    images, chat = Images(front), Chat(front, fetcher)
+    images, chat = Images(front, bodies), Chat(front, bodies, fetcher)
 
     def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any], answer: type[Answer]) -> None:
         app.add_api_route(
@@ -91,6 +93,7 @@ def make_app(
     def get(path: str, endpoint: Endpoint, summary: str, answers: Responses, **more: Any) -> None:
         told = _told(endpoint, path, metrics)
         app.add_api_route(path, told, methods=["GET"], summary=summary, response_model=None, responses=answers, **more)
+        app.add_route(path, told, methods=["HEAD"], include_in_schema=False)
 
     post(
         "/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION), ImagesAnswer
@@ -134,7 +137,7 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
         log.info("refused" if error.http_status < 500 else "failed", error=str(error))
         tell_request_failed(error)
         return error_response(error)
-    except ClientGone:
+    except (ClientGone, ClientDisconnect):  # the second while its body was read
         log.info("the client left")
         tell_request_failed(asyncio.CancelledError())
         return Response(status_code=GONE)

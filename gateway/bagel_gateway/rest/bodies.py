@@ -2,84 +2,119 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from bagel.errors import InvalidRequest
+from bagel.http_front import HttpGuards
 from bagel_gateway.rest.errors import WrongMediaType
+from bagel_gateway.rest.forms import FormReader
+from bagel_gateway.rest.structure import Structure
 
-MAX_FIELDS = 64
-MAX_FILES = 8
-"""Some more than are served, so that too many are refused by their own message."""
-MAX_FIELD_BYTES = 2 * 2**20
 LISTS = ("cfg_interval", "stop_token_ids")
 """Fields that are lists: given as NAME[] for each of its values, or as one JSON list."""
+SMALL = 2**18
+"""Bytes of JSON that are parsed at once, in a millisecond or two."""
+_NARROW = bytes(range(0xF0))
+"""Bytes of UTF-8 characters that Python holds in two bytes or one."""
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """A JSON object; raises InvalidRequest for anything else."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise WrongMediaType("body", f"the body is {kind!r:.80}; this endpoint reads application/json")
-    body = await request.body()
+class Bodies:
+    """Reads what requests carry, within the front's limits."""
+
+    def __init__(self, guards: HttpGuards) -> None:
+        self._guards = guards
+        # One thread: a parsed body is several times as large for a moment, and the parser lets nothing run beside it.
+        self._parser = ThreadPoolExecutor(1, "parse JSON")
+
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """A JSON object; raises InvalidRequest for anything else."""
+        _check_type(request, "application/json")
+        structure, body, most = self._structure(), bytearray(), 2 * max(self._guards.max_body_bytes, SMALL)
+        async for piece in request.stream():
+            structure.feed(piece)
+            body += piece
+        if len(body) <= SMALL:
+            return _object(body, most)
+        return await asyncio.get_running_loop().run_in_executor(self._parser, _object, body, most)
+
+    async def read_form(
+        self, request: Request, files: Sequence[str], ignored_files: Sequence[str]
+    ) -> tuple[dict[str, Any], list[bytes]]:
+        """Fields of a form, and the contents of its files called `files` in their order.
+
+        ignored_files: fields that may be files too, given as their names alone, for who refuses them.
+        """
+        _check_type(request, "multipart/form-data")
+        reader = FormReader(request.headers["content-type"])
+        async for piece in request.stream():
+            reader.feed(piece)
+        fields: dict[str, Any] = {}
+        contents: list[bytes] = []
+        for part in reader.end():
+            name = part.name.removesuffix("[]")
+            if part.filename is not None and name in files:
+                contents.append(bytes(part.data))
+            elif name in files or (part.filename is not None and name not in ignored_files):
+                wanted = "a file" if name in files else "a value, not a file"
+                raise InvalidRequest(name, f"{name} must be {wanted}")
+            else:
+                self._add(fields, part.name, name, part.text() if part.filename is None else part.filename)
+        return fields, contents
+
+    def _add(self, fields: dict[str, Any], key: str, name: str, value: str) -> None:
+        if name in LISTS:
+            fields.setdefault(name, []).extend(self._list(name, value) if key == name else [value])
+        elif key in fields:
+            raise InvalidRequest(key, f"{key} is given twice; send it once")
+        else:
+            fields[key] = value
+
+    def _list(self, name: str, value: str) -> list[Any]:
+        """A JSON list, or one of its values."""
+        try:
+            self._structure().feed(value.encode())
+            read = json.loads(value)
+        except InvalidRequest as error:
+            raise InvalidRequest(name, f"{name}: {error}") from None
+        except (ValueError, RecursionError):
+            raise InvalidRequest(name, f"{name} is {value!r:.80}; write a list, like [0.4, 1.0]") from None
+        return read if isinstance(read, list) else [read]
+
+    def _structure(self) -> Structure:
+        guards = self._guards
+        return Structure(guards.max_json_values, guards.max_json_depth, guards.max_text_body_bytes)
+
+
+def _check_type(request: Request, wanted: str) -> None:
+    """Raise WrongMediaType for another Content-Type, or none: what a page of another site may send without asking."""
+    told = request.headers.get("content-type")
+    kind = (told or "").partition(";")[0].strip().lower()
+    if kind != wanted:
+        said = "says no Content-Type" if told is None else f"is {kind!r:.80}"
+        raise WrongMediaType("body", f"the body {said}; this endpoint reads {wanted}")
+
+
+def _object(body: bytearray, most: int) -> dict[str, Any]:
+    """most: bytes that its text may take in memory, where one wide character makes all of them wide."""
+    wide = 1 if body.isascii() else 4 if body.translate(None, _NARROW) else 2
+    if wide * len(body) > most:
+        told = f"the body has {len(body)} bytes and characters that are not ASCII, and would take too much memory"
+        raise InvalidRequest("body", f"{told}; send them as \\u escapes")
     try:
-        data = json.loads(body)
+        text = body.decode("utf-8-sig")
+        body.clear()  # it is held in one form at a time
+        data = json.loads(text)
+    except UnicodeDecodeError as error:
+        wrong = f"byte {error.start} is 0x{error.object[error.start]:02x}"
+        raise InvalidRequest("body", f"the body is not UTF-8: {wrong}; send JSON as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest("body", f"the body is no JSON: {str(error)[:200]}") from None
     if not isinstance(data, dict):
         raise InvalidRequest("body", f"the body is a JSON {type(data).__name__}; it must be an object")
     return data
-
-
-async def read_form(
-    request: Request, files: Sequence[str], ignored_files: Sequence[str]
-) -> tuple[dict[str, Any], list[bytes]]:
-    """Fields of a form, and the contents of its files called `files` in their order.
-
-    ignored_files: fields that may be files too, given as their names alone, for who refuses them.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise WrongMediaType("body", f"the body is {kind!r:.80}; this endpoint reads multipart/form-data")
-    try:
-        form = await request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
-    except HTTPException as error:
-        raise InvalidRequest("body", f"the form cannot be read: {error.detail}") from None
-    try:
-        fields: dict[str, Any] = {}
-        contents: list[bytes] = []
-        for key, value in form.multi_items():
-            name = key.removesuffix("[]")
-            if isinstance(value, UploadFile) and name in files:
-                contents.append(await value.read())
-            elif name in files or (isinstance(value, UploadFile) and name not in ignored_files):
-                wanted = "a file" if name in files else "a value, not a file"
-                raise InvalidRequest(name, f"{name} must be {wanted}")
-            else:
-                _add(fields, key, name, value.filename if isinstance(value, UploadFile) else value)
-    finally:
-        await form.close()
-    return fields, contents
-
-
-def _add(fields: dict[str, Any], key: str, name: str, value: str | None) -> None:
-    if name in LISTS:
-        fields.setdefault(name, []).extend(_list(name, value or "") if key == name else [value])
-    elif key in fields:
-        raise InvalidRequest(key, f"{key} is given twice; send it once")
-    else:
-        fields[key] = value
-
-
-def _list(name: str, value: str) -> list[Any]:
-    """A JSON list, or one of its values."""
-    try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):
-        raise InvalidRequest(name, f"{name} is {value!r:.80}; write a list, like [0.4, 1.0]") from None
-    return read if isinstance(read, list) else [read]

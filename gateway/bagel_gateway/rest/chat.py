@@ -15,7 +15,7 @@ from bagel.errors import InvalidRequest
 from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
-from bagel_gateway.rest.bodies import read_json
+from bagel_gateway.rest.bodies import Bodies
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import usage as picture_usage
 from bagel_gateway.rest.messages import parts_of
@@ -29,12 +29,12 @@ _NAMES = {"prompt": "messages", "image": "messages", "modality": "modalities"}
 class Chat:
     """The endpoint."""
 
-    def __init__(self, front: Front, fetcher: Fetcher) -> None:
-        self._front, self._fetcher = front, fetcher
+    def __init__(self, front: Front, bodies: Bodies, fetcher: Fetcher) -> None:
+        self._front, self._bodies, self._fetcher = front, bodies, fetcher
 
     async def complete(self, request: Request) -> Response:
         """Answer, or draw; roles are not rendered, each text and image becomes a segment in order."""
-        given = read(ChatParameters, REFUSED_CHAT, await read_json(request), typed=True)
+        given = read(ChatParameters, REFUSED_CHAT, await self._bodies.read_json(request), typed=True)
         if given.stream_options is not None and not given.stream:
             raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
         model = await self._front.check_model(given.model)

@@ -27,6 +27,26 @@ class BodyTooLarge(InvalidRequest):
     http_status = 413
 
 
+class BodyTooSlow(InvalidRequest):
+    """A body that does not come, or comes too slowly."""
+
+    http_status = 408
+
+
+class WrongHost(BagelError):
+    """A request to a host name that the front is not called by, as a web page makes that has rebound its own."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 421
+
+
+class ForeignOrigin(BagelError):
+    """A request that a web page of another site had a browser make."""
+
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+
+
 class WrongMediaType(InvalidRequest):
     """A body of another type than the endpoint reads."""
 

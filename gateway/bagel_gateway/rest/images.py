@@ -14,7 +14,7 @@ from bagel.errors import InvalidRequest
 from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
-from bagel_gateway.rest.bodies import read_form, read_json
+from bagel_gateway.rest.bodies import Bodies
 from bagel_gateway.rest.parameters import (
     REFUSED_EDIT,
     REFUSED_GENERATION,
@@ -40,17 +40,17 @@ _NAMES = {"max_tokens": "max_think_tokens"}
 class Images:
     """The two endpoints."""
 
-    def __init__(self, front: Front) -> None:
-        self._front = front
+    def __init__(self, front: Front, bodies: Bodies) -> None:
+        self._front, self._bodies = front, bodies
 
     async def generate(self, request: Request) -> Response:
         """Draw n pictures."""
-        data = await read_json(request)
+        data = await self._bodies.read_json(request)
         return await self._answer(request, read(ImageParameters, REFUSED_GENERATION, data, typed=True), ())
 
     async def edit(self, request: Request) -> Response:
         """Edit images: those of one request are one interleaved context, before the prompt."""
-        fields, images = await read_form(request, ("image",), (*REFUSED_EDIT,))
+        fields, images = await self._bodies.read_form(request, ("image",), (*REFUSED_EDIT,))
         given = read(ImageParameters, REFUSED_EDIT, fields, typed=False)
         if not images:
             raise InvalidRequest("image", "image is missing; send one to four image files")

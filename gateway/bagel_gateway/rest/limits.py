@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel.errors import Busy, InvalidRequest
-from bagel_gateway.rest.errors import BodyTooLarge
+from bagel.errors import Busy
+from bagel.http_front import HttpGuards
+from bagel_gateway.rest.errors import BodyTooLarge, BodyTooSlow
 
 AT_ONCE = 8
 """Largest bodies that may be held at once."""
-SILENCE_S = 30.0
-"""Between two pieces of a body."""
+TEXT_PATHS = frozenset({"/v1/images/generations"})
+"""Where no image can be in a body."""
+_DIGITS = 18
+"""Of a number of bytes; what has more is larger than any body that is read."""
 
 
 class LimitBodies:
-    """ASGI middleware: reading a body raises BodyTooLarge, Busy or InvalidRequest where it goes over a limit."""
+    """ASGI middleware: reading a body raises BodyTooLarge, BodyTooSlow or Busy where it goes over a limit."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self.max_bytes, self._room = app, max_bytes, AT_ONCE * max_bytes
+    def __init__(self, app: ASGIApp, guards: HttpGuards) -> None:
+        self._app, self.guards, self._room = app, guards, AT_ONCE * guards.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(self, receive, send, dict(scope["headers"]))
+        most = self.guards.max_body_bytes
+        if scope["path"] in TEXT_PATHS:
+            most = min(most, self.guards.max_text_body_bytes)
+        body = _Body(self, most, receive, send, dict(scope["headers"]))
         try:
             await self._app(scope, body.receive, body.send)
         finally:
             self._room += body.held
 
-    def take(self, held: int, more: int) -> None:
-        """Make room for more bytes of a body that has `held`."""
-        if held + more > self.max_bytes:
-            raise BodyTooLarge(
-                "body", f"the request's body is larger than {self.max_bytes} bytes, the most that is read"
-            )
+    def take(self, more: int) -> None:
+        """Make room for more bytes of a body."""
         if more > self._room:
             raise Busy("the gateway holds as many request bodies as it has memory for; try again later")
         self._room -= more
@@ -46,28 +50,29 @@ class LimitBodies:
 class _Body:
     """One request's body on its way in. held: bytes that count against the limits."""
 
-    def __init__(self, limits: LimitBodies, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
-        self._limits, self._receive, self._send = limits, receive, send
-        length = headers.get(b"content-length", b"0")
-        self._announced = int(length) if length.isdigit() and len(length) < 20 else 0
-        self._complete = not self._announced and b"transfer-encoding" not in headers
+    def __init__(
+        self, limits: LimitBodies, most: int, receive: Receive, send: Send, headers: dict[bytes, bytes]
+    ) -> None:
+        self._limits, self._most, self._receive, self._send = limits, most, receive, send
+        self._announced = _announced(headers)
+        self._complete = self._announced == 0
+        self._waited_s, self._came = 0.0, 0
         self.held = 0
 
     async def receive(self) -> Message:
         """The next message; once the body is complete it waits for the end of the connection."""
         if self._complete:
             return await self._receive()
-        if self._announced > self._limits.max_bytes:
-            self._limits.take(0, self._announced)
-        try:
-            async with asyncio.timeout(SILENCE_S):
-                message = await self._receive()
-        except TimeoutError:
-            raise InvalidRequest("body", f"no more of the request's body came for {SILENCE_S:g} s") from None
+        if self._announced is not None and self._announced > self._most:
+            self._raise_too_large()
+        message = await self._in_pace()
         if message["type"] == "http.request":
             more = len(message.get("body", b""))
-            self._limits.take(self.held, more)
+            if self.held + more > self._most:
+                self._raise_too_large()
+            self._limits.take(more)
             self.held += more
+            self._came += more
             self._complete = not message.get("more_body", False)
         return message
 
@@ -76,3 +81,46 @@ class _Body:
         if message["type"] == "http.response.start" and not self._complete:
             message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
         await self._send(message)
+
+    async def _in_pace(self) -> Message:
+        """The next message. Each body_timeout_s of waiting must have brought its bytes, so that no credit is saved up:
+        who has sent much at first may not go on by a byte now and then.
+        """
+        guards = self._limits.guards
+        while True:
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(guards.body_timeout_s - self._waited_s):
+                    message = await self._receive()
+            except TimeoutError:
+                if self._came < guards.min_body_rate * guards.body_timeout_s:
+                    raise BodyTooSlow(
+                        "body",
+                        f"{self._came} bytes of the request's body came in {guards.body_timeout_s:g} s; send at least "
+                        f"{guards.min_body_rate} a second",
+                    ) from None
+                self._waited_s, self._came = 0.0, 0
+            else:
+                self._waited_s += time.monotonic() - began
+                return message
+
+    def _raise_too_large(self) -> None:
+        said = f"{self._announced:.0f} bytes" if self._announced and self._announced < math.inf else "more"
+        raise BodyTooLarge("body", f"the request's body has {said}; {self._most} bytes are the most that is read here")
+
+
+def _announced(headers: dict[bytes, bytes]) -> float | None:
+    """Bytes that a request says will come: 0 if it has no body, None if it does not say how many.
+
+    What is no plain number says nothing, and so does a length beside a transfer coding; what is longer than a number of
+    bytes can be is infinite.
+    """
+    length = headers.get(b"content-length")
+    if b"transfer-encoding" in headers:
+        return None
+    if length is None:
+        return 0
+    if not length.isdigit():  # of bytes: ASCII alone
+        return None
+    digits = length.lstrip(b"0") or b"0"
+    return int(digits) if len(digits) <= _DIGITS else math.inf

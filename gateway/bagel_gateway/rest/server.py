@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import socket
 import time
+from asyncio.base_events import Server
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from bagel.errors import ConfigError
+from bagel.http_front import HttpGuards
 from bagel.transport import Security
 from bagel.unread import Unread
 from bagel_gateway.backends import Backends
@@ -20,18 +22,27 @@ from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import GrpcFront
 from bagel_gateway.rest.app import make_app
+from bagel_gateway.rest.bodies import Bodies
+from bagel_gateway.rest.connections import (
+    BACKLOG,
+    RESERVE,
+    Acceptor,
+    Connection,
+    Connections,
+    Crowd,
+    connections_allowed,
+)
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.keys import RequireKey
 from bagel_gateway.rest.limits import LimitBodies
-from bagel_gateway.rest.pieces import Abortable, InPieces, send_little_ahead
+from bagel_gateway.rest.origins import guard_origins
+from bagel_gateway.rest.pieces import InPieces, send_little_ahead
 from bagel_gateway.rest.serve import Front
 from bagel_gateway.serving import Requests
 from bagel_gateway.settings import Settings
 
-BACKLOG = 2048
 LAST_ANSWERS_S = 5
 """For connections that are still written to when everything is served."""
-IDLE_CONNECTION_S = 75
 
 
 class RestServer:
@@ -54,14 +65,18 @@ class RestServer:
         host = settings.http.rpartition(":")[0]
         self.address = f"{host}:{self.port}"
         front = Front(requests, settings.model_names)
-        fetcher = Fetcher(settings.image_hosts, settings.max_body_bytes)
+        guards = settings.guards
+        most = connections_allowed(guards.max_connections)
+        fetcher, bodies = Fetcher(settings.image_hosts, guards.max_body_bytes), Bodies(guards)
         grpc, keyed = GrpcFront(grpc_port, tls=settings.front_security.serves_tls), keys is not None
-        app: ASGIApp = make_app(front, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed)
-        app = LimitBodies(app, settings.max_body_bytes)
+        app: ASGIApp = make_app(
+            front, bodies, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed
+        )
+        app = LimitBodies(app, guards)
         if keys is not None:
             app = RequireKey(app, keys, metrics)
-        app = InPieces(app, unread)
-        self._server = _Server(_configuration(app, settings.front_security))
+        app = InPieces(Crowd(guard_origins(app, settings.http, guards, metrics), most), unread)
+        self._server = _Server(_configuration(app, settings.front_security, guards), guards, most)
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -82,14 +97,30 @@ class RestServer:
 
 
 class _Server(uvicorn.Server):
-    """Signals are the gateway's, which drains both fronts."""
+    """Signals are the gateway's, which drains both fronts; connections are accepted by an Acceptor."""
+
+    def __init__(self, config: uvicorn.Config, guards: HttpGuards, most: int) -> None:
+        super().__init__(config)
+        self._guards, self._connections = guards, Connections(most + RESERVE)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on the one socket."""
+        assert sockets is not None
+        tls, handshake_s = self.config.ssl, self._guards.header_timeout_s
+        acceptor = Acceptor(sockets[0], self._connection, self._connections, tls, handshake_s)
+        self.servers = [cast(Server, acceptor)]
+        self.started = True
+
+    def _connection(self) -> Connection:
+        uses = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        return Connection(self._connections, self._guards, **uses)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
 
-def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
+def _configuration(app: ASGIApp, security: Security, guards: HttpGuards) -> uvicorn.Config:
     tls: dict[str, Any] = {}
     if security.serves_tls:
         import ssl
@@ -100,7 +131,7 @@ def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="none",
-        http=Abortable,
+        http="h11",  # of no effect: an Acceptor makes the connections
         ws="none",
         lifespan="off",
         log_config=None,
@@ -108,7 +139,7 @@ def _configuration(app: ASGIApp, security: Security) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         backlog=BACKLOG,
-        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_keep_alive=guards.idle_timeout_s,  # type: ignore[arg-type]  # whole seconds by its type alone
         timeout_graceful_shutdown=LAST_ANSWERS_S,
         **tls,
     )
