@@ -27,6 +27,7 @@ HEALTH_METHODS = frozenset({f"/{HEALTH}/Check", f"/{HEALTH}/Watch"})
 WATCH = f"/{HEALTH}/Watch"
 CONNECTIONS = 4096
 """Silent ones cost some 20 KiB each, for --grpc-handshake-timeout at most."""
+_REFLECTION = "/grpc.reflection."
 RETRY_S = 30.0
 _OF_ONE_CALLER = 4
 """A caller gets at most one in so many of the streams that may idle."""
@@ -79,7 +80,10 @@ class Guard(aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(details.method)
-        serve = self._streamed(handler) if handler.request_streaming else self._single(handler, method)
+        if handler.request_streaming:
+            serve = self._asked_again(handler) if method.startswith(_REFLECTION) else _reading_itself(handler)
+        else:
+            serve = self._single(handler, method)
 
         async def guarded(requests: AsyncIterator[Any], context: Any) -> None:
             try:
@@ -124,8 +128,8 @@ class Guard(aio.ServerInterceptor):
 
         return serve
 
-    def _streamed(self, handler: Handler) -> Serve:
-        """Serves a method of many requests, as reflection's."""
+    def _asked_again(self, handler: Handler) -> Serve:
+        """Serves a method of many requests, reflection's, which a caller may never end."""
 
         async def serve(context: Any) -> None:
             async def timed() -> AsyncIterator[Any]:
@@ -170,6 +174,15 @@ class Guard(aio.ServerInterceptor):
             self._watching[caller] -= 1
             if not self._watching[caller]:
                 del self._watching[caller]
+
+
+def _reading_itself(handler: Handler) -> Serve:
+    """Serves a method that takes its one request from the call, in its own time."""
+
+    async def serve(context: Any) -> None:
+        await _write(handler.stream_stream(None, context), context)
+
+    return serve
 
 
 def _forget_locals(error: BaseException) -> None:
