@@ -40,12 +40,17 @@ class BagelError(Exception):
     """Base of all errors that are meant for a user.
 
     grpc_status names a member of grpc.StatusCode; http_status is the REST front's code;
-    exit_code is the command line's.
+    exit_code is the command line's. hidden: what the log alone gets, as it may name addresses of the inside.
     """
 
     grpc_status: str = "INTERNAL"
     http_status: int = 500
     exit_code: int = 1
+    hidden: str = ""
+
+    def for_log(self) -> dict[str, str]:
+        """Fields of a log's line about it."""
+        return {"error": str(self)} | ({"details": self.hidden} if self.hidden else {})
 
 
 class InvalidRequest(BagelError):
@@ -156,6 +161,10 @@ class SourceUnavailable(BagelError):
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
+    def __init__(self, message: str, hidden: str = "") -> None:
+        super().__init__(message)
+        self.hidden = hidden
+
 
 class NotFinite(BagelError):
     """A result with infinite or undefined values, which is never passed on as a picture."""
@@ -223,9 +232,9 @@ class EngineDied(BagelError):
 class RemoteError(BagelError):
     """An error of a peer that this tree has no class for; it keeps the peer's gRPC status."""
 
-    def __init__(self, message: str, grpc_status: str) -> None:
+    def __init__(self, message: str, grpc_status: str, hidden: str = "") -> None:
         super().__init__(message)
-        self.grpc_status = grpc_status
+        self.grpc_status, self.hidden = grpc_status, hidden
         self.http_status = _HTTP.get(grpc_status, 500)
 
 

@@ -25,6 +25,16 @@ from bagel.tracing import serving, tell_failure
 
 DOMAIN = "bagel-serving"
 _DETAILS = "grpc-status-details-bin"
+_LOG = "the log of the service that called it has the details"
+_INSIDE = {
+    "UNAVAILABLE": "cannot be reached",
+    "DEADLINE_EXCEEDED": "did not answer in time",
+    "RESOURCE_EXHAUSTED": "has no room for the call, or its message is too large",
+    "UNIMPLEMENTED": "does not know the call; run the same release of both",
+    "UNAUTHENTICATED": "refuses the service that called it",
+    "PERMISSION_DENIED": "refuses the service that called it",
+}
+"""What callers are told of a call between services that ended without a status of ours."""
 _OURS = "Locally cancelled by application!"
 """What gRPC says of a call that this side cancelled."""
 
@@ -60,19 +70,29 @@ async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
     await context.abort(grpc.StatusCode[error.grpc_status], str(error))
 
 
-def from_rpc_error(error: grpc.RpcError, peer: str) -> BagelError:
-    """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status."""
+def from_rpc_error(error: grpc.RpcError, peer: str, *, inside: bool = False) -> BagelError:
+    """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status.
+
+    inside: the call was between services. What the transport says names addresses, which only the log is told then.
+    """
     status = _status(error)
     if status is None:
         code = _code(error)
         if code is grpc.StatusCode.CANCELLED and _message(error) != _OURS:
             # A server that stops drops a call that it has only just received.
             return RemoteError(f"{peer} ended the call, as it does when it stops; try again", "UNAVAILABLE")
-        return RemoteError(f"{peer}: {_message(error) or code.name}", code.name)
-    return from_status(status, peer)
+        return _unnamed(peer, code.name, _message(error), inside=inside)
+    return from_status(status, peer, inside=inside)
 
 
-def from_status(status: status_pb2.Status, peer: str) -> BagelError:
+def _unnamed(peer: str, code: str, message: str, *, inside: bool) -> RemoteError:
+    """An error that is none of ours: of the transport, or of what stands between."""
+    if not inside:
+        return RemoteError(f"{peer}: {message or code}", code)
+    return RemoteError(f"{peer} {_INSIDE.get(code, f'broke the call off ({code})')}; {_LOG}", code, hidden=message)
+
+
+def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -> BagelError:
     """The error that `rpc_status_of` told a peer's of; a RemoteError if this tree has no such class."""
     code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
@@ -81,7 +101,7 @@ def from_status(status: status_pb2.Status, peer: str) -> BagelError:
             detail.Unpack(message_of)
     kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None
     if not (isinstance(kind, type) and issubclass(kind, BagelError)):
-        return RemoteError(f"{peer}: {status.message}", code.name)
+        return _unnamed(peer, code.name, status.message, inside=inside)
     if issubclass(kind, InvalidRequest):
         return kind(bad.field_violations[0].field if bad.field_violations else "request", status.message)
     if issubclass(kind, Busy):
@@ -175,10 +195,10 @@ def _method(handler: Callable[..., object]) -> str:
 def _told(error: Exception) -> BagelError:
     """The error to tell the caller. What is no BagelError is a bug: logged whole, told in general."""
     if isinstance(error, BagelError):
-        log.info("refused" if error.grpc_status == "INVALID_ARGUMENT" else "failed", error=str(error))
+        log.info("refused" if error.grpc_status == "INVALID_ARGUMENT" else "failed", **error.for_log())
         return error
     if isinstance(error, grpc.RpcError):
-        return from_rpc_error(error, "a peer")
+        return _told(from_rpc_error(error, "another service", inside=True))
     if isinstance(error, asyncio.TimeoutError):
         return RemoteError("the deadline passed", "DEADLINE_EXCEEDED")
     log.error("internal error", exc_info=True)

@@ -255,7 +255,7 @@ def test_it_is_ready_while_each_stage_is() -> None:
         await until(lambda: not at.gateway.backends.ready)
         await asyncio.sleep(0.05)
         assert await health(at) == not_serving
-        with pytest.raises(NoBackend, match=r"no Thinker is ready: thinker-0 \(127.0.0.1:\d+\)"):
+        with pytest.raises(NoBackend, match=r"no Thinker is ready: thinker-0: "):
             await at.client.generate("a red cube")
         await at.hosts[0].ready()
         await until(lambda: at.gateway.backends.ready)
@@ -314,7 +314,7 @@ def test_all_branches_go_to_one_thinker() -> None:
 
 def test_stages_of_different_models_are_not_mixed() -> None:
     async def refused(at: Deployment) -> None:
-        with pytest.raises(ForeignContext, match=r"thinker-0 .* and dit-0 .*6b and 6c") as foreign:
+        with pytest.raises(ForeignContext, match=r"thinker-0 and dit-0 .*6b and 6c") as foreign:
             await at.client.generate("a red cube")
         assert foreign.value.grpc_status == "FAILED_PRECONDITION" and not at.journal.events
 
@@ -390,7 +390,7 @@ def test_the_only_dit_that_leaves_is_told_as_unavailable() -> None:
         drawn = await thinking(at)
         await at.hosts[1].drain(0)
         at.thinkers[0].think_go.set()
-        with pytest.raises(NoBackend, match=r"no DiT is ready: dit-0 \(127.0.0.1:\d+\)") as told:
+        with pytest.raises(NoBackend, match=r"no DiT is ready: dit-0: ") as told:
             await drawn
         assert told.value.grpc_status == "UNAVAILABLE"
         await at.settled()

@@ -198,7 +198,7 @@ class KvPuller:
             try:
                 await self._receive(ref, wanted)
             except SourceUnavailable as error:
-                log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), cause=str(error))
+                log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), **error.for_log())
                 await asyncio.sleep(RECONNECT_S)
             if wanted.ends:
                 self.store.count_retried(len(wanted.ends))
@@ -404,9 +404,11 @@ def _source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
     told = any(key == DETAILS for key, _ in error.trailing_metadata() or ())
     if not told and error.code().name in LOST:
         return SourceUnavailable(
-            f"the connection to {source} broke while K/V were fetched from it: {error.code().name}, {error.details()}"
+            f"the connection to {source} broke while K/V were fetched from it ({error.code().name}); the log has the "
+            "details",
+            hidden=str(error.details()),
         )
-    cause = from_rpc_error(error, source)
+    cause = from_rpc_error(error, source, inside=True)
     if isinstance(cause, Loading):  # of the source, not of this service: its callers would take it for ours
         return SourceUnavailable(f"{source} was started again while K/V were fetched from it: {cause}")
     return cause

@@ -104,7 +104,8 @@ class Backend:
                 return
             model = await self._describe()
         except grpc.RpcError as error:
-            self.lost(str(from_rpc_error(error, self.name)))
+            told = from_rpc_error(error, self.name, inside=True)
+            self.lost(str(told), told.hidden)
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
                 self._fall_silent()
@@ -123,12 +124,12 @@ class Backend:
         if self.silent.is_set():
             self.silent = asyncio.Event()
 
-    def lost(self, why: str) -> None:
-        """Choose it no more until a check finds it ready."""
+    def lost(self, why: str, hidden: str = "") -> None:
+        """Choose it no more until a check finds it ready. Callers are told why; what is hidden goes to the log."""
         if self.model is not None:
-            log.warning("backend lost", backend=str(self.address), why=why)
+            log.warning("backend lost", backend=str(self.address), why=why, details=hidden)
         elif why != self.why_not:
-            log.info("backend not ready", backend=str(self.address), why=why)
+            log.info("backend not ready", backend=str(self.address), why=why, details=hidden)
         self.model, self.why_not = None, why
 
     async def close(self) -> None:
@@ -199,7 +200,7 @@ class DitBackend(Backend):
         reply = await self.stub.Describe(dit_pb2.DitServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
         if reply.single_stage != self._single_stage:
             change = "start it with --single-stage" if self._single_stage else "start it without --single-stage"
-            raise ConfigError(f"{self.address} does not fit the gateway's pipeline; {change}")
+            raise ConfigError(f"{self.name} does not fit the gateway's pipeline; {change}")
         self.sources, self.page_version = frozenset(reply.sources), reply.page_version
         return reply.model
 
@@ -301,7 +302,7 @@ def _ready(kind: str, backends: Sequence[B]) -> list[B]:
     """Those that are ready, the least busy first."""
     ready = [backend for backend in backends if backend.model is not None]
     if not ready:
-        each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in backends)
+        each = "; ".join(f"{backend.name}: {backend.why_not}" for backend in backends)
         raise NoBackend(f"no {kind} is ready: {each or 'none is configured'}; start it, or try again later")
     return sorted(ready, key=lambda backend: backend.under_way)
 
@@ -311,7 +312,7 @@ def _misfit(thinker: ThinkerBackend | None, model: ModelInfo | None, dit: DitBac
     assert model is not None and dit.model is not None
     if thinker is None:
         same = model.checkpoint_fingerprint == dit.model.checkpoint_fingerprint
-        return None if same else f"{dit.address} serves another model than the request was begun with; send it again"
+        return None if same else f"{dit.name} serves another model than the request was begun with; send it again"
     if thinker.page_version != dit.page_version:
         return (
             f"{thinker.name} and {dit.name} do not share K/V: they write and read pages by rule "
@@ -320,10 +321,10 @@ def _misfit(thinker: ThinkerBackend | None, model: ModelInfo | None, dit: DitBac
     ours, theirs = model.kv_fingerprint, dit.model.kv_fingerprint
     if ours != theirs:
         return (
-            f"{thinker.address} and {dit.address} do not share K/V: their fingerprints are {ours.hex()} and "
+            f"{thinker.name} and {dit.name} do not share K/V: their fingerprints are {ours.hex()} and "
             f"{theirs.hex()}; start both with the same model and dtype"
         )
     if thinker.source not in dit.sources:
         known = ", ".join(sorted(dit.sources)) or "none"
-        return f"{dit.address} knows no source {thinker.source!r} (it knows {known}); start it with --source"
+        return f"{dit.name} knows no source {thinker.source!r} (it knows {known}); start it with --source"
     return None

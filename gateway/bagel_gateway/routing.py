@@ -258,7 +258,7 @@ class Route:
                 if self._dit_began or dit.silent.is_set() or not going or moves == MOVES:
                     raise
                 moves += 1
-                log.info("refused by a DiT; another is chosen", dit=str(dit.address), why=str(error))
+                log.info("refused by a DiT; another is chosen", dit=str(dit.address), **error.for_log())
 
     async def _follow(
         self, dit: DitBackend, request: dit_pb2.DitServiceGenerateRequest
@@ -381,9 +381,9 @@ async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIter
             raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE") from None
         raise
     except grpc.RpcError as error:
-        told = from_rpc_error(error, backend.name)
+        told = from_rpc_error(error, backend.name, inside=True)
         if _unreachable(told) or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
-            backend.lost(str(told))  # the next request need not find out by itself
+            backend.lost(str(told), told.hidden)  # the next request need not find out by itself
         raise told from None
     finally:
         call.cancel()

@@ -84,6 +84,7 @@ class EventStream(Response):
                 async for payload in self._events:
                     await _send_event(send, payload)
             except BagelError as error:
+                log.info("failed", **error.for_log())
                 tell_request_failed(error)
                 await _send_event(send, {**error_body(error), "type": "error"})
             except Exception as error:

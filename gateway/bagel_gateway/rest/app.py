@@ -134,7 +134,7 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
     try:
         return await endpoint(request)
     except BagelError as error:
-        log.info("refused" if error.http_status < 500 else "failed", error=str(error))
+        log.info("refused" if error.http_status < 500 else "failed", **error.for_log())
         tell_request_failed(error)
         return error_response(error)
     except (ClientGone, ClientDisconnect):  # the second while its body was read
@@ -187,10 +187,10 @@ def _readyz(backends: Backends, draining: Callable[[], bool], keyed: bool) -> En
         if draining():
             raise Draining("the gateway is shutting down and takes no new requests")
         if not backends.ready:
-            if keyed and not current_caller.get():  # a probe; addresses are for those who may call
+            if keyed and not current_caller.get():  # a probe; what there is and is not is for those who may call
                 raise NoBackend("not ready: a stage has no service; with an API key this says which")
             every = (*backends.thinkers, *backends.dits)
-            each = "; ".join(f"{backend.address}: {backend.why_not}" for backend in every if backend.model is None)
+            each = "; ".join(f"{backend.name}: {backend.why_not}" for backend in every if backend.model is None)
             raise NoBackend(f"not ready: {each}")
         return PlainTextResponse("ready\n")
 
