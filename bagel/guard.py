@@ -18,7 +18,7 @@ from grpc import aio
 
 from bagel.errors import Busy, Forbidden, InvalidRequest
 from bagel.health import HEALTH
-from bagel.security import Security
+from bagel.security import Security, names_of
 from bagel.status import Undecodable, abort, decoding
 from bagel.telemetry import Log
 
@@ -102,7 +102,7 @@ class Guard(aio.ServerInterceptor):
         if not self._security.clients:
             return
         try:
-            self._security.check_client(context.auth_context())
+            self._security.check_names(names_of(context.auth_context()))
         except Forbidden as error:
             log.warning("refused", method=method, peer=context.peer(), error=str(error))
             await abort(context, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,13 +73,9 @@ class Security:
             raise ConfigError("--tls-ca alone serves no TLS; give --tls-certificate and --tls-key too")
         self._check_files(serving=True)
 
-    def check_client(self, shown: Mapping[str, Iterable[bytes]]) -> None:
-        """Raise Forbidden for a caller whose certificate has none of the allowed names.
-
-        shown: the auth_context of a gRPC call, or `peer_names` as such.
-        """
+    def check_names(self, names: Sequence[str]) -> None:
+        """Raise Forbidden for a caller whose certificate has these names, and none that is allowed."""
         allowed = {name.lower() for name in self.clients}
-        names = names_of(shown)
         if allowed and not allowed.intersection(name.lower() for name in names):
             raise Forbidden(
                 f"the certificate of this caller is for {', '.join(names) or 'nobody'}; this service takes calls of "
@@ -97,7 +93,7 @@ PLAINTEXT = Security()
 
 
 def names_of(shown: Mapping[str, Iterable[bytes]]) -> list[str]:
-    """The names that a peer's certificate is for: its alternative names and its common name."""
+    """The names of a peer's certificate, of the auth_context of a gRPC call: alternative names and the common name."""
     found = (*shown.get("x509_subject_alternative_name", ()), *shown.get("x509_common_name", ()))
     return list(dict.fromkeys(name.decode("utf-8", "replace") for name in found if name))
 

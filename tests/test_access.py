@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from bagel_gateway.backends import Address, Backends
 from bagel_gateway.settings import Settings, parser, settings_of
+from tests.gateway_stages import deployment
 from tests.test_transport import SERVICE, through
 
 ROOT = Path(__file__).parents[1]
@@ -265,3 +269,30 @@ def test_a_refused_call_is_not_read_first(issue: Issue) -> None:
                 assert await call.code() is grpc.StatusCode.PERMISSION_DENIED, "though no request was sent"
 
     through(work, service(issue, THINKER))
+
+
+def test_https_takes_requests_of_allowed_names_alone_and_probes_of_any_certificate(issue: Issue) -> None:
+    async def asked(port: int, path: str, security: Security) -> bytes:
+        trusts = ssl.create_default_context(cafile=security.ca)
+        if security.certificate is not None:
+            trusts.load_cert_chain(security.certificate, security.key)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusts)
+        with closing(writer):
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+            return await reader.read()
+
+    async def run() -> None:
+        own = replace(issue(GATEWAY, "127.0.0.1"), clients=("alice",))
+        async with asyncio.timeout(60), deployment(http="127.0.0.1:0", front_security=own) as made:
+            assert made.gateway.rest is not None
+            port, bob = made.gateway.rest.port, issue("bob")
+            assert (await asked(port, "/v1/models", issue("alice"))).startswith(b"HTTP/1.1 200 ")
+            assert (await asked(port, "/v1/models", issue("x", common_name="Alice"))).startswith(b"HTTP/1.1 200 ")
+            for path in ("/v1/models", "/metrics", "/", "/healthz/../v1/models"):
+                refused = await asked(port, path, bob)
+                assert refused.startswith(b"HTTP/1.1 403 ") and b"is for bob; " in refused, path
+            assert (await asked(port, "/healthz", bob)).startswith(b"HTTP/1.1 200 ")
+            with suppress(OSError):  # TLS 1.3 tells a client after its own part of the handshake, if at all
+                assert not await asked(port, "/healthz", Security(ca=own.ca)), "no certificate"
+
+    asyncio.run(run())

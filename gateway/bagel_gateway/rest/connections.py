@@ -16,7 +16,7 @@ from bagel.descriptors import limit
 from bagel.errors import Busy, ConfigError
 from bagel.http_front import HttpGuards
 from bagel.telemetry import Log
-from bagel_gateway.rest.pieces import Abortable
+from bagel_gateway.rest.certificates import Certified
 from bagel_gateway.rest.refusals import refuse
 
 MAX_CONNECTIONS = 512
@@ -128,7 +128,7 @@ class Connections:
         self.on_room()
 
 
-class Connection(Abortable):
+class Connection(Certified):
     """uvicorn's, with a time limit for heads of requests and for the reading of last answers."""
 
     def __init__(self, connections: Connections, guards: HttpGuards, **uvicorn: Any) -> None:

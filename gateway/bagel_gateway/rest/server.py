@@ -23,6 +23,7 @@ from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import GrpcFront
 from bagel_gateway.rest.app import make_app
 from bagel_gateway.rest.bodies import Bodies
+from bagel_gateway.rest.certificates import RequireName
 from bagel_gateway.rest.connections import (
     BACKLOG,
     RESERVE,
@@ -75,6 +76,8 @@ class RestServer:
         app = LimitBodies(app, guards)
         if keys is not None:
             app = RequireKey(app, keys, metrics)
+        if settings.front_security.clients:
+            app = RequireName(app, settings.front_security, metrics)
         app = InPieces(Crowd(guard_origins(app, settings.http, guards, metrics), most), unread)
         self._server = _Server(_configuration(app, settings.front_security, guards), guards, most)
         self._serving: asyncio.Task[None] | None = None
