@@ -28,7 +28,7 @@ from bench.report import Table
 MIB = 2**20
 QUIET_S, ATTACK_S, LATE_S = 4.0, 10.0, 20.0
 """Seconds of measuring before an attack, of the attack, and that the quiet client waits for one answer."""
-PAUSE_S = 0.1
+EVERY_S = 0.25
 GATEWAY_MIB = 1024.0
 """What the shipped compose file gives the gateway."""
 SLOWER, LEAST_MS = 2.0, 100.0
@@ -36,7 +36,7 @@ HEALTHZ_MS = 1000.0
 NOTE = (
     f"{NANO_NAME}, Thinker, DiT and gateway; each attack for {ATTACK_S:g} s. Limits: rss_mib, the gateway's peak, "
     f"{GATEWAY_MIB:g}; during_ms, a quiet client's median, {SLOWER:g} times quiet_ms or {LEAST_MS:g} if that is more; "
-    f"healthz_ms, the slowest, {HEALTHZ_MS:g}; failed, of the quiet client's requests, 0"
+    f"healthz_ms, the slowest, {HEALTHZ_MS:g}. A request of the quiet client that failed counts as {LATE_S:g} s"
 )
 
 Attack = Callable[[Target], Awaitable[str]]
@@ -100,7 +100,6 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
         "rss": peaks[-1] > GATEWAY_MIB,
         "median": during_ms > limit_ms,
         "healthz": during.healthz_ms > HEALTHZ_MS,
-        "failed": during.failed > 0,
     }
     table.add(
         attack=name,
@@ -158,15 +157,20 @@ class _Quiet:
         return self
 
     async def _ask(self, ends: float) -> None:
-        async with AsyncClient(self._services.address) as client:
+        """Every now and then, whether or not those before were answered: who waits is not counted once for all."""
+        async with AsyncClient(self._services.address) as client, asyncio.TaskGroup() as group:
             while time.monotonic() < ends:
-                began = time.perf_counter()
-                try:
-                    await client.generate("a red cube", modality="text2text", max_tokens=2, timeout=LATE_S)
-                except BagelError as error:
-                    self._fail(f"{type(error).__name__}: {error}")
-                self._latencies.append(time.perf_counter() - began)
-                await asyncio.sleep(PAUSE_S)
+                group.create_task(self._ask_once(client))
+                await asyncio.sleep(EVERY_S)
+
+    async def _ask_once(self, client: AsyncClient) -> None:
+        began = time.perf_counter()
+        try:
+            await client.generate("a red cube", modality="text2text", max_tokens=2, timeout=LATE_S)
+            self._latencies.append(time.perf_counter() - began)
+        except BagelError as error:
+            self._latencies.append(LATE_S)
+            self._fail(f"{type(error).__name__}: {error}")
 
     def _fail(self, why: str) -> None:
         self.failed += 1
@@ -188,7 +192,7 @@ class _Quiet:
             except (OSError, TimeoutError) as error:
                 self._fail(f"/healthz: {type(error).__name__}")
             self._healthz.append(time.perf_counter() - began)
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(EVERY_S)
 
 
 def _processes(service: Service) -> Iterator[Path]:

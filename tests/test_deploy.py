@@ -225,6 +225,36 @@ def test_api_keys_are_a_folder_that_the_gateway_is_told_of() -> None:
     assert told == {"name": "BAGEL_API_KEYS_FILE", "value": f"{held['mountPath']}/api-keys"}
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_tls_is_a_patch_that_keeps_every_argument_and_shows_probes_the_files(name: str) -> None:
+    deployment = next(
+        each for path, each in documents() if path.name == f"{name}.yaml" and each["kind"] == "Deployment"
+    )
+    pod = deployment["spec"]["template"]["spec"]
+    patch = read(DEPLOY / f"kubernetes/tls/{name}.yaml")["spec"]["template"]["spec"]
+    (container,), (changed,) = pod["containers"], patch["containers"]
+    assert changed["name"] == container["name"] == name
+    assert changed["args"][: len(container["args"])] == container["args"]  # a patch replaces a list of texts
+    added = changed["args"][len(container["args"]) :]
+    assert not unknown_flags(name, changed["args"])
+    (held,), (volume,) = changed["volumeMounts"], patch["volumes"]
+    files = [argument.partition("=")[2] for argument in added if "=" in argument]
+    assert len(files) == 3 and all(file.startswith(f"{held['mountPath']}/") for file in files)
+    assert volume["secret"]["secretName"] == f"bagel-{name}-tls" and volume["name"] == held["name"]
+    port = container["ports"][0]["containerPort"]
+    for probe, how in ((key, value) for key, value in changed.items() if key.endswith("Probe")):
+        merged = {key: value for key, value in {**container[probe], **how}.items() if value is not None}
+        assert "grpc" not in merged, "a probe has one handler"
+        if "exec" in merged:
+            assert merged["exec"]["command"][:3] == ["bagel", "health", f"--endpoint=127.0.0.1:{port}"]
+            assert set(merged["exec"]["command"][3:]) <= set(added)
+        container[probe] = merged
+    container["args"] = changed["args"]
+    container["volumeMounts"] += changed["volumeMounts"]
+    pod["volumes"] += patch["volumes"]
+    assert not list(misfits(deployment, {"$ref": SCHEMAS["kinds"]["Deployment"]}, "patched"))
+
+
 def test_the_collector_is_given_only_what_it_has() -> None:
     config = read(DEPLOY / "otel-collector.yaml")
     for pipeline in config["service"]["pipelines"].values():
