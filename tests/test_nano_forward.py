@@ -109,7 +109,7 @@ class _Both:
         with torch.inference_mode():
             for count in range(len(answer) + 1):
                 run.tokens = answer[:count]
-                rows.append(batch._forward()[0])
+                rows.append(batch._forward()[0][0])
         return torch.stack(rows)
 
 

@@ -12,6 +12,7 @@ from bagel.engine.context import ContextBuilder
 from bagel.engine.engine import BagelEngine
 from bagel.engine.reader import Reader, Reading, Written
 from bagel.engine.segments import Chain
+from bagel.engine.text_graphs import best
 from bagel.errors import BagelError, InvalidRequest, NotFinite
 from bagel.request import TextSettings
 
@@ -126,13 +127,13 @@ def test_a_text_whose_logits_are_no_numbers_ends_and_the_others_go_on(
     fine = reading(at, "a cup", 12)[1]
     forward, odd = at._texts._forward, (float("nan"), float("-inf"), float("inf"))
 
-    def overflow() -> torch.Tensor:
-        logits = forward()
+    def overflow() -> tuple[torch.Tensor, torch.Tensor]:
+        logits, _ = forward()
         if len(logits) > len(odd):
             for row, value in enumerate(odd):
                 logits[row, 5:] = value
             logits[len(odd)] = float("-inf")
-        return logits
+        return logits, best(logits)
 
     monkeypatch.setattr(at._texts, "_forward", overflow)
     finish(at)

@@ -32,6 +32,12 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     return ids[torch.minimum(place, keep.sum() - 1)][0]  # rounding may point behind the last allowed token
 
 
+def is_greedy(settings: TextSettings) -> bool:
+    """Whether `choose` takes the largest of the logits as they are."""
+    samples = settings.do_sample and settings.temperature >= torch.finfo(torch.float32).tiny
+    return not samples and settings.repetition_penalty == 1.0
+
+
 def _penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
     if penalty == 1.0 or not seen:
         return logits

@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bagel.engine.context import Context
 from bagel.engine.layout import text_rows
 from bagel.engine.noise import text_uniforms
-from bagel.engine.sampling import choose
+from bagel.engine.sampling import choose, is_greedy
 from bagel.engine.segments import Chain
 from bagel.engine.slab import SharedSlab
+from bagel.engine.text_graphs import DecodeGraphs, Fed, best
 from bagel.errors import NotFinite
 from bagel.model.bagel import Bagel
 from bagel.model.tokenizer import BagelTokenizer
@@ -51,6 +53,8 @@ class TextBatch:
             lengths=[_room(run) for run in runs],
         )
         self._entries: list[_Entry] = []
+        self._spare: int | None = None
+        self._graphs: DecodeGraphs | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -82,12 +86,12 @@ class TextBatch:
         A text whose logits are not finite is finished too, with an error: the others go on.
         """
         entries = self._entries
-        logits = self._forward()
-        chosen = [
-            choose(row, entry.run.settings, _seen(entry.run), entry.uniforms[len(entry.run.tokens)])
-            for entry, row in zip(entries, logits, strict=True)
-        ]
-        tokens, finite = torch.stack((torch.stack(chosen), logits.isfinite().all(-1).long())).tolist()
+        logits, chosen = self._forward()
+        for i, entry in enumerate(entries):
+            if not is_greedy(entry.run.settings):
+                uniform = entry.uniforms[len(entry.run.tokens)]
+                chosen[0, i] = choose(logits[i], entry.run.settings, _seen(entry.run), uniform)
+        tokens, finite = chosen.tolist()
         for entry, ok in zip(entries, finite, strict=True):
             if not ok:
                 entry.run.error = NotFinite("the text overflowed: its logits are not finite; use float32")
@@ -101,20 +105,35 @@ class TextBatch:
             self.remove(run)
         return shown
 
-    def _forward(self) -> torch.Tensor:
-        """Feed each text's last token (the start token first); logits [texts, vocab]."""
-        runs = [entry.run for entry in self._entries]
-        last = [run.tokens[-1] if run.tokens else self.tokenizer.bos for run in runs]
-        rows = text_rows(
-            self.model.language_model,
-            [entry.start for entry in self._entries],
-            [run.context.length + len(run.tokens) for run in runs],
-            [run.context.rope + len(run.tokens) for run in runs],
-            1,
-        )
-        embedded = self.model.embed(torch.tensor(last, device=self.model.device)[:, None])
-        hidden, _ = self.model.language_model(embedded, None, rows, self._space.slab)
-        return self.model.language_model.logits(hidden[:, -1])
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        """Feed each text's last token (the start token first); logits [texts, vocab] and `best` of them."""
+        fed = [self._fed(entry) for entry in self._entries]
+        captured = self.model.language_model.backend.captures
+        return self._captured().forward(fed) if captured else self._eager(fed)
+
+    def _fed(self, entry: _Entry) -> Fed:
+        """What a text is fed next: its last token, or the start token."""
+        written, context = len(entry.run.tokens), entry.run.context
+        token = entry.run.tokens[-1] if written else self.tokenizer.bos
+        return Fed(token, context.rope + written, entry.start + context.length + written, entry.start)
+
+    def _eager(self, fed: Sequence[Fed]) -> tuple[Tensor, Tensor]:
+        decoder = self.model.language_model
+        starts, pasts = [each.start for each in fed], [each.slot - each.start for each in fed]
+        rows = text_rows(decoder, starts, pasts, [each.position for each in fed], 1)
+        tokens = torch.tensor([each.token for each in fed], device=self.model.device)
+        hidden, _ = decoder(self.model.embed(tokens[:, None]), None, rows, self._space.slab)
+        logits = decoder.logits(hidden[:, -1])
+        return logits, best(logits)
+
+    def _captured(self) -> DecodeGraphs:
+        """The graphs of the slab as it is now; a slab that has grown is another one."""
+        if self._spare is None:
+            self._spare = self._space.take(1)
+        if self._graphs is None or self._graphs.slab is not self._space.slab:
+            spare = Fed(self.tokenizer.bos, 0, self._spare, self._spare)
+            self._graphs = DecodeGraphs(self.model, self._space.slab, spare)
+        return self._graphs
 
     def _take(self, run: TextRun, token: int) -> bool:
         """Add a predicted token; False if it is one that ends the text."""

@@ -55,6 +55,7 @@ class Rows:
     the host (the loop over rows) and lie on the device (the kernel that takes lengths there).
     und, gen: tokens a row of each expert; slots [rows * und] and [rows * gen] are their places in the slab.
     rope: rotary factors (MoTDecoder.rope), [rows, und or 1, 1, head_dim] and [rows, gen or 1, 1, head_dim], float32.
+    extents: `on_device`, where it changes under a captured forward; starts and lengths are then bounds.
     """
 
     starts: tuple[int, ...]
@@ -66,6 +67,7 @@ class Rows:
     gen_slots: Tensor | None = None
     gen_rope: Rope | None = None
     causal: bool = False
+    extents: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def queries(self) -> int:
@@ -98,6 +100,8 @@ class Rows:
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
         """Query starts [blocks + 1], K/V starts [blocks + 1] and lengths [blocks], int32."""
+        if self.extents is not None:
+            return self.extents
         device = self.und_slots.device
         queries = (*(block.begin for block in self.blocks), self.queries)
         starts = (*(block.start for block in self.blocks), self.starts[-1] + self.lengths[-1])

@@ -68,6 +68,8 @@ def fa3(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 
 BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa, "fa2": fa2, "fa3": fa3}
+ON_DEVICE = frozenset({"fa2", "fa3"})
+"""Backends that read lengths on the device, so that the host need not know them."""
 READ_AHEAD = {"fa3": 256}
 """FlashAttention 3 loads K/V in whole tiles (up to 176 tokens) and masks their weights, not their values."""
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from bagel.model.attention_backends import AUTO, BACKENDS, READ_AHEAD, AttentionBackend, choose_attention, sdpa
+from bagel.model.attention_backends import (
+    AUTO,
+    BACKENDS,
+    ON_DEVICE,
+    READ_AHEAD,
+    AttentionBackend,
+    choose_attention,
+    sdpa,
+)
 from bagel.model.kernels import TORCH, Kernels
 
 
@@ -20,6 +28,11 @@ class LayerBackend:
     """The name of `attend`."""
 
     @property
+    def captures(self) -> bool:
+        """Whether a forward can be captured as a CUDA graph: attention reads its lengths on the device."""
+        return self.attention in ON_DEVICE and self.kernels is not TORCH
+
+    @property
     def read_ahead(self) -> int:
         """Tokens of the slab that attention may read behind what a row sees.
 
@@ -31,7 +44,8 @@ class LayerBackend:
 def choose_backend(
     device: torch.device, dtype: torch.dtype, *, attention: str = AUTO, eager: bool = False
 ) -> LayerBackend:
-    """The fastest for a model of this type on this device; eager: PyTorch's own operators between the products.
+    """The fastest for a model of this type on this device; eager: PyTorch's own operators between the products, and no
+    CUDA graphs.
 
     Raises ConfigError for an attention backend that cannot run there.
     """
