@@ -56,8 +56,8 @@ def generate_all(
 ) -> list[Result]:
     """The results of all requests, in their order; on_event sees what happens meanwhile, in the calling thread.
 
-    at_once of them are under way together. Raises the first error there is, its own or on_event's, and cancels the
-    other requests.
+    at_once of them are under way together. Several are all checked before any is begun; an InvalidRequest has the
+    index of the one that it is about. Raises the first error there is, its own or on_event's, and cancels the others.
     """
     results: dict[int, Result] = {}
     with events_of(target, asks, at_once=at_once, security=security, api_key=api_key) as events:
@@ -112,6 +112,8 @@ async def _ask_all(
     requests = [{"prompt": ask.prompt, "modality": ask.modality, "image": ask.image, **ask.options} for ask in asks]
     try:
         async with AsyncClient(target, security, api_key=api_key) as client:
+            if len(requests) > 1:
+                await client.check_many(requests, at_once=at_once)
             await client.generate_many(requests, inbox.put, at_once=at_once)
         inbox.put(None)
     except Exception as error:

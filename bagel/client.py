@@ -24,7 +24,7 @@ from PIL import Image
 from bagel import wire
 from bagel.deadlines import deadline_of
 from bagel.effect import UNHEARD
-from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
+from bagel.errors import BagelError, Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import StrPath, to_rgb
 from bagel.keys import key_metadata
@@ -164,7 +164,7 @@ class Client:
                 if (event := reader.read(response)) is not None:
                     yield event
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from None
+            raise _of_request(from_rpc_error(error, self._target), index) from None
         finally:
             responses.cancel()
         reader.check_finished(self._target)
@@ -233,6 +233,26 @@ class AsyncClient:
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
+    async def check_many(self, requests: Sequence[Mapping[str, Any]], *, at_once: int = MANY) -> None:
+        """Ask whether all of these can be served, computing nothing; each is the arguments of `generate`.
+
+        Raises the error of the first that cannot be; an InvalidRequest says which it is in its `index`.
+        """
+        calls, places = [_Call.of(request) for request in requests], asyncio.Semaphore(at_once)
+
+        async def check(index: int, call: _Call) -> None:
+            message = gateway_pb2.GenerateRequest()
+            message.CopyFrom(call.message)
+            message.check_only = True
+            async with places, aclosing(self._events(replace(call, message=message), index)) as events:
+                async for _ in events:
+                    return  # accepted, which a gateway that only checks says last
+
+        checks = (check(index, call) for index, call in enumerate(calls))
+        for outcome in await asyncio.gather(*checks, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
     async def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
         """What the gateway serves."""
         try:
@@ -265,7 +285,7 @@ class AsyncClient:
                 if (event := reader.read(response)) is not None:
                     yield event
         except grpc.RpcError as error:
-            raise from_rpc_error(error, self._target) from None
+            raise _of_request(from_rpc_error(error, self._target), index) from None
         finally:
             responses.cancel()
         reader.check_finished(self._target)
@@ -491,6 +511,13 @@ def _image(picture: common_pb2.Picture) -> Image.Image:
     image = Image.open(BytesIO(picture.data))
     image.load()
     return image
+
+
+def _of_request(error: BagelError, index: int) -> BagelError:
+    """The error, of this one of several requests."""
+    if isinstance(error, InvalidRequest):
+        error.index = index
+    return error
 
 
 def _refuse_unheard(settings: Mapping[str, Any], on_event: OnServiceEvent | None) -> None:

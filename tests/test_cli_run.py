@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bagel.cli import main
+from bagel.errors import InvalidRequest
 from bagel.images import read_settings
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality, PosteriorMode, RenormType
@@ -272,3 +273,14 @@ def test_img2img_defaults_are_an_edits(engine: FakeEngine) -> None:
     image = engine.requests[0].image
     assert engine.requests[0].modality is Modality.IMG2IMG
     assert (image.cfg_img_scale, image.cfg_interval, image.cfg_renorm_type) == (1.5, (0.0, 1.0), "text_channel")
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_prompt_that_the_model_refuses_is_named(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidRequest("prompt", "the prompt takes 9002 positions", index=2)
+
+    monkeypatch.setattr(FakeEngine, "generate", refuse)
+    Path("prompts.txt").write_text("one\n\ntwo\n")
+    assert main(["generate", "--prompts", "zero", "--txt-prompts", "prompts.txt"]) == 2
+    assert "line 3 of 'prompts.txt': the prompt takes 9002 positions" in capsys.readouterr().err

@@ -98,6 +98,10 @@ def test_what_is_wrong_with_a_request_is_told(omni: bagel.Omni) -> None:
         omni.generate("x", modality="video")
     with pytest.raises(InvalidRequest, match="no prompt"):
         omni.generate([])
+    events: list[object] = []
+    with pytest.raises(InvalidRequest, match="prompt takes") as caught:  # told before any is begun
+        omni.generate(["x", "y", "far too long " * 20_000, "z"], steps=2, height=64, width=64, on_event=events.append)
+    assert (caught.value.field, caught.value.index, events) == ("prompt", 2, [])
     with pytest.raises(InvalidRequest, match="height is 1040"):  # which the gateway knows
         omni.generate("x", height=1040)
 

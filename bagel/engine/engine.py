@@ -15,7 +15,7 @@ from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, late
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextDecoder, TextRun
-from bagel.errors import NotFinite
+from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import OnEvent, Result, StepDone, TextDelta
 from bagel.kv.digests import fingerprint
 from bagel.model.bagel import Bagel
@@ -122,8 +122,7 @@ class BagelEngine:
         NotFinite, after all others are served, if a picture overflowed.
         """
         emit = on_event or (lambda event: None)
-        plans = [plan_request(self.planner, request, self.max_model_len) for request in requests]
-        jobs = [_Job(index, plan) for index, plan in enumerate(plans)]
+        jobs = [_Job(index, self._planned(index, request)) for index, request in enumerate(requests)]
         for job in jobs:
             with self._timed([job], "context"):
                 self._build(job)
@@ -137,6 +136,13 @@ class BagelEngine:
         if overflown:
             raise overflown[0]
         return sorted(results, key=lambda result: result.index)
+
+    def _planned(self, index: int, request: Request) -> RequestPlan:
+        try:
+            return plan_request(self.planner, request, self.max_model_len)
+        except InvalidRequest as error:
+            error.index = index
+            raise
 
     def _build(self, job: _Job) -> None:
         """Compute the contexts that the request's text, or its picture without one, goes on from."""

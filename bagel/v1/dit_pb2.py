@@ -26,15 +26,15 @@ from bagel.v1 import common_pb2 as bagel_dot_v1_dot_common__pb2
 from bagel.v1 import kv_pb2 as bagel_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61gel/v1/dit.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\x1a\x11\x62\x61gel/v1/kv.proto\"\\\n\rBranchContext\x12$\n\x06\x62ranch\x18\x01 \x01(\x0e\x32\x14.bagel.v1.BranchName\x12%\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x14.bagel.v1.ContextRef\">\n\x0bLatentShape\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\"\x9f\x01\n\x0b\x44rawPicture\x12)\n\x08\x63ontexts\x18\x01 \x03(\x0b\x32\x17.bagel.v1.BranchContext\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x17.bagel.v1.ImageSettings\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12/\n\x10posterior_shapes\x18\x04 \x03(\x0b\x32\x15.bagel.v1.LatentShape\"\xfd\x01\n\x19\x44itServiceGenerateRequest\x12%\n\x04\x64raw\x18\x01 \x01(\x0b\x32\x15.bagel.v1.DrawPictureH\x00\x12$\n\x07request\x18\x02 \x01(\x0b\x32\x11.bagel.v1.RequestH\x00\x12,\n\routput_format\x18\x03 \x01(\x0e\x32\x15.bagel.v1.ImageFormat\x12\x16\n\x0epartial_images\x18\x04 \x01(\r\x12\x1f\n\x12output_compression\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\r\n\x05\x62\x65gun\x18\x06 \x01(\x08\x42\x06\n\x04workB\x15\n\x13_output_compression\"\"\n\x08\x41\x64mitted\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\"\xad\x01\n\x1a\x44itServiceGenerateFinished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\x12&\n\x07profile\x18\x05 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\xc6\x02\n\x1a\x44itServiceGenerateResponse\x12&\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x12.bagel.v1.AdmittedH\x00\x12#\n\x04text\x18\x02 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12\"\n\x04step\x18\x03 \x01(\x0b\x32\x12.bagel.v1.StepDoneH\x00\x12$\n\x07picture\x18\x04 \x01(\x0b\x32\x11.bagel.v1.PictureH\x00\x12\x38\n\x08\x66inished\x18\x05 \x01(\x0b\x32$.bagel.v1.DitServiceGenerateFinishedH\x00\x12(\n\x07prefill\x18\x06 \x01(\x0b\x32\x15.bagel.v1.PrefillDoneH\x00\x12$\n\x07preview\x18\x07 \x01(\x0b\x32\x11.bagel.v1.PreviewH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x19\x44itServiceDescribeRequest\"\x8b\x01\n\x1a\x44itServiceDescribeResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x14\n\x0csingle_stage\x18\x02 \x01(\x08\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07sources\x18\x04 \x03(\t\x12\x14\n\x0cpage_version\x18\x05 \x01(\r*q\n\nBranchName\x12\x1b\n\x17\x42RANCH_NAME_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42RANCH_NAME_GEN\x10\x01\x12\x18\n\x14\x42RANCH_NAME_CFG_TEXT\x10\x02\x12\x17\n\x13\x42RANCH_NAME_CFG_IMG\x10\x03\x32\xbc\x01\n\nDitService\x12W\n\x08Generate\x12#.bagel.v1.DitServiceGenerateRequest\x1a$.bagel.v1.DitServiceGenerateResponse0\x01\x12U\n\x08\x44\x65scribe\x12#.bagel.v1.DitServiceDescribeRequest\x1a$.bagel.v1.DitServiceDescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x62\x61gel/v1/dit.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\x1a\x11\x62\x61gel/v1/kv.proto\"\\\n\rBranchContext\x12$\n\x06\x62ranch\x18\x01 \x01(\x0e\x32\x14.bagel.v1.BranchName\x12%\n\x07\x63ontext\x18\x02 \x01(\x0b\x32\x14.bagel.v1.ContextRef\">\n\x0bLatentShape\x12\x10\n\x08\x63hannels\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\"\x9f\x01\n\x0b\x44rawPicture\x12)\n\x08\x63ontexts\x18\x01 \x03(\x0b\x32\x17.bagel.v1.BranchContext\x12&\n\x05image\x18\x02 \x01(\x0b\x32\x17.bagel.v1.ImageSettings\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12/\n\x10posterior_shapes\x18\x04 \x03(\x0b\x32\x15.bagel.v1.LatentShape\"\x91\x02\n\x19\x44itServiceGenerateRequest\x12%\n\x04\x64raw\x18\x01 \x01(\x0b\x32\x15.bagel.v1.DrawPictureH\x00\x12$\n\x07request\x18\x02 \x01(\x0b\x32\x11.bagel.v1.RequestH\x00\x12,\n\routput_format\x18\x03 \x01(\x0e\x32\x15.bagel.v1.ImageFormat\x12\x16\n\x0epartial_images\x18\x04 \x01(\r\x12\x1f\n\x12output_compression\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\r\n\x05\x62\x65gun\x18\x06 \x01(\x08\x12\x12\n\ncheck_only\x18\x07 \x01(\x08\x42\x06\n\x04workB\x15\n\x13_output_compression\"\"\n\x08\x41\x64mitted\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\"\xad\x01\n\x1a\x44itServiceGenerateFinished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\x12&\n\x07profile\x18\x05 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\xc6\x02\n\x1a\x44itServiceGenerateResponse\x12&\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x12.bagel.v1.AdmittedH\x00\x12#\n\x04text\x18\x02 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12\"\n\x04step\x18\x03 \x01(\x0b\x32\x12.bagel.v1.StepDoneH\x00\x12$\n\x07picture\x18\x04 \x01(\x0b\x32\x11.bagel.v1.PictureH\x00\x12\x38\n\x08\x66inished\x18\x05 \x01(\x0b\x32$.bagel.v1.DitServiceGenerateFinishedH\x00\x12(\n\x07prefill\x18\x06 \x01(\x0b\x32\x15.bagel.v1.PrefillDoneH\x00\x12$\n\x07preview\x18\x07 \x01(\x0b\x32\x11.bagel.v1.PreviewH\x00\x42\x07\n\x05\x65vent\"\x1b\n\x19\x44itServiceDescribeRequest\"\x8b\x01\n\x1a\x44itServiceDescribeResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x14\n\x0csingle_stage\x18\x02 \x01(\x08\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07sources\x18\x04 \x03(\t\x12\x14\n\x0cpage_version\x18\x05 \x01(\r*q\n\nBranchName\x12\x1b\n\x17\x42RANCH_NAME_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x42RANCH_NAME_GEN\x10\x01\x12\x18\n\x14\x42RANCH_NAME_CFG_TEXT\x10\x02\x12\x17\n\x13\x42RANCH_NAME_CFG_IMG\x10\x03\x32\xbc\x01\n\nDitService\x12W\n\x08Generate\x12#.bagel.v1.DitServiceGenerateRequest\x1a$.bagel.v1.DitServiceGenerateResponse0\x01\x12U\n\x08\x44\x65scribe\x12#.bagel.v1.DitServiceDescribeRequest\x1a$.bagel.v1.DitServiceDescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bagel.v1.dit_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BRANCHNAME']._serialized_start=1362
-  _globals['_BRANCHNAME']._serialized_end=1475
+  _globals['_BRANCHNAME']._serialized_start=1382
+  _globals['_BRANCHNAME']._serialized_end=1495
   _globals['_BRANCHCONTEXT']._serialized_start=74
   _globals['_BRANCHCONTEXT']._serialized_end=166
   _globals['_LATENTSHAPE']._serialized_start=168
@@ -42,17 +42,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAWPICTURE']._serialized_start=233
   _globals['_DRAWPICTURE']._serialized_end=392
   _globals['_DITSERVICEGENERATEREQUEST']._serialized_start=395
-  _globals['_DITSERVICEGENERATEREQUEST']._serialized_end=648
-  _globals['_ADMITTED']._serialized_start=650
-  _globals['_ADMITTED']._serialized_end=684
-  _globals['_DITSERVICEGENERATEFINISHED']._serialized_start=687
-  _globals['_DITSERVICEGENERATEFINISHED']._serialized_end=860
-  _globals['_DITSERVICEGENERATERESPONSE']._serialized_start=863
-  _globals['_DITSERVICEGENERATERESPONSE']._serialized_end=1189
-  _globals['_DITSERVICEDESCRIBEREQUEST']._serialized_start=1191
-  _globals['_DITSERVICEDESCRIBEREQUEST']._serialized_end=1218
-  _globals['_DITSERVICEDESCRIBERESPONSE']._serialized_start=1221
-  _globals['_DITSERVICEDESCRIBERESPONSE']._serialized_end=1360
-  _globals['_DITSERVICE']._serialized_start=1478
-  _globals['_DITSERVICE']._serialized_end=1666
+  _globals['_DITSERVICEGENERATEREQUEST']._serialized_end=668
+  _globals['_ADMITTED']._serialized_start=670
+  _globals['_ADMITTED']._serialized_end=704
+  _globals['_DITSERVICEGENERATEFINISHED']._serialized_start=707
+  _globals['_DITSERVICEGENERATEFINISHED']._serialized_end=880
+  _globals['_DITSERVICEGENERATERESPONSE']._serialized_start=883
+  _globals['_DITSERVICEGENERATERESPONSE']._serialized_end=1209
+  _globals['_DITSERVICEDESCRIBEREQUEST']._serialized_start=1211
+  _globals['_DITSERVICEDESCRIBEREQUEST']._serialized_end=1238
+  _globals['_DITSERVICEDESCRIBERESPONSE']._serialized_start=1241
+  _globals['_DITSERVICEDESCRIBERESPONSE']._serialized_end=1380
+  _globals['_DITSERVICE']._serialized_start=1498
+  _globals['_DITSERVICE']._serialized_end=1686
 # @@protoc_insertion_point(module_scope)

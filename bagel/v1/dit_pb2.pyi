@@ -159,6 +159,7 @@ class DitServiceGenerateRequest(_message.Message):
     PARTIAL_IMAGES_FIELD_NUMBER: _builtins.int
     OUTPUT_COMPRESSION_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
     output_format: _common_pb2.ImageFormat.ValueType
     """How a picture is encoded."""
     partial_images: _builtins.int
@@ -169,6 +170,8 @@ class DitServiceGenerateRequest(_message.Message):
     """Whether the request has begun: its caller was told so, or has seen some of it. It is not refused as busy any more,
     and waits for its place as long as its deadline allows.
     """
+    check_only: _builtins.bool
+    """Only check a whole request: nothing is computed, and the stream of one that can be served is empty."""
     @_builtins.property
     def draw(self) -> Global___DrawPicture:
         """A picture from contexts: the second of two stages."""
@@ -186,10 +189,11 @@ class DitServiceGenerateRequest(_message.Message):
         partial_images: _builtins.int = ...,
         output_compression: _builtins.int | None = ...,
         begun: _builtins.bool = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "draw", b"draw", "output_compression", b"output_compression", "request", b"request", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "begun", b"begun", "draw", b"draw", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "begun", b"begun", "check_only", b"check_only", "draw", b"draw", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__output_compression: _TypeAlias = _typing.Literal["output_compression"]  # noqa: Y015
     _WhichOneofArgType__output_compression: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression"]  # noqa: Y015

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from bagel.v1 import common_pb2 as bagel_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61gel/v1/gateway.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\"\xb3\x01\n\x0fGenerateRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.bagel.v1.Request\x12,\n\routput_format\x18\x02 \x01(\x0e\x32\x15.bagel.v1.ImageFormat\x12\x16\n\x0epartial_images\x18\x03 \x01(\r\x12\x1f\n\x12output_compression\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x15\n\x13_output_compression\"c\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x10\n\x08pipeline\x18\x03 \x01(\t\x12#\n\x08resolved\x18\x04 \x01(\x0b\x32\x11.bagel.v1.Request\"(\n\x0e\x44rawingStarted\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\"\x9b\x01\n\x08\x46inished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\x12&\n\x07profile\x18\x05 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\xd7\x02\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.bagel.v1.AcceptedH\x00\x12(\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.bagel.v1.PrefillDoneH\x00\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12+\n\x07\x64rawing\x18\x04 \x01(\x0b\x32\x18.bagel.v1.DrawingStartedH\x00\x12\"\n\x04step\x18\x05 \x01(\x0b\x32\x12.bagel.v1.StepDoneH\x00\x12$\n\x07picture\x18\x06 \x01(\x0b\x32\x11.bagel.v1.PictureH\x00\x12&\n\x08\x66inished\x18\x07 \x01(\x0b\x32\x12.bagel.v1.FinishedH\x00\x12$\n\x07preview\x18\x08 \x01(\x0b\x32\x11.bagel.v1.PreviewH\x00\x42\x07\n\x05\x65vent\"\x16\n\x14\x44\x65scribeModelRequest\"^\n\x15\x44\x65scribeModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t2\xa7\x01\n\x0eGatewayService\x12\x43\n\x08Generate\x12\x19.bagel.v1.GenerateRequest\x1a\x1a.bagel.v1.GenerateResponse0\x01\x12P\n\rDescribeModel\x12\x1e.bagel.v1.DescribeModelRequest\x1a\x1f.bagel.v1.DescribeModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61gel/v1/gateway.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\"\xc7\x01\n\x0fGenerateRequest\x12\"\n\x07request\x18\x01 \x01(\x0b\x32\x11.bagel.v1.Request\x12,\n\routput_format\x18\x02 \x01(\x0e\x32\x15.bagel.v1.ImageFormat\x12\x16\n\x0epartial_images\x18\x03 \x01(\r\x12\x1f\n\x12output_compression\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x12\n\ncheck_only\x18\x05 \x01(\x08\x42\x15\n\x13_output_compression\"c\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x10\n\x08pipeline\x18\x03 \x01(\t\x12#\n\x08resolved\x18\x04 \x01(\x0b\x32\x11.bagel.v1.Request\"(\n\x0e\x44rawingStarted\x12\x16\n\x0ewaited_seconds\x18\x01 \x01(\x01\"\x9b\x01\n\x08\x46inished\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\x12&\n\x07profile\x18\x05 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\xd7\x02\n\x10GenerateResponse\x12&\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x12.bagel.v1.AcceptedH\x00\x12(\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.bagel.v1.PrefillDoneH\x00\x12#\n\x04text\x18\x03 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12+\n\x07\x64rawing\x18\x04 \x01(\x0b\x32\x18.bagel.v1.DrawingStartedH\x00\x12\"\n\x04step\x18\x05 \x01(\x0b\x32\x12.bagel.v1.StepDoneH\x00\x12$\n\x07picture\x18\x06 \x01(\x0b\x32\x11.bagel.v1.PictureH\x00\x12&\n\x08\x66inished\x18\x07 \x01(\x0b\x32\x12.bagel.v1.FinishedH\x00\x12$\n\x07preview\x18\x08 \x01(\x0b\x32\x11.bagel.v1.PreviewH\x00\x42\x07\n\x05\x65vent\"\x16\n\x14\x44\x65scribeModelRequest\"^\n\x15\x44\x65scribeModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t2\xa7\x01\n\x0eGatewayService\x12\x43\n\x08Generate\x12\x19.bagel.v1.GenerateRequest\x1a\x1a.bagel.v1.GenerateResponse0\x01\x12P\n\rDescribeModel\x12\x1e.bagel.v1.DescribeModelRequest\x1a\x1f.bagel.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'bagel.v1.gateway_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=60
-  _globals['_GENERATEREQUEST']._serialized_end=239
-  _globals['_ACCEPTED']._serialized_start=241
-  _globals['_ACCEPTED']._serialized_end=340
-  _globals['_DRAWINGSTARTED']._serialized_start=342
-  _globals['_DRAWINGSTARTED']._serialized_end=382
-  _globals['_FINISHED']._serialized_start=385
-  _globals['_FINISHED']._serialized_end=540
-  _globals['_GENERATERESPONSE']._serialized_start=543
-  _globals['_GENERATERESPONSE']._serialized_end=886
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=888
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=910
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=912
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=1006
-  _globals['_GATEWAYSERVICE']._serialized_start=1009
-  _globals['_GATEWAYSERVICE']._serialized_end=1176
+  _globals['_GENERATEREQUEST']._serialized_end=259
+  _globals['_ACCEPTED']._serialized_start=261
+  _globals['_ACCEPTED']._serialized_end=360
+  _globals['_DRAWINGSTARTED']._serialized_start=362
+  _globals['_DRAWINGSTARTED']._serialized_end=402
+  _globals['_FINISHED']._serialized_start=405
+  _globals['_FINISHED']._serialized_end=560
+  _globals['_GENERATERESPONSE']._serialized_start=563
+  _globals['_GENERATERESPONSE']._serialized_end=906
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=908
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=930
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=932
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=1026
+  _globals['_GATEWAYSERVICE']._serialized_start=1029
+  _globals['_GATEWAYSERVICE']._serialized_end=1196
 # @@protoc_insertion_point(module_scope)

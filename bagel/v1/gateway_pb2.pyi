@@ -29,12 +29,15 @@ class GenerateRequest(_message.Message):
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     PARTIAL_IMAGES_FIELD_NUMBER: _builtins.int
     OUTPUT_COMPRESSION_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
     output_format: _common_pb2.ImageFormat.ValueType
     """How a picture is encoded."""
     partial_images: _builtins.int
     """Previews of the picture under way that are wanted, at most 3. Few steps give fewer of them."""
     output_compression: _builtins.int
     """Quality of a JPEG or WebP from 0 to 100; 95 where not set. Refused for PNG."""
+    check_only: _builtins.bool
+    """Only check: nothing is computed, and `accepted` is the only event of a request that the model can serve."""
     @_builtins.property
     def request(self) -> _common_pb2.Request:
         """What is wanted."""
@@ -46,10 +49,11 @@ class GenerateRequest(_message.Message):
         output_format: _common_pb2.ImageFormat.ValueType = ...,
         partial_images: _builtins.int = ...,
         output_compression: _builtins.int | None = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "output_compression", b"output_compression", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression", "check_only", b"check_only", "output_compression", b"output_compression", "output_format", b"output_format", "partial_images", b"partial_images", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__output_compression: _TypeAlias = _typing.Literal["output_compression"]  # noqa: Y015
     _WhichOneofArgType__output_compression: _TypeAlias = _typing.Literal["_output_compression", b"_output_compression"]  # noqa: Y015

@@ -26,7 +26,7 @@ from bagel.v1 import common_pb2 as bagel_dot_v1_dot_common__pb2
 from bagel.v1 import kv_pb2 as bagel_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61gel/v1/thinker.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\x1a\x11\x62\x61gel/v1/kv.proto\"F\n\nDecodeText\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.bagel.v1.TextSettings\x12\x0e\n\x06\x61ppend\x18\x02 \x01(\x08\"\xd6\x01\n\x13\x42uildContextRequest\x12\x1d\n\x05parts\x18\x01 \x03(\x0b\x32\x0e.bagel.v1.Part\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12*\n\tposterior\x18\x03 \x01(\x0e\x32\x17.bagel.v1.PosteriorMode\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x14.bagel.v1.DecodeTextH\x00\x88\x01\x01\x12\x0f\n\x07send_kv\x18\x05 \x01(\x08\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\r\n\x05\x62\x65gun\x18\x07 \x01(\x08\x42\t\n\x07_decode\"w\n\x0c\x43ontextBuilt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\x96\x01\n\x14\x42uildContextResponse\x12\'\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x14.bagel.v1.ContextRefH\x00\x12#\n\x04text\x18\x02 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12\'\n\x05\x62uilt\x18\x03 \x01(\x0b\x32\x16.bagel.v1.ContextBuiltH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x1dThinkerServiceDescribeRequest\"x\n\x1eThinkerServiceDescribeResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cpage_version\x18\x04 \x01(\r2\xc0\x01\n\x0eThinkerService\x12O\n\x0c\x42uildContext\x12\x1d.bagel.v1.BuildContextRequest\x1a\x1e.bagel.v1.BuildContextResponse0\x01\x12]\n\x08\x44\x65scribe\x12\'.bagel.v1.ThinkerServiceDescribeRequest\x1a(.bagel.v1.ThinkerServiceDescribeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x62\x61gel/v1/thinker.proto\x12\x08\x62\x61gel.v1\x1a\x15\x62\x61gel/v1/common.proto\x1a\x11\x62\x61gel/v1/kv.proto\"F\n\nDecodeText\x12(\n\x08settings\x18\x01 \x01(\x0b\x32\x16.bagel.v1.TextSettings\x12\x0e\n\x06\x61ppend\x18\x02 \x01(\x08\"\xea\x01\n\x13\x42uildContextRequest\x12\x1d\n\x05parts\x18\x01 \x03(\x0b\x32\x0e.bagel.v1.Part\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12*\n\tposterior\x18\x03 \x01(\x0e\x32\x17.bagel.v1.PosteriorMode\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x14.bagel.v1.DecodeTextH\x00\x88\x01\x01\x12\x0f\n\x07send_kv\x18\x05 \x01(\x08\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\r\n\x05\x62\x65gun\x18\x07 \x01(\x08\x12\x12\n\ncheck_only\x18\x08 \x01(\x08\x42\t\n\x07_decode\"w\n\x0c\x43ontextBuilt\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x1e\n\x05usage\x18\x03 \x01(\x0b\x32\x0f.bagel.v1.Usage\x12&\n\x07timings\x18\x04 \x03(\x0b\x32\x15.bagel.v1.StageTiming\"\x96\x01\n\x14\x42uildContextResponse\x12\'\n\x07\x63ontext\x18\x01 \x01(\x0b\x32\x14.bagel.v1.ContextRefH\x00\x12#\n\x04text\x18\x02 \x01(\x0b\x32\x13.bagel.v1.TextDeltaH\x00\x12\'\n\x05\x62uilt\x18\x03 \x01(\x0b\x32\x16.bagel.v1.ContextBuiltH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x1dThinkerServiceDescribeRequest\"x\n\x1eThinkerServiceDescribeResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.bagel.v1.ModelInfo\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cpage_version\x18\x04 \x01(\r2\xc0\x01\n\x0eThinkerService\x12O\n\x0c\x42uildContext\x12\x1d.bagel.v1.BuildContextRequest\x1a\x1e.bagel.v1.BuildContextResponse0\x01\x12]\n\x08\x44\x65scribe\x12\'.bagel.v1.ThinkerServiceDescribeRequest\x1a(.bagel.v1.ThinkerServiceDescribeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODETEXT']._serialized_start=78
   _globals['_DECODETEXT']._serialized_end=148
   _globals['_BUILDCONTEXTREQUEST']._serialized_start=151
-  _globals['_BUILDCONTEXTREQUEST']._serialized_end=365
-  _globals['_CONTEXTBUILT']._serialized_start=367
-  _globals['_CONTEXTBUILT']._serialized_end=486
-  _globals['_BUILDCONTEXTRESPONSE']._serialized_start=489
-  _globals['_BUILDCONTEXTRESPONSE']._serialized_end=639
-  _globals['_THINKERSERVICEDESCRIBEREQUEST']._serialized_start=641
-  _globals['_THINKERSERVICEDESCRIBEREQUEST']._serialized_end=672
-  _globals['_THINKERSERVICEDESCRIBERESPONSE']._serialized_start=674
-  _globals['_THINKERSERVICEDESCRIBERESPONSE']._serialized_end=794
-  _globals['_THINKERSERVICE']._serialized_start=797
-  _globals['_THINKERSERVICE']._serialized_end=989
+  _globals['_BUILDCONTEXTREQUEST']._serialized_end=385
+  _globals['_CONTEXTBUILT']._serialized_start=387
+  _globals['_CONTEXTBUILT']._serialized_end=506
+  _globals['_BUILDCONTEXTRESPONSE']._serialized_start=509
+  _globals['_BUILDCONTEXTRESPONSE']._serialized_end=659
+  _globals['_THINKERSERVICEDESCRIBEREQUEST']._serialized_start=661
+  _globals['_THINKERSERVICEDESCRIBEREQUEST']._serialized_end=692
+  _globals['_THINKERSERVICEDESCRIBERESPONSE']._serialized_start=694
+  _globals['_THINKERSERVICEDESCRIBERESPONSE']._serialized_end=814
+  _globals['_THINKERSERVICE']._serialized_start=817
+  _globals['_THINKERSERVICE']._serialized_end=1009
 # @@protoc_insertion_point(module_scope)

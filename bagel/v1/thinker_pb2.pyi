@@ -61,6 +61,7 @@ class BuildContextRequest(_message.Message):
     SEND_KV_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     BEGUN_FIELD_NUMBER: _builtins.int
+    CHECK_ONLY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Seed of sampled text and, in posterior mode seed, of the images' posterior noise."""
     posterior: _common_pb2.PosteriorMode.ValueType
@@ -73,6 +74,8 @@ class BuildContextRequest(_message.Message):
     """
     begun: _builtins.bool
     """Whether the request has begun, as its other results have: its text waits for a place as long as its deadline allows."""
+    check_only: _builtins.bool
+    """Only check: nothing is computed, and the stream of a context that can be built is empty."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Part]:
         """The prompt's parts."""
@@ -91,10 +94,11 @@ class BuildContextRequest(_message.Message):
         send_kv: _builtins.bool = ...,
         lease_id: _builtins.str = ...,
         begun: _builtins.bool = ...,
+        check_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "decode", b"decode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "begun", b"begun", "decode", b"decode", "lease_id", b"lease_id", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decode", b"_decode", "begun", b"begun", "check_only", b"check_only", "decode", b"decode", "lease_id", b"lease_id", "parts", b"parts", "posterior", b"posterior", "seed", b"seed", "send_kv", b"send_kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__decode: _TypeAlias = _typing.Literal["decode"]  # noqa: Y015
     _WhichOneofArgType__decode: _TypeAlias = _typing.Literal["_decode", b"_decode"]  # noqa: Y015

@@ -367,6 +367,23 @@ def joined(
     return one
 
 
+async def check_plan(plan: Plan, thinker: ThinkerBackend | None, choose_dit: ChooseDit, remaining: Remaining) -> None:
+    """Ask the stages whether they could serve a plan; raises what they refuse it with. They compute nothing."""
+    if plan.whole is not None:
+        dit = await choose_dit()
+        whole = dit_pb2.DitServiceGenerateRequest(request=plan.whole, check_only=True)
+        async for _ in _responses(dit.stub.Generate(whole, timeout=remaining(), metadata=request_metadata()), dit):
+            pass
+    for build in plan.builds:
+        assert thinker is not None
+        request = thinker_pb2.BuildContextRequest()
+        request.CopyFrom(build.request)
+        request.check_only = True
+        call = thinker.stub.BuildContext(request, timeout=remaining(), metadata=request_metadata())
+        async for _ in _responses(call, thinker):
+            pass
+
+
 async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIterator[R]:
     """A call's responses; its errors as BagelErrors. The call is cancelled when the caller leaves.
 

@@ -22,8 +22,8 @@ from bagel_gateway.backends import Backends, DitBackend, ThinkerBackend
 from bagel_gateway.images import InputImages
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.outbox import delivered
-from bagel_gateway.planning import Asked, plan, read_request
-from bagel_gateway.routing import Put, Remaining, Route, joined
+from bagel_gateway.planning import Asked, Plan, plan, read_request
+from bagel_gateway.routing import Put, Remaining, Route, check_plan, joined
 
 LOOK_AGAIN_S = 0.05
 
@@ -72,6 +72,9 @@ class Requests:
         remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage. The
         work does not wait for who reads this, and gives its place back when it is done.
         """
+        if message.check_only:
+            yield Event(accepted=await self._check(message, remaining))
+            return
 
         async def work(put: Put) -> None:
             with self._metrics.request(message.request.modality) as seen:
@@ -109,6 +112,19 @@ class Requests:
         return gateway_pb2.DescribeModelResponse(
             model=model, pipeline=self._deployed.model_type, version=bagel.__version__
         )
+
+    async def _check(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> gateway_pb2.Accepted:
+        """What a request that can be served would be accepted as; nothing is computed for it."""
+        async with self._admission.admit():
+            asked = await self._read(message)
+            thinker, model = await self._begin(asked)
+            planned = plan(asked, model)
+
+            async def choose_dit() -> DitBackend:
+                return await self._in_time(lambda: self._backends.dit_for(thinker, model))
+
+            await check_plan(planned, thinker, choose_dit, remaining)
+            return _accepted(planned)
 
     async def _read(self, message: gateway_pb2.GenerateRequest) -> Asked:
         return await read_request(message, self._deployed, self._defaults, self.images)
@@ -172,12 +188,7 @@ class Requests:
         planned = plan(asked, model)
         del asked  # its images may be large
         with thinker.busy() if thinker is not None else nullcontext():
-            accepted = gateway_pb2.Accepted(
-                request_id=current_request.get(),
-                seed=planned.resolved.seed,
-                pipeline=planned.pipeline.model_type,
-                resolved=planned.resolved,
-            )
+            accepted = _accepted(planned)
             log.info("accepted", pipeline=accepted.pipeline, thinker=thinker.name if thinker is not None else None)
 
             async def choose_dit() -> DitBackend:
@@ -221,6 +232,15 @@ class Requests:
             model = thinker.model
         assert model is not None
         return thinker, model
+
+
+def _accepted(planned: Plan) -> gateway_pb2.Accepted:
+    return gateway_pb2.Accepted(
+        request_id=current_request.get(),
+        seed=planned.resolved.seed,
+        pipeline=planned.pipeline.model_type,
+        resolved=planned.resolved,
+    )
 
 
 def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:

@@ -228,6 +228,10 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
         output = _output(request)
+        if request.check_only:
+            self.driver.send(await self._whole(request.request, work.id, output))
+            await work.next()  # Planned, or what it was refused with
+            return
         await stack.enter_async_context(self._slots.place(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         yield Response(admitted=admitted)

@@ -105,6 +105,9 @@ class ThinkerServicer(ThinkerServiceServicer):
         """Build one context; its first event, before anything is computed, is the ContextRef."""
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
+        if request.check_only:
+            await self._chain(request)
+            return
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext()
         with self._counted():
@@ -117,8 +120,7 @@ class ThinkerServicer(ThinkerServiceServicer):
                         yield response
 
     async def _build(self, request: thinker_pb2.BuildContextRequest, build: _Build) -> AsyncGenerator[Response, None]:
-        images = await resized_images(self._images, request.parts, self.engine.info)
-        chain = await asyncio.to_thread(self._plan, request, images)
+        chain = await self._chain(request)
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
         finished = False
@@ -186,6 +188,10 @@ class ThinkerServicer(ThinkerServiceServicer):
             yield
         finally:
             self._under_way -= 1
+
+    async def _chain(self, request: thinker_pb2.BuildContextRequest) -> Chain:
+        images = await resized_images(self._images, request.parts, self.engine.info)
+        return await asyncio.to_thread(self._plan, request, images)
 
     def _plan(self, request: thinker_pb2.BuildContextRequest, images: Sequence[ResizedImage]) -> Chain:
         """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
