@@ -19,6 +19,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.config import DeployConfig, StageDeploy
+from bagel.deadlines import deadline_of
 from bagel.errors import ConfigError, InitTimeout
 from bagel.keys import KEYS_FILE
 from bagel.process import POLL_S, Logs, Service
@@ -239,7 +240,7 @@ def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) ->
     with sync_channel(reachable(address), security) as channel:
         check: Any = health_pb2_grpc.HealthStub(channel).Check
         try:
-            answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+            answer = check(health_pb2.HealthCheckRequest(), timeout=deadline_of(timeout_s), wait_for_ready=True)
         except grpc.RpcError:
             return "unreachable"
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,7 @@ from bagel.events import Accepted, ServiceEvent
 from bagel.slots import Slots
 from bagel.together import Together
 from tests.gateway_stages import Deployment
-from tests.test_gateway_service import hold, release, through, until
+from tests.test_gateway_service import hold, red_cube, release, through, until
 from tests.test_rest_front import post
 
 WAIT_S = 0.2
@@ -156,3 +157,34 @@ def test_what_is_no_list_of_requests_is_told(requests: Any) -> None:
                 await client.generate_many(requests)
 
     asyncio.run(ask())
+
+
+async def ask_with(at: Deployment, deadline: str) -> bytes:
+    """All that the gateway sends in two seconds on a connection that asks with a deadline as it goes over the wire."""
+    path, frames = "/bagel.v1.GatewayService/Generate", b""
+    fields = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+    fields |= {"content-type": "application/grpc", "grpc-timeout": deadline}
+    head = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in fields.items())
+    message = red_cube().SerializeToString()
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    for kind, flags, stream, payload in ((4, 0, 0, b""), (1, 4, 1, head), (0, 1, 1, body)):
+        frames += len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+    reader, writer = await asyncio.open_connection(*at.target.split(":"))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frames)
+    got = b""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(10):
+            while b"grpc-status" not in got and (more := await reader.read(1 << 16)):
+                got += more
+    writer.close()
+    return got
+
+
+@pytest.mark.parametrize("deadline", ["99999999H", "99999999S", "30S"])
+def test_a_deadline_of_another_client_reaches_the_stages_or_is_none(deadline: str) -> None:
+    async def work(at: Deployment) -> None:
+        assert b"PNG" in await ask_with(at, deadline)
+        asked = at.thinkers[0].deadlines
+        assert asked and all(seconds is None or 20 < seconds < 2e8 for seconds in asked)
+
+    through(work)

@@ -350,6 +350,42 @@ def test_who_asks_late_hears_why_a_segment_of_another_request_failed() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("how", ["dead", "silent", "damaged"])
+def test_who_has_another_source_goes_on_when_one_fails(how: str) -> None:
+    """Both have the first segment, as all plans have the system prompt."""
+
+    async def test(pair: Pair) -> None:
+        digest, length = SEGMENTS[0]
+        async with _pair(LAYOUT) as other:
+            pair.puller._stubs["healthy"] = KvBlocksServiceStub(other.channel)
+            pair.puller._pulls["healthy"] = other.puller._pulls["thinker"]
+            assert pair.there.claim(digest)
+            pair.there.write_layer(digest, 0, *layer_of(LAYOUT, digest, length, 0)) if how != "damaged" else None
+            fetches = [asyncio.create_task(pair.fetch(ref)) for ref in (pair.ref(), pair.ref(SEGMENTS[0]))]
+            await until(lambda: pair.here.stats().pulls == 1 and pair.here.stats().received_pages in (0, 2))
+            healthy = asyncio.create_task(pair.fetch(other.ref(SEGMENTS[0], source="healthy")))
+            await asyncio.sleep(0.1)
+            fill(other.there, SEGMENTS[0])
+            assert not healthy.done()
+            if how == "dead":
+                await pair.server.stop(None)
+            elif how == "damaged":
+                pair.source.damage = flipped(-1)
+                fill(pair.there, *SEGMENTS)
+            else:
+                pair.source.silent_after = pair.source.sent
+                for layer in (1, 2):
+                    pair.there.write_layer(digest, layer, *layer_of(LAYOUT, digest, length, layer))
+            kinds = {"dead": SourceUnavailable, "silent": KvTimeout, "damaged": IncompleteContext}
+            for failed in await asyncio.gather(*fetches, return_exceptions=True):
+                assert isinstance(failed, kinds[how])
+            await healthy
+            check(pair.here, SEGMENTS[0])
+            await pair.puller.close()
+
+    run(test, page_timeout_s=1.0)
+
+
 def test_a_source_that_was_started_again_and_loads_is_no_loading_of_ours() -> None:
     async def test(pair: Pair) -> None:
         async def pages(request: kv_pb2.PullRequest) -> AsyncGenerator[bytes, None]:

@@ -68,6 +68,18 @@ class _Wanted:
         return self.causes.get(key) or self.causes.get(None) or "it was not sent"
 
 
+@dataclass(eq=False)
+class _Fetch:
+    """A context on its way. waiting: its segments, with their lengths, that are not complete.
+
+    failed: what its source has failed with for another request that filled one of them.
+    """
+
+    source: str
+    waiting: dict[bytes, int]
+    failed: BagelError | None = None
+
+
 class KvPuller:
     """Brings contexts into a store from `sources`, channels by the names of configured peers.
 
@@ -100,6 +112,7 @@ class KvPuller:
             for name, channel in sources.items()
         }
         self._background: set[asyncio.Task[None]] = set()
+        self._fetches: set[_Fetch] = set()
 
     @asynccontextmanager
     async def hold(
@@ -135,15 +148,21 @@ class KvPuller:
 
     async def _fetch(self, ref: kv_pb2.ContextRef) -> None:
         """Make all segments of a context complete; the caller holds leases on both sides."""
-        waiting = {segment.digest: segment.length for segment in ref.segments}
-        while waiting:
-            if mine := self._claim(waiting):
-                with self._claimed(mine):
-                    await self._pull(ref, {digest: waiting[digest] for digest in mine})
-            for digest in list(waiting):
-                if not await self.store.wait_segment(digest):
-                    break  # who filled it gave up: claim it
-                del waiting[digest]
+        fetch = _Fetch(ref.source, {segment.digest: segment.length for segment in ref.segments})
+        self._fetches.add(fetch)
+        try:
+            while fetch.waiting:
+                if fetch.failed is not None:
+                    raise fetch.failed
+                if mine := self._claim(fetch.waiting):
+                    with self._claimed(ref.source, mine):
+                        await self._pull(ref, {digest: fetch.waiting[digest] for digest in mine})
+                for digest in list(fetch.waiting):
+                    if not await self.store.wait_segment(digest):
+                        break  # who filled it gave up: claim it
+                    del fetch.waiting[digest]
+        finally:
+            self._fetches.discard(fetch)
 
     def _claim(self, digests: Iterable[bytes]) -> list[bytes]:
         """Those that this pull is to fill; none is left claimed if one of them has failed for another request."""
@@ -159,19 +178,20 @@ class KvPuller:
         return mine
 
     @contextmanager
-    def _claimed(self, digests: Sequence[bytes]) -> Iterator[None]:
-        """What happens to claims if the pull ends early.
+    def _claimed(self, source: str, digests: Sequence[bytes]) -> Iterator[None]:
+        """What happens to claims if the pull ends early: whoever waits may claim them, and goes on from what is there.
 
         A pull that was cancelled or refused says nothing about the context: another request goes on with its own lease.
-        Any other failure is the same for all who wait.
+        Any other failure is the source's: who waits for the same from it fails too, who has another source goes on.
         """
         try:
             yield
         except ContextRefused:
             raise
         except BagelError as error:
-            for digest in digests:
-                self.store.fail(digest, error)
+            for fetch in self._fetches:
+                if fetch.source == source and not fetch.waiting.keys().isdisjoint(digests):
+                    fetch.failed = error
             raise
         finally:
             for digest in digests:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from bagel.deadlines import deadline_of
 from bagel.images.pool import ImagePool
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.status import streaming, unary
@@ -34,7 +35,11 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         self, request: gateway_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
         """Serve one request."""
-        async with aclosing(self._requests.serve(request, context.time_remaining)) as events:
+
+        def remaining() -> float | None:
+            return deadline_of(context.time_remaining())  # of a client's thousands of years gRPC cannot ask the stages
+
+        async with aclosing(self._requests.serve(request, remaining)) as events:
             async for event in events:
                 yield event
 
