@@ -11,6 +11,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 from urllib.parse import unquote
 
+from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from bagel.errors import NotRead
@@ -40,6 +41,7 @@ def writing(method: Streaming, unread: Unread) -> Callable[[Any, Context], Await
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
                     if not await _taken(response, context, unread, waiting):
+                        waiting.add(_size(request))  # gRPC keeps it as long as the call
                         await responses.athrow(_not_read(context, unread, waiting))
 
     return write
@@ -47,7 +49,7 @@ def writing(method: Streaming, unread: Unread) -> Callable[[Any, Context], Await
 
 async def _taken(response: Any, context: Context, unread: Unread, waiting: Waiting) -> bool:
     """Whether the client has made room for a response in time."""
-    nbytes = len(response) if isinstance(response, bytes) else response.ByteSize()
+    nbytes = _size(response)
     waiting.add(nbytes)
     try:
         async with asyncio.timeout(unread.time_for(nbytes)):
@@ -56,6 +58,13 @@ async def _taken(response: Any, context: Context, unread: Unread, waiting: Waiti
         return False
     waiting.take(nbytes)
     return True
+
+
+def _size(message: Any) -> int:
+    """Bytes of a message, as a protobuf or as they are; nothing of what is neither."""
+    if isinstance(message, bytes):
+        return len(message)
+    return message.ByteSize() if isinstance(message, Message) else 0
 
 
 def _not_read(context: Context, unread: Unread, waiting: Waiting) -> NotRead:

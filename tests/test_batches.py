@@ -93,6 +93,27 @@ def test_results_of_one_call_give_their_places_back(topology: str) -> None:
     through(work, topology, max_requests=2, batch_timeout_s=WAIT_S, http="127.0.0.1:0")
 
 
+def test_what_has_begun_waits_for_a_place_in_its_turn() -> None:
+    async def work() -> None:
+        slots, order = Slots("dit-0", 1, 0.05), list[str]()
+
+        async def draw(name: str) -> None:
+            async with slots.place(begun=True):
+                order.append(name)
+
+        async with slots.place():
+            drawing = [asyncio.create_task(draw(name)) for name in ("one", "two")]
+            with pytest.raises(Busy, match="dit-0 is busy"):
+                async with slots.place():
+                    pass
+            await asyncio.sleep(0.1)
+            assert not order and slots.waiting == 2
+        await asyncio.gather(*drawing)
+        assert order == ["one", "two"] and slots.taken == slots.waiting == 0
+
+    asyncio.run(work())
+
+
 def test_of_a_batch_that_nobody_of_it_serves_the_first_refusal_is_told() -> None:
     together = Together()
     with pytest.raises(Busy), together.attempt():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -505,15 +506,20 @@ def test_a_context_waits_for_room_in_the_store() -> None:
             {"thinker": pair.channel},
             room_wait_s=0.2,
         )
+
+        async def patiently(ref: kv_pb2.ContextRef) -> None:
+            async with puller.hold([ref], room_wait_s=math.inf) as held:
+                await held.fetch()
+
         ref, other = pair.ref(), pair.ref((b"c" * 16, ROWS))
         fill(pair.there, *SEGMENTS, (b"c" * 16, ROWS))
         async with puller.hold([ref]) as held:
             with pytest.raises(StoreFull, match="--kv-cache-bytes"):
                 async with puller.hold([other]):
                     pass
-            puller.room_wait_s = 5.0
-            waits = asyncio.create_task(replace(pair, puller=puller).fetch(pair.ref((b"c" * 16, ROWS))))
+            waits = asyncio.create_task(patiently(pair.ref((b"c" * 16, ROWS))))  # of a request that has begun
             await held.fetch()
+            await asyncio.sleep(0.5)
             assert not waits.done()
         await waits
         check(puller.store, (b"c" * 16, ROWS))
