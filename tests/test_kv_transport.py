@@ -360,9 +360,11 @@ def test_who_has_another_source_goes_on_when_one_fails(how: str) -> None:
         async with _pair(LAYOUT) as other:
             pair.puller._stubs["healthy"] = KvBlocksServiceStub(other.channel)
             pair.puller._pulls["healthy"] = other.puller._pulls["thinker"]
-            assert pair.there.claim(digest)
-            pair.there.write_layer(digest, 0, *layer_of(LAYOUT, digest, length, 0)) if how != "damaged" else None
-            fetches = [asyncio.create_task(pair.fetch(ref)) for ref in (pair.ref(), pair.ref(SEGMENTS[0]))]
+            refs = (pair.ref(), pair.ref(SEGMENTS[0]))
+            if how != "damaged":
+                assert pair.there.claim(digest)
+                pair.there.write_layer(digest, 0, *layer_of(LAYOUT, digest, length, 0))
+            fetches = [asyncio.create_task(pair.fetch(ref)) for ref in refs]
             await until(lambda: pair.here.stats().pulls == 1 and pair.here.stats().received_pages in (0, 2))
             healthy = asyncio.create_task(pair.fetch(other.ref(SEGMENTS[0], source="healthy")))
             await asyncio.sleep(0.1)
@@ -371,7 +373,7 @@ def test_who_has_another_source_goes_on_when_one_fails(how: str) -> None:
             if how == "dead":
                 await pair.server.stop(None)
             elif how == "damaged":
-                pair.source.damage = flipped(-1)
+                pair.source.damage = flipped(0)
                 fill(pair.there, *SEGMENTS)
             else:
                 pair.source.silent_after = pair.source.sent
