@@ -62,10 +62,10 @@ async def many_scans(target: Target) -> str:
 
 
 async def unread(target: Target) -> str:
-    """One connection with a closed window and 64 pictures with previews."""
+    """One connection with a closed window and as many pictures as there are places, which are soon drawn."""
     parts = [common_pb2.Part(text=common_pb2.TextPart(text="a large red circle"))]
-    asked = wire.options_to_wire(Modality.TEXT2IMG, parts, {"steps": 30, "partial_images": 3})
-    message = gateway_pb2.GenerateRequest(request=asked).SerializeToString()
+    asked = wire.options_to_wire(Modality.TEXT2IMG, parts, {"steps": 4})
+    message = gateway_pb2.GenerateRequest(request=asked, partial_images=1).SerializeToString()
     said = settings(0)
     for stream in range(1, 129, 2):
         said += begin(stream, GENERATE)

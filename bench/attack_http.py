@@ -102,8 +102,8 @@ async def trickling(target: Target) -> str:
 
 
 async def unread_streams(target: Target) -> str:
-    """64 streams with previews, of which nothing is read."""
-    asked = {"prompt": "a large red circle", "stream": True, "partial_images": 3, "size": "128x128"}
+    """As many streams of pictures as there are places, of which nothing is read; they are soon drawn."""
+    asked = {"prompt": "a large red circle", "stream": True, "partial_images": 1, "num_inference_steps": 4}
     body = json.dumps(asked).encode()
     said = head(str(len(body)), "/v1/images/generations") + body
     return await hold(target.at, 64, [said], target.seconds, window=4096)

@@ -125,7 +125,7 @@ def _attack(name: str, target: Target) -> str:
 async def _carry_out(name: str, target: Target) -> str:
     try:
         return await ATTACKS[name](target)
-    except (OSError, TimeoutError) as error:
+    except (OSError, TimeoutError, BagelError) as error:  # those of gRPC and ours do not travel between processes
         return f"{type(error).__name__}: {error}"
 
 

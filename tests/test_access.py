@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import ssl
 import subprocess
@@ -139,7 +140,9 @@ def test_a_certificate_of_one_service_does_not_serve_as_another(issue: Issue, ro
     through(work, issue(role, "localhost", "127.0.0.1"))
 
 
-def test_the_gateway_asks_a_service_for_the_certificate_of_its_role_or_the_name_it_is_given(issue: Issue) -> None:
+def test_the_gateway_asks_a_service_for_the_certificate_of_its_role_or_the_name_it_is_given(
+    issue: Issue, caplog: pytest.LogCaptureFixture
+) -> None:
     async def work(host: Host) -> None:
         at = Address("thinker-0", f"127.0.0.1:{host.port}")
         reasons: dict[str, str] = {}
@@ -151,8 +154,11 @@ def test_the_gateway_asks_a_service_for_the_certificate_of_its_role_or_the_name_
             await backends.close()
         served = "Method not found"  # the host has no Describe: who gets as far as that has accepted the certificate
         assert all((served in reason) == (name != "dit") for name, reason in reasons.items()), reasons
-        assert "Verification" in reasons["dit"]
+        assert "cannot be reached" in reasons["dit"]  # callers are told no more than that; the log is
+        logged = [str(getattr(record, "fields", {}).get("details")) for record in caplog.records]
+        assert any("must be for 'dit', see --tls-server-name" in details for details in logged)
 
+    caplog.set_level(logging.INFO)
     through(work, service(issue, THINKER))
 
 

@@ -65,7 +65,12 @@ class Backend:
         """Set once it has answered no check for silence_s: its calls under way are given up."""
         self._unanswered_since: float | None = None
         self._waiting: set[Callable[[], object]] = set()
-        self._channel = channel(address.target, security, server_name or self.role)
+        name = server_name or self.role
+        # gRPC says that a certificate is for another name, and not for which it should be.
+        self._certificate = (
+            f" (its certificate must be for {name!r}, see --tls-server-name)" if security.encrypted else ""
+        )
+        self._channel = channel(address.target, security, name)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     @property
@@ -105,7 +110,7 @@ class Backend:
             model = await self._describe()
         except grpc.RpcError as error:
             told = from_rpc_error(error, self.name, inside=True)
-            self.lost(str(told), told.hidden)
+            self.lost(str(told), told.hidden + self._certificate)
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
                 self._fall_silent()
