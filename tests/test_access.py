@@ -152,7 +152,9 @@ def test_the_gateway_asks_a_service_for_the_certificate_of_its_role_or_the_name_
             await backends.thinkers[0].check()
             reasons[name] = backends.thinkers[0].why_not
             await backends.close()
-        served = "Method not found"  # the host has no Describe: who gets as far as that has accepted the certificate
+        served = (
+            "does not know the call"  # the host has no Describe: who gets as far as that has accepted the certificate
+        )
         assert all((served in reason) == (name != "dit") for name, reason in reasons.items()), reasons
         assert "cannot be reached" in reasons["dit"]  # callers are told no more than that; the log is
         logged = [str(getattr(record, "fields", {}).get("details")) for record in caplog.records]
