@@ -74,7 +74,7 @@ async def unread(target: Target) -> str:
 
 
 async def half_messages(target: Target) -> str:
-    """96 requests on eight connections that each announce 60 MiB, send up to eight of them, and stop."""
+    """96 requests on eight connections that each announce 60 MiB, send up to sixteen of them, and stop."""
     calls, ends = 0, time.monotonic() + target.seconds
     with ExitStack() as stack:
         sockets = [stack.enter_context(closing(socket.create_connection(_at(target)))) for _ in range(8)]
@@ -86,7 +86,7 @@ async def half_messages(target: Target) -> str:
                 for stream in range(1, 25, 2):
                     one.sendall(begin(stream, GENERATE) + frame(DATA, 0, stream, b"\0" + struct.pack(">I", 60 * MIB)))
                     calls += 1
-        room = {(one, stream): 8 * MIB for one in sockets for stream in range(1, 25, 2)}
+        room = {(one, stream): 16 * MIB for one in sockets for stream in range(1, 25, 2)}
         piece = bytes(16000)
         while time.monotonic() < ends:
             for one, stream in room:
