@@ -68,10 +68,10 @@ def parser(module: str, description: str, listen: str, clients: Sequence[str] = 
 def _add_limits(flags: argparse.ArgumentParser, default: Limits) -> None:
     group = flags.add_argument_group("bounds of the gRPC port; none of them ends a call whose request has come in")
     connections = f"at once; further ones are closed (default: {CONNECTIONS}, at most half of the open files allowed)"
-    group.add_argument("--grpc-connections", type=_count, metavar="N", help=connections)
+    group.add_argument("--grpc-connections", type=count, metavar="N", help=connections)
     for flag, value, kind, metavar, what in (
-        ("streams", default.streams, _count, "N", "calls at once on one connection; further ones wait"),
-        ("watches", default.watches, _count, "N", "streams of health's Watch and reflection; a quarter of one host"),
+        ("streams", default.streams, count, "N", "calls at once on one connection; further ones wait"),
+        ("watches", default.watches, count, "N", "streams of health's Watch and reflection; a quarter of one host"),
         ("message-timeout", default.message_s, seconds, "S", "until a call's request has come in"),
         ("handshake-timeout", default.handshake_s, seconds, "S", "for TLS and HTTP/2, then it is closed"),
         ("connection-age", default.age_s, seconds, "S", "of a connection, after which its caller makes another"),
@@ -127,18 +127,18 @@ def add_model_flags(flags: argparse.ArgumentParser, name: str) -> None:
     flags.add_argument("--name", default=name, help=f"name under which peers know this service (default: {name})")
     flags.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     flags.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    flags.add_argument("--max-num-seqs", type=_count, default=16, metavar="N", help="requests worked on at once")
+    flags.add_argument("--max-num-seqs", type=count, default=16, metavar="N", help="requests worked on at once")
     flags.add_argument(
         "--batch-timeout", type=float, default=BATCH_TIMEOUT_S, metavar="S", help="for a place among them, then busy"
     )
-    flags.add_argument("--max-model-len", type=_count, metavar="N", help="positions of prompt and text together")
+    flags.add_argument("--max-model-len", type=count, metavar="N", help="positions of prompt and text together")
 
 
 def add_image_flags(flags: argparse.ArgumentParser) -> None:
     """Flags of a service that reads images."""
     flags.add_argument(
         "--image-workers",
-        type=_count,
+        type=count,
         default=WORKERS,
         metavar="N",
         help="processes that read images",
@@ -253,7 +253,8 @@ def seconds(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A flag's whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)

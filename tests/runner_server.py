@@ -12,8 +12,8 @@ from typing import Any
 from google.rpc import status_pb2
 
 from bagel import wire
+from bagel.kv.arena import Arena
 from bagel_dit.messages import (
-    STEP_TIMEOUT_S,
     Alive,
     Command,
     Failed,
@@ -44,6 +44,8 @@ class Server:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.runner: Runner | None = None
+        self.replies: list[Reply] = []
+        """What came of the latest request, up to where it was planned."""
 
     def send(self, command: Command) -> None:
         self._connection.send(command)
@@ -68,7 +70,8 @@ class Server:
         asked = request(modality, **options)
         message = wire.request_to_wire(asked, (wire.part_to_wire(part) for part in asked.prompt))
         self.send(Serve(id_, message.SerializeToString(), Output()))
-        assert self.until(Planned)[-1] == Planned(id_)
+        self.replies = self.until(Planned, Failed)
+        assert self.replies[-1] == Planned(id_)
         self.send(Read(id_))
 
     def read(self) -> list[Reply]:
@@ -82,18 +85,17 @@ class Server:
 
 
 @contextmanager
-def single_stage(step_timeout_s: float = STEP_TIMEOUT_S) -> Iterator[Server]:
-    """A runner of the recordings' checkpoint."""
+def serving(arena: Arena | None = None, device: str = "cpu", **settings: Any) -> Iterator[Server]:
+    """A runner of the recordings' checkpoint. arena: shared memory with K/V, of one that draws from contexts."""
     ours, theirs = multiprocessing.Pipe()
-    settings = RunnerSettings(
-        str(GOLDEN / "checkpoint"), True, "cpu", "auto", 4, None, False, "ERROR", step_timeout_s=step_timeout_s
-    )
+    folder = str(GOLDEN / "checkpoint")
+    asked = RunnerSettings(folder, arena is None, device, "float32", 4, None, False, "ERROR", **settings)
     server = Server(ours)
 
     def run() -> None:
         pipe, pulses = Pipe(theirs), Pulses()
-        server.runner = Runner(pipe, pulses, None, settings, load(settings))
-        Watch(pulses, settings.step_timeout_s, pipe.send).start()
+        server.runner = Runner(pipe, pulses, arena, asked, load(asked))
+        Watch(pulses, asked.step_timeout_s, pipe.send).start()
         server.runner.run()
 
     thread = Thread(target=run, daemon=True)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bagel.engine.context import Context
-from bagel.engine.denoise import Canvas, Picture, latent_bucket
+from bagel.engine.denoise import Canvas, Picture
 from bagel.engine.engine import BagelEngine
 from bagel.engine.noise import initial_noise
 from bagel.engine.segments import Chain
 from bagel.guidance import needed_branches
+from bagel.model.sizes import latent_bucket
 from bagel.parity.record import Recorder
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings

@@ -124,6 +124,18 @@ def test_a_first_load_that_stands_still_fails(model: Path) -> None:
     driven(model, test)
 
 
+def test_a_load_that_hangs_is_killed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(driver: Driver, health: list[bool]) -> None:
+        with pytest.raises(BagelError, match=f"hung for {STEP_TIMEOUT_S:g} s while it loaded the model, killed"):
+            await driver.loaded()
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading, bagel.heap\nbagel.heap.keep_loaded = lambda: threading.Event().wait()"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
+    driven(model, test)
+
+
 def test_a_first_load_that_fails_is_told_as_it_is(model: Path) -> None:
     async def test(driver: Driver, health: list[bool]) -> None:
         with pytest.raises(BagelError, match=EMA):

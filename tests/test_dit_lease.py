@@ -34,6 +34,7 @@ class Runner:
 
     meanwhile: Callable[[], None] = lambda: None
     info: Any = field(default_factory=model)
+    kv_tokens: int = 100_000
     pages: int = 0
     began: list[int] = field(default_factory=list)
 
@@ -123,6 +124,18 @@ def test_a_picture_is_begun_only_under_a_lease_that_never_lapsed() -> None:
         with pytest.raises(LeaseLapsed, match=r"ran out here.*30 s.*send the request again") as told:
             await draw(pair, runner, store, pair.ref())
         assert told.value.grpc_status == "UNAVAILABLE" and len(runner.began) == 1
+
+    run(test)
+
+
+def test_a_picture_that_can_never_fit_the_device_is_refused_before_anything_is_pulled() -> None:
+    async def test(pair: Pair) -> None:
+        store, ref = KvStore(LAYOUT, FINGERPRINT, 64 << 20), pair.ref()
+        fill(pair.there)
+        with pytest.raises(BagelError, match=r"takes \d+ tokens of K/V on the DiT's device, which holds 20 ") as told:
+            await draw(pair, Runner(kv_tokens=20), store, ref)
+        assert told.value.grpc_status == "INVALID_ARGUMENT"
+        assert not any(store.has(digest) for digest, _ in SEGMENTS)
 
     run(test)
 

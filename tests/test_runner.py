@@ -11,12 +11,12 @@ from bagel.engine.denoise import Canvas
 from bagel.engine.reader import Reader
 from bagel.engine.text import TextBatch, TextRun
 from bagel_dit.messages import Begun, Done, Drawn, Stepped, StepPlan, TextDone
-from tests.runner_server import READ, Server, failures, of, single_stage
+from tests.runner_server import READ, Server, failures, of, serving
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with single_stage() as server:
+    with serving() as server:
         yield server
 
 

@@ -14,7 +14,7 @@ from bagel.model.mot import MoTLayer
 from bagel_dit import whole
 from bagel_dit.decoding import Decoder
 from bagel_dit.messages import Begun, Drawn, Hung, Output, Serve, Stepped, StepPlan
-from tests.runner_server import READ, of, single_stage
+from tests.runner_server import READ, of, serving
 
 LIMIT_S = 1.0
 
@@ -30,7 +30,7 @@ def test_work_that_hangs_is_told_with_where_it_is(owner: Any, name: str, monkeyp
         over.wait()
         return work(*args, **options)
 
-    with single_stage(LIMIT_S) as server:
+    with serving(step_timeout_s=LIMIT_S) as server:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, hang_here)
             if owner is whole:
@@ -55,7 +55,7 @@ def test_a_step_that_takes_long_but_gets_on_is_not_hung(monkeypatch: pytest.Monk
         time.sleep(LIMIT_S / 2)
         return forward(*args)
 
-    with single_stage(LIMIT_S) as server:
+    with serving(step_timeout_s=LIMIT_S) as server:
         server.begin(1, "text2img", steps=2)
         assert of(server.read(), Begun)
         time.sleep(1.5 * LIMIT_S)  # without work

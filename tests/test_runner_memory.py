@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel.engine.text import TextBatch
@@ -15,7 +18,8 @@ from bagel_dit.decoding import Decoder
 from bagel_dit.device_check import DeviceCheck
 from bagel_dit.messages import Begun, Drawn, Failed, Health, Reply, Stepped, StepPlan
 from bagel_dit.runner import Runner
-from tests.runner_server import Server, failures, of, single_stage
+from tests.helpers import agree
+from tests.runner_server import Server, failures, of, serving
 
 STEPS = 3
 BYSTANDER = 1_000_000
@@ -60,7 +64,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[Memory]:
 
 @pytest.fixture
 def server(memory: object) -> Iterator[Server]:
-    with single_stage() as server:
+    with serving() as server:
         yield server
 
 
@@ -84,9 +88,8 @@ def finish(server: Server, id_: int) -> list[Reply]:
 
 def held(server: Server) -> int:
     """Tokens of K/V that pictures and texts hold."""
-    assert server.runner is not None and server.runner._whole is not None
-    spaces = [canvas._space for canvas in server.runner._canvases.values()]
-    return sum(space.taken for space in [*spaces, server.runner._whole._reader._texts._space])
+    assert server.runner is not None
+    return server.runner._space.taken
 
 
 def pixels(replies: list[Reply]) -> bytes:
@@ -134,3 +137,33 @@ def test_a_runner_whose_device_is_full_is_not_healthy_until_it_can_draw(
         assert server.until(Health)[-1] == Health(healthy=False)
     assert server.until(Health)[-1] == Health(healthy=True)
     assert pixels(draw(server, 3)) == wanted
+
+
+def fill() -> list[torch.Tensor]:
+    """Take all memory of the GPU that is free, to the last block."""
+    held: list[torch.Tensor] = []
+    for size in (1 << 30, 1 << 26, 1 << 21, 1 << 16, 1 << 9):
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+    return held
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_full_gpu_fails_pictures_and_draws_them_as_before_once_it_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_check, "LOOK_AGAIN_S", 0.5)
+    with serving(device="cuda", kv_device_bytes=1 << 24) as server:
+        wanted = pixels(draw(server, 1))
+        before = held(server)
+        torch.cuda.empty_cache()
+        taken = fill()
+        assert "memory of the device is full" in failures(draw(server, 2))[2]
+        assert server.until(Health)[-1] == Health(healthy=False)
+        assert "memory of the device is full" in failures(draw(server, 3))[3]
+        assert held(server) == before == 0
+        del taken
+        torch.cuda.empty_cache()
+        assert server.until(Health)[-1] == Health(healthy=True)
+        ours, theirs = (Image.open(BytesIO(data)) for data in (pixels(draw(server, 4)), wanted))
+        assert agree(ours, theirs)

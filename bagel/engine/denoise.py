@@ -23,14 +23,13 @@ from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
 from bagel.model.layers import grid_position_ids
+from bagel.model.sizes import row_kv_tokens
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
 Velocities = Mapping[BranchName, Tensor]
 OnVelocity = Callable[[int, int, Velocities, Tensor], None]
 """Called with (picture, step, velocities by branch, guided velocity), each velocity [tokens, features] float32."""
-
-SMALLEST_BUCKET = 16
 
 
 class ContextKv(Protocol):
@@ -46,12 +45,6 @@ class ContextKv(Protocol):
     def rope(self) -> int: ...
 
     def copy_to(self, slab: KvSlab, start: int) -> None: ...
-
-
-def latent_bucket(tokens: int) -> int:
-    """Latents that a row is padded to, so that few shapes exist to compile or capture: eight to an octave."""
-    granularity = max(SMALLEST_BUCKET, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // granularity) * granularity
 
 
 @dataclass
@@ -89,6 +82,14 @@ class Picture:
     def finished(self) -> bool:
         return self.step == self.steps
 
+    def distinct(self) -> dict[bytes, ContextKv]:
+        """Its contexts by digest: equal branches share one row."""
+        return {context.digest: context for context in self.contexts.values()}
+
+    def kv_tokens(self, padded: int) -> list[int]:
+        """Tokens of K/V of each row whose latents are padded to so many."""
+        return [row_kv_tokens(context.length, padded) for context in self.distinct().values()]
+
     def branches(self) -> frozenset[BranchName]:
         """Branches that the next step runs."""
         guiding = guiding_branches(self.settings) if self.guided[self.step] else frozenset()
@@ -119,8 +120,8 @@ class Canvas:
     All fit one bucket: `padded` latents, at least as many as each has.
     """
 
-    def __init__(self, model: Bagel, pictures: Sequence[Picture], padded: int) -> None:
-        """The first pictures are numbered from 0 in their order."""
+    def __init__(self, model: Bagel, pictures: Sequence[Picture], padded: int, space: SharedSlab | None = None) -> None:
+        """The first pictures are numbered from 0 in their order. space: where their K/V go, else one of their own."""
         self.model, self.padded = model, padded
         self.pictures: dict[int, Picture] = {}
         self._added = count()
@@ -131,19 +132,19 @@ class Canvas:
         self._position_ids: dict[int, Tensor] = {}
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._space = SharedSlab(
+        self._space = space or SharedSlab(
             model.config.llm,
             dtype=model.dtype,
             device=model.device,
             read_ahead=model.language_model.backend.read_ahead,
-            lengths=[self._room(context) for picture in pictures for context in _distinct(picture).values()],
+            lengths=[length for picture in pictures for length in picture.kv_tokens(padded)],
         )
         for picture in pictures:
             self.add(picture)
 
     @property
     def slab(self) -> KvSlab:
-        """K/V of all pictures; another one after `add`."""
+        """K/V of all pictures; in a space that grows, another one after `add`."""
         return self._space.slab
 
     @torch.inference_mode()
@@ -158,8 +159,8 @@ class Canvas:
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
         x[: picture.tokens] = picture.noise.to(device)
         position_ids = self._padded_ids(picture).to(device)
-        distinct = _distinct(picture)
-        starts = self._place_contexts(list(distinct.values()))
+        distinct = picture.distinct()
+        starts = self._place_contexts(list(distinct.values()), picture.kv_tokens(self.padded))
         # From here on nothing is allocated on the device, so nothing fails half-way.
         number, rows = next(self._added), {}
         for (digest, context), start in zip(distinct.items(), starts, strict=True):
@@ -170,9 +171,9 @@ class Canvas:
         self.pictures[number], self._x[number], self._position_ids[number] = picture, x, position_ids
         return number
 
-    def _place_contexts(self, contexts: Sequence[ContextKv]) -> list[int]:
-        """Write contexts to the slab, with room for latents behind each; where each begins."""
-        starts = self._space.take_all([self._room(context) for context in contexts])
+    def _place_contexts(self, contexts: Sequence[ContextKv], rooms: Sequence[int]) -> list[int]:
+        """Write contexts to the slab, in rooms that hold their latents too; where each begins."""
+        starts = self._space.take_all(rooms)
         try:
             for context, start in zip(contexts, starts, strict=True):
                 context.copy_to(self.slab, start)
@@ -232,9 +233,6 @@ class Canvas:
             result[i][name] = v[place[self._row_of[i, name]], : self.pictures[i].tokens]
         return result
 
-    def _room(self, context: ContextKv) -> int:
-        return context.length + self.padded + 2
-
     def _padded_ids(self, picture: Picture) -> Tensor:
         ids = torch.zeros(self.padded, dtype=torch.int64)
         ids[: picture.tokens] = grid_position_ids(*picture.grid, self.model.config.max_latent_size)
@@ -255,11 +253,6 @@ class Canvas:
             )
             self._plans[rows] = _Plan(layout, pictures, torch.stack([self._position_ids[i] for i in pictures]))
         return self._plans[rows]
-
-
-def _distinct(picture: Picture) -> dict[bytes, ContextKv]:
-    """A picture's contexts by digest: equal branches share one row."""
-    return {context.digest: context for context in picture.contexts.values()}
 
 
 class StepGate:

@@ -11,7 +11,7 @@ import torch
 
 from bagel.engine.clock import WindowClock
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
-from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture, latent_bucket
+from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextDecoder, TextRun
@@ -22,7 +22,7 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
 from bagel.model.roles import Role
-from bagel.model.sizes import check_positions, position_limit
+from bagel.model.sizes import check_positions, padded_latents, position_limit
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
@@ -190,10 +190,9 @@ class BagelEngine:
                 yield pack, padded
 
     def _bucket(self, job: _Job) -> int:
-        """Latents a row is padded to. On a CPU nothing is compiled or captured, so there it is the picture's own."""
+        """Latents a row is padded to."""
         rows, columns = grid(self.planner, job.plan.size)
-        tokens = rows * columns
-        return latent_bucket(tokens) if self.model.device.type == "cuda" else tokens
+        return padded_latents(rows * columns, self.model.device.type)
 
     def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent, overflown: list[NotFinite]) -> list[Result]:
         """Denoise a pack together; each picture is decoded and given out as soon as its last step is done."""

@@ -1,8 +1,17 @@
-"""The device's memory: whether an error says that it ran out."""
+"""The device's memory: how much of it K/V get, and whether an error says that it ran out."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+from bagel.engine.slab import SharedSlab
+from bagel.errors import ConfigError, OutOfMemory
+from bagel.model.bagel import Bagel
+
+DEFAULT_KV_TOKENS = 131_072
+"""Tokens of K/V, contexts and latents, of pictures and texts at once: 7 GiB of the 7B in bfloat16."""
 
 _TOLD = ("out of memory", "not enough memory", "allocate memory", "_ALLOC_FAILED")
 """Of CUDA outside of PyTorch's allocator, of a CPU's allocator, of cuBLAS and cuDNN."""
@@ -13,3 +22,31 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _TOLD)
+
+
+def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
+    """Room for so many bytes of K/V on the model's device, allocated once.
+
+    None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, a quarter of the host's for a CPU.
+    Raises ConfigError for less than a token, OutOfMemory if the device does not have it.
+    """
+    llm, device = model.config.llm, model.device
+    token = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * model.dtype.itemsize
+    if nbytes is None:
+        nbytes = min(DEFAULT_KV_TOKENS * token, _share(device))
+    elif nbytes < token:
+        raise ConfigError(f"--kv-device-bytes is {nbytes}; K/V of one token of this model take {token}")
+    ahead = model.language_model.backend.read_ahead
+    try:
+        return SharedSlab(llm, dtype=model.dtype, device=device, read_ahead=ahead, size=nbytes // token)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"{device} has no {nbytes} bytes free for K/V; lower --kv-device-bytes") from error
+
+
+def _share(device: torch.device) -> int:
+    """Bytes that K/V may have at most where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

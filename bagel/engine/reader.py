@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bagel.engine.context import Context, ContextBuilder, OnKv
 from bagel.engine.segments import Chain, ChainPlanner, Segment
+from bagel.engine.slab import SharedSlab
 from bagel.engine.text import TextBatch, TextRun
 from bagel.model.bagel import Bagel
 from bagel.model.sizes import check_positions
@@ -72,15 +73,18 @@ class Reader:
         max_num_seqs: int,
         max_model_len: int,
         on_write: OnWrite = lambda texts, seconds: None,
+        space: SharedSlab | None = None,
     ) -> None:
         """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text.
 
-        on_write hears of every token written: of how many texts, and the seconds that it took.
+        on_write hears of every token written: of how many texts, and the seconds that it took. space: where the K/V
+        of texts go, which wait for room there; else one that grows.
         """
         self.tokenizer, self.planner, self.builder = tokenizer, planner, builder
         self.max_num_seqs, self.max_model_len, self._on_write = max_num_seqs, max_model_len, on_write
         self._model = model
-        self._texts = TextBatch(model, tokenizer)
+        self._space = space
+        self._texts = TextBatch(model, tokenizer, space=space)
         self._building: deque[Reading] = deque()
         self._waiting: deque[tuple[Reading, TextRun]] = deque()
         self._writing: dict[int, Reading] = {}
@@ -100,15 +104,19 @@ class Reader:
         if reading in self._building:
             self._building.remove(reading)
         self._waiting = deque(entry for entry in self._waiting if entry[0] is not reading)
-        if reading._run is not None and self._writing.pop(id(reading._run), None) is not None:
+        if reading._run is not None:
+            self._writing.pop(id(reading._run), None)
             self._texts.remove(reading._run)
 
     def abandon(self, error: Exception) -> None:
         """Drop every reading, tell each of the error, and give the memory of their texts back."""
         readings = [*self._building, *(reading for reading, _ in self._waiting), *self._writing.values()]
+        for reading in readings:
+            if reading._run is not None:
+                self._texts.remove(reading._run)
         for queue in (self._building, self._waiting, self._writing):
             queue.clear()
-        self._texts = TextBatch(self._model, self.tokenizer)
+        self._texts = TextBatch(self._model, self.tokenizer, space=self._space)
         for reading in readings:
             with suppress(Exception):  # a listener that fails must not keep it from the others
                 reading.on_error(error)
@@ -122,7 +130,7 @@ class Reader:
             reading = self._building.popleft()
             with self._alone(reading):
                 self._build(reading)
-        while self._waiting and len(self._texts) < self.max_num_seqs:
+        while self._waiting and len(self._texts) < self.max_num_seqs and self._texts.has_room(self._waiting[0][1]):
             reading, run = self._waiting.popleft()
             with self._alone(reading):  # its K/V may find no room
                 self._texts.add(run)

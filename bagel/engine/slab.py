@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
@@ -10,10 +10,16 @@ from bagel.model.attention import KvSlab
 from bagel.model.config import LlmConfig
 
 
-class SharedSlab:
-    """Intervals of tokens in one slab, taken first-fit; it grows when none is free.
+class NoRoom(Exception):
+    """A slab of a fixed size has no free interval of the length that was asked for."""
 
-    Growing copies the slab to a larger one: places stay what they are, tensors taken from `slab` before do not.
+
+class SharedSlab:
+    """Intervals of tokens in one slab, taken first-fit.
+
+    One that grows copies itself to a larger one where none is free: places stay what they are, tensors taken from
+    `slab` before do not. One of a fixed `size` is allocated once; owners wait for room there in the order in which
+    they first asked (`has_room`), so that a large one is not passed by small ones for ever.
     read_ahead: LayerBackend.read_ahead. Each interval is that much longer and begins as zeros, so that what attention
     reads too much is finite, whatever was there before and whatever the next interval holds.
     """
@@ -26,20 +32,50 @@ class SharedSlab:
         device: torch.device,
         read_ahead: int = 0,
         lengths: Sequence[int] = (),
+        size: int | None = None,
     ) -> None:
-        """lengths: intervals that there is room for to begin with."""
+        """lengths: intervals that there is room for to begin with; size: tokens of one that does not grow."""
         self._config, self._dtype, self._device, self._read_ahead = config, dtype, device, read_ahead
         self._taken: dict[int, int] = {}
-        self._size = sum(tokens + read_ahead for tokens in lengths)
-        self.slab = KvSlab(config, self._size, dtype=dtype, device=device)
+        self._waiting: dict[Hashable, None] = {}
+        self._grows = size is None
+        self.size = sum(tokens + read_ahead for tokens in lengths) if size is None else size
+        # The spare token of one that does not grow lies behind its size, so that a full slab has it too.
+        self._spare = size
+        behind = 0 if size is None else 1 + read_ahead
+        self.slab = KvSlab(config, self.size + behind, dtype=dtype, device=device)
 
     @property
     def taken(self) -> int:
-        """Tokens of the intervals that are taken."""
-        return sum(self._taken.values())
+        """Tokens of the intervals that are taken, but for the spare one."""
+        return sum(tokens for start, tokens in self._taken.items() if start != self._spare)
+
+    def spare(self) -> int:
+        """A token's place that may be written to and that nobody reads."""
+        if self._spare is None:
+            self._spare = self.take(1)
+        return self._spare
+
+    def needed(self, lengths: Sequence[int]) -> int:
+        """Tokens that intervals of these lengths take."""
+        return sum(tokens + self._read_ahead for tokens in lengths)
+
+    def has_room(self, owner: Hashable, lengths: Sequence[int]) -> bool:
+        """Whether it is an owner's turn and there are free intervals of these lengths; if not, it waits in line."""
+        if self._grows:
+            return True
+        self._waiting.setdefault(owner)
+        if next(iter(self._waiting)) != owner or not self._fit(lengths):
+            return False
+        del self._waiting[owner]
+        return True
+
+    def withdraw(self, owner: Hashable) -> None:
+        """An owner waits no more; nothing if it did not."""
+        self._waiting.pop(owner, None)
 
     def take_all(self, lengths: Sequence[int]) -> list[int]:
-        """First tokens of free intervals of these lengths; none is taken if memory runs out for one of them."""
+        """First tokens of free intervals of these lengths; none is taken if there is no room for one of them."""
         starts: list[int] = []
         try:
             for tokens in lengths:
@@ -51,14 +87,12 @@ class SharedSlab:
         return starts
 
     def take(self, tokens: int) -> int:
-        """First token of a free interval of that length."""
+        """First token of a free interval of that length. Raises NoRoom if there is none and the slab does not grow."""
         tokens += self._read_ahead
-        start = 0
-        for begin in sorted(self._taken):
-            if begin - start >= tokens:
-                break
-            start = begin + self._taken[begin]
-        if start + tokens > self._size:
+        start = _first_fit(self._taken, tokens)
+        if start + tokens > self.size:
+            if not self._grows:
+                raise NoRoom
             self._grow(start + tokens)
         if self._read_ahead:
             self.slab.clear(start, tokens)
@@ -69,10 +103,30 @@ class SharedSlab:
         """Give an interval back."""
         del self._taken[start]
 
+    def _fit(self, lengths: Sequence[int]) -> bool:
+        taken = dict(self._taken)
+        for length in lengths:
+            tokens = length + self._read_ahead
+            start = _first_fit(taken, tokens)
+            if start + tokens > self.size:
+                return False
+            taken[start] = tokens
+        return True
+
     def _grow(self, needed: int) -> None:
-        size = max(needed, self._size + self._size // 2)
+        size = max(needed, self.size + self.size // 2)
         slab = KvSlab(self._config, size, dtype=self._dtype, device=self._device)
         for begin, tokens in self._taken.items():
             slab.k[:, begin : begin + tokens] = self.slab.k[:, begin : begin + tokens]
             slab.v[:, begin : begin + tokens] = self.slab.v[:, begin : begin + tokens]
-        self.slab, self._size = slab, size
+        self.slab, self.size = slab, size
+
+
+def _first_fit(taken: Mapping[int, int], tokens: int) -> int:
+    """Where the first gap of so many tokens begins between intervals (begin to length), or behind the last."""
+    start = 0
+    for begin in sorted(taken):
+        if begin - start >= tokens:
+            break
+        start = begin + taken[begin]
+    return start

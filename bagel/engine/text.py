@@ -42,10 +42,19 @@ class TextBatch:
     Each begins with a fresh <|im_start|>, as the reference does.
     """
 
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, runs: Sequence[TextRun] = ()) -> None:
-        """runs: texts that there is room for to begin with; `add` lets them take part."""
+    def __init__(
+        self,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        runs: Sequence[TextRun] = (),
+        space: SharedSlab | None = None,
+    ) -> None:
+        """runs: texts that there is room for to begin with; `add` lets them take part.
+
+        space: where K/V go, else one of their own that grows.
+        """
         self.model, self.tokenizer = model, tokenizer
-        self._space = SharedSlab(
+        self._space = space or SharedSlab(
             model.config.llm,
             dtype=model.dtype,
             device=model.device,
@@ -53,7 +62,6 @@ class TextBatch:
             lengths=[_room(run) for run in runs],
         )
         self._entries: list[_Entry] = []
-        self._spare: int | None = None
         self._graphs: DecodeGraphs | None = None
 
     def __len__(self) -> int:
@@ -71,8 +79,13 @@ class TextBatch:
             raise
         self._entries.append(_Entry(run, start, uniforms))
 
+    def has_room(self, run: TextRun) -> bool:
+        """Whether a text can be added now; if not, it waits in line for room."""
+        return self._space.has_room(("text", id(run)), [_room(run)])
+
     def remove(self, run: TextRun) -> None:
-        """Let a text leave; nothing if it has left, as a finished one has."""
+        """Let a text leave, or wait no more; nothing if it has left, as a finished one has."""
+        self._space.withdraw(("text", id(run)))
         for entry in self._entries:
             if entry.run is run:
                 self._space.give(entry.start)
@@ -128,10 +141,9 @@ class TextBatch:
 
     def _captured(self) -> DecodeGraphs:
         """The graphs of the slab as it is now; a slab that has grown is another one."""
-        if self._spare is None:
-            self._spare = self._space.take(1)
         if self._graphs is None or self._graphs.slab is not self._space.slab:
-            spare = Fed(self.tokenizer.bos, 0, self._spare, self._spare)
+            place = self._space.spare()
+            spare = Fed(self.tokenizer.bos, 0, place, place)
             self._graphs = DecodeGraphs(self.model, self._space.slab, spare)
         return self._graphs
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ class KvSlab:
     def __init__(self, config: LlmConfig, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, tokens, config.num_key_value_heads, config.head_dim)
         # Zeros, as some attention reads rows that are not written yet (LayerBackend.read_ahead).
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
 
     def clear(self, start: int, tokens: int) -> None:
         """Make zeros of the tokens from start on, in all layers."""
@@ -35,6 +36,13 @@ class KvSlab:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of one layer, each [tokens, kv_heads, head_dim]."""
         return self.k[layer], self.v[layer]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU memory that is taken once it is written to: torch.zeros would write all of it at once."""
+    if device.type != "cpu" or 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from bagel.model.config import ModelConfig
 from bagel.prompts import ImagePart
 from bagel.request import Request, text_settings
 
+SMALLEST_BUCKET = 16
+
 
 @dataclass(frozen=True)
 class PictureLimits:
@@ -69,6 +71,32 @@ def check_positions(prompt: int, text: int, limit: int) -> None:
         "(max_model_len of the deploy file, at most the model's max_position_embeddings): "
         + ("lower max_tokens or max_think_tokens, or shorten the prompt" if prompt <= limit else "shorten the prompt"),
     )
+
+
+def latent_bucket(tokens: int) -> int:
+    """Latents that a row is padded to, so that few shapes exist to compile or capture: eight to an octave."""
+    granularity = max(SMALLEST_BUCKET, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // granularity) * granularity
+
+
+def padded_latents(tokens: int, device: str) -> int:
+    """Latents of a row on a device; on a CPU nothing is compiled or captured, so there nothing is padded."""
+    return latent_bucket(tokens) if device.startswith("cuda") else tokens
+
+
+def row_kv_tokens(context: int, padded: int) -> int:
+    """Tokens of K/V of a picture's row: its context, its latents and their two delimiters."""
+    return context + padded + 2
+
+
+def check_kv_room(needed: int, there: int) -> None:
+    """Refuse what can never fit the K/V of a DiT's device; raises InvalidRequest naming the remedy."""
+    if needed > there:
+        raise InvalidRequest(
+            "prompt",
+            f"the request takes {needed} tokens of K/V on the DiT's device, which holds {there} (--kv-device-bytes): "
+            "draw it smaller, shorten the prompt or the text, use fewer or smaller images, or give the DiT more",
+        )
 
 
 def position_limit(config: ModelConfig, max_model_len: int | None) -> int:

@@ -50,6 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--kv-page-timeout", type=float, default=PAGE_TIMEOUT_S, metavar="S", help="without a word of a source"
     )
     flags.add_argument(
+        "--kv-device-bytes",
+        type=service.count,
+        metavar="N",
+        help="memory of the device for K/V of pictures under way (default: 131,072 tokens, at most half of what the "
+        "model leaves free on a GPU, a quarter of the memory for a CPU)",
+    )
+    flags.add_argument(
         "--step-timeout",
         type=service.seconds,
         default=STEP_TIMEOUT_S,
@@ -142,6 +149,7 @@ def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
         log_level=args.log_level,
         profile=args.enable_diffusion_pipeline_profiler,
         step_timeout_s=args.step_timeout,
+        kv_device_bytes=args.kv_device_bytes,
     )
 
 

@@ -47,6 +47,8 @@ class Driver:
     ) -> None:
         self._settings, self._arena, self._on_health = settings, arena, on_health
         self.info = common_pb2.ModelInfo()
+        self.kv_tokens = 0
+        """Tokens of K/V that the device has room for."""
         self._listeners: dict[int, asyncio.Queue[Any]] = {}
         self._scheduler = Scheduler()
         self._under_way = 0
@@ -113,7 +115,9 @@ class Driver:
         match reply:
             case Ready():
                 self.info = common_pb2.ModelInfo.FromString(reply.info)
-                log.info("memory", weights_bytes=dict(reply.memory), runner_pid=self._runner.pid)
+                self.kv_tokens = reply.kv_tokens
+                memory = dict(reply.memory)
+                log.info("memory", weights_bytes=memory, kv_tokens=reply.kv_tokens, runner_pid=self._runner.pid)
                 self._ready.set_result(None)
                 self._has_served = True
                 self._spawn(self._on_health(True))

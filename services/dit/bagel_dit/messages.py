@@ -30,6 +30,8 @@ class RunnerSettings:
     profile: bool = False
     """Whether the durations of each picture's diffusion stages are told."""
     step_timeout_s: float = STEP_TIMEOUT_S
+    kv_device_bytes: int | None = None
+    """Memory of the device for K/V of pictures and texts; None: a share of what is free."""
 
 
 # Commands: server to runner
@@ -138,10 +140,14 @@ Command = AddPicture | Land | Begin | Serve | Read | StepPlan | Remove | Stop
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded: a serialized ModelInfo, and bytes of weights by component."""
+    """The model is loaded: a serialized ModelInfo, and bytes of weights by component.
+
+    kv_tokens: tokens of K/V that its device has room for.
+    """
 
     info: bytes
     memory: Mapping[str, int]
+    kv_tokens: int
 
 
 @dataclass(frozen=True)

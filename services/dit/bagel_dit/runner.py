@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,10 @@ from bagel.engine.denoise import (
     StepGate,
     Velocities,
     clean_estimate,
-    latent_bucket,
     preview_steps,
 )
 from bagel.engine.loading import LoadedModel, load_role
-from bagel.engine.memory import is_out_of_memory
+from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
 from bagel.errors import BagelError, OutOfMemory
 from bagel.heap import keep_loaded
@@ -33,12 +32,14 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import find_checkpoint
 from bagel.model.mot import MoTLayer
 from bagel.model.roles import Role
+from bagel.model.sizes import padded_latents
 from bagel.model.vit import VitLayer
 from bagel.status import rpc_status_of
 from bagel.telemetry import Log, set_up_logs
 from bagel.wire import model_info
 from bagel_dit.decoding import Decoder, EarlyLook, Last
 from bagel_dit.device_check import DeviceCheck
+from bagel_dit.line import Waiting, WaitingLine
 from bagel_dit.messages import (
     AddPicture,
     Begin,
@@ -79,7 +80,11 @@ def main(pipe: Pipe, pulses: Pulses, arena_fd: Any, arena_bytes: int, settings: 
         loaded = load(settings)
         keep_loaded()
         runner = Runner(pipe, pulses, arena, settings, loaded)
-    except BagelError as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            error = OutOfMemory(f"the device has too little memory to load the model: {error}")
+        if not isinstance(error, BagelError):
+            raise
         pipe.send(LoadFailed(rpc_status_of(error).SerializeToString()))
         return
     runner.run()
@@ -132,6 +137,8 @@ class Runner:
         self._model, self._device = model, model.device
         self._gate, self._profiles = StepGate(self._device), settings.profile
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
+        self._space = kv_space(model, settings.kv_device_bytes)
+        self._line = WaitingLine(self._space)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
         self._decoder = Decoder(model, self._send, self._tell_failed, self._drawings.__contains__, pulses)
@@ -144,6 +151,7 @@ class Runner:
                 tell_failed=self._tell_failed,
                 draw=self._draw_whole,
                 pulses=pulses,
+                space=self._space,
             )
             if settings.single_stage
             else None
@@ -160,7 +168,7 @@ class Runner:
         )
         beat_in_layers(model, pulses)
         pulses.loading = False
-        self._send(Ready(info.SerializeToString(), self._loaded.memory()))
+        self._send(Ready(info.SerializeToString(), self._loaded.memory(), self._space.size))
 
     def run(self) -> None:
         """Carry out commands until Stop, or until the server is gone."""
@@ -184,6 +192,7 @@ class Runner:
                     handlers[type(command)](command)
                 except Exception as error:
                     self._fail(getattr(command, "id", None), error)
+                self._admit()
                 self._check.look(self._is_idle)
 
     def _next_command(self) -> Command | None:
@@ -198,7 +207,7 @@ class Runner:
 
     def _is_idle(self) -> bool:
         """Whether no work holds memory of the device."""
-        return not self._drawings and not self._decoder.busy and (self._whole is None or not self._whole.busy)
+        return not self._space.taken and not self._decoder.busy and (self._whole is None or not self._whole.busy)
 
     # Pictures from contexts that are pulled
 
@@ -207,14 +216,34 @@ class Runner:
         features = self._model.config.latent_features
         noise = initial_noise(command.seed, rows * columns, features, command.posterior_shapes)
         contexts = {name: _LateContext(placed) for name, placed in command.contexts.items()}
-        self._place(command.id, Picture(command.settings, command.grid, noise, contexts), command.output)
+        self._join(command.id, Picture(command.settings, command.grid, noise, contexts), command.output, begun=False)
+
+    def _join(self, id_: int, picture: Picture, output: Output, *, begun: bool) -> None:
+        """Have a picture wait for room for its K/V, which it may find at once."""
+        self._line.join(id_, Waiting(picture, output, padded_latents(picture.tokens, self._device.type), begun))
+        self._admit()
+
+    def _admit(self) -> None:
+        """Place the pictures that there is room for now."""
+        while (turn := self._line.next()) is not None:
+            id_, waiting = turn
+            try:
+                drawing = self._place(id_, waiting)
+                self._copy(drawing, waiting.pages)
+                if waiting.begun:
+                    self._announce(id_, drawing)
+            except Exception as error:
+                self._fail(id_, error)
+
+    def _land(self, command: Land) -> None:
+        if (waiting := self._line.get(command.id)) is not None:
+            waiting.pages += command.pages  # they stay in shared memory until it has begun
+        elif (drawing := self._drawings.get(command.id)) is not None:  # else it has left
+            self._copy(drawing, command.pages)
 
     @torch.inference_mode()
-    def _land(self, command: Land) -> None:
-        drawing = self._drawings.get(command.id)
-        if drawing is None:
-            return  # it has left
-        for page in command.pages:
+    def _copy(self, drawing: _Drawing, pages: Sequence[LandedPage]) -> None:
+        for page in pages:
             start = drawing.canvas.place(drawing.number, page.branch) + page.row
             for slab, offset in ((drawing.canvas.slab.k, page.k_offset), (drawing.canvas.slab.v, page.v_offset)):
                 slab[page.layer, start : start + page.rows] = self._rows(page, offset)
@@ -228,18 +257,18 @@ class Runner:
         return self._shared[offset : offset + nbytes].view(self._model.dtype).view(shape)
 
     def _begin(self, command: Begin) -> None:
-        drawing = self._drawings.get(command.id)
-        if drawing is not None:
+        if (waiting := self._line.get(command.id)) is not None:
+            waiting.begun = True
+        elif (drawing := self._drawings.get(command.id)) is not None:
             self._announce(command.id, drawing)
 
-    def _place(self, id_: int, picture: Picture, output: Output) -> _Drawing:
+    def _place(self, id_: int, waiting: Waiting) -> _Drawing:
         """Give a picture a place on the canvas of its bucket."""
-        # On a CPU nothing is compiled or captured, so there a picture is padded to nothing.
-        bucket = latent_bucket(picture.tokens) if self._device.type == "cuda" else picture.tokens
+        picture, output, bucket = waiting.picture, waiting.output, waiting.padded
         self._check.grid = picture.grid
         previews = preview_steps(picture.steps, output.previews)
         windows = WindowClock(self._device, picture.steps) if self._profiles else None
-        canvas = self._canvases.get(bucket) or Canvas(self._model, [], bucket)
+        canvas = self._canvases.get(bucket) or Canvas(self._model, [], bucket, self._space)
         number = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
         self._canvases[bucket] = canvas
         drawing = self._drawings[id_] = _Drawing(canvas, number, output, previews, windows)
@@ -252,7 +281,7 @@ class Runner:
 
     def _draw_whole(self, id_: int, picture: Picture, output: Output) -> None:
         """A picture of a whole request, whose contexts have been read here."""
-        self._announce(id_, self._place(id_, picture, output))
+        self._join(id_, picture, output, begun=True)
 
     # Steps
 
@@ -330,10 +359,11 @@ class Runner:
     def _forget(self, id_: int) -> None:
         if self._whole is not None:
             self._whole.forget(id_)
+        self._line.leave(id_)
         if (drawing := self._drawings.pop(id_, None)) is not None:
             drawing.canvas.remove(drawing.number)
             if not drawing.canvas.pictures:
-                self._canvases.pop(drawing.canvas.padded, None)  # its slab with it
+                self._canvases.pop(drawing.canvas.padded, None)
 
     # Replies
 

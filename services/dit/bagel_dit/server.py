@@ -21,7 +21,7 @@ from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.puller import HeldContexts, KvPuller
 from bagel.metrics import watch_queue
-from bagel.model.sizes import check_side
+from bagel.model.sizes import check_kv_room, check_side, padded_latents, row_kv_tokens
 from bagel.profile import WINDOW, stages_before
 from bagel.prompts import BranchName
 from bagel.request import MAX_PARTS, MAX_SEED, Modality
@@ -174,6 +174,7 @@ class DitServicer(DitServiceServicer):
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
         picture = _add_picture(request, refs, work.id, self.driver.info)  # checked before anything is pulled
+        check_kv_room(_kv_tokens(picture, self.driver.info), self.driver.kv_tokens)
         # Room and place are waited for in this order by all, and neither by who has both: nobody waits in a circle.
         needed = [ref for ref in refs.values() if ref.segments]
         async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
@@ -352,6 +353,13 @@ def _add_picture(
         },
         _output(request),
     )
+
+
+def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo) -> int:
+    """Tokens of K/V that a picture takes on the device."""
+    padded = padded_latents(picture.grid[0] * picture.grid[1], info.device)
+    lengths = {context.digest: context.length for context in picture.contexts.values()}
+    return sum(row_kv_tokens(length, padded) for length in lengths.values())
 
 
 def _output(request: dit_pb2.DitServiceGenerateRequest) -> Output:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.denoise import Picture
 from bagel.engine.loading import LoadedModel
-from bagel.engine.plan import RequestPlan, plan_picture, plan_request
+from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
 from bagel.engine.reader import Reader, Reading, Written
+from bagel.engine.slab import SharedSlab
+from bagel.model.sizes import check_kv_room, padded_latents, row_kv_tokens
 from bagel.prompts import BranchName
 from bagel.request import text_settings
 from bagel.v1 import common_pb2
@@ -60,8 +62,9 @@ class WholeRequests:
         tell_failed: Callable[[int, Exception], None],
         draw: Callable[[int, Picture, Output], None],
         pulses: Pulses,
+        space: SharedSlab,
     ) -> None:
-        self._pulses = pulses
+        self._pulses, self._space = pulses, space
         self._loaded, self._send, self._fail, self._tell_failed, self._draw = loaded, send, fail, tell_failed, draw
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
@@ -75,6 +78,7 @@ class WholeRequests:
             max_num_seqs=max_num_seqs,
             max_model_len=loaded.max_model_len,
             on_write=lambda texts, seconds: self._timed.append(Timed("text", texts, seconds)),
+            space=space,
         )
 
     @property
@@ -118,10 +122,25 @@ class WholeRequests:
         try:
             with self._pulses.work():
                 request = request_from_wire(common_pb2.Request.FromString(command.request), command.images)
-                serving.plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
+                plan = plan_request(self._loaded.planner, request, self._loaded.max_model_len)
+                self._check_room(plan)
+                serving.plan = plan
             self._send(Planned(command.id))
         except Exception as error:
             self._tell_failed(command.id, error)
+
+    def _check_room(self, plan: RequestPlan) -> None:
+        """Refuse what can never find room for its K/V, before anything is computed."""
+        model, needed = self._loaded.model, 0
+        if plan.draws:
+            rows, columns = grid(self._loaded.planner, plan.size)
+            padded = padded_latents(rows * columns, model.device.type)
+            chains = {chain.digest: chain.length for chain in plan.chains.values()}
+            needed = self._space.needed([row_kv_tokens(length, padded) for length in chains.values()])
+        if plan.writes:
+            text = plan.chain.length + text_settings(plan.request).max_tokens
+            needed = max(needed, self._space.needed([text]))
+        check_kv_room(needed, self._space.size)
 
     def read(self, command: Read) -> None:
         """Begin to read a request whose plan is made."""
