@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bagel.config import DeployConfig, StageDeploy
 from bagel.deadlines import deadline_of
 from bagel.errors import ConfigError, InitTimeout
+from bagel.http_front import HttpGuards, http_arguments
 from bagel.keys import KEYS_FILE
 from bagel.process import POLL_S, Logs, Service
 from bagel.transport import DRAIN_S, PLAINTEXT, Security, sync_channel
@@ -43,8 +44,8 @@ class Deployment:
     gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype auto, bfloat16 or float32. profile: the DiT tells the durations of the diffusion stages; log_stats:
     the gateway logs where the time of each request went. security is the gateway's TLS towards its callers; http: a
-    host:port where it speaks the OpenAI API too. api_keys: the file of the keys that they need; None: none, whatever
-    BAGEL_API_KEYS_FILE says.
+    host:port where it speaks the OpenAI API too, guards and model_names: of that alone. api_keys: the file of the keys
+    that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
@@ -66,6 +67,8 @@ class Deployment:
         drain_timeout_s: float = DRAIN_S,
         security: Security = PLAINTEXT,
         http: str | None = None,
+        guards: HttpGuards | None = None,
+        model_names: Sequence[str] = (),
         api_keys: Path | None = None,
         logs: Logs = None,
         on_ready: OnReady | None = None,
@@ -77,6 +80,7 @@ class Deployment:
         self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
         self._logs, self._on_ready, self._security = logs, on_ready, security
         self._http, self._api_keys, self._profile, self._log_stats = http, api_keys, profile, log_stats
+        self._guards, self._model_names = guards or HttpGuards(), model_names
         self._env = {**os.environ, **(env or {})}
         self._env.pop(KEYS_FILE, None)
         self._began = 0.0
@@ -89,8 +93,6 @@ class Deployment:
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
-        if isinstance(self._logs, Path):
-            self._logs.mkdir(parents=True, exist_ok=True)
         try:
             self._start(self._began + self._init_timeout_s)
         except BaseException:
@@ -224,7 +226,8 @@ class Deployment:
         if self._security.serves_tls:
             arguments += [*_tls_arguments(self._security), "--plaintext-services"]
         if self._http is not None:
-            arguments += ["--http", self._http, "--served-model-name", self._name]
+            arguments += ["--http", self._http, *http_arguments(self._guards)]
+            arguments += [f"--served-model-name={name}" for name in self._model_names or (self._name,)]
         if self._api_keys is not None:
             arguments += ["--api-keys", str(self._api_keys)]
         return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]

@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import IO, NoReturn, TextIO
 
 from bagel.errors import BagelError, ConfigError
+from bagel.log_files import LogFolder
 
 POLL_S = 0.05
 GROUP_LIMIT_S = 0.5
@@ -26,8 +27,8 @@ TOLD_LINES = 3
 ERROR = "error: "
 READY = json.dumps({"event": "ready"})
 
-Logs = Path | TextIO | None
-"""Where the services' output goes: a folder (a file each), a stream (lines with their names), or nowhere."""
+Logs = LogFolder | Path | TextIO | None
+"""Where the services' output goes: a folder (files of each), a stream (lines with their names), or nowhere."""
 
 
 class Service:
@@ -43,6 +44,7 @@ class Service:
         """Where it speaks HTTP, once it listens; empty if it does not."""
         self.said_ready = False
         """Whether it has said so on stdout, as the gateway does."""
+        self._write, self._close_log, self.log = _sink(logs, name)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bagel.child", module, *arguments],
             stdin=subprocess.PIPE,  # never written to: bagel.child ends with it
@@ -53,7 +55,6 @@ class Service:
             errors="replace",
             process_group=0,  # a terminal's Ctrl-C is ours alone, so that the order of the shutdown is too
         )
-        self._logs = logs / f"{name}.log" if isinstance(logs, Path) else logs
         streams = (self.process.stdout, self.process.stderr)
         self._readers = [
             Thread(target=self._read, args=(stream, stream is self.process.stdout), daemon=True) for stream in streams
@@ -101,6 +102,7 @@ class Service:
             os.killpg(self.process.pid, signal.SIGKILL)
         for reader in self._readers:
             reader.join(1)
+        self._close_log()
         if self.process.stdin is not None:
             self.process.stdin.close()
 
@@ -124,7 +126,7 @@ class Service:
         """Hand a stream's lines on. announces: it is stdout, where a service says its address and that it is ready; its
         log on stderr says the same, and the two are read at once.
         """
-        with stream, _sink(self._logs, self.name) as write:
+        with stream:
             for line in stream:
                 if announces and not self._listening.done() and (told := _listening(line)):
                     self.http = told.get("http", "")
@@ -134,7 +136,7 @@ class Service:
                     self.said_ready = True
                     continue
                 self._tail.append(line.rstrip("\n"))
-                write(line)
+                self._write(line)
 
 
 def _listening(line: str) -> dict[str, str] | None:
@@ -156,20 +158,18 @@ def _plain(line: str) -> str:
         return line.strip()
 
 
-@contextmanager
-def _sink(logs: Path | TextIO | None, name: str) -> Iterator[Callable[[str], object]]:
-    """What a service's lines are given to."""
+def _sink(logs: Logs, name: str) -> tuple[Callable[[str], object], Callable[[], object], Path | None]:
+    """What a service's lines are given to, what is called when there are no more, and the file if it is one."""
     if logs is None:
-        yield lambda line: None
-    elif isinstance(logs, Path):
-        with logs.open("a", encoding="utf-8", buffering=1) as file:
-            yield file.write
-    else:
-        stream = logs
+        return lambda line: None, lambda: None, None
+    if isinstance(logs, LogFolder | Path):
+        file = (LogFolder(logs) if isinstance(logs, Path) else logs).open(name)
+        return file.line, file.close, Path(file.baseFilename)
+    stream = logs
 
-        def write(line: str) -> None:
-            with suppress(OSError, ValueError):  # a reader that has gone must not stop the service's own output
-                stream.write(f"{name} | {line}")
-                stream.flush()
+    def write(line: str) -> None:
+        with suppress(OSError, ValueError):  # a reader that has gone must not stop the service's own output
+            stream.write(f"{name} | {line}")
+            stream.flush()
 
-        yield write
+    return write, lambda: None, None

@@ -62,7 +62,9 @@ def children(process: subprocess.Popen[str]) -> dict[str, int]:
 
 def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
     logs = tmp_path / "logs"
-    with serving("--deploy-config", "deploy/bagel_single_stage.yaml", "--log-dir", str(logs)) as (process, address):
+    front = ("--http", "127.0.0.1:0", "--served-model-name", "ours", "--allow-origin", "https://app.example")
+    bounded = ("--log-dir", str(logs), "--log-max-bytes", "2048", "--log-files", "3")
+    with serving("--deploy-config", "deploy/bagel_single_stage.yaml", *bounded, *front) as (process, address):
         assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
         assert is_serving(address)
         with Client(address) as client:
@@ -73,7 +75,9 @@ def test_sigterm_ends_it_cleanly(tmp_path: Path) -> None:
     assert f"bagel generate --endpoint {address}" in err
     assert re.search(r"dit-0 is ready at 127\.0\.0\.1:\d+, [0-9.]+ s; stage 0", err)
     assert "Traceback" not in err + "".join(log.read_text() for log in logs.iterdir())
-    assert {log.name for log in logs.iterdir()} == {"dit-0.log", "gateway.log"}
+    kept = {f"{name}.log{older}" for name in ("dit-0", "gateway") for older in ("", ".1", ".2")}
+    assert {"dit-0.log", "gateway.log", "gateway.log.1"} <= {log.name for log in logs.iterdir()} <= kept
+    assert all(log.stat().st_size < 2048 + 4096 for log in logs.iterdir())
 
 
 def test_reports_of_each_request_are_in_the_logs(tmp_path: Path) -> None:
@@ -135,6 +139,9 @@ WRONG = [
     (["--prompts", "x"], 2, "unknown flag '--prompts'; "),
     (["--model", "/no/such"], 2, "no checkpoint folder '/no/such'"),
     (["--deploy-config", "none.yaml"], 2, "none.yaml cannot be read"),
+    (["--log-files", "3"], 2, "--log-files has no effect without --log-dir"),
+    (["--allow-origin", "https://a.example"], 2, "--allow-origin has no effect without --http"),
+    (["--http", "127.0.0.1:0", "--allow-host", "a/b"], 2, "--allow-host is 'a/b'; write a name alone"),
     (["--log-dir", "README.md"], 2, "--log-dir 'README.md' cannot be made"),
     (["--init-timeout", "1", "--device", "cpu"], 1, "stage 0 (thinker)"),
 ]

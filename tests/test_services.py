@@ -235,8 +235,8 @@ def fails_within(seconds: float, *kinds: type[BagelError]) -> Iterator[pytest.Ex
 
 def runner_pid(dit: Service) -> int:
     """The DiT's runner process, from its log."""
-    assert isinstance(dit._logs, Path)
-    lines = [json.loads(line) for line in dit._logs.read_text().splitlines() if '"runner_pid"' in line]
+    assert dit.log is not None
+    lines = [json.loads(line) for line in dit.log.read_text().splitlines() if '"runner_pid"' in line]
     return int(lines[-1]["runner_pid"])
 
 

@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, cast
 
 from bagel.errors import ConfigError
+from bagel.http_front import add_http_flags
+from bagel.log_files import LOG_BYTES, LOG_FILES
 
 MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "text_channel", "channel")
@@ -234,7 +236,13 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--http", "none", "where the gateway also speaks the OpenAI API", type=_endpoint, metavar="HOST:PORT")
     keys = "callers need an API key of it, see bagel keys"
     _add(group, "--api-keys", "BAGEL_API_KEYS_FILE's, else none", keys, type=_given, metavar="FILE")
-    _add(group, "--log-dir", "none, stderr", "folder for a log of each service", type=_given, metavar="FOLDER")
+    _add(group, "--log-dir", "none, stderr", "folder for logs of each service", type=_given, metavar="FOLDER")
+    _add(group, "--log-max-bytes", LOG_BYTES, "of one file; then the next is begun", type=_some_bytes, metavar="N")
+    _add(group, "--log-files", LOG_FILES, "of each service; the oldest is dropped", type=_some, metavar="N")
+    group = parser.add_argument_group("with --http")
+    names = "the model's name there; given again: its aliases"
+    _add(group, "--served-model-name", "as --model", names, type=_given, action="append", metavar="NAME")
+    add_http_flags(group)
     group = parser.add_argument_group("TLS of the gateway")
     _add_tls(group, "none, plaintext", "clients need a certificate of it")
     allowed = "with --tls-ca: a name that a client's certificate may have; may be given again"
@@ -364,6 +372,12 @@ def _count(value: str) -> int:
 def _some(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,6}", value) or int(value) < 1:
         raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 1 on")
+    return int(value)
+
+
+def _some_bytes(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", value) or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r:.80} is no whole number of bytes from 1 on")
     return int(value)
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from bagel.commands.endpoint import security_of
-from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S
+from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name
 from bagel.commands.outputs import write_out
 from bagel.commands.progress import say
 from bagel.config import DeployConfig, effective_settings
 from bagel.defaults import NANO_NOTE, deployment_for, find_model, named_model
 from bagel.errors import ConfigError
+from bagel.http_front import FLAGS, http_guards
 from bagel.keys import key_file, read_keys
 from bagel.launch import Deployment, reachable
+from bagel.log_files import LOG_BYTES, LOG_FILES, LogFolder
 from bagel.model.checkpoint import Checkpoint
 from bagel.process import Logs
 from bagel.transport import PLAINTEXT, Security
@@ -38,9 +40,10 @@ def serve(args: argparse.Namespace) -> None:
     try:
         say(f"loading {model}")
         port = GATEWAY_PORT if args.port is None else args.port
-        logs = sys.stderr if args.log_dir is None else _folder(args.log_dir)
+        logs = _logs(args)
         host = args.host or GATEWAY_HOST
         security, keys = _front(args), _keys(args)
+        _check_http(args)
         where: dict[str, Any] = {"host": host, "port": port, "logs": logs, "security": security, "api_keys": keys}
         with deployment(args, config, model, checkpoint, **where, log_stats=bool(args.log_stats)) as running:
             _say_how_to_call(running.address, security, keys)
@@ -92,6 +95,8 @@ def deployment(
         log_stats=log_stats,
         security=security,
         http=getattr(args, "http", None),
+        guards=http_guards(args) if hasattr(args, "http") else None,
+        model_names=getattr(args, "served_model_name", None) or (),
         api_keys=api_keys,
         logs=logs,
         on_ready=on_ready,
@@ -121,9 +126,25 @@ def _say_how_to_call(address: str, security: Security, keys: Path | None) -> Non
     say("Ctrl-C stops it")
 
 
-def _folder(path: str) -> Path:
+def _logs(args: argparse.Namespace) -> Logs:
+    """Where the services' output goes; ConfigError for flags that say nothing together."""
+    if args.log_dir is None:
+        for flag in ("log_max_bytes", "log_files"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(f"{flag_name(flag)} has no effect without --log-dir; leave it out")
+        return sys.stderr
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(args.log_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--log-dir {path!r} cannot be made: {error.strerror}; choose another folder") from None
-    return Path(path)
+        raise ConfigError(
+            f"--log-dir {args.log_dir!r} cannot be made: {error.strerror}; choose another folder"
+        ) from None
+    return LogFolder(Path(args.log_dir), args.log_max_bytes or LOG_BYTES, args.log_files or LOG_FILES)
+
+
+def _check_http(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what is said of an HTTP front that there is not."""
+    given = [flag.name for flag in FLAGS if getattr(args, flag.name.strip("-").replace("-", "_")) is not None]
+    given += ["--served-model-name"] if args.served_model_name else []
+    if given and args.http is None:
+        raise ConfigError(f"{given[0]} has no effect without --http; give --http HOST:PORT, or leave it out")

@@ -12,7 +12,7 @@ from typing import Any
 
 from bagel import service
 from bagel.errors import ConfigError, InvalidRequest
-from bagel.http_front import HttpGuards, add_http_flags, http_guards
+from bagel.http_front import HttpGuards, add_http_flags, http_arguments, http_guards
 from bagel.images.pool import TIMEOUT_S, WORKERS
 from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
@@ -93,6 +93,9 @@ class Settings:
             raise ConfigError(f"--max-requests is {self.max_requests}; it must be at least 1")
         if self.http is not None and not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/]+):[0-9]{1,5}", self.http):
             raise ConfigError(f"--http is {self.http!r}; write HOST:PORT, like 127.0.0.1:8000")
+        if self.http is None and (given := http_arguments(self.guards)):
+            flag = given[0].partition("=")[0]
+            raise ConfigError(f"{flag} has no effect without --http; give --http HOST:PORT, or leave it out")
         counts = {
             "--max-image-pixels": self.max_image_pixels,
             "--image-workers": self.image_workers,

@@ -1,0 +1,66 @@
+"""Logs of services in files: bounded in size and number, and no reason for a service to stop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from bagel.errors import ConfigError
+from bagel.http_front import HttpGuards, http_arguments, http_guards
+from bagel.log_files import LogFolder
+from bagel.process import Service
+from bagel_gateway.settings import parser, settings_of
+
+
+def run(tmp_path: Path, code: str, logs: LogFolder) -> None:
+    (tmp_path / "talks.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    service = Service("talks-0", "a service", "talks", [], env, logs)
+    service.process.wait(60)
+    service.end(60)
+
+
+def test_files_are_bounded_and_the_newest_lines_are_kept(tmp_path: Path) -> None:
+    folder = LogFolder(tmp_path / "logs", max_bytes=10_000, files=3)
+    code = (
+        "import sys\nfor i in range(2000):\n  print('out', i, 'x' * 40)\n  print('err', i, 'x' * 40, file=sys.stderr)\n"
+    )
+    run(tmp_path, code, folder)
+    files = sorted(folder.folder.iterdir())
+    assert [file.name for file in files] == ["talks-0.log", "talks-0.log.1", "talks-0.log.2"]
+    assert all(file.stat().st_size <= 10_000 for file in files)
+    kept = "".join(file.read_text() for file in reversed(files))
+    assert "out 1999 " in kept and "err 1999 " in kept
+    assert all(line.startswith(("out ", "err ")) and line.endswith("x" * 40) for line in kept.splitlines())
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_stops_no_service(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = LogFolder(tmp_path / "logs")
+    folder.folder.mkdir()
+    (folder.folder / "talks-0.log").symlink_to("/dev/full")
+    run(tmp_path, "for i in range(20_000): print(i, 'x' * 40)\n", folder)
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_a_folder_whose_log_is_no_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "talks-0.log").mkdir()
+    with pytest.raises(ConfigError, match=r"talks-0.*cannot be written.*--log-dir"):
+        LogFolder(tmp_path).open("talks-0")
+
+
+def test_the_flags_of_the_http_front_say_what_they_are_made_of() -> None:
+    guards = HttpGuards(max_connections=7, body_timeout_s=2.5, allow_origins=("https://a.example", "*"))
+    flags = parser()
+    stages = ["--http", "127.0.0.1:0", "--thinker", "thinker-0=a:1", "--dit", "dit-0=b:2"]
+    assert http_guards(flags.parse_args([*stages, *http_arguments(guards)])) == guards
+    assert settings_of(flags.parse_args([*stages, *http_arguments(guards)])).guards == guards
+    assert http_arguments(HttpGuards()) == []
+    with pytest.raises(ConfigError, match="--max-connections has no effect without --http"):
+        settings_of(flags.parse_args([*stages[2:], "--max-connections", "7"]))
+    with pytest.raises(ConfigError, match=r"--header-timeout is 0; it must be from 0\.1"):
+        HttpGuards(header_timeout_s=0)
