@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from bagel.launch import Deployment
 from bagel.transport import sync_channel
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
+from bench.attack_files import large_png
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.slow  # each start of services takes seconds
@@ -75,3 +77,24 @@ def test_who_waits_too_long_is_refused_as_busy(services: Deployment) -> None:
     with answer.value as told:
         assert told.code == 429 and int(told.headers["Retry-After"]) >= 1
         assert stage in json.load(told)["error"]["message"]
+
+
+def test_a_text_waits_for_no_place_that_a_request_has_whose_pictures_are_being_read() -> None:
+    """Large pictures take seconds to decode; the places of a Thinker are for what is written."""
+    config = load_deploy_config(shipped_deploy_config("bagel"), max_num_seqs=1)
+    picture = large_png()
+
+    def describe(client: Client) -> object:
+        return client.generate("what is it?", modality="img2text", image=picture, max_tokens=1)
+
+    with (
+        Deployment(config, GOLDEN / "checkpoint", device="cpu", batch_timeout_s=TIMEOUT_S) as running,
+        Client(running.address) as client,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        describing = [pool.submit(describe, client) for _ in range(3)]
+        for seed in range(8):
+            assert client.generate("a", modality="text2text", max_tokens=1, seed=seed).text is not None
+            time.sleep(0.2)
+        for each in describing:
+            each.exception(60)  # as it may be: it is one place for three

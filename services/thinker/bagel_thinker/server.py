@@ -111,16 +111,18 @@ class ThinkerServicer(ThinkerServiceServicer):
         # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
         place = self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext()
         with self._counted():
+            chain = await self._chain(request)  # without a place: a text waits for no other request's pictures
             build = _Build(self._post())
             async with place:
                 if request.HasField("decode"):
                     build.lap("queue")
-                async with aclosing(self._build(request, build)) as responses:
+                async with aclosing(self._build(request, chain, build)) as responses:
                     async for response in responses:
                         yield response
 
-    async def _build(self, request: thinker_pb2.BuildContextRequest, build: _Build) -> AsyncGenerator[Response, None]:
-        chain = await self._chain(request)
+    async def _build(
+        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build
+    ) -> AsyncGenerator[Response, None]:
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
         finished = False
