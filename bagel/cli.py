@@ -66,6 +66,10 @@ def _run(argv: Sequence[str] | None) -> None:
         "gateway's address goes to stdout once it is ready, everything else to stderr.",
     )
     add_serve_flags(serve)
+    if "serve" in (sys.argv[1:2] if argv is None else argv[:1]):  # no other command need load the services' flags
+        from bagel.commands.passing import add_service_flags
+
+        add_service_flags(serve)
     evaluate = commands.add_parser(
         "eval-nano",
         help="score the shipped model",
@@ -89,6 +93,10 @@ def _run(argv: Sequence[str] | None) -> None:
     add_keys_flags(keys)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        if args.command == "serve":
+            from bagel.commands.passing import refuse_not_passed
+
+            refuse_not_passed(unknown)
         complain_of_unknown(unknown, commands.choices.get(args.command, parser))
     if args.command is None:
         raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")

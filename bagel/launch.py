@@ -46,6 +46,7 @@ class Deployment:
     the gateway logs where the time of each request went. security is the gateway's TLS towards its callers; http: a
     host:port where it speaks the OpenAI API too, guards and model_names: of that alone. api_keys: the file of the keys
     that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
+    more: further arguments of each role's services.
     Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
     a service ended with.
     """
@@ -73,6 +74,7 @@ class Deployment:
         logs: Logs = None,
         on_ready: OnReady | None = None,
         env: Mapping[str, str] | None = None,
+        more: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.config, self._model, self._name = config, str(model), name or str(model)
         self._listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
@@ -81,6 +83,7 @@ class Deployment:
         self._logs, self._on_ready, self._security = logs, on_ready, security
         self._http, self._api_keys, self._profile, self._log_stats = http, api_keys, profile, log_stats
         self._guards, self._model_names = guards or HttpGuards(), model_names
+        self._more = more or {}
         self._env = {**os.environ, **(env or {})}
         self._env.pop(KEYS_FILE, None)
         self._began = 0.0
@@ -185,7 +188,7 @@ class Deployment:
         if stage is not None and self._device in ("auto", "cuda"):
             env["CUDA_VISIBLE_DEVICES"] = _visible_gpus(stage, env.get("CUDA_VISIBLE_DEVICES"))
         drain = ["--drain-timeout", f"{self._drain_s:g}"]
-        service = Service(name, title, MODULES[role], [*arguments, *drain], env, self._logs)
+        service = Service(name, title, MODULES[role], [*arguments, *drain, *self._more.get(role, ())], env, self._logs)
         self.services.append(service)
         return service
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from bagel.cli import main
 from bagel.commands import flags
+from bagel.commands.passing import NOT_PASSED, PARSERS, add_service_flags, passed_arguments
 from bagel.prompts import TextPart
 from bagel.request import (
     ImageSettings,
@@ -25,6 +27,7 @@ from bagel.request import (
     resolve,
 )
 from bagel_thinker.__main__ import main as thinker
+from tests.conftest import GOLDEN
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("pydantic", "yaml", "rich", "numpy", "PIL", "torch", "transformers", "diffusers", "bagel.config")
@@ -170,3 +173,46 @@ def test_a_value_that_begins_with_a_dash_is_told_how_to_be_given(
     flags.add_generate_flags(parser)
     made = parser.parse_args(["--prompts=-x", "--negative-prompt=-y"])
     assert (made.prompts, made.negative_prompt) == (["-x"], "-y")
+
+
+def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> None:
+    serve = flags.Parser()
+    flags.add_serve_flags(serve)
+    add_service_flags(serve)
+    taken = {name for action in serve._actions for name in action.option_strings}
+    for module in PARSERS.values():
+        for action in import_module(module).parser()._actions:
+            assert action.option_strings[0] in taken | NOT_PASSED.keys()
+    several = "--served-model-name a --served-model-name b --max-requests 3 --step-timeout 9 --log-level DEBUG"
+    args = serve.parse_args([*several.split(), "--http", "127.0.0.1:0", "--kv-store-bytes", "99"])
+    both = ["--log-level=DEBUG"]
+    expected = {
+        "gateway": [*both, "--max-requests=3", "--served-model-name=a", "--served-model-name=b"],
+        "thinker": [*both, "--kv-store-bytes=99", "--step-timeout=9"],
+        "dit": [*both, "--step-timeout=9"],
+    }
+    passed = passed_arguments(args, ("gateway", "thinker", "dit"))
+    assert {role: sorted(arguments) for role, arguments in passed.items()} == expected
+    for role, arguments in passed.items():  # and the service takes them
+        required = [] if role == "gateway" else ["--model", "x"]
+        import_module(PARSERS[role]).parser().parse_args([*required, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--max-num-seqs 3", "--max-num-seqs is no flag of bagel serve: a setting of a stage"),
+        ("--no-enforce-eager", "--enforce-eager is no flag of bagel serve"),
+        ("--served-model-nam x", "did you mean --served-model-name?"),
+        ("--max-requests many", "--max-requests: invalid int value: 'many'"),
+        ("--served-model-name x", "--served-model-name is of the HTTP front, which is not asked for; add --http"),
+        ("--deploy-config deploy/bagel_single_stage.yaml --kv-store-bytes 9", "is of the thinker, which this deploy"),
+    ],
+)
+def test_what_serve_does_not_pass_on_is_refused_by_name(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BAGEL_MODEL", str(GOLDEN / "checkpoint"))
+    assert main(["serve", *arguments.split()]) == 2
+    assert said in capsys.readouterr().err

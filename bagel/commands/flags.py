@@ -28,6 +28,7 @@ ENGINES = ("auto", "torch", "vllm")
 
 INIT_TIMEOUT_S = 300
 BATCH_TIMEOUT_S = 5
+DRAIN_TIMEOUT_S = 30
 GATEWAY_PORT = 50051
 GATEWAY_HOST = "127.0.0.1"
 OUTPUT = "."
@@ -250,6 +251,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("times")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+    _add(
+        group, "--drain-timeout", DRAIN_TIMEOUT_S, "seconds for what is under way at the end", type=_count, metavar="S"
+    )
     group = parser.add_argument_group("reports")
     _add(group, "--log-stats", "off", "log where the time of each request went", action="store_true")
     profiler = "log the durations of each picture's diffusion stages, and tell clients"

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from bagel.commands.endpoint import security_of
 from bagel.commands.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name
 from bagel.commands.outputs import write_out
+from bagel.commands.passing import passed_arguments
 from bagel.commands.progress import say
 from bagel.config import DeployConfig, effective_settings
 from bagel.defaults import NANO_NOTE, deployment_for, find_model, named_model
@@ -23,7 +25,7 @@ from bagel.launch import Deployment, reachable
 from bagel.log_files import LOG_BYTES, LOG_FILES, LogFolder
 from bagel.model.checkpoint import Checkpoint
 from bagel.process import Logs
-from bagel.transport import PLAINTEXT, Security
+from bagel.transport import DRAIN_S, PLAINTEXT, Security
 
 WATCH_S = 0.2
 
@@ -32,6 +34,7 @@ def serve(args: argparse.Namespace) -> None:
     """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
     model, checkpoint = find_model(args.model)
     config = deployment_for(checkpoint, args.deploy_config, engine=args.engine)
+    passed = passed_arguments(args, ("gateway", *(stage.model_stage for stage in config.spec.stages)))
     for note in config.notes():
         say(f"note: {note}")
     if not named_model(args.model):
@@ -45,6 +48,7 @@ def serve(args: argparse.Namespace) -> None:
         security, keys = _front(args), _keys(args)
         _check_http(args)
         where: dict[str, Any] = {"host": host, "port": port, "logs": logs, "security": security, "api_keys": keys}
+        where |= {"more": passed, "drain_timeout_s": args.drain_timeout or DRAIN_S}
         with deployment(args, config, model, checkpoint, **where, log_stats=bool(args.log_stats)) as running:
             _say_how_to_call(running.address, security, keys)
             if running.http:
@@ -70,10 +74,12 @@ def deployment(
     security: Security = PLAINTEXT,
     api_keys: Path | None = None,
     log_stats: bool = False,
+    drain_timeout_s: float = DRAIN_S,
+    more: Mapping[str, Sequence[str]] | None = None,
 ) -> Deployment:
     """The services as the flags say, telling the user when each is ready. model: what it is called.
 
-    log_stats: the gateway logs them, where no command of ours prints them.
+    more: further arguments by role; log_stats: the gateway logs them, where no command of ours prints them.
     """
 
     def on_ready(name: str, address: str, seconds: float) -> None:
@@ -100,6 +106,8 @@ def deployment(
         api_keys=api_keys,
         logs=logs,
         on_ready=on_ready,
+        drain_timeout_s=drain_timeout_s,
+        more=more,
     )
 
 

@@ -32,8 +32,8 @@ PAGE_TIMEOUT_S = 30.0
 log = Log("bagel.dit")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service until SIGTERM; the process's exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The DiT's flags."""
     about = "Draws pictures from K/V, or serves whole requests."
     flags = service.parser("bagel_dit", about, "127.0.0.1:50053", (GATEWAY,))
     service.add_server_names(flags)
@@ -69,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="log the durations of each picture's diffusion stages, and tell the caller",
     )
-    return service.run(flags, argv, _serve, "dit")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM; the process's exit code."""
+    return service.run(parser(), argv, _serve, "dit")
 
 
 async def _serve(args: argparse.Namespace) -> None:

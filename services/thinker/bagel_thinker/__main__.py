@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 log = Log("bagel.thinker")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the service until SIGTERM; the process's exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The Thinker's flags."""
     clients = (GATEWAY, DIT)
     flags = service.parser("bagel_thinker", "Reads prompts, writes text, gives out K/V.", "127.0.0.1:50052", clients)
     service.add_model_flags(flags, "thinker-0")
@@ -47,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help=f"a step of the engine that takes longer has hung, and the service ends (default: {STEP_TIMEOUT_S:g})",
     )
-    return service.run(flags, argv, _serve, "thinker")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until SIGTERM; the process's exit code."""
+    return service.run(parser(), argv, _serve, "thinker")
 
 
 async def _serve(args: argparse.Namespace) -> None:
