@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from bagel.errors import ConfigError, InvalidRequest, NotSupported
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType, pipeline
-from bagel.request import MAX_SEED, TextSettings
+from bagel.request import MAX_SEED, TextSettings, in_words
 from bagel.yaml_files import merge, read_yaml
 
 UNBUILT: Mapping[str, object] = {
@@ -439,7 +439,21 @@ def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return f"{path}: {context['error']}"
     wanted = _WANTED[kind].format(**context) if kind in _WANTED else f"right ({problem['msg']})"
+    if kind in ("greater_than", "greater_than_equal", "less_than_equal"):
+        wanted = _range(loc) or wanted
     return f"{path} is {value!r:.80}; it must be {wanted}"
+
+
+def _range(loc: tuple[int | str, ...]) -> str | None:
+    """The whole range of a number, whichever end was passed; None where it has one end."""
+    key = str(loc[-1])
+    models = [model for model in _SECTIONS.values() if key in model.model_fields]
+    field = str(models[0].__annotations__.get(key, "")) if models else ""
+    ends = dict(re.findall(r"(ge|gt|le)=([\w.]+)", field))
+    if len(ends) < 2:
+        return None
+    numbers = {end: MAX_SEED if value == "MAX_SEED" else float(value) for end, value in ends.items()}
+    return in_words(above=numbers.get("gt"), at_least=numbers.get("ge"), at_most=numbers.get("le"))
 
 
 def _suggest(key: str, known: Iterable[str]) -> str:

@@ -307,9 +307,13 @@ def in_words(
 ) -> str:
     """A range: both ends where there are two, and whether each belongs to it. None: no such end."""
     if at_least is not None and at_most is not None:
-        return f"from {at_least:.15g} to {at_most:.15g}"
+        return f"from {_plain(at_least)} to {_plain(at_most)}"
     ends = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    return " and ".join(f"{word} {end:.15g}" for word, end in ends.items() if end is not None) or "that is finite"
+    return " and ".join(f"{word} {_plain(end)}" for word, end in ends.items() if end is not None) or "that is finite"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.15g}"
 
 
 def _kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:

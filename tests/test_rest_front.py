@@ -21,10 +21,12 @@ import trustme
 from openai import AsyncOpenAI
 from PIL import Image
 
+from bagel import request
 from bagel.errors import ConfigError
 from bagel.http_front import HttpGuards
 from bagel.transport import Security
 from bagel.v1 import common_pb2
+from bagel_gateway.rest import parameters as rest_parameters
 from bagel_gateway.rest.parameters import (
     REFUSED_CHAT,
     REFUSED_EDIT,
@@ -286,6 +288,18 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, ASK | {"text_temperature": 0.5}, "text_temperature", "sampling"),
     (CHAT, ASK | {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
     (CHAT, ASK | {"modalities": ["audio"]}, "modalities.0", "text"),
+    (
+        CHAT,
+        {"messages": [*ASK["messages"], {"role": "user", "content": [{"type": "text", "text": " "}]}]},
+        "messages",
+        r"messages\[1\]\.content\[0\] is an empty text",
+    ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},
+        "messages",
+        r"messages\[0\]\.content\[0\]: ",
+    ),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages", "name"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "type"),
@@ -576,3 +590,25 @@ def test_previews_begin_after_a_fifth_of_the_steps(steps: int, previews: int, wa
     from bagel.engine.denoise import preview_steps
 
     assert preview_steps(steps, previews) == wanted
+
+
+def test_docs_list_every_limit_as_the_code_has_it() -> None:
+    """A limit that a parameter gets must come into the table, and to this test."""
+    text = (Path(__file__).parents[1] / "docs/rest.md").read_text().partition("## Limits")[2].partition("## Safety")[0]
+    told = {name: int(value) for name, value in re.findall(r"^\| (.+?) \| (\d+) \|$", text, re.MULTILINE)}
+    code = {
+        "images": rest_parameters.MAX_IMAGES,
+        "parts of a prompt, texts and images together": request.MAX_PARTS,
+        "bytes of its texts in UTF-8, and of `negative_prompt`": request.MAX_TEXT_BYTES,
+        "`num_inference_steps`": request.MAX_STEPS,
+        "`cfg_text_scale`, `cfg_img_scale`, `timestep_shift`": int(request.MAX_SCALE),
+        "`temperature`, `text_temperature`": int(request.MAX_TEMPERATURE),
+        "`seed`": request.MAX_SEED,
+    }
+    assert code.items() <= told.items()
+    left = {name: value for name, value in told.items() if name not in code}
+    for model in (rest_parameters.ChatParameters, rest_parameters.ImageParameters):
+        for name, field in model.model_fields.items():
+            ends = [getattr(each, "le", getattr(each, "max_length", None)) for each in field.metadata]
+            for end in (end for end in ends if end is not None and name not in ("cfg_interval", "modalities")):
+                assert [value for said, value in left.items() if f"`{name}`" in said] == [end], name

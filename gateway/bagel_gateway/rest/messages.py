@@ -50,7 +50,10 @@ async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher) -> l
     parts = []
     for content in contents:
         if "url" in content:
-            parts.append(image_part(await _image(content["url"], fetcher)))
+            try:
+                parts.append(image_part(await _image(content["url"], fetcher)))
+            except InvalidRequest as error:
+                raise type(error)(error.field, f"{content['where']}: {error}") from None
         else:
             parts.append(text_part(content["text"]))
     return parts
@@ -69,7 +72,7 @@ def _contents(number: int, message: Mapping[str, Any]) -> list[dict[str, str]]:
     for key in ("content", "images"):
         value = message.get(key)
         if isinstance(value, str):
-            found += [{"text": value}] if value or message["role"] != "assistant" else []
+            found += [_text(f"{where}.{key}", value)] if value or message["role"] != "assistant" else []
         elif isinstance(value, list):
             found += [_content(f"{where}.{key}[{at}]", part) for at, part in enumerate(value)]
         elif value is not None or (key == "content" and message["role"] != "assistant"):
@@ -95,7 +98,13 @@ def _content(where: str, part: object) -> dict[str, str]:
             raise _wrong(f"{where}.image_url may have a url alone, and detail auto: the model sees every image alike")
     if not isinstance(value, str):
         raise _wrong(f"{where} has no {'text' if kind == 'text' else 'image_url.url'}")
-    return {"text": value} if kind == "text" else {"url": value}
+    return _text(where, value) if kind == "text" else {"url": value, "where": where}
+
+
+def _text(where: str, text: str) -> dict[str, str]:
+    if not text.strip():
+        raise _wrong(f"{where} is an empty text; write what is wanted, or leave it out")
+    return {"text": text}
 
 
 async def _image(url: str, fetcher: Fetcher) -> bytes:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bagel.effect import UNHEARD
 from bagel.errors import InvalidRequest
-from bagel.request import MAX_STOP_TOKENS, RenormType
+from bagel.request import MAX_STOP_TOKENS, RenormType, in_words
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownParameter
 
@@ -212,7 +212,18 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
             raise UnknownParameter(name, f"{name} is no parameter of this endpoint; docs/rest.md lists them") from None
         if first["type"] == "missing":
             raise InvalidRequest(name, f"{name} is missing; it is required") from None
-        raise InvalidRequest(name, f"{name} is {first['input']!r:.80}: {first['msg']}") from None
+        wanted = f"; it must be {_range(model, name)}" if first["type"] in _BOUNDS else f": {first['msg']}"
+        raise InvalidRequest(name, f"{name} is {first['input']!r:.80}{wanted}") from None
+
+
+_BOUNDS = ("greater_than_equal", "less_than_equal")
+
+
+def _range(model: type[BaseModel], name: str) -> str:
+    """What a number must be, both ends told whichever was passed."""
+    ends = {type(each).__name__.lower(): each for each in model.model_fields[name].metadata}
+    at_least, at_most = (getattr(ends.get(end), end, None) for end in ("ge", "le"))
+    return f"a whole number {in_words(at_least=at_least, at_most=at_most)}"
 
 
 def generate_request(given: Parameters, request: common_pb2.Request) -> gateway_pb2.GenerateRequest:

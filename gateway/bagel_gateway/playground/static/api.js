@@ -98,7 +98,7 @@ async function bodyOf(asked) {
     const messages = [{ role: "user", content: contentOf(asked.prompt, urls) }];
     return JSON.stringify({ ...fields, messages, stream_options: { include_usage: true } });
   }
-  Object.assign(fields, { partial_images: fields.partial_images ?? 3, progress: true });
+  Object.assign(fields, { partial_images: fields.partial_images ?? (fields.num_inference_steps === 2 ? 0 : 3), progress: true });
   if (!mode.readsImage) return JSON.stringify(fields);
   return formOf(fields, asked.images);
 }

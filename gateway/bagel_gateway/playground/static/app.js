@@ -143,10 +143,10 @@ async function follow(entry, signal) {
       outcome.phase("Writing");
     } else if (event.type === "step") {
       outcome.thinkingIsOver();
-      entry.steps = event.steps;
+      entry.steps = event.steps + 1; // as asked: n timesteps are n - 1 steps
       steps[event.index] = event.step;
       const share = steps.reduce((sum, step) => sum + step, 0) / (event.steps * count);
-      outcome.phase(count > 1 ? `Drawing ${count} pictures` : `Drawing, step ${event.step} of ${event.steps}`, share);
+      outcome.phase(count > 1 ? `Drawing ${count} pictures` : `Drawing, step ${event.step + 1} of ${entry.steps}`, share);
     } else if (event.type === "preview") {
       outcome.thinkingIsOver();
       entry.pictures[event.index] = event.blob;

@@ -8,6 +8,7 @@ const real = (min, max, step) => ({ kind: "number", min, max, step });
 const ALL = [...PICTURES, ...TEXTS];
 const worded = (get, mode) => TEXTS.includes(mode) || get("think", false);
 const sampled = (get, mode) => worded(get, mode) && get("do_sample", false);
+const chosen = (get, mode) => sampled(get, mode) && get("text_temperature", 0.3) > 0 && get("top_k", 0) !== 1;
 const guided = (get) => get("cfg_text_scale", 4) > 1;
 
 /** name: as in the API. modes: where it has an effect. fallback: the default, or one by mode. on: when it has an effect. */
@@ -20,9 +21,9 @@ export const OPTIONS = [
   { name: "cfg_text_scale", label: "Text guidance", group: "Guidance", ...real(0, 100, 0.1), modes: PICTURES, fallback: "4.0", help: "How closely to follow the prompt; 1 and below is no guidance at all." },
   { name: "cfg_img_scale", label: "Image guidance", group: "Guidance", ...real(0, 100, 0.1), modes: PICTURES, fallback: { draw: "1.0", edit: "1.5" }, on: guided, help: "How closely to keep to the input images; 1 and below is none." },
   { name: "cfg_interval", label: "Guidance interval", group: "Guidance", kind: "interval", modes: PICTURES, wide: true, fallback: { draw: ["0.4", "1.0"], edit: ["0.0", "1.0"] }, on: guided, help: "When guidance is on: from 1 (noise) down to 0 (picture)." },
-  { name: "cfg_renorm_type", label: "Renormalise", group: "Guidance", kind: "choice", choices: ["global", "text_channel", "channel"], modes: PICTURES, fallback: { draw: "global", edit: "text_channel" }, on: guided, help: "Over what a guided step keeps the strength of the unguided one." },
+  { name: "cfg_renorm_type", label: "Renormalise", group: "Guidance", kind: "choice", choices: ["global", "text_channel", "channel"], modes: PICTURES, fallback: { draw: "global", edit: "text_channel" }, on: (get) => guided(get) && get("cfg_renorm_min", 0) < 1, help: "Over what a guided step keeps the strength of the unguided one." },
   { name: "cfg_renorm_min", label: "Renormalise, least", group: "Guidance", ...real(0, 1, 0.05), modes: PICTURES, fallback: "0.0", on: guided, help: "Lower bound of that factor, from 0 to 1; 1 is no renormalising." },
-  { name: "timestep_shift", label: "Timestep shift", group: "Guidance", ...real(0.001, 100, 0.1), modes: PICTURES, fallback: "3.0", help: "Above 1 spends more of the steps on the overall composition." },
+  { name: "timestep_shift", label: "Timestep shift", group: "Guidance", ...real(0.001, 100, 0.1), modes: PICTURES, fallback: "3.0", on: (get) => get("num_inference_steps", 50) > 2, help: "Above 1 spends more of the steps on the overall composition." },
 
   { name: "posterior", label: "Input noise", group: "Guidance", kind: "choice", choices: ["content", "seed", "mean"], modes: ["edit"], fallback: "content", help: "Where the noise of the encoded input comes from: its pixels, the seed, or none (mean)." },
 
@@ -30,12 +31,12 @@ export const OPTIONS = [
   { name: "max_think_tokens", label: "Longest plan", group: "Text", ...whole(1, 100000), modes: ALL, fallback: 1000, on: (get) => get("think", false), help: "Limit of the think text, in tokens." },
   { name: "do_sample", label: "Sample", group: "Text", kind: "switch", modes: ALL, on: worded, help: "Draw words at random instead of taking the likeliest." },
   { name: "text_temperature", label: "Temperature", group: "Text", ...real(0, 10, 0.1), modes: ALL, fallback: "0.3", on: sampled, help: "Higher is more varied; 0 takes the likeliest word." },
-  { name: "top_p", label: "Top p", group: "Text", ...real(0.01, 1, 0.05), modes: ALL, fallback: "1.0", on: sampled, help: "Sample from the likeliest words that together have this probability." },
-  { name: "top_k", label: "Top k", group: "Text", ...whole(0, 100000), modes: ALL, fallback: "0, all", on: sampled, help: "Sample from this many likeliest words." },
+  { name: "top_p", label: "Top p", group: "Text", ...real(0.01, 1, 0.05), modes: ALL, fallback: "1.0", on: chosen, help: "Sample from the likeliest words that together have this probability." },
+  { name: "top_k", label: "Top k", group: "Text", ...whole(0, 100000), modes: ALL, fallback: "0, all", on: (get, mode) => sampled(get, mode) && get("text_temperature", 0.3) > 0, help: "Sample from this many likeliest words." },
   { name: "repetition_penalty", label: "Repetition penalty", group: "Text", ...real(0.1, 10, 0.05), modes: ALL, fallback: "1.0", on: worded, help: "Above 1, words that were there already become less likely." },
 
   { name: "n", label: "Pictures", group: "Output", ...whole(1, 4), modes: PICTURES, fallback: 1, help: "Several of one prompt, with rising seeds." },
-  { name: "partial_images", label: "Previews", group: "Output", ...whole(0, 3), modes: PICTURES, fallback: 3, help: "Pictures of the picture under way." },
+  { name: "partial_images", label: "Previews", group: "Output", ...whole(0, 3), modes: PICTURES, fallback: 3, on: (get) => get("num_inference_steps", 50) > 2, help: "Pictures of the picture under way." },
   { name: "output_format", label: "Format", group: "Output", kind: "choice", choices: ["png", "jpeg", "webp"], modes: PICTURES, fallback: "png", help: "PNG is lossless and carries its settings." },
   { name: "output_compression", label: "Quality", group: "Output", ...whole(0, 100), modes: PICTURES, fallback: 95, on: (get) => get("output_format", "png") !== "png", help: "Of JPEG and WebP, from 0 to 100." },
 ];
