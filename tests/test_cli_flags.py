@@ -188,7 +188,7 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
     both = ["--log-level=DEBUG"]
     expected = {
         "gateway": [*both, "--max-requests=3", "--served-model-name=a", "--served-model-name=b"],
-        "thinker": [*both, "--kv-store-bytes=99", "--step-timeout=9"],
+        "thinker": ["--kv-store-bytes=99", *both, "--step-timeout=9"],
         "dit": [*both, "--step-timeout=9"],
     }
     passed = passed_arguments(args, ("gateway", "thinker", "dit"))
