@@ -183,11 +183,11 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
     for module in PARSERS.values():
         for action in import_module(module).parser()._actions:
             assert action.option_strings[0] in taken | NOT_PASSED.keys()
-    several = "--served-model-name a --served-model-name b --max-requests 3 --step-timeout 9 --log-level DEBUG"
+    several = "--allow-image-host a --allow-image-host b --max-requests 3 --step-timeout 9 --log-level DEBUG"
     args = serve.parse_args([*several.split(), "--http", "127.0.0.1:0", "--kv-store-bytes", "99"])
     both = ["--log-level=DEBUG"]
     expected = {
-        "gateway": [*both, "--max-requests=3", "--served-model-name=a", "--served-model-name=b"],
+        "gateway": ["--allow-image-host=a", "--allow-image-host=b", *both, "--max-requests=3"],
         "thinker": ["--kv-store-bytes=99", *both, "--step-timeout=9"],
         "dit": [*both, "--step-timeout=9"],
     }
@@ -205,7 +205,8 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
         ("--no-enforce-eager", "--enforce-eager is no flag of bagel serve"),
         ("--served-model-nam x", "did you mean --served-model-name?"),
         ("--max-requests many", "--max-requests: invalid int value: 'many'"),
-        ("--served-model-name x", "--served-model-name is of the HTTP front, which is not asked for; add --http"),
+        ("--served-model-name x", "--served-model-name has no effect without --http"),
+        ("--allow-image-host x", "--allow-image-host is of the HTTP front, which is not asked for; add --http"),
         ("--deploy-config deploy/bagel_single_stage.yaml --kv-store-bytes 9", "is of the thinker, which this deploy"),
     ],
 )

@@ -123,7 +123,8 @@ def test_every_key_of_a_stage_is_read() -> None:
 def test_sampling_defaults_reach_a_request() -> None:
     thinker = {"default_sampling_params": {"top_k": 1, "max_tokens": 9, "seed": None, "detokenize": True}}
     deploy = parse_deploy_config(two_stages(thinker, {"default_sampling_params": {"seed": 52}}))
-    request = resolve(Modality.TEXT2TEXT, (TextPart("hello"),), {"top_k": 4}, deploy.sampling_defaults())
+    given = {"top_k": 4, "do_sample": True}
+    request = resolve(Modality.TEXT2TEXT, (TextPart("hello"),), given, deploy.sampling_defaults())
     assert (request.seed, request.text.max_tokens, request.text.top_k) == (52, 9, 4)
 
 
@@ -169,7 +170,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({"devices": "0,00"}, "'0,00' is no list of different GPU numbers"),
         ({"devices": ""}, "'' is no list of different GPU numbers"),
         ({"parallel_config": 2}, "stages[stage_id=1].parallel_config is 2; it must be a mapping"),
-        ({"parallel_config": {"cfg_parallel_size": 4}}, "parallel_config.cfg_parallel_size is 4; it must be from 1 to 3"),
+        (
+            {"parallel_config": {"cfg_parallel_size": 4}},
+            "parallel_config.cfg_parallel_size is 4; it must be from 1 to 3",
+        ),
         ({"default_sampling_params": {"seed": -1}}, "default_sampling_params.seed is -1; it must be from 0 to"),
         ({"default_sampling_params": {"temperature": "hot"}}, "temperature is 'hot'; it must be a number"),
         ({"default_sampling_params": {"temperature": -0.1}}, "temperature is -0.1; it must be a number from 0 to 100"),

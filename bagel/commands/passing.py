@@ -34,11 +34,7 @@ NOT_PASSED: Mapping[str, str] = {
     **dict.fromkeys(("--tls-any-client", "--tls-server-name", "--plaintext-services", "--plaintext-front"), _WIRED),
 }
 """Flags of services that `serve` does not take, with what they are instead."""
-OF_HTTP = (
-    "--served-model-name", "--allow-image-host", "--max-body-bytes", "--max-text-body-bytes", "--max-json-values",
-    "--max-json-depth", "--max-connections", "--header-timeout", "--idle-timeout", "--body-timeout", "--min-body-rate",
-    "--allow-host", "--allow-origin",
-)  # fmt: skip
+OF_HTTP = ("--allow-image-host",)
 """Flags that say nothing without --http."""
 
 
