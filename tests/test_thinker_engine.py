@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bagel import service
 from bagel.engine.context import ContextBuilder
 from bagel.engine.reader import Reader
-from bagel.errors import BagelError, EngineDied
+from bagel.errors import BagelError, EngineDied, InvalidImage
 from bagel.images.pool import ImagePool
 from bagel.model.checkpoint import Checkpoint
 from bagel.slots import Slots
@@ -27,6 +27,7 @@ from bagel_thinker.server import ThinkerServicer
 from bagel_thinker.torch_engine import TorchEngine
 
 LIMIT_S = 30
+PLACES = 4
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> No
 
     async def main() -> None:
         host = Host("127.0.0.1:0", ["bagel.v1.ThinkerService"])
-        slots, pool = Slots("thinker", 4, 5.0), ImagePool()
+        slots, pool = Slots("thinker", PLACES, 5.0), ImagePool()
         servicer = ThinkerServicer(engine, "thinker", slots, pool, lease_s=5, room_wait_s=1, draining=host.draining)
         add_ThinkerServiceServicer_to_server(servicer, host.methods)
         await host.start()
@@ -202,5 +203,29 @@ def test_a_lease_that_is_given_back_early_takes_nothing_from_the_build(engine: T
         await at.text(request)
         stop()
         assert store.stats().held_bytes == 0 < store.stats().stored_bytes == store.stats().computed_bytes
+
+    served(engine, test)
+
+
+def test_images_that_are_read_keep_no_text_from_its_place(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, read = asyncio.Event(), asyncio.Event()
+
+    async def slowly(*args: Any, **options: Any) -> Any:
+        reading.set()
+        await read.wait()
+        raise InvalidImage("image", "read at last")
+
+    async def test(at: Served) -> None:
+        described = build()
+        described.parts.add().image.data = b"an image"
+        with monkeypatch.context() as patch:
+            patch.setattr(ImagePool, "resized", slowly)
+            many = [asyncio.create_task(at.text(described)) for _ in range(PLACES)]
+            await reading.wait()
+            assert await at.text(build())
+            assert not any(task.done() for task in many)
+            read.set()
+            told = await asyncio.gather(*many, return_exceptions=True)
+        assert all(isinstance(error, InvalidImage) for error in told)
 
     served(engine, test)

@@ -229,14 +229,18 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
         output = _output(request)
+        # Without a place: who reads large images must not keep others from theirs.
+        whole = await self._whole(request.request, work.id, output)
         if request.check_only:
-            self.driver.send(await self._whole(request.request, work.id, output))
+            self.driver.send(whole)
             await work.next()  # Planned, or what it was refused with
             return
+        if whole.images:
+            work.lap("context")
         await stack.enter_async_context(self._slots.place(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         yield Response(admitted=admitted)
-        self.driver.send(await self._whole(request.request, work.id, output))
+        self.driver.send(whole)
         async for response in self._follow(work, stack):
             yield response
 

@@ -105,15 +105,17 @@ class ThinkerServicer(ThinkerServiceServicer):
         """Build one context; its first event, before anything is computed, is the ContextRef."""
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
-        if request.check_only:
-            await self._chain(request)
-            return
-        # A context alone takes one short turn at the engine; a text has a place in its batch for as long as it takes.
-        place = self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext()
         with self._counted():
             chain = await self._chain(request)  # without a place: a text waits for no other request's pictures
             build = _Build(self._post())
-            async with place:
+            # Before it has a place: who reads large images must not keep texts from theirs.
+            chain = await self._chain(request)
+            if request.check_only:
+                return
+            if any(part.HasField("image") for part in request.parts):
+                build.lap("context")
+            # A context alone takes one short turn at the engine; a text has a place in its batch until its end.
+            async with self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext():
                 if request.HasField("decode"):
                     build.lap("queue")
                 async with aclosing(self._build(request, chain, build)) as responses:
