@@ -49,7 +49,7 @@ def _cell(value: Value) -> str:
 
 
 def _pad(text: str, width: int) -> str:
-    numeric = text[:1].isdigit() or text == "-"
+    numeric = not text.strip("0123456789.,+-e%")
     return text.rjust(width) if numeric else text.ljust(width)
 
 
