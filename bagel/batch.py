@@ -113,7 +113,7 @@ async def _ask_all(
     try:
         async with AsyncClient(target, security, api_key=api_key) as client:
             if len(requests) > 1:
-                await client.check_many(requests, at_once=at_once)
+                await client.check_many(requests, at_once=1)  # so that none is too busy for another of the same call
             await client.generate_many(requests, inbox.put, at_once=at_once)
         inbox.put(None)
     except Exception as error:
