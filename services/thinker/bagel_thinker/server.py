@@ -106,7 +106,6 @@ class ThinkerServicer(ThinkerServiceServicer):
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
         with self._counted():
-            chain = await self._chain(request)  # without a place: a text waits for no other request's pictures
             build = _Build(self._post())
             # Before it has a place: who reads large images must not keep texts from theirs.
             chain = await self._chain(request)
