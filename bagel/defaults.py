@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import bagel
 from bagel.config import DeployConfig, load_deploy_config, shipped_deploy_config
 from bagel.errors import CheckpointError, ConfigError
 from bagel.model.checkpoint import Checkpoint, find_checkpoint
+from bagel.model.json_files import read_json_file, shown
 from bagel.pipelines import pipeline_for_architecture
 
 NANO_NAME = "bagel-nano"
@@ -26,16 +26,16 @@ def named_model(name: str | None) -> str | None:
     return name or os.environ.get("BAGEL_MODEL", "").strip() or None
 
 
-def find_model(name: str | None) -> tuple[str, Checkpoint]:
+def find_model(name: str | None, *, cached_only: bool = False) -> tuple[str, Checkpoint]:
     """A model and what to call it: the one named, BAGEL_MODEL's, or the shipped one, also called bagel-nano.
 
-    Raises CheckpointError if it is not there.
+    cached_only: of a name on the hub, what is on this machine. Raises CheckpointError if it is not there.
     """
     name = named_model(name) or NANO_NAME
     if name == NANO_NAME:
         return name, find_checkpoint(str(_shipped_model()))
     with missing_install_told():  # a name on the hub needs its client
-        return name, find_checkpoint(name)
+        return name, find_checkpoint(name, cached_only=cached_only)
 
 
 def _shipped_model() -> Path:
@@ -63,10 +63,9 @@ def request_defaults(config: DeployConfig) -> dict[str, Any]:
 
 def _chosen_pipeline(checkpoint: Checkpoint) -> str:
     path = checkpoint.path("config.json")
-    try:
-        architectures = json.loads(path.read_bytes()).get("architectures") or ()
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    architectures = read_json_file(path).get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{path}: architectures is {shown(architectures)}; a list of names was expected")
     return pipeline_for_architecture(architectures).model_type
 
 

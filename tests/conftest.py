@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # CI sees the same examples every time; a developer's machine looks for new ones.
 settings.register_profile("bagel", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("bagel")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of digests of the tests' own, for the services that they start too."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BAGEL_CACHE_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

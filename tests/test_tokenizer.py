@@ -151,7 +151,9 @@ def test_a_folder_without_a_tokenizer_is_an_error_that_names_it(tmp_path: Path) 
     ("file", "text", "reason"),
     [
         ("tokenizer.json", "{", "cannot be read: Expecting property name"),
-        ("tokenizer_config.json", "no JSON", "cannot be read"),
+        ("tokenizer_config.json", "no JSON", "tokenizer_config.json cannot be read"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json cannot be read"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json cannot be read"),
         ("tokenizer.json", "{}", "cannot be read"),
     ],
 )

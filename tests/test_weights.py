@@ -251,8 +251,12 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     (
         "integers",
         replace_tensor(VIT_BIAS, torch.zeros(64, dtype=torch.int64)),
-        rf"{re.escape(VIT_BIAS)} is torch.int64",
+        rf"holds quantised weights.*{re.escape(VIT_BIAS)} is I64; only plain weights in F32, F16 or BF16",
     ),
+    ("double", replace_tensor(VIT_BIAS, torch.zeros(64, dtype=torch.float64)), rf"{re.escape(VIT_BIAS)} is F64"),
+    ("scalar table", replace_tensor("latent_pos_embed.pos_embed", torch.tensor(1.0)), "pos_embed has 0 rows; a square"),
+    ("empty table", replace_tensor("vit_pos_embed.pos_embed", torch.zeros(0, 96)), "pos_embed has 0 rows; a square"),
+    ("vocabulary", setting("llm_config.json", vocab_size=2**24), r"embed_tokens.weight is \[1000, 96\], the config"),
     ("oblong table", replace_tensor("latent_pos_embed.pos_embed", torch.zeros(4095, 96)), "4095 rows; a square"),
     ("cut short", cut(EMA, 4_000_000), r"ema\.safetensors is cut short: 4000000 of \d+ bytes; download it again"),
     ("last byte lost", cut(AE, -1), r"ae\.safetensors is cut short"),
@@ -326,14 +330,97 @@ def test_a_role_does_not_miss_what_it_does_not_need(copy: Path) -> None:
         load(copy, Role.DENOISE)
 
 
-def test_tensors_of_another_architecture_are_noted(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
+def quantised(kind: str) -> Callable[[Path], None]:
+    """One matrix as the tools leave it that quantise checkpoints."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        stem, weight = UP.removesuffix(".weight"), tensors[UP]
+        beside: dict[str, dict[str, Tensor]] = {
+            "float8": {f"{UP}_scale": torch.ones(1), UP: weight.to(torch.float8_e4m3fn)},
+            "float8 with its inverse": {f"{UP}_scale_inv": torch.ones(2, 1), UP: weight.to(torch.float8_e5m2)},
+            "float8 again in bfloat16": {f"{UP}_scale": torch.ones(1)},
+            "bitsandbytes int8": {f"{stem}.SCB": torch.ones(256), UP: weight.to(torch.int8)},
+            "bitsandbytes nf4": {f"{UP}.absmax": torch.zeros(384, dtype=torch.uint8), UP: torch.zeros(12288, 1).byte()},
+            "gptq": {f"{stem}.{part}": torch.zeros(12, 256).int() for part in ("qweight", "qzeros", "g_idx")},
+            "compressed-tensors": {f"{stem}.weight_packed": torch.zeros(256, 12).int()},
+        }
+        if kind in ("gptq", "compressed-tensors"):
+            del tensors[UP]
+        tensors |= beside[kind]
+
+    return lambda folder: change_tensors(folder, EMA, change)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "float8",
+        "float8 with its inverse",
+        "float8 again in bfloat16",
+        "bitsandbytes int8",
+        "bitsandbytes nf4",
+        "gptq",
+        "compressed-tensors",
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_by_every_role(copy: Path, kind: str) -> None:
+    quantised(kind)(copy)
+    for role in Role:
+        with pytest.raises(CheckpointError, match=r"quantised.*only plain weights in F32, F16 or BF16") as caught:
+            load(copy, role)
+        assert UP.removesuffix(".weight") in str(caught.value)
+
+
+def test_tensors_of_another_architecture_are_refused(copy: Path) -> None:
+    replace_tensor("pooling_head.weight", torch.zeros(3))(copy)
+    with pytest.raises(CheckpointError, match=r"that BAGEL does not have.*ema\.safetensors: pooling_head\.weight"):
         load(copy)
-        assert caplog.messages == []
-        replace_tensor("pooling_head.weight", torch.zeros(3))(copy)
+
+
+def test_what_is_left_out_on_purpose_is_no_matter(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What other programs save beside the weights, and the ViT's last layer and pooling head."""
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        vision = "vit_model.vision_model"
+        tensors |= {
+            "language_model.model.rotary_emb.inv_freq": torch.zeros(8),
+            f"{vision}.embeddings.position_ids": torch.zeros(1, 4, dtype=torch.int64),
+            f"{vision}.head.probe": torch.zeros(1, 1, 64),
+        }
+        layer = f"{vision}.encoder.layers.1."
+        tensors |= {n.replace(".1.", ".2.", 1): t.clone() for n, t in tensors.items() if n.startswith(layer)}
+
+    before = load(copy).state_dict()
+    change_tensors(copy, EMA, add)
+    with caplog.at_level(logging.INFO):
+        after = load(copy).state_dict()
+    assert "language_model.model.rotary_emb.inv_freq" in caplog.text
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bagel, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    for values in ({"vocab_size": 2**24}, {"intermediate_size": 2**20}, {"num_hidden_layers": 512}):
+        change_json(copy, "llm_config.json", **values)
+        with pytest.raises(CheckpointError, match="does not fit its configuration"):
+            load(copy)
+
+
+def test_a_sharded_checkpoint_says_what_to_do(copy: Path) -> None:
+    (copy / EMA).unlink()
+    rewrite(copy / "model.safetensors.index.json", b'{"weight_map": {"a": "ema-00001-of-00002.safetensors"}}')
+    with pytest.raises(CheckpointError, match=r"is missing; .*names 1 other files, like ema-00001-of-0.*join them"):
         load(copy)
-    [message] = caplog.messages
-    assert "pooling_head.weight" in message and "not used" in message
+
+
+def test_a_file_that_changes_under_a_loader_is_refused(copy: Path) -> None:
+    for file in (EMA, "merges.txt", "llm_config.json"):
+        checkpoint = Checkpoint(copy)
+        loading = checkpoint.loading()
+        loading.__enter__()
+        rewrite(copy / file, (copy / file).read_bytes())
+        with pytest.raises(CheckpointError, match=f"{file} changed while"):
+            loading.__exit__(None, None, None)
 
 
 def test_position_tables_say_their_own_size(copy: Path) -> None:
@@ -368,6 +455,13 @@ def first_value(tensors: dict[str, Tensor]) -> None:
     tensors["language_model.model.layers.0.mlp.up_proj.weight"][0, 0] += 1
 
 
+def middle(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in list(tensors.items())[:24]:
+        flat = tensor.flatten().clone()
+        flat[flat.numel() // 3 : flat.numel() // 3 * 2] = 0
+        tensors[name] = flat.view(tensor.shape)
+
+
 def last_value(tensors: dict[str, Tensor]) -> None:
     tensors["language_model.model.layers.0.mlp.up_proj.weight"][-1, -1] += 1
 
@@ -381,15 +475,21 @@ def renamed(tensors: dict[str, Tensor]) -> None:
     "change",
     [
         lambda folder: change_tensors(folder, EMA, first_value),
+        lambda folder: change_tensors(folder, EMA, middle),
         lambda folder: change_tensors(folder, EMA, last_value),
         lambda folder: change_tensors(folder, EMA, renamed),
         lambda folder: change_tensors(folder, AE, lambda tensors: tensors["encoder.conv_in.bias"].add_(1)),
         lambda folder: rewrite(folder / "merges.txt", (folder / "merges.txt").read_bytes() + b"Q Z\n"),
         setting("tokenizer_config.json", model_max_length=7),
+        lambda folder: (folder / "special_tokens_map.json").write_text("{}"),
+        lambda folder: (folder / "added_tokens.json").write_text("{}"),
         setting("config.json", image_transforms={"vit": [980, 224, 28]}),
         setting("llm_config.json", rope_theta=10_000.0),
     ],
-    ids="first-value last-value swapped autoencoder merges tokenizer-config transforms rope".split(),
+    ids=(
+        "first-value middle last-value swapped autoencoder merges tokenizer-config special-tokens added-tokens "
+        "transforms rope"
+    ).split(),
 )
 def test_other_content_has_another_fingerprint(
     checkpoint: Checkpoint, copy: Path, change: Callable[[Path], None]

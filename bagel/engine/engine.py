@@ -100,9 +100,10 @@ class BagelEngine:
 
         vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
         """
-        tokenizer = BagelTokenizer(checkpoint.folder)
-        delimiters = (tokenizer.image_start, tokenizer.image_end)
-        model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
+        with checkpoint.loading():
+            tokenizer = BagelTokenizer(checkpoint.folder)
+            delimiters = (tokenizer.image_start, tokenizer.image_end)
+            model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
         settle_threads(model.config, device)
         if vae_use_tiling:
             model.autoencoder().use_tiling()

@@ -49,9 +49,10 @@ def load_role(
     checkpoint: Checkpoint, role: Role, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit."""
-    tokenizer = BagelTokenizer(checkpoint.folder)
-    delimiters = (tokenizer.image_start, tokenizer.image_end)
-    model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
+    with checkpoint.loading():
+        tokenizer = BagelTokenizer(checkpoint.folder)
+        delimiters = (tokenizer.image_start, tokenizer.image_end)
+        model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
     settle_threads(model.config, device)
     backend = model.language_model.backend
     chosen = {"attention": backend.attention, "kernels": backend.kernels.name, "device": str(device)}

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING
 
 from bagel.errors import CheckpointError
 from bagel.model.config import ModelConfig
-from bagel.model.config_files import read_model_config, table_side
+from bagel.model.config_files import FOLDER_HOLDS, read_model_config, table_side
+from bagel.model.digest_cache import Stamp
+from bagel.model.headers import Header, TensorInfo, read_header
+from bagel.model.json_files import read_json_file, shown_name
+
+if TYPE_CHECKING:
+    from bagel.model.identity import Identity
 
 EMA, AE = "ema.safetensors", "ae.safetensors"
+INDEX = "model.safetensors.index.json"
 FILES = ("*.json", "merges.txt", EMA, AE)
+CONFIG_FILES = ("config.json", "llm_config.json", "vit_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
-SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor's entry in a safetensors header; begin and end are offsets into the file's data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json")
+"""Read by the tokenizers library where they are there; the public model has none."""
+TEXT_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder laid out as the public ByteDance-Seed/BAGEL-7B-MoT repository."""
+    """A folder laid out as the public ByteDance-Seed/BAGEL-7B-MoT repository, as it is when it is first read."""
 
     folder: Path
 
     @cached_property
     def config(self) -> ModelConfig:
         """The configuration, with the sizes of the position tables taken from the weights themselves."""
+        self._remember()
         config = read_model_config(self.folder)
-        rows = {name: info.shape[0] for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
-        sides = {name: table_side(f"{EMA}: {name}", count) for name, count in rows.items()}
+        shapes = {name: info.shape for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
+        sides = {name: table_side(f"{EMA}: {shown_name(name)}", shape) for name, shape in shapes.items()}
         config = replace(
             config,
             max_latent_size=sides.get("latent_pos_embed.pos_embed", config.max_latent_size),
@@ -60,71 +61,102 @@ class Checkpoint:
         """Path of one of its files; raises CheckpointError if it is missing."""
         path = self.folder / file
         if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing; a BAGEL checkpoint folder holds {EMA}, {AE} and their JSON files"
-            )
+            raise CheckpointError(f"{path} is missing; {self._instead(file)}")
         return path
 
-    def tensors(self, file: str) -> dict[str, TensorInfo]:
+    def _instead(self, file: str) -> str:
+        """What a folder without that file may be."""
+        if file == EMA and (self.folder / INDEX).is_file():
+            listed = read_json_file(self.folder / INDEX).get("weight_map")
+            parts = sorted({str(part) for part in listed.values()} - {EMA, AE}) if isinstance(listed, dict) else []
+            if parts:
+                return f"{INDEX} names {len(parts)} other files, like {shown_name(parts[0])}: join them into {EMA}"
+        return FOLDER_HOLDS
+
+    def tensors(self, file: str) -> Mapping[str, TensorInfo]:
         """The header of a safetensors file."""
-        return self._headers[file][0]
+        return self._headers[file].tensors
 
     @cached_property
-    def _headers(self) -> Mapping[str, tuple[dict[str, TensorInfo], int]]:
+    def _headers(self) -> Mapping[str, Header]:
+        self._remember()
         return {file: read_header(self.path(file)) for file in (EMA, AE)}
 
-    @cached_property
+    @property
     def fingerprint(self) -> bytes:
-        """16 bytes that name this model's content.
+        """16 bytes that name this model's content: configuration, tokenizer, and every byte of every tensor.
 
-        BLAKE2b over the configuration, the tokenizer, the image transforms, and of every tensor its name, type, shape
-        and first and last 4 KiB, so that another fine-tune is another model and 29 GB need not be read.
+        Waits until the weights are read, once a host (`bagel.model.digest_cache`).
         """
-        digest = blake2b(digest_size=16, person=b"bagel-model")
-        digest.update(repr(self.config).encode())
-        for name in TOKENIZER_FILES:
-            path = self.folder / name
-            digest.update(f"{name}:".encode() + (blake2b(path.read_bytes()).digest() if path.is_file() else b"-"))
-        for file in (EMA, AE):
-            _hash_tensors(digest, self.path(file), *self._headers[file])
-        return digest.digest()
+        return self.identity.fingerprint
+
+    @property
+    def identity(self) -> Identity:
+        """The fingerprint with the digests of the files; raises CheckpointError if they cannot be read."""
+        return self._identity.result()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the reading of weights: the fingerprint is computed meanwhile.
+
+        Raises CheckpointError at the end if a file is not what it was when this checkpoint was first read: what was
+        loaded would be another model than the fingerprint says, or half of one.
+        """
+        _ = self._identity  # begins
+        try:
+            yield
+            self.identity  # noqa: B018
+        finally:  # half-written files fail in many ways: the cause comes before them
+            self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError naming a file that has changed since this checkpoint was first read."""
+        before = self._stamps
+        for name, stamp in _stamps(self.folder).items():
+            if stamp != before[name]:
+                raise CheckpointError(
+                    f"{self.folder / name} changed while the checkpoint was read; let it be written whole, then start "
+                    "again"
+                )
+
+    @cached_property
+    def _identity(self) -> Future[Identity]:
+        self._remember()
+        future: Future[Identity] = Future()
+
+        def work() -> None:
+            from bagel.model.identity import identify
+
+            try:
+                try:
+                    identity = identify(self.folder, self.config, (EMA, AE), TEXT_FILES)
+                finally:
+                    self.check_unchanged()
+                future.set_result(identity)
+            except BaseException as error:
+                future.set_exception(error)
+
+        # No thread of a pool: an interrupted process would wait until all is read.
+        Thread(target=work, name="fingerprint", daemon=True).start()
+        return future
+
+    def _remember(self) -> None:
+        """Note what the files are before any is read."""
+        _ = self._stamps
+
+    @cached_property
+    def _stamps(self) -> Mapping[str, Stamp | None]:
+        return _stamps(self.folder)
 
 
-def _hash_tensors(digest: Any, path: Path, tensors: Mapping[str, TensorInfo], data_start: int) -> None:
-    with path.open("rb") as stream:
-        for name, info in sorted(tensors.items()):
-            digest.update(f"{name} {info.dtype} {info.shape};".encode())
-            size = info.end - info.begin
-            for offset in (info.begin, max(info.begin, info.end - SAMPLE_BYTES)):
-                stream.seek(data_start + offset)
-                digest.update(stream.read(min(SAMPLE_BYTES, size)))
+def _stamps(folder: Path) -> dict[str, Stamp | None]:
+    return {name: Stamp.of(folder / name) for name in (*CONFIG_FILES, *TEXT_FILES, EMA, AE)}
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """Tensors of a safetensors file and where their data starts; raises CheckpointError on a malformed file."""
-    try:
-        with path.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > os.path.getsize(path):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        infos = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    end = 8 + length + max((info.end for info in infos.values()), default=0)
-    if os.path.getsize(path) < end:
-        raise CheckpointError(f"{path} is cut short: {os.path.getsize(path)} of {end} bytes; download it again")
-    return infos, 8 + length
-
-
-def find_checkpoint(model: str) -> Checkpoint:
+def find_checkpoint(model: str, *, cached_only: bool = False) -> Checkpoint:
     """A checkpoint from a folder, or from the Hugging Face hub by name (owner/name); only safe files are fetched.
 
-    Raises CheckpointError if there is neither.
+    cached_only: nothing is fetched. Raises CheckpointError if there is neither.
     """
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
@@ -136,7 +168,18 @@ def find_checkpoint(model: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
 
     try:
-        return Checkpoint(Path(snapshot_download(model, allow_patterns=list(FILES))))
+        return Checkpoint(Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=cached_only)))
     except Exception as error:  # the hub's client raises many kinds; the user needs one line
+        if cached_only:
+            raise CheckpointError(
+                f"{model!r} is no folder here and not in the hub's cache, {_hub_cache()}; a service or bagel generate "
+                "fetches it, or hf download"
+            ) from None
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{model!r} is no folder here and cannot be fetched from the hub: {reason}") from None
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return str(HF_HUB_CACHE)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from bagel.errors import CheckpointError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 
+NORM_GROUPS = 32
+"""Of the autoencoder's norms."""
+
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
     if value % by:
@@ -30,6 +33,7 @@ class LlmConfig:
     def __post_init__(self) -> None:
         _divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
         _divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        _divides("hidden_size / num_attention_heads", self.head_dim, "rotary embedding's", 2)
 
     @property
     def head_dim(self) -> int:
@@ -51,6 +55,8 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         _divides("vit hidden_size", self.hidden_size, "vit num_attention_heads", self.num_attention_heads)
+        if self.patch_size > self.image_size:
+            raise CheckpointError(f"vit patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
     @property
     def patch_features(self) -> int:
@@ -73,6 +79,10 @@ class VaeConfig:
     out_ch: int = 3
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
+
+    def __post_init__(self) -> None:
+        for mult in self.ch_mult:
+            _divides(f"vae_config: ch x {mult} of ch_mult", self.ch * mult, "its norms' number of groups", NORM_GROUPS)
 
     @property
     def downsample(self) -> int:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import Qwen2Tokenizer
 
 from bagel.errors import CheckpointError
+from bagel.model.json_files import read_json_file
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -34,7 +35,7 @@ class BagelTokenizer:
             self._control: FastTokenizer = loaded.backend_tokenizer
         except Exception as error:  # the tokenizers library raises Exception itself
             reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{folder}: the tokenizer files cannot be read: {reason}") from None
+            raise CheckpointError(f"{folder}: {_damaged(folder)} cannot be read: {reason}") from None
         self._plain = _without_added_tokens(self._control)
         self.bos, self.eos = self._id(folder, IM_START), self._id(folder, IM_END)
         self.image_start, self.image_end = self._id(folder, VISION_START), self._id(folder, VISION_END)
@@ -70,6 +71,16 @@ class BagelTokenizer:
         if number is None:
             raise CheckpointError(f"{folder}: the tokenizer has no {token}")
         return int(number)
+
+
+def _damaged(folder: Path) -> str:
+    """The file that is no JSON, which the library does not name; all of them if it is none."""
+    for path in sorted({*folder.glob("*token*.json"), *folder.glob("vocab.json")}):
+        try:
+            read_json_file(path)
+        except CheckpointError:
+            return path.name
+    return "the tokenizer files"
 
 
 class TextStream:

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from bagel.model.config import VaeConfig
+from bagel.model.config import NORM_GROUPS, VaeConfig
 
 TILE_SIZE = 512
 """Pixels a side of a tile, where tiling is on; a picture up to that size is decoded whole."""
@@ -50,7 +50,7 @@ class Vae(nn.Module):
             block_out_channels=tuple(widths),
             layers_per_block=config.num_res_blocks,
             latent_channels=config.z_channels,
-            norm_num_groups=32,
+            norm_num_groups=NORM_GROUPS,
             sample_size=TILE_SIZE,
             use_quant_conv=False,
             use_post_quant_conv=False,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bagel.commands.flags import OnceParser
@@ -23,8 +23,10 @@ from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import AE, EMA, Checkpoint
 from bagel.model.config import BAGEL_7B_MOT, ModelConfig
 from bagel.model.flow import TimestepEmbedder
+from bagel.model.headers import TensorInfo
 from bagel.model.layers import RMSNorm
 from bagel.model.naming import Slot, slots
+from bagel.model.plain import check_plain, few
 from bagel.model.roles import Role
 from bagel.model.vae import Vae
 
@@ -46,15 +48,13 @@ def load_model(
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
 
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
-    Raises CheckpointError naming every missing or misshapen tensor (the first few of many).
+    Raises CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), before anything
+    is allocated.
     """
-    model = empty_model(checkpoint.config, role, dtype=dtype, device=device, delimiter_ids=delimiter_ids)
+    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids)
+    check_role(checkpoint, model)
+    model = _place(model, device)
     needed = list(slots(model))
-    files = {file: shapes(checkpoint, file) for file in (EMA, AE)}
-    check_tensors(files, needed, str(checkpoint.folder))
-    if unknown := unknown_tensors(files, checkpoint.config):
-        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        logger.warning("%s holds tensors that BAGEL does not have, not used: %s", checkpoint.folder, names)
     for file in (EMA, AE):
         fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
     return model.eval()
@@ -69,12 +69,22 @@ def empty_model(
     delimiter_ids: tuple[int, int] = (0, 1),
 ) -> Bagel:
     """A model without values, on any device (meta takes no memory)."""
+    return _place(_unplaced_model(config, role, dtype, delimiter_ids), device)
+
+
+def _unplaced_model(config: ModelConfig, role: Role, dtype: torch.dtype, delimiter_ids: tuple[int, int]) -> Bagel:
+    """A model that has shapes and types alone."""
     with torch.device("meta"):
         model = Bagel(config, role, delimiter_ids)
     settle_types(model, dtype)
+    return model
+
+
+def _place(model: Bagel, device: torch.device | str) -> Bagel:
+    """Give a model memory on a device."""
     model.to_empty(device=device)
     model.language_model.rotary.to(torch.float32).reset()
-    model.language_model.backend = choose_backend(model.device, dtype)
+    model.language_model.backend = choose_backend(model.device, model.dtype)
     return model
 
 
@@ -106,6 +116,20 @@ def random_model(
     return model.eval()
 
 
+def check_role(checkpoint: Checkpoint, model: Bagel) -> None:
+    """Raise CheckpointError unless the checkpoint's files have what this model needs, and only what BAGEL has."""
+    files = {file: checkpoint.tensors(file) for file in (EMA, AE)}
+    check_known(files, checkpoint.config, str(checkpoint.folder))
+    check_tensors({file: shapes(checkpoint, file) for file in files}, list(slots(model)), str(checkpoint.folder))
+
+
+def check_known(files: Mapping[str, Mapping[str, TensorInfo]], config: ModelConfig, where: str) -> None:
+    """Raise CheckpointError for quantised weights and for tensors that no role uses."""
+    idle = check_plain(files, known_names(config), config, where)
+    if idle:
+        logger.info("%s holds tensors that are left alone: %s", where, few(idle))
+
+
 def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: str) -> None:
     """Compare what a model needs with what the files hold; raises CheckpointError with every difference."""
     problems = []
@@ -116,8 +140,7 @@ def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: st
         elif tuple(found) != slot.shape:
             problems.append(f"{slot.file}: {slot.name} is {list(found)}, the configuration makes it {list(slot.shape)}")
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{where} does not fit its configuration: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{where} does not fit its configuration: {few(problems)}")
 
 
 def shapes(checkpoint: Checkpoint, file: str) -> Shapes:
@@ -125,10 +148,9 @@ def shapes(checkpoint: Checkpoint, file: str) -> Shapes:
     return {name: info.shape for name, info in checkpoint.tensors(file).items()}
 
 
-def unknown_tensors(files: Mapping[str, Shapes], config: ModelConfig) -> list[str]:
-    """Names that no role uses: a sign of another architecture."""
-    known = {slot.name for slot in slots(_meta(config, Role.FULL))}
-    return sorted(name for shapes in files.values() for name in shapes if name not in known)
+def known_names(config: ModelConfig) -> set[str]:
+    """The name of every tensor that some role uses."""
+    return {slot.name for slot in slots(_unplaced_model(config, Role.FULL, torch.bfloat16, (0, 1)))}
 
 
 def _meta(config: ModelConfig, role: Role, dtype: torch.dtype = torch.bfloat16) -> Bagel:
@@ -139,9 +161,12 @@ def fill(path: Path, needed: Sequence[Slot], delimiter_ids: tuple[int, int]) -> 
     """Read slots of one file into their parameters."""
     if not needed:
         return
-    with safe_open(path, framework="pt") as file:
-        for slot in needed:
-            slot.target.copy_(_read(file, slot, delimiter_ids).view(slot.target.shape))
+    try:
+        with safe_open(path, framework="pt") as file:
+            for slot in needed:
+                slot.target.copy_(_read(file, slot, delimiter_ids).view(slot.target.shape))
+    except (OSError, SafetensorError) as error:  # what its header says has been checked; this is a disk, or a change
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor:
@@ -150,8 +175,6 @@ def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor
     else:
         rows = file.get_slice(slot.name)
         tensor = torch.cat([rows[token : token + 1] for token in delimiter_ids])
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{slot.file}: {slot.name} is {tensor.dtype}; a floating-point tensor was expected")
     return tensor
 
 
@@ -168,8 +191,9 @@ def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> l
             f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters"
             f" {size:>15,} bytes {size / 2**30:>7.2f} GiB"
         )
-    if unknown := unknown_tensors(files, config):
-        raise CheckpointError(f"{where} holds tensors that BAGEL does not have: {', '.join(unknown[:5])}")
+    unknown = sorted({name for listed in files.values() for name in listed} - known_names(config))
+    if unknown:
+        raise CheckpointError(f"{where} holds tensors that BAGEL does not have: {few(unknown)}")
     return lines
 
 

@@ -14,7 +14,7 @@ from bagel import service
 from bagel.heap import keep_loaded
 from bagel.images.pool import ImagePool
 from bagel.metrics import watch_queue, watch_store
-from bagel.model.checkpoint import find_checkpoint
+from bagel.model.checkpoint import Checkpoint, find_checkpoint
 from bagel.security import DIT, GATEWAY
 from bagel.slots import Slots
 from bagel.telemetry import Log
@@ -58,14 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(args: argparse.Namespace) -> None:
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
-    find_checkpoint(args.model)  # what is wrong with it is told before anybody waits for this service
+    checkpoint = find_checkpoint(args.model)
+    checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
     secure, unread, limits = service.security(args), service.unread(args), service.limits(args)
     host = Host(args.listen, [name, kv_name], secure, unread=unread, limits=limits)
     await host.start()
     service.announce(host, args.listen)
     log.info("configuration", **vars(args))
     try:
-        engine = await asyncio.to_thread(_load, args)
+        engine = await asyncio.to_thread(_load, args, checkpoint)
     except BaseException:
         await host.server.stop(None)
         raise
@@ -84,11 +85,11 @@ async def _serve(args: argparse.Namespace) -> None:
         await images.close()
 
 
-def _load(args: argparse.Namespace) -> Engine:
+def _load(args: argparse.Namespace, checkpoint: Checkpoint) -> Engine:
     """The engine, ready. It is imported here, as torch takes seconds and the address is to be known at once."""
     from bagel_thinker.loading import load_engine
 
-    return load_engine(args, find_checkpoint(args.model))
+    return load_engine(args, checkpoint)
 
 
 def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse.Namespace) -> ThinkerServicer:

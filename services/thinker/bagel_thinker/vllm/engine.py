@@ -100,6 +100,11 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._run, args=(make, started), name="vllm-engine", daemon=True)
         self._thread.start()
         started.result()
+        try:
+            checkpoint.check_unchanged()
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, reading: Reading) -> None:
         """Take a reading on."""

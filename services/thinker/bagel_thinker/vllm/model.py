@@ -16,8 +16,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from bagel.errors import CheckpointError, NotSupported
-from bagel.model.checkpoint import EMA, Checkpoint
+from bagel.model.checkpoint import AE, EMA, Checkpoint
 from bagel.model.layers import Rotary
+from bagel.model.weights import check_known
 from bagel_thinker.vllm.experts import GenerationLayer, run_both
 from bagel_thinker.vllm.images import VAE, VIT, embed_all, empty_encoder, load_encoder
 from bagel_thinker.vllm.settings import largest_blocks, read_hf_config
@@ -179,6 +180,7 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Read what is needed from BAGEL's own files; vLLM's reader, which would read all of them, stays unused."""
         checkpoint = Checkpoint(self.folder)
+        check_known({file: checkpoint.tensors(file) for file in (EMA, AE)}, checkpoint.config, str(self.folder))
         parameters = dict(self.named_parameters())
         left = {name for name in parameters if not name.startswith("images.")}
         for name, tensor in self._tensors(checkpoint):
