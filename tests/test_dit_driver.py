@@ -136,6 +136,25 @@ def test_a_load_that_hangs_is_killed(model: Path, tmp_path: Path, monkeypatch: p
     driven(model, test)
 
 
+def test_a_runner_that_is_started_again_loads_no_other_model(model: Path) -> None:
+    """A file that was written again is read again; whatever it holds, only the model that is served goes on."""
+
+    async def test(driver: Driver, health: list[bool]) -> None:
+        await driver.loaded()
+        weights = (model / EMA).read_bytes()
+        (model / EMA).unlink()
+        (model / EMA).write_bytes(weights)
+        kill_runner(driver)
+        await until(lambda: health == [True, False, True])
+        served = driver.info.checkpoint_fingerprint
+        (model / EMA).write_bytes(weights[:-5000] + bytes(4096) + weights[-904:])
+        kill_runner(driver)
+        with pytest.raises(RunnerDied, match=f"now holds another model, of fingerprint .*serves {served.hex()}"):
+            await driver.failed
+
+    driven(model, test)
+
+
 def test_a_first_load_that_fails_is_told_as_it_is(model: Path) -> None:
     async def test(driver: Driver, health: list[bool]) -> None:
         with pytest.raises(BagelError, match=EMA):

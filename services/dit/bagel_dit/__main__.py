@@ -16,7 +16,7 @@ from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
 from bagel.metrics import watch_store
-from bagel.model.checkpoint import find_checkpoint
+from bagel.model.checkpoint import Checkpoint, find_checkpoint
 from bagel.security import GATEWAY, THINKER
 from bagel.telemetry import Log
 from bagel.transport import Host, channel
@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    find_checkpoint(args.model)  # what is wrong with it is told before anybody waits for this service
+    # A name on the hub is looked up this once: a runner that is started again is to load the same.
+    checkpoint = find_checkpoint(args.model)
+    checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not args.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
@@ -94,12 +96,13 @@ async def _serve(args: argparse.Namespace) -> None:
         await (host.ready() if healthy and added else host.not_ready())
 
     added = False
-    driver = Driver(_runner_settings(args), arena, on_health)
+    driver = Driver(_runner_settings(args, checkpoint), arena, on_health)
     puller, images = None, service.image_pool(args)
     try:
         await driver.loaded()
+        checkpoint.check_unchanged()
         if arena is not None:
-            puller = _puller(args, arena, driver.info)
+            puller = _puller(args, arena, checkpoint, driver.info)
             watch_store(puller.store.stats)
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
         servicer = _servicer(args, driver, puller, images, host.draining)
@@ -132,8 +135,8 @@ def _servicer(
     )
 
 
-def _puller(args: argparse.Namespace, arena: Arena, info: common_pb2.ModelInfo) -> KvPuller:
-    llm = find_checkpoint(args.model).config.llm
+def _puller(args: argparse.Namespace, arena: Arena, checkpoint: Checkpoint, info: common_pb2.ModelInfo) -> KvPuller:
+    llm = checkpoint.config.llm
     layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, info.dtype)
     store = KvStore(layout, info.kv_fingerprint, args.kv_cache_bytes, arena=arena, flag="--kv-cache-bytes")
     secure = service.security(args)
@@ -142,9 +145,10 @@ def _puller(args: argparse.Namespace, arena: Arena, info: common_pb2.ModelInfo) 
     return KvPuller(store, sources, page_timeout_s=args.kv_page_timeout, room_wait_s=args.batch_timeout)
 
 
-def _runner_settings(args: argparse.Namespace) -> RunnerSettings:
+def _runner_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> RunnerSettings:
     return RunnerSettings(
-        model=args.model,
+        model=str(checkpoint.folder),
+        model_name=args.model,
         single_stage=args.single_stage,
         device=args.device,
         dtype=args.dtype,

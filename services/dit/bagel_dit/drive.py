@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from google.rpc import status_pb2
@@ -115,6 +116,7 @@ class Driver:
         match reply:
             case Ready():
                 self.info = common_pb2.ModelInfo.FromString(reply.info)
+                self._settings = replace(self._settings, fingerprint=self.info.checkpoint_fingerprint)
                 self.kv_tokens = reply.kv_tokens
                 memory = dict(reply.memory)
                 log.info("memory", weights_bytes=memory, kv_tokens=reply.kv_tokens, runner_pid=self._runner.pid)

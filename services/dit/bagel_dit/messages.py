@@ -17,7 +17,7 @@ SILENCE_S = 30.0
 
 @dataclass(frozen=True)
 class RunnerSettings:
-    """How a runner loads its model. single_stage: all of it, to serve whole requests."""
+    """How a runner loads its model, a checkpoint folder. single_stage: all of it, to serve whole requests."""
 
     model: str
     single_stage: bool
@@ -32,6 +32,10 @@ class RunnerSettings:
     step_timeout_s: float = STEP_TIMEOUT_S
     kv_device_bytes: int | None = None
     """Memory of the device for K/V of pictures and texts; None: a share of what is free."""
+    model_name: str = ""
+    """What callers are told that the model is called; empty: its folder."""
+    fingerprint: bytes = b""
+    """Of the checkpoint that the service already serves: a runner that is started again loads no other."""
 
 
 # Commands: server to runner

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from bagel.engine.denoise import (
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
-from bagel.errors import BagelError, OutOfMemory
+from bagel.errors import BagelError, CheckpointError, OutOfMemory
 from bagel.heap import keep_loaded
 from bagel.kv.arena import Arena
 from bagel.local import DTYPES, choose_device
 from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import find_checkpoint
+from bagel.model.checkpoint import Checkpoint
 from bagel.model.mot import MoTLayer
 from bagel.model.roles import Role
 from bagel.model.sizes import padded_latents
@@ -159,7 +160,7 @@ class Runner:
         self._check = DeviceCheck(model, self._send, self._whole.drop_cache if self._whole else lambda: None)
         info = model_info(
             model.config,
-            name=settings.model,
+            name=settings.model_name or settings.model,
             checkpoint_fingerprint=self._loaded.checkpoint.fingerprint,
             kv_fingerprint=self._loaded.kv_fingerprint,
             max_positions=self._loaded.max_model_len,
@@ -400,8 +401,18 @@ def load(settings: RunnerSettings) -> LoadedModel:
         torch.cuda.set_device(device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if settings.dtype == "auto" else settings.dtype
     role = Role.FULL if settings.single_stage else Role.DENOISE
-    checkpoint = find_checkpoint(settings.model)
+    checkpoint = Checkpoint(Path(settings.model))
+    _check_same(checkpoint, settings.fingerprint)
     loaded = load_role(checkpoint, role, dtype=DTYPES[dtype], device=device, max_model_len=settings.max_model_len)
     if settings.vae_use_tiling:
         loaded.model.autoencoder().use_tiling()
     return loaded
+
+
+def _check_same(checkpoint: Checkpoint, served: bytes) -> None:
+    """Refuse another model than the one that the service has told its callers of, and whose K/V it holds."""
+    if served and checkpoint.fingerprint != served:
+        raise CheckpointError(
+            f"{checkpoint.folder} now holds another model, of fingerprint {checkpoint.fingerprint.hex()}; this service "
+            f"serves {served.hex()}. Start it again, and the Thinker with it, to serve what is there now"
+        )
