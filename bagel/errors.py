@@ -26,6 +26,7 @@
     ├── EngineDied                  an engine that can compute no more
     ├── RemoteError                 an error of a peer that has no name here (keeps its status)
     ├── NotRead                     an answer that its client does not read
+    ├── OutputFailed                a result that is there and cannot be written, as the disk is full
     └── OutOfMemory                 a device without memory for what was asked
 
 Each message says what was wrong, the value seen and what would be right, in one line.
@@ -250,6 +251,10 @@ class OutOfMemory(BagelError):
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 503
+
+
+class OutputFailed(BagelError):
+    """A result that cannot be written, though the place for it is right: the disk is full, or fails."""
 
 
 _HTTP = {

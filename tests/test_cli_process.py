@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 60
 
 
-def start(*arguments: str, wait: str = "", **streams: int) -> subprocess.Popen[str]:
+def start(*arguments: str, wait: str = "", **streams: Any) -> subprocess.Popen[str]:
     """`bagel generate ARGUMENTS` in a process of its own; wait: where it never gets on."""
     command = [sys.executable, "-m", "tests.fake_cli", "generate", "--prompts", "a [red] cube", *arguments]
     environment = os.environ | {"BAGEL_MODEL": str(GOLDEN / "checkpoint"), "WAIT": wait, "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -75,6 +77,17 @@ def test_full_disk_is_told(tmp_path: Path) -> None:
         code, _, err = finish(start("--output", str(tmp_path), stdout=full.fileno()))
     assert code == 1
     assert err.splitlines()[-1] == "bagel: error: a read or write failed: No space left on device"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_picture_on_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    """A limit of file sizes stands for the full disk, which only root could mount. What is half written goes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = start("--output", str(tmp_path), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard)))
+    code, out, err = finish(process)
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"bagel: error: cannot write '.*\.png': File too large; make room.*", err.splitlines()[-1])
+    assert "Traceback" not in err and not list(tmp_path.iterdir())
 
 
 def test_path_that_stdout_cannot_show_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bagel import images
-from bagel.errors import CheckpointError, InvalidImage, InvalidRequest
+from bagel.errors import CheckpointError, InvalidImage, InvalidRequest, OutputFailed
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 
 SMALL_VAE = ImageTransform(128, 64, 16)
@@ -326,9 +326,9 @@ class TestSave:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Image.Image, "save", fill_disk)
-        with pytest.raises(InvalidRequest, match="No space left") as caught:
+        with pytest.raises(OutputFailed, match="No space left") as caught:
             images.save_png(gradient(2, 2), tmp_path / "a.png", {"seed": "2"})
-        assert caught.value.field == "output"
+        assert caught.value.exit_code == 1
         assert os.listdir(tmp_path) == ["a.png"]
         assert images.read_settings(tmp_path / "a.png") == {"seed": "1"}
 

@@ -16,7 +16,7 @@ from bagel.commands.inputs import prompt_text
 from bagel.commands.progress import Progress
 from bagel.errors import InvalidRequest
 from bagel.events import Result, ServiceEvent, StepDone, TextDelta
-from bagel.images import free_path, picture_name, save_png
+from bagel.images import free_path, picture_name, save_png, write_error
 from bagel.request import Request, with_settings
 
 
@@ -70,10 +70,10 @@ def make_folder(path: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):  # tried, as permissions alone do not tell (root, read-only mounts)
             pass
     except OSError as error:
-        reason = "it is a file" if folder.is_file() else error.strerror
-        raise InvalidRequest(
-            "output", f"--output {path!r} cannot be written: {reason}; choose another folder"
-        ) from None
+        if folder.is_file():
+            told = f"--output {path!r} cannot be written: it is a file; choose another folder"
+            raise InvalidRequest("output", told) from None
+        raise write_error(f"--output {path!r} cannot be written", error) from None
     return folder
 
 

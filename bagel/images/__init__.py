@@ -19,7 +19,7 @@ from bagel.images.reading import (
     image_size,
     load_image,
 )
-from bagel.images.saving import free_path, picture_name, read_settings, save_png
+from bagel.images.saving import free_path, picture_name, read_settings, save_png, write_error
 from bagel.images.transforms import (
     MAX_PIXELS,
     VAE_TRANSFORM,
@@ -60,4 +60,5 @@ __all__ = [
     "resized_size",
     "save_png",
     "to_rgb",
+    "write_error",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -13,16 +14,18 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from bagel.errors import InvalidImage, InvalidRequest
+from bagel.errors import BagelError, InvalidImage, InvalidRequest, OutputFailed
 from bagel.images.reading import StrPath, check_file, check_size, reason, shown
 
 _NAME_CHARACTERS, _NAME_BYTES = 60, 200
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def save_png(image: Image.Image, path: StrPath, settings: Mapping[str, str]) -> None:
     """Write a PNG with the settings as its text chunks; the file appears whole or not at all.
 
-    Raises InvalidRequest (field output) if it cannot be written, such as into a folder that is not there.
+    Raises InvalidRequest (field output) if it cannot be written, such as into a folder that is not there, OutputFailed
+    if the disk is full.
     """
     path = Path(path)
     texts = PngImagePlugin.PngInfo()
@@ -35,10 +38,17 @@ def save_png(image: Image.Image, path: StrPath, settings: Mapping[str, str]) -> 
             image.save(file, format="PNG", pnginfo=texts)
         part.replace(path)
     except OSError as error:
-        raise InvalidRequest("output", f"cannot write {shown(path)}: {reason(error)}; choose another folder") from error
+        raise write_error(f"cannot write {shown(path)}", error) from error
     finally:
         with contextlib.suppress(OSError):  # gone already if all went well, never there if the folder is not
             part.unlink()
+
+
+def write_error(what: str, error: OSError) -> BagelError:
+    """The error of something that could not be written: its disk's, or that of who chose the place."""
+    if error.errno in _DISK_ERRORS:
+        return OutputFailed(f"{what}: {reason(error)}; make room, or choose another folder")
+    return InvalidRequest("output", f"{what}: {reason(error)}; choose another folder")
 
 
 def read_settings(path: StrPath) -> dict[str, str]:
