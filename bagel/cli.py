@@ -21,6 +21,7 @@ from bagel.commands.flags import (
     add_health_flags,
     add_keys_flags,
     add_serve_flags,
+    add_verify_flags,
     complain_of_unknown,
 )
 from bagel.errors import BagelError, ConfigError
@@ -77,6 +78,14 @@ def _run(argv: Sequence[str] | None) -> None:
         "words, and print how many are right, with 95% Wilson intervals.",
     )
     add_eval_nano_flags(evaluate)
+    check = commands.add_parser(
+        "verify",
+        help="check a checkpoint and name its content",
+        description="Read a checkpoint in full: print its fingerprint, the digest of each file, and which services "
+        "would load it. What goes to stdout is the same on all hosts that have the same model. The exit code is 0 if "
+        "every service would load it, 2 if a file is wrong or one would not.",
+    )
+    add_verify_flags(check)
     ask = commands.add_parser(
         "health",
         help="ask a service whether it is ready",
@@ -106,6 +115,8 @@ def _run(argv: Sequence[str] | None) -> None:
         from bagel.commands.eval_nano import eval_nano as run
     elif args.command == "health":
         from bagel.commands.health import health as run
+    elif args.command == "verify":
+        from bagel.commands.verify import verify as run
     elif args.command == "keys":
         from bagel.commands.keys import keys as run
     else:
@@ -132,8 +143,10 @@ def _fail(message: str, code: int) -> int:
 def _flushed(code: int) -> int:
     try:
         sys.stdout.flush()
-    except OSError:
+    except BrokenPipeError:
         return _silenced(code or BROKEN_PIPE)
+    except OSError as error:
+        return _silenced(code or _fail(f"a write failed: {error.strerror or error}", 1))
     return code
 
 

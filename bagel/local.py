@@ -22,10 +22,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class LocalEngine:
-    """A loaded engine. device ("cpu", "cuda:0") and dtype ("bfloat16") are what auto came to."""
+    """A loaded engine. device ("cpu", "cuda:0") and dtype ("bfloat16") are what auto came to.
 
-    def __init__(self, engine: BagelEngine, device: torch.device, dtype: str) -> None:
-        self._engine, self._device = engine, device
+    fingerprint: the checkpoint's.
+    """
+
+    def __init__(self, engine: BagelEngine, device: torch.device, dtype: str, fingerprint: bytes) -> None:
+        self._engine, self._device, self.fingerprint = engine, device, fingerprint
         self.device, self.dtype = str(device), dtype
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
@@ -58,7 +61,7 @@ def load(
             max_model_len=stage.max_model_len,
             profile=profile,
         )
-    return LocalEngine(engine, place, dtype)
+    return LocalEngine(engine, place, dtype, checkpoint.fingerprint)
 
 
 def choose_device(name: str, gpu: int) -> torch.device:

@@ -198,6 +198,11 @@ class ServedEngine:
         """The number type of the weights."""
         return self._served.dtype
 
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the checkpoint that the services have loaded."""
+        return self._served.checkpoint_fingerprint
+
     @cached_property
     def _served(self) -> common_pb2.ModelInfo:
         return describe(self.address)

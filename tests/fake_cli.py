@@ -30,7 +30,7 @@ PROFILE = {"context": 0.5, "denoise 1-10": 1.5, "denoise 11-12": 1.0, "decode": 
 class FakeEngine:
     """Gives every picture as a grey square and every answer as ANSWER; keeps what it was asked."""
 
-    device, dtype = "cpu", "float32"
+    device, dtype, fingerprint = "cpu", "float32", bytes(16)
 
     def __init__(self) -> None:
         self.requests: list[Request] = []

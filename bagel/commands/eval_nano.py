@@ -67,11 +67,12 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[Generate, dict[str, str]
     name, checkpoint = find_model(args.model)
     topology = args.topology or TOPOLOGY
     config = load_deploy_config(shipped_deploy_config(topology), engine=args.engine)
-    about = {"model": name, "fingerprint": checkpoint.fingerprint.hex(), "topology": topology}
+    about = {"model": name, "topology": topology}
     say(f"loading {name}")
     with deployment(args, config, name, checkpoint) as services:
         engine = ServedEngine(services)
-        yield engine.generate, {**about, "device": engine.device, "dtype": engine.dtype}
+        about |= {"fingerprint": engine.fingerprint.hex(), "device": engine.device, "dtype": engine.dtype}
+        yield engine.generate, about
 
 
 def _evaluation(name: str) -> Any:

@@ -23,6 +23,7 @@ RENORM_TYPES = ("global", "text_channel", "channel")
 POSTERIOR_MODES = ("content", "seed", "mean")
 WORKER_BACKENDS = ("process", "ray")
 TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
+ROLES = ("understand", "context", "denoise", "full")
 DTYPES = ("auto", "bfloat16", "float32")
 ENGINES = ("auto", "torch", "vllm")
 
@@ -276,6 +277,15 @@ def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
     _add_client(parser)
+
+
+def add_verify_flags(parser: argparse.ArgumentParser) -> None:
+    """Add every argument of `bagel verify`."""
+    model = "checkpoint folder or hub name (default: BAGEL_MODEL of the environment, else bagel-nano)"
+    parser.add_argument("model", nargs="?", type=_given, metavar="MODEL", help=model)
+    group = parser.add_argument_group("report")
+    _add(group, "--role", "all of them", "only for the service that loads this role", choices=ROLES)
+    _add(group, "--json", "off", "print JSON", action="store_true")
 
 
 def add_health_flags(parser: argparse.ArgumentParser) -> None:

@@ -61,6 +61,8 @@ class Engine(Protocol):
     def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def fingerprint(self) -> bytes: ...
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]: ...
 
@@ -83,7 +85,6 @@ def _generate_here(args: argparse.Namespace) -> None:
     prompts = prompts_of(args)
     requests = make_requests(args, prompts, defaults)
     model, checkpoint = find_model(args.model)
-    about = {"model": model, "fingerprint": checkpoint.fingerprint.hex()}  # read now: it tells of missing files
     _check_with_model(prompts, requests, config, checkpoint)
     folder = _folder(args, requests)
     notes = notes_on_flags(args, requests[0], defaults, in_process=in_process)
@@ -94,7 +95,8 @@ def _generate_here(args: argparse.Namespace) -> None:
     say(f"loading {model}")
     open_engine = _in_process if in_process else _in_services
     with open_engine(args, config, model, checkpoint) as engine:
-        _produce(args, prompts, requests, folder, {**about, "dtype": engine.dtype}, engine.generate)
+        about = {"model": model, "fingerprint": engine.fingerprint.hex(), "dtype": engine.dtype}
+        _produce(args, prompts, requests, folder, about, engine.generate)
 
 
 def _generate_there(args: argparse.Namespace) -> None:
