@@ -29,7 +29,9 @@ from tests.conftest import GOLDEN
 pytestmark = pytest.mark.slow  # each start of services takes seconds
 
 TIMEOUT_S = 1
-LONG: dict[str, Any] = {"steps": 1000, "height": 512, "width": 512, "max_think_tokens": 30_000}
+LONG: dict[str, Any] = {"steps": 1000, "height": 512, "width": 512}
+LONG_THOUGHT: dict[str, dict[str, Any]] = {"bagel_think": {"max_think_tokens": 30_000}}
+"""Refused where nothing is thought."""
 FULL_STAGE = {"bagel": "dit-0", "bagel_think": "thinker-0", "bagel_single_stage": "dit-0"}
 """Whose one place the first request has: under bagel_think it still writes its plan."""
 
@@ -44,7 +46,7 @@ def services(request: pytest.FixtureRequest) -> Iterator[Deployment]:
         ) as running,
         Client(running.address) as client,
     ):
-        first = client.stream("a red cube", **LONG)
+        first = client.stream("a red cube", **LONG, **LONG_THOUGHT.get(request.param, {}))
         while not isinstance(next(first), StepDone | TextDelta):
             pass
         yield running
