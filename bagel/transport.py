@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, cast
 
 import grpc
@@ -14,7 +14,7 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from bagel.errors import ConfigError, Loading
+from bagel.errors import BagelError, ConfigError, Loading
 from bagel.guard import Guard, Limits
 from bagel.health import HEALTH, NOT_SERVING, Health
 from bagel.security import PLAINTEXT, Security
@@ -65,6 +65,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
 )
 
+Receive = Callable[[Any], AbstractAsyncContextManager[list[bytes]]]
+"""Receives the one message of a call, by its context, into a list to be taken out of."""
+
 log = Log("bagel.transport")
 
 
@@ -94,8 +97,8 @@ class LateMethods(grpc.GenericRpcHandler):
     Every method of a servicer is one of `bagel.status`'s `unary` or `streaming`.
     """
 
-    def __init__(self, services: Sequence[str], unread: Unread) -> None:
-        self._services, self._unread = tuple(services), unread
+    def __init__(self, services: Sequence[str], unread: Unread, receive: Receive | None = None) -> None:
+        self._services, self._unread, self._receive = tuple(services), unread, receive
         self._handlers: list[grpc.GenericRpcHandler] = []
 
     def add_generic_rpc_handlers(self, handlers: Iterable[grpc.GenericRpcHandler]) -> None:
@@ -109,21 +112,41 @@ class LateMethods(grpc.GenericRpcHandler):
         """The handler of a call."""
         for handler in self._handlers:
             if (found := handler.service(details)) is not None:
-                return _guarded(found, self._unread)
+                return _guarded(found, self._unread, self._receive)
         service = str(details.method).strip("/").partition("/")[0]
         if service in self._services and not self._handlers:
             return grpc.unary_unary_rpc_method_handler(_loading)
         return None
 
 
-def _guarded(found: grpc.RpcMethodHandler[Any, Any], unread: Unread) -> grpc.RpcMethodHandler[Any, Any]:
-    """The handler, for requests that are no message and for clients that do not read."""
+def _guarded(
+    found: grpc.RpcMethodHandler[Any, Any], unread: Unread, receive: Receive | None
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """The handler, for requests that are no message or may be large, and for clients that do not read."""
     handler = cast(Any, found)  # of its fields, those of its kind are not None
     read = decoding(handler.request_deserializer)
     if handler.response_streaming:
         write = writing(handler.unary_stream, unread)
+        if receive is not None:
+            received = _received(write, read, receive)
+            return grpc.stream_stream_rpc_method_handler(received, None, handler.response_serializer)
         return grpc.unary_stream_rpc_method_handler(write, read, handler.response_serializer)
     return grpc.unary_unary_rpc_method_handler(handler.unary_unary, read, handler.response_serializer)
+
+
+def _received(
+    write: Callable[[Any, Any], Awaitable[None]], read: Callable[[bytes], Any], receive: Receive
+) -> Callable[[Any, Any], Awaitable[None]]:
+    """A handler of a stream whose one message is received as `receive` does it; the same on the wire."""
+
+    async def handle(_: Any, context: aio.ServicerContext[Any, Any]) -> None:
+        try:
+            async with receive(context) as message:
+                await write(read(message.pop()), context)
+        except BagelError as error:
+            await abort(context, error)
+
+    return handle
 
 
 async def _loading(request: bytes, context: aio.ServicerContext[Any, Any]) -> bytes:
@@ -136,7 +159,9 @@ class Host:
 
     services: the full names of what is served. Servicers are added to `methods`, also after `start`: a model loads for
     minutes, and its service's address and health are to be known meanwhile. interceptors see every call, also one of a
-    method that there is not. unread: what may wait for clients that read slowly; limits: of what callers may hold.
+    method that there is not. unread: what may wait for clients that read slowly; limits: of what callers may hold;
+    receive: takes in the requests that are answered by streams, which may be large, and holds them while they are
+    served.
     """
 
     def __init__(
@@ -147,12 +172,13 @@ class Host:
         interceptors: Sequence[aio.ServerInterceptor] = (),
         unread: Unread | None = None,
         limits: Limits | None = None,
+        receive: Receive | None = None,
     ) -> None:
         credentials, limits = security.server_credentials(), limits or Limits()
         self.unread = Unread() if unread is None else unread
         guard = Guard(security, limits)
         self.server = aio.server(options=(*SERVER_OPTIONS, *limits.options()), interceptors=(*interceptors, guard))
-        self._methods = LateMethods(services, self.unread)
+        self._methods = LateMethods(services, self.unread, receive)
         self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()
         self._health = Health(services)

@@ -19,6 +19,7 @@ from bagel.telemetry import Log
 from bagel.transport import PLAINTEXT, Security, channel
 from bagel.v1 import dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel.v1.common_pb2 import ModelInfo
+from bagel_gateway.uploads import Upload
 
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 5.0
@@ -162,6 +163,9 @@ class ThinkerBackend(Backend):
         super().__init__(address, security, silence_s, server_name)
         self.source, self.page_version = address.name, 0
         self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
+        self.build = Upload[thinker_pb2.BuildContextResponse](
+            self._channel, "/bagel.v1.ThinkerService/BuildContext", thinker_pb2.BuildContextResponse.FromString
+        )
         self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -199,6 +203,9 @@ class DitBackend(Backend):
         super().__init__(address, security, silence_s, server_name)
         self.sources, self.page_version = frozenset[str](), 0
         self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
+        self.generate = Upload[dit_pb2.DitServiceGenerateResponse](
+            self._channel, "/bagel.v1.DitService/Generate", dit_pb2.DitServiceGenerateResponse.FromString
+        )
         self._single_stage = single_stage
 
     async def _describe(self) -> ModelInfo:

@@ -11,6 +11,8 @@ from bagel.v1 import common_pb2
 
 MAX_IMAGES = 4
 """More at the model's full size have more tokens than it has positions for."""
+MOST_IMAGES = 8
+"""What the setting may be: as many files as a form may have."""
 MAX_IMAGE_PIXELS = 4 * 64_000_000
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bagel import wire
@@ -42,24 +42,28 @@ class Asked:
 
 @dataclass(frozen=True)
 class Build:
-    """One context to build, for every branch whose parts are the same."""
+    """One context to build, for every branch whose parts are the same.
+
+    settings: all of the Thinker's request but its parts, which may be large and are put in when it is sent.
+    """
 
     branches: tuple[BranchName, ...]
-    request: thinker_pb2.BuildContextRequest
+    settings: thinker_pb2.BuildContextRequest
+    parts: WireParts
 
     @property
     def thinks(self) -> bool:
         """Whether a think text is decoded and appended."""
-        return self.request.HasField("decode") and self.request.decode.append
+        return self.settings.HasField("decode") and self.settings.decode.append
 
 
 @dataclass(frozen=True)
 class Plan:
     """What is asked of the stages.
 
-    resolved: every setting as it is used, without the images' data; whole: the work of a single stage; builds: the
-    contexts of two stages; draw: the picture, its contexts not filled in yet; branches, needed and empty: what is
-    collected, and which of it has no parts.
+    resolved: every setting as it is used, without the images' data; whole: the work of a single stage, and parts its
+    prompt, which is put in when it is sent; builds: the contexts of two stages; draw: the picture, its contexts not
+    filled in yet; branches, needed and empty: what is collected, and which of it has no parts.
     """
 
     pipeline: PipelineConfig
@@ -67,6 +71,7 @@ class Plan:
     resolved: common_pb2.Request
     output: Output
     whole: common_pb2.Request | None = None
+    parts: WireParts = field(default_factory=list)
     builds: tuple[Build, ...] = ()
     draw: dit_pb2.DrawPicture | None = None
     branches: tuple[Branch, ...] = ()
@@ -114,7 +119,7 @@ def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
         output=asked.output,
     )
     if asked.pipeline is BAGEL_SINGLE_STAGE:
-        return replace(made, whole=wire.request_to_wire(request, asked.parts))
+        return replace(made, whole=wire.request_to_wire(request, ()), parts=asked.parts)
     sent = {id(part): message for part, message in zip(request.prompt, asked.parts, strict=True)}
     if not request.modality.makes_image:
         return replace(made, builds=(_answer(request, sent),))
@@ -124,9 +129,9 @@ def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
 def _answer(request: Request, sent: Mapping[int, common_pb2.Part]) -> Build:
     """The context that an answer is decoded after."""
     decode = thinker_pb2.DecodeText(settings=wire.text_settings_to_wire(text_settings(request)), append=False)
-    message = _build_message(request, text_prompt(request.prompt, think=request.think), sent)
-    message.decode.CopyFrom(decode)
-    return Build((BranchName.GEN,), message)
+    settings = _build_settings(request)
+    settings.decode.CopyFrom(decode)
+    return Build((BranchName.GEN,), settings, _sent(text_prompt(request.prompt, think=request.think), sent))
 
 
 def _picture(made: Plan, request: Request, sent: Mapping[int, common_pb2.Part], model: common_pb2.ModelInfo) -> Plan:
@@ -155,22 +160,23 @@ def _picture(made: Plan, request: Request, sent: Mapping[int, common_pb2.Part], 
 
 
 def _branch_build(request: Request, same: Sequence[Branch], sent: Mapping[int, common_pb2.Part], thinks: bool) -> Build:
-    message = _build_message(request, same[0].parts, sent)
-    message.send_kv = True
+    settings = _build_settings(request)
+    settings.send_kv = True
     names = tuple(branch.name for branch in same)
     if thinks and BranchName.GEN in names:
-        settings = wire.text_settings_to_wire(text_settings(request))
-        message.decode.CopyFrom(thinker_pb2.DecodeText(settings=settings, append=True))
-    return Build(names, message)
+        written = wire.text_settings_to_wire(text_settings(request))
+        settings.decode.CopyFrom(thinker_pb2.DecodeText(settings=written, append=True))
+    return Build(names, settings, _sent(same[0].parts, sent))
 
 
-def _build_message(
-    request: Request, prompt: Prompt, sent: Mapping[int, common_pb2.Part]
-) -> thinker_pb2.BuildContextRequest:
-    """An image goes on as the bytes that the user sent; a text is written anew, as branches have texts of their own."""
-    parts = [sent[id(part)] if id(part) in sent else wire.part_to_wire(part) for part in prompt]
+def _build_settings(request: Request) -> thinker_pb2.BuildContextRequest:
     posterior = wire.posterior_to_wire(request.posterior)
-    return thinker_pb2.BuildContextRequest(parts=parts, seed=request.seed, posterior=posterior)
+    return thinker_pb2.BuildContextRequest(seed=request.seed, posterior=posterior)
+
+
+def _sent(prompt: Prompt, sent: Mapping[int, common_pb2.Part]) -> WireParts:
+    """An image goes on as the bytes that the user sent; a text is written anew, as branches have texts of their own."""
+    return [sent[id(part)] if id(part) in sent else wire.part_to_wire(part) for part in prompt]
 
 
 def _identity(branch: Branch, thinks: bool) -> tuple[object, ...]:

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import grpc
-from grpc.aio import UnaryStreamCall
+from grpc.aio import StreamStreamCall
 
 from bagel import wire
 from bagel.errors import (
@@ -33,10 +34,10 @@ from bagel.telemetry import Log, request_metadata
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
 from bagel_gateway.leases import Leases
-from bagel_gateway.planning import Build, Plan
+from bagel_gateway.planning import Build, Plan, WireParts
+from bagel_gateway.uploads import bytes_of, field_of, with_parts
 
 log = Log("bagel_gateway.routing")
-Q = TypeVar("Q")
 R = TypeVar("R")
 Remaining = Callable[[], float | None]
 """Seconds until the client's deadline; None without one."""
@@ -91,7 +92,7 @@ class Route:
     async def run(self) -> None:
         """Serve it; raises the BagelError of the stage that failed. Cancelled it cancels its calls."""
         if self._plan.whole is not None:
-            finished = await self._serve_whole(self._plan.whole)
+            finished = await self._serve_whole(self._plan.whole, self._plan.parts)
         elif self._plan.draw is None:
             finished = await self._answer()
         else:
@@ -108,9 +109,9 @@ class Route:
         del finished.timings[:]
         finished.timings.extend(wire.timings_to_wire(timings))
 
-    async def _serve_whole(self, request: common_pb2.Request) -> gateway_pb2.Finished:
+    async def _serve_whole(self, request: common_pb2.Request, prompt: WireParts) -> gateway_pb2.Finished:
         """The single stage."""
-        end = await self._call_dit(dit_pb2.DitServiceGenerateRequest(request=request))
+        end = await self._call_dit(dit_pb2.DitServiceGenerateRequest(request=request), prompt)
         return gateway_pb2.Finished(
             text=end.text,
             token_ids=end.token_ids,
@@ -157,12 +158,15 @@ class Route:
         """One context. Its K/V are handed over as the pipeline says: at once, or when its sequence has ended."""
         handed_over, refs = self._handed_over[number], list[kv_pb2.ContextRef]()
         assert self._thinker is not None
-        request = thinker_pb2.BuildContextRequest()
-        request.CopyFrom(build.request)
-        request.begun = self._begun.is_set()
-        if request.send_kv and self._leases is not None:
-            request.lease_id = self._leases.new()
-        call = self._thinker.stub.BuildContext(request, timeout=self._remaining(), metadata=request_metadata())
+        lease_id = self._leases.new() if build.settings.send_kv and self._leases is not None else ""
+
+        def message() -> list[bytes]:
+            settings = thinker_pb2.BuildContextRequest(begun=self._begun.is_set(), lease_id=lease_id)
+            settings.MergeFrom(build.settings)
+            return with_parts(settings, "parts", build.parts)
+
+        nbytes = bytes_of(build.parts)
+        call = self._thinker.build(message, nbytes, timeout=self._remaining(), metadata=request_metadata())
         async for event in _responses(call, self._thinker):
             match event.WhichOneof("event"):
                 case "context":
@@ -240,7 +244,9 @@ class Route:
         collected = collect(self._plan.branches, contexts, self._plan.needed)
         return [dit_pb2.BranchContext(branch=wire.branch_to_wire(name), context=ref) for name, ref in collected.items()]
 
-    async def _call_dit(self, request: dit_pb2.DitServiceGenerateRequest) -> dit_pb2.DitServiceGenerateFinished:
+    async def _call_dit(
+        self, request: dit_pb2.DitServiceGenerateRequest, prompt: WireParts | None = None
+    ) -> dit_pb2.DitServiceGenerateFinished:
         """The DiT's part, at one that is ready when its turn comes. What one refuses as it shuts down, another gets."""
         output = self._plan.output
         request.output_format, request.partial_images = output.format, output.previews
@@ -252,7 +258,7 @@ class Route:
             request.begun = self._begun.is_set()
             try:
                 with dit.busy():
-                    return await self._follow(dit, request)
+                    return await self._follow(dit, request, prompt or [])
             except BagelError as error:
                 going = isinstance(error, Draining | Loading) or _unreachable(error)
                 if self._dit_began or dit.silent.is_set() or not going or moves == MOVES:
@@ -261,10 +267,20 @@ class Route:
                 log.info("refused by a DiT; another is chosen", dit=str(dit.address), **error.for_log())
 
     async def _follow(
-        self, dit: DitBackend, request: dit_pb2.DitServiceGenerateRequest
+        self, dit: DitBackend, request: dit_pb2.DitServiceGenerateRequest, prompt: WireParts
     ) -> dit_pb2.DitServiceGenerateFinished:
-        """The call of one DiT; its events go on as they come."""
-        call = dit.stub.Generate(request, timeout=self._remaining(), metadata=request_metadata())
+        """The call of one DiT; its events go on as they come. prompt: of a whole request, put in when it is sent."""
+
+        def message() -> list[bytes]:
+            if not prompt:
+                return [request.SerializeToString()]
+            others = dit_pb2.DitServiceGenerateRequest()
+            others.CopyFrom(request)
+            others.ClearField("request")
+            return _whole(others, request.request, prompt)
+
+        metadata = request_metadata()
+        call = dit.generate(message, bytes_of(prompt), timeout=self._remaining(), metadata=metadata)
         finished, admitted = None, dit_pb2.Admitted()
         async for event in _responses(call, dit):
             self._dit_began = True
@@ -371,20 +387,27 @@ async def check_plan(plan: Plan, thinker: ThinkerBackend | None, choose_dit: Cho
     """Ask the stages whether they could serve a plan; raises what they refuse it with. They compute nothing."""
     if plan.whole is not None:
         dit = await choose_dit()
-        whole = dit_pb2.DitServiceGenerateRequest(request=plan.whole, check_only=True)
-        async for _ in _responses(dit.stub.Generate(whole, timeout=remaining(), metadata=request_metadata()), dit):
+        others = dit_pb2.DitServiceGenerateRequest(check_only=True)
+        pieces = partial(_whole, others, plan.whole, plan.parts)
+        whole = dit.generate(pieces, bytes_of(plan.parts), timeout=remaining(), metadata=request_metadata())
+        async for _ in _responses(whole, dit):
             pass
     for build in plan.builds:
         assert thinker is not None
-        request = thinker_pb2.BuildContextRequest()
-        request.CopyFrom(build.request)
-        request.check_only = True
-        call = thinker.stub.BuildContext(request, timeout=remaining(), metadata=request_metadata())
+        settings = thinker_pb2.BuildContextRequest(check_only=True)
+        settings.MergeFrom(build.settings)
+        message = partial(with_parts, settings, "parts", build.parts)
+        call = thinker.build(message, bytes_of(build.parts), timeout=remaining(), metadata=request_metadata())
         async for _ in _responses(call, thinker):
             pass
 
 
-async def _responses(call: UnaryStreamCall[Q, R], backend: Backend) -> AsyncIterator[R]:
+def _whole(others: dit_pb2.DitServiceGenerateRequest, request: common_pb2.Request, prompt: WireParts) -> list[bytes]:
+    """A single stage's request: the message without it, then it with its prompt."""
+    return [others.SerializeToString(), *field_of(others, "request", with_parts(request, "prompt", prompt))]
+
+
+async def _responses(call: StreamStreamCall[list[bytes], R], backend: Backend) -> AsyncIterator[R]:
     """A call's responses; its errors as BagelErrors. The call is cancelled when the caller leaves.
 
     RemoteError if the backend falls silent: a process that is stopped, or a network that swallows, ends no call.

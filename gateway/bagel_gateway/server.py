@@ -18,6 +18,8 @@ from bagel_gateway.backends import Backends
 from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.receiving import Receiving
+from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
 from bagel_gateway.settings import Settings
 
@@ -58,7 +60,9 @@ class Gateway:
         keys = None if settings.api_keys is None else Keys(settings.api_keys)
         guards = () if keys is None else (KeyInterceptor(keys),)
         unread, limits = settings.unread(), settings.grpc
-        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, unread, limits)
+        self.room = Room(settings.max_bytes_in_flight)
+        receive = Receiving(self.room, limits.message_s).message
+        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, unread, limits, receive)
         self.backends = Backends(
             settings.thinkers,
             settings.dits,
@@ -96,7 +100,7 @@ class Gateway:
 
             draining, port = self.host.draining.is_set, self.host.port
             self.rest = RestServer(
-                settings, self.requests, self.metrics, self.backends, draining, keys, port, self.host.unread
+                settings, self.requests, self.metrics, self.backends, draining, keys, port, self.host.unread, self.room
             )
 
     async def start(self) -> None:

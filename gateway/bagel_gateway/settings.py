@@ -17,16 +17,16 @@ from bagel.images.pool import TIMEOUT_S, WORKERS
 from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
-from bagel.request import MAX_PARTS, Modality, resolve
+from bagel.request import Modality, resolve
 from bagel.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
 from bagel.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
-from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES
+from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES, MOST_IMAGES
 
 MAX_REQUESTS = 64
 BATCH_TIMEOUT_S = service.BATCH_TIMEOUT_S
-MAX_BYTES_IN_FLIGHT = 256 * 2**20
-"""Several of the largest bodies and messages; what the gateway then takes in all is in docs/operate.md."""
+MAX_BYTES_IN_FLIGHT = 192 * 2**20
+"""Three of the largest bodies and messages; what the gateway then takes in all is in docs/operate.md."""
 BACKEND_TIMEOUT_S = 15.0
 """Longer than a runner that died takes to come back with a small model."""
 
@@ -103,8 +103,8 @@ class Settings:
         for flag, count in counts.items():
             if count < 1:
                 raise ConfigError(f"{flag} is {count}; it must be at least 1")
-        if not 1 <= self.max_images <= MAX_PARTS:
-            raise ConfigError(f"--max-images is {self.max_images}; it must be from 1 to {MAX_PARTS}")
+        if not 1 <= self.max_images <= MOST_IMAGES:
+            raise ConfigError(f"--max-images is {self.max_images}; it must be from 1 to {MOST_IMAGES}")
         largest = max(self.guards.max_body_bytes, MAX_MESSAGE_BYTES)
         if self.max_bytes_in_flight < largest:
             raise ConfigError(

@@ -98,7 +98,8 @@ def make_app(
     post(
         "/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION), ImagesAnswer
     )
-    post("/v1/images/edits", images.edit, "Edit images", form_body(ImageParameters, REFUSED_EDIT), ImagesAnswer)
+    edit = form_body(ImageParameters, REFUSED_EDIT, front.max_images)
+    post("/v1/images/edits", images.edit, "Edit images", edit, ImagesAnswer)
     post("/v1/chat/completions", chat.complete, "Answer, or draw", json_body(ChatParameters, REFUSED_CHAT), ChatAnswer)
     models, text = _Models(front, created), {"response_class": PlainTextResponse}
     get("/v1/models", models.all, "The served model and its aliases", responses(ModelList, MODELS))

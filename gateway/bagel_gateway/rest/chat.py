@@ -20,7 +20,7 @@ from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import usage as picture_usage
 from bagel_gateway.rest.messages import parts_of
 from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, options_of, read
-from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, check_images, outcomes
+from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, outcomes
 
 DONE = "[DONE]"
 _NAMES = {"prompt": "messages", "image": "messages", "modality": "modalities"}
@@ -41,9 +41,9 @@ class Chat:
         return await self._answer(request, given, model)
 
     async def _answer(self, request: Request, given: ChatParameters, model: str) -> Response:
-        parts = await unless_gone(request, parts_of(given.messages, self._fetcher))
+        parts = await unless_gone(request, parts_of(given.messages, self._fetcher, self._front.max_images))
+        given.messages.clear()  # they hold the images once more, as text
         images = sum(part.HasField("image") for part in parts)
-        check_images(images, "messages")
         reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
         events = self._front.events(given, _modality(given, images), parts, options_of(given), _names(given))
         if given.stream:

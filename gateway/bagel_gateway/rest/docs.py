@@ -15,7 +15,7 @@ from swagger_ui_bundle import swagger_ui_path
 
 from bagel.images import FORMATS
 from bagel_gateway.rest.messages import FIELD, MESSAGE, NOT_BLANK
-from bagel_gateway.rest.parameters import MAX_IMAGES, Only
+from bagel_gateway.rest.parameters import Only
 
 ASSETS = "/docs/assets"
 
@@ -40,11 +40,11 @@ def json_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, 
     return _body("application/json", _schema(model, refused))
 
 
-def form_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
+def form_body(model: type[BaseModel], refused: Mapping[str, Only], max_images: int) -> dict[str, Any]:
     """The operation's body as a form with images."""
     schema = _schema(model, refused)
     file = {"type": "string", "format": "binary", "description": f"a {', '.join(FORMATS)} file"}
-    files = {"type": "array", "maxItems": MAX_IMAGES, "minItems": 1, "items": file}
+    files = {"type": "array", "maxItems": max_images, "minItems": 1, "items": file}
     schema["properties"] = {"image": files, **schema["properties"]}
     schema["required"] = ["image", *schema["required"]]
     return _body("multipart/form-data", schema)

@@ -54,7 +54,7 @@ class Images:
         given = read(ImageParameters, REFUSED_EDIT, fields, typed=False)
         if not images:
             raise InvalidRequest("image", "image is missing; send one to four image files")
-        check_images(len(images), "image")
+        check_images(len(images), "image", self._front.max_images)
         return await self._answer(request, given, images)
 
     async def _answer(self, request: Request, given: ImageParameters, images: Sequence[bytes]) -> Response:

@@ -8,12 +8,10 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel.errors import Busy
 from bagel.http_front import HttpGuards
 from bagel_gateway.rest.errors import BodyTooLarge, BodyTooSlow
+from bagel_gateway.room import Held, Room
 
-AT_ONCE = 8
-"""Largest bodies that may be held at once."""
 TEXT_PATHS = frozenset({"/v1/images/generations"})
 """Where no image can be in a body."""
 _DIGITS = 18
@@ -23,8 +21,8 @@ _DIGITS = 18
 class LimitBodies:
     """ASGI middleware: reading a body raises BodyTooLarge, BodyTooSlow or Busy where it goes over a limit."""
 
-    def __init__(self, app: ASGIApp, guards: HttpGuards) -> None:
-        self._app, self.guards, self._room = app, guards, AT_ONCE * guards.max_body_bytes
+    def __init__(self, app: ASGIApp, guards: HttpGuards, room: Room) -> None:
+        self._app, self.guards, self._room = app, guards, room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -34,30 +32,21 @@ class LimitBodies:
         most = self.guards.max_body_bytes
         if scope["path"] in TEXT_PATHS:
             most = min(most, self.guards.max_text_body_bytes)
-        body = _Body(self, most, receive, send, dict(scope["headers"]))
-        try:
+        with self._room.hold() as held:
+            body = _Body(self.guards, held, most, receive, send, dict(scope["headers"]))
             await self._app(scope, body.receive, body.send)
-        finally:
-            self._room += body.held
-
-    def take(self, more: int) -> None:
-        """Make room for more bytes of a body."""
-        if more > self._room:
-            raise Busy("the gateway holds as many request bodies as it has memory for; try again later")
-        self._room -= more
 
 
 class _Body:
-    """One request's body on its way in. held: bytes that count against the limits."""
+    """One request's body on its way in. held: its bytes, as long as the request is served."""
 
     def __init__(
-        self, limits: LimitBodies, most: int, receive: Receive, send: Send, headers: dict[bytes, bytes]
+        self, guards: HttpGuards, held: Held, most: int, receive: Receive, send: Send, headers: dict[bytes, bytes]
     ) -> None:
-        self._limits, self._most, self._receive, self._send = limits, most, receive, send
+        self._guards, self._held, self._most, self._receive, self._send = guards, held, most, receive, send
         self._announced = _announced(headers)
         self._complete = self._announced == 0
         self._waited_s, self._came = 0.0, 0
-        self.held = 0
 
     async def receive(self) -> Message:
         """The next message; once the body is complete it waits for the end of the connection."""
@@ -68,10 +57,9 @@ class _Body:
         message = await self._in_pace()
         if message["type"] == "http.request":
             more = len(message.get("body", b""))
-            if self.held + more > self._most:
+            if self._held.nbytes + more > self._most:
                 self._raise_too_large()
-            self._limits.take(more)
-            self.held += more
+            self._held.resize(self._held.nbytes + more)
             self._came += more
             self._complete = not message.get("more_body", False)
         return message
@@ -86,7 +74,7 @@ class _Body:
         """The next message. Each body_timeout_s of waiting must have brought its bytes, so that no credit is saved up:
         who has sent much at first may not go on by a byte now and then.
         """
-        guards = self._limits.guards
+        guards = self._guards
         while True:
             began = time.monotonic()
             try:

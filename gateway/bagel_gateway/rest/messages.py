@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bagel.errors import InvalidImage, InvalidRequest
+from bagel.errors import InvalidRequest
 from bagel.v1 import common_pb2
+from bagel_gateway.rest.data_urls import data_of
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.serve import check_images, image_part, text_part
 
 ROLES = ("system", "developer", "user", "assistant")
-_DATA_URL = re.compile(r"data:[\w.+-]*/?[\w.+-]*(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 FIELD = "messages"
 NOT_BLANK = r"\S"
 
@@ -43,10 +40,10 @@ MESSAGE: Mapping[str, Any] = {
 """One message, for the OpenAPI document."""
 
 
-async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher) -> list[common_pb2.Part]:
+async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher, max_images: int) -> list[common_pb2.Part]:
     """Each text and image in order; roles are checked, not rendered. Raises InvalidRequest for anything else."""
     contents = [content for number, message in enumerate(messages) for content in _contents(number, message)]
-    check_images(sum("url" in content for content in contents), FIELD)
+    check_images(sum("url" in content for content in contents), FIELD, max_images)
     parts = []
     for content in contents:
         if "url" in content:
@@ -110,12 +107,7 @@ def _text(where: str, text: str) -> dict[str, str]:
 async def _image(url: str, fetcher: Fetcher) -> bytes:
     if url[:5].lower() != "data:":
         return await fetcher.fetch(url)
-    if not (match := _DATA_URL.match(url, 0, 200)):
-        raise InvalidImage(FIELD, "an image's data URL must be data:image/png;base64,... or alike")
-    try:
-        return base64.b64decode(url[match.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidImage(FIELD, "an image's data URL is no base64; encode the file anew") from None
+    return data_of(url, FIELD)
 
 
 def _wrong(message: str) -> InvalidRequest:

@@ -16,7 +16,6 @@ from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownParameter
 
 MAX_N = 10
-MAX_IMAGES = 4
 
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: Mapping[str, common_pb2.ImageFormat.ValueType] = {

@@ -15,7 +15,7 @@ from bagel.request import Modality
 from bagel.telemetry import Log
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownModel, renamed
-from bagel_gateway.rest.parameters import FIELD_NAMES, MAX_IMAGES, Parameters, generate_request
+from bagel_gateway.rest.parameters import FIELD_NAMES, Parameters, generate_request
 from bagel_gateway.serving import Requests
 
 Events = AsyncGenerator[tuple[int, gateway_pb2.GenerateResponse], None]
@@ -57,6 +57,11 @@ class Front:
 
     def __init__(self, requests: Requests, names: tuple[str, ...]) -> None:
         self.requests, self._names = requests, names
+
+    @property
+    def max_images(self) -> int:
+        """Input images of one request."""
+        return self.requests.images.max_images
 
     async def names(self) -> tuple[str, ...]:
         """The names of the model; NoBackend if none is configured and nothing is ready to tell."""
@@ -120,10 +125,10 @@ def image_part(data: bytes) -> common_pb2.Part:
     return common_pb2.Part(image=common_pb2.ImagePart(data=data))
 
 
-def check_images(count: int, field: str) -> None:
-    """Raise InvalidRequest for more images than one context takes."""
-    if count > MAX_IMAGES:
-        raise InvalidRequest(field, f"there are {count} images; one request may have {MAX_IMAGES}")
+def check_images(count: int, field: str, most: int) -> None:
+    """Raise InvalidRequest for more images than one request may have."""
+    if count > most:
+        raise InvalidRequest(field, f"there are {count} images; one request may have {most}")
 
 
 def base64_of(data: bytes) -> str:

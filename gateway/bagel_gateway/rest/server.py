@@ -39,6 +39,7 @@ from bagel_gateway.rest.limits import LimitBodies
 from bagel_gateway.rest.origins import guard_origins
 from bagel_gateway.rest.pieces import InPieces, send_little_ahead
 from bagel_gateway.rest.serve import Front
+from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
 from bagel_gateway.settings import Settings
 
@@ -59,6 +60,7 @@ class RestServer:
         keys: Keys | None,
         grpc_port: int,
         unread: Unread,
+        room: Room,
     ) -> None:
         assert settings.http is not None
         self._socket = _listen(settings.http)
@@ -73,7 +75,7 @@ class RestServer:
         app: ASGIApp = make_app(
             front, bodies, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed
         )
-        app = LimitBodies(app, guards)
+        app = LimitBodies(app, guards, room)
         if keys is not None:
             app = RequireKey(app, keys, metrics)
         if settings.front_security.clients:
