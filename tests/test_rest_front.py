@@ -597,7 +597,7 @@ def test_docs_list_every_limit_as_the_code_has_it() -> None:
     text = (Path(__file__).parents[1] / "docs/rest.md").read_text().partition("## Limits")[2].partition("## Safety")[0]
     told = {name: int(value) for name, value in re.findall(r"^\| (.+?) \| (\d+) \|$", text, re.MULTILINE)}
     code = {
-        "images": rest_parameters.MAX_IMAGES,
+        "images": rest_MAX_IMAGES,
         "parts of a prompt, texts and images together": request.MAX_PARTS,
         "bytes of its texts in UTF-8, and of `negative_prompt`": request.MAX_TEXT_BYTES,
         "`num_inference_steps`": request.MAX_STEPS,
