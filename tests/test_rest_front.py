@@ -26,6 +26,7 @@ from bagel.errors import ConfigError
 from bagel.http_front import HttpGuards
 from bagel.transport import Security
 from bagel.v1 import common_pb2
+from bagel_gateway.images import MAX_IMAGES
 from bagel_gateway.rest import parameters as rest_parameters
 from bagel_gateway.rest.parameters import (
     REFUSED_CHAT,
@@ -597,7 +598,7 @@ def test_docs_list_every_limit_as_the_code_has_it() -> None:
     text = (Path(__file__).parents[1] / "docs/rest.md").read_text().partition("## Limits")[2].partition("## Safety")[0]
     told = {name: int(value) for name, value in re.findall(r"^\| (.+?) \| (\d+) \|$", text, re.MULTILINE)}
     code = {
-        "images": rest_MAX_IMAGES,
+        "images": MAX_IMAGES,
         "parts of a prompt, texts and images together": request.MAX_PARTS,
         "bytes of its texts in UTF-8, and of `negative_prompt`": request.MAX_TEXT_BYTES,
         "`num_inference_steps`": request.MAX_STEPS,
