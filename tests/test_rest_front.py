@@ -297,7 +297,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (
         CHAT,
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,x"}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
         "messages",
         r"messages\[0\]\.content\[0\]: ",
     ),
