@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from bagel.engine.slab import SharedSlab
 from bagel.errors import ConfigError
 from bagel.model.attention import QueryBlock, Rows
 from bagel.model.attention_backends import BACKENDS, READ_AHEAD, choose_attention, sdpa
-from bagel.model.backend import choose_backend
+from bagel.model.backend import _fused_kernels, choose_backend
 from bagel.model.config import BAGEL_7B_MOT
 from bagel.model.kernels import TORCH, Kernels
 
@@ -78,6 +79,17 @@ def test_a_cpu_has_one_backend_and_says_so_to_who_asks_for_another() -> None:
         choose_attention(CPU, torch.bfloat16, "fa3")
     with pytest.raises(ConfigError, match=r"attention_backend is 'flash'; it must be auto, sdpa, fa2 or fa3"):
         choose_attention(CPU, torch.bfloat16, "flash")
+
+
+def test_where_triton_cannot_compile_pytorchs_operators_are_used_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "bagel.model.triton_kernels", raising=False)
+    assert _fused_kernels(torch.device("cuda"), torch.bfloat16) is TORCH
+    (record,) = caplog.records
+    assert record.message == "no fused kernels: steps are slower"
+    assert "gcc" in vars(record)["fields"]["remedy"]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from bagel.model.attention_backends import (
     sdpa,
 )
 from bagel.model.kernels import TORCH, Kernels
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,21 @@ def choose_backend(
     Raises ConfigError for an attention backend that cannot run there.
     """
     name = choose_attention(device, dtype, attention)
-    kernels: Kernels = TORCH
-    if device.type == "cuda" and not eager:
-        from bagel.model.triton_kernels import TRITON  # only a build for CUDA has Triton
-
-        kernels = TRITON
+    kernels = _fused_kernels(device, dtype) if device.type == "cuda" and not eager else TORCH
     return LayerBackend(BACKENDS[name], kernels, name)
+
+
+def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Triton's, where Triton can compile for this device: it comes with PyTorch for CUDA, and calls a C compiler."""
+    try:
+        from bagel.model.triton_kernels import TRITON
+
+        TRITON.try_out(device, dtype)
+    except Exception as error:
+        fields = {
+            "why": f"{type(error).__name__}: {error}",
+            "remedy": "install a C compiler, like gcc, and start again",
+        }
+        logger.warning("no fused kernels: steps are slower", extra={"fields": fields})
+        return TORCH
+    return TRITON

@@ -83,6 +83,11 @@ class TritonKernels:
         _gate[out.numel() // width, triton.cdiv(width, _GATE_BLOCK)](gate_up, out, width, _GATE_BLOCK)
         return out
 
+    def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Compile and run one kernel; raises what Triton raises where it cannot."""
+        self.gate(torch.zeros(1, 32, dtype=dtype, device=device))
+        torch.cuda.synchronize(device)
+
 
 TRITON = TritonKernels()
 
