@@ -96,6 +96,10 @@ class TestMetadataRefusesNothing:
     @pytest.mark.parametrize(
         ("marker", "body"),
         [
+            (0xE0, b"JFIF\0"),
+            (0xE0, b"JFIF"),
+            (0xE2, b"ICC_PROFILE\0"),
+            (0xEE, b"Adobe"),
             (0xE1, b"Exif\0\0no EXIF block"),
             (0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"),
             (0xE1, b"http://ns.adobe.com/xap/1.0/\0<broken"),
@@ -148,6 +152,8 @@ class TestJpegWithoutItsEnd:
         data = encoded(PICTURE, "JPEG")
         with pytest.raises(InvalidImage, match="truncated"):
             load_image(data[: len(data) * 3 // 4] + bytes(len(data)))
+        with pytest.raises(InvalidImage, match="truncated"):
+            load_image(data[:-6] + bytes(6))
 
 
 def test_scans_are_counted_before_anything_is_decoded() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, load_image, prepare
 from bagel.images.jpeg import MAX_SCANS
 from bagel.images.pool import ImagePool
+from bagel.images.worker import MEMORY_BYTES, NICENESS
 
 LIMIT_S = 60
 
@@ -152,9 +154,17 @@ def test_a_worker_ends_with_the_process_that_started_it() -> None:
 
 
 def test_a_worker_is_light_and_bounded() -> None:
-    """What it imports is Pillow alone, and what one image may take is refused rather than had."""
+    """It imports Pillow alone, has only so much memory, and gives way to the services beside it."""
     code = "import sys, bagel.images.worker as w; print(*[m for m in ('torch', 'numpy', 'grpc') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == ""
+
+    async def test(pool: ImagePool) -> None:
+        await pool.size(SMALL)
+        [worker] = workers_of_this_process()
+        assert resource.prlimit(worker, resource.RLIMIT_AS)[0] <= MEMORY_BYTES
+        assert os.getpriority(os.PRIO_PROCESS, worker) >= min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+
+    with_pool(test)
 
 
 @pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0), (1, float("inf")), (1, float("nan"))])

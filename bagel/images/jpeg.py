@@ -19,13 +19,13 @@ _EOI, _SOS = 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _ALONE = frozenset({0x01, *range(0xD0, 0xDA)})
 """Markers without a length."""
-_KEPT_APPS: Mapping[int, bytes | tuple[bytes, ...]] = {
-    0xE0: b"",
-    0xE1: (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"),
-    0xE2: b"ICC_PROFILE\0",
-    0xEE: b"Adobe",
+_KEPT_APPS: Mapping[int, tuple[tuple[bytes, int], ...]] = {
+    0xE0: ((b"JFIF\0", 14),),
+    0xE1: ((b"Exif\0\0", 6), (b"http://ns.adobe.com/xap/1.0/\0", 29)),
+    0xE2: ((b"ICC_PROFILE\0", 15),),
+    0xEE: ((b"Adobe", 12),),
 }
-"""What of the application segments is read, by how it begins."""
+"""What of the application segments is read: how it begins, and its least bytes, below which Pillow fails on it."""
 
 
 @dataclass
@@ -113,5 +113,6 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _is_needed(marker: int, body: bytes) -> bool:
     """Whether a segment before the first scan is read at all: comments and most of the applications' are not."""
     if 0xE0 <= marker <= 0xEF:
-        return marker in _KEPT_APPS and body.startswith(_KEPT_APPS[marker])
+        kept = _KEPT_APPS.get(marker, ())
+        return any(body.startswith(begins) and len(body) >= least for begins, least in kept)
     return marker != 0xFE

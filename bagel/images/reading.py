@@ -147,7 +147,7 @@ def _decode_unended(jpeg: Jpeg, name: str) -> Image.Image:
     """
     image = _decode_open(jpeg.data + END, name)
     others = (_decode_open(jpeg.data + code + END, name) for code in _CODES)
-    cut = not jpeg.whole or jpeg.data.endswith(bytes(16))
+    cut = not jpeg.whole or jpeg.data.endswith(bytes(4))
     if cut or any(ImageChops.difference(image, other).getbbox() for other in others):
         raise ValueError("image file is truncated")
     return image
