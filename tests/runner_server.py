@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -51,9 +52,10 @@ class Server:
         self._connection.send(command)
 
     def next(self) -> Reply:
-        """The next reply that is about something."""
+        """The next reply that is about something; one that only says that it runs is no answer."""
+        until = time.monotonic() + LIMIT_S
         while True:
-            assert self._connection.poll(LIMIT_S), "the runner does not answer"
+            assert self._connection.poll(max(0.0, until - time.monotonic())), "the runner does not answer"
             reply: Reply = self._connection.recv()
             if not isinstance(reply, Alive):
                 return reply

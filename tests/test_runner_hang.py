@@ -42,8 +42,10 @@ def test_work_that_hangs_is_told_with_where_it_is(owner: Any, name: str, monkeyp
                 else:
                     assert of(server.read(), Begun)
                     server.send(StepPlan((1,), read=False))
-            hung = server.until(Hung)[-1]
-            over.set()
+            try:
+                hung = server.until(Hung)[-1]
+            finally:
+                over.set()
         assert isinstance(hung, Hung) and not hung.loading
         assert "hang_here" in hung.stack
 
