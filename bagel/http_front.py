@@ -59,6 +59,11 @@ class HttpGuards:
                     f"--allow-origin is {origin!r:.200}; write scheme://host or scheme://host:port in small letters, "
                     "like https://app.example"
                 )
+            if re.fullmatch("http:.*:80|https:.*:443", origin):
+                raise ConfigError(
+                    f"--allow-origin is {origin!r:.200}; browsers leave out the scheme's own port: write "
+                    f"{origin.rpartition(':')[0]}"
+                )
 
     def shown(self) -> dict[str, object]:
         """The settings for the log."""

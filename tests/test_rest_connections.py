@@ -115,20 +115,36 @@ def test_silent_connections_give_way_to_those_that_ask() -> None:
 
 def test_more_requests_than_connections_are_worked_for_are_busy_and_probes_are_answered() -> None:
     async def work(at: Deployment, client: AsyncOpenAI) -> None:
-        held = [await connect(at, head(CHAT, "Content-Length: 100") + b"{") for _ in range(4 + RESERVE + 5)]
+        at.dits[0].go.clear()
+        under_way = [asyncio.create_task(post(at, IMAGES, {"prompt": "a cat"})) for _ in range(4)]
         async with asyncio.timeout(IN_TIME_S):
-            while True:
-                status, answer = await post(at, IMAGES, {"prompt": "a cat"})
-                if status == 429:
-                    break
-        assert "4 connections" in answer["error"]["message"]
+            while len(at.dits[0].asked) < 4:
+                await asyncio.sleep(0.01)
+        status, answer = await post(at, IMAGES, {"prompt": "a cat"})
+        assert status == 429 and "4 connections" in answer["error"]["message"]
         for path in ("/healthz", "/readyz", "/metrics"):
             assert (await get(at, path))[0] == 200
+        at.dits[0].go.set()
+        assert [status for status, _ in await asyncio.gather(*under_way)] == [200] * 4
+        assert (await post(at, IMAGES, {"prompt": "a cat"}))[0] == 200
+
+    through(work, guards=HttpGuards(max_connections=4))
+
+
+def test_requests_whose_bodies_do_not_come_give_way_to_those_that_are_whole() -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        starts = [head(CHAT, "Content-Length: 100") + b"{", head("/v1/none", "Content-Length: 9", "Origin: http://x.y")]
+        held = [await connect(at, starts[i % 2]) for i in range(40)]
+        for _ in range(6):
+            assert (await post(at, IMAGES, {"prompt": "a cat"}))[0] == 200
+        told = await ends(held[0][0])
+        assert b"429 Too Many" in told and b"the body had not come" in told and b"Retry-After" in told.title()
+        assert b"403 Forbidden" in await ends(held[1][0])
+        reader, writer = held[38]  # of those that came last, which have waited least
+        writer.write(b'"messages": []' + b" " * 84 + b"}")
+        assert b"400 Bad Request" in await ends(reader)
         for _, writer in held:
             writer.close()
-        async with asyncio.timeout(IN_TIME_S):
-            while (await post(at, IMAGES, {"prompt": "a cat"}))[0] == 429:
-                await asyncio.sleep(0.01)
 
     through(work, guards=HttpGuards(max_connections=4))
 

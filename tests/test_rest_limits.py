@@ -242,3 +242,25 @@ def test_an_upload_that_breaks_off_is_its_clients_going(caplog: pytest.LogCaptur
         assert not [record for record in caplog.records if record.exc_info or record.levelname in ("WARNING", "ERROR")]
 
     through(work)
+
+
+def test_errors_say_no_more_than_can_be_read() -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        long = "k" * 2_000_000
+        part = {"type": "text", "text": "a", long: 1}
+        chats: list[dict[str, object]] = [
+            {"role": "user", "content": "a", long: 1},
+            {"role": "user", "content": [part]},
+            {"role": long, "content": "a"},
+        ]
+        bodies: list[tuple[str, object]] = [
+            (IMAGES, {long: 1}),
+            (IMAGES, {"prompt": "a", "model": long}),
+            (IMAGES, {"prompt": "a", "quality": long}),
+            *((CHAT, {"messages": [chat]}) for chat in chats),
+        ]
+        for path, body in bodies:
+            status, answer = await post(at, path, body)
+            assert status in (400, 404) and len(json.dumps(answer)) < 5000
+
+    through(work)

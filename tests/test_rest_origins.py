@@ -114,6 +114,34 @@ def test_a_front_on_loopback_answers_to_no_name_that_a_page_has_rebound() -> Non
     through(work, guards=HttpGuards(allow_hosts=("bagel.lan",)))
 
 
+def test_refused_pages_and_hosts_are_told_what_to_allow() -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        told = (await ask(at, "GET /", "Host: my-box.lan:8000"))[1]
+        assert "call it by localhost" in told and "--allow-host my-box.lan" in told and "lan:8000;" not in told
+        assert "--allow-host NAME" in (await ask(at, "GET /", "Host: a b"))[1]
+        told = (await ask(at, f"POST {IMAGES}", HERE, JSON, "Origin: http://my-box.lan", body=BODY))[1]
+        assert "--allow-origin http://my-box.lan" in told and "pass on Host" in told
+
+    through(work)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:80", "http://localhost", 200),
+        ("localhost:443", "https://localhost", 200),
+        ("localhost:443", "http://localhost", 403),
+        ("localhost:8080", "http://localhost", 403),
+        ("localhost", "http://localhost:8080", 403),
+    ],
+)
+def test_a_schemes_own_port_may_be_told_or_left_out(host: str, origin: str, status: int) -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        assert (await ask(at, f"POST {IMAGES}", f"Host: {host}", JSON, f"Origin: {origin}", body=BODY))[0] == status
+
+    through(work)
+
+
 HOSTS = [
     ("0.0.0.0:8000", (), "any.example", True),
     ("0.0.0.0:8000", ("ours.example",), "any.example", False),
@@ -172,7 +200,8 @@ def test_by_default_no_origin_is_told_anything() -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://app.example/", "app.example", "null", "HTTPS://APP.example", "https://a b"]
+    "origin",
+    ["https://app.example/", "app.example", "null", "HTTPS://APP.example", "https://a b", "https://app.example:443"],
 )
 def test_what_is_no_origin_is_told_at_the_start(origin: str) -> None:
     with pytest.raises(ConfigError, match="--allow-origin is"):

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import h11
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bagel.descriptors import limit
-from bagel.errors import Busy, ConfigError
+from bagel.errors import ConfigError
 from bagel.http_front import HttpGuards
 from bagel.telemetry import Log
 from bagel_gateway.rest.certificates import Certified
-from bagel_gateway.rest.refusals import refuse
 
 MAX_CONNECTIONS = 512
 RESERVE = 32
@@ -26,7 +24,6 @@ KEPT = 64
 """Descriptors that are left to services and files, beside gRPC's, which are half of all (`bagel.service.limits`)."""
 BACKLOG = 128
 """Of the kernel's queue of connections that are not accepted yet."""
-PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 STUCK_S = 30.0
 """That a client may read nothing of what is left for it when its connection ends."""
 _AT_ONCE = 64
@@ -49,28 +46,6 @@ def connections_allowed(asked: int | None) -> int:
             "HTTP connections; lower it, or raise the limit (ulimit -n)"
         )
     return asked
-
-
-class Crowd:
-    """ASGI middleware: works for so many requests at once; beyond, it answers probes alone."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most, self._now = app, most, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, which has a connection of its own."""
-        if scope["type"] != "http" or scope["path"] in PROBES:
-            await self._app(scope, receive, send)
-            return
-        if self._now >= self._most:
-            told = f"{self._most} connections have requests under way, the most that are worked for; try again later"
-            await refuse(Busy(told), scope, receive, send, linger=False)
-            return
-        self._now += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._now -= 1
 
 
 class Connections:

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite, Unauthenticated
 
+_LONGEST = 4000
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -93,8 +94,8 @@ def renamed(error: InvalidRequest, names: Mapping[str, str], size: str | None = 
 
 
 def _unicode(text: str | None) -> str | None:
-    """What UTF-8 can say: what a client sent and is told of may have lone surrogates."""
-    return text and text.encode("utf-8", "backslashreplace").decode()
+    """What UTF-8 can say, and no more than is read: what a client sent and is told of may have lone surrogates."""
+    return text and text[:_LONGEST].encode("utf-8", "backslashreplace").decode()
 
 
 def _code(error: BagelError) -> str:

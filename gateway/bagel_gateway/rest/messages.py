@@ -64,7 +64,7 @@ def _contents(number: int, message: Mapping[str, Any]) -> list[dict[str, str]]:
     known = {"role", "content"} | ({"images"} if message["role"] == "assistant" else set())
     for key, value in message.items():
         if key not in known and value not in (None, [], ""):
-            raise _wrong(f"{where}.{key} is not supported; leave it out")
+            raise _wrong(f"{where}.{key:.200} is not supported; leave it out")
     found: list[dict[str, str]] = []
     for key in ("content", "images"):
         value = message.get(key)
@@ -85,7 +85,7 @@ def _content(where: str, part: object) -> dict[str, str]:
     if known is None:
         raise _wrong(f"{where}.type is {kind!r:.80}; it must be text or image_url")
     if extra := set(part) - known:
-        raise _wrong(f"{where}.{min(map(str, extra))} is not supported; leave it out")
+        raise _wrong(f"{where}.{min(map(str, extra)):.200} is not supported; leave it out")
     if kind == "text":
         value = part.get("text")
     elif isinstance(part.get("image_url"), dict):

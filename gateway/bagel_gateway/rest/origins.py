@@ -19,6 +19,7 @@ from bagel_gateway.rest.refusals import READS, refuse
 SAFE = (*READS, "OPTIONS")
 """Methods that do no work here."""
 ANY = "*"
+_PORTS = {"http": ":80", "https": ":443"}
 _HOST = re.compile(r"(\[[^\[\]]+\]|[^\s:@/\[\]]+)(?::[0-9]*)?")
 
 
@@ -57,20 +58,23 @@ class CheckHost:
             for host in (value.decode("latin-1") for name, value in scope["headers"] if name == b"host"):
                 if not self._is_ours(host):
                     self._metrics.http("to another host", WrongHost.http_status)
-                    told = f"this server is not called {host!r:.200}; its operator allows names by --allow-host NAME"
-                    await refuse(WrongHost(told), scope, receive, send)
+                    await refuse(self._wrong(host), scope, receive, send)
                     return
         await self._app(scope, receive, send)
 
     def _is_ours(self, host: str) -> bool:
-        match = _HOST.fullmatch(host.lower())
-        name = match[1].removesuffix(".") if match else ""
+        name = _name(host)
         if name in self._allowed or name == "localhost" or name.endswith(".localhost"):
             return True
         try:
             return ip_address(name.strip("[]")).is_loopback or not self._local
         except ValueError:
             return False
+
+    def _wrong(self, host: str) -> WrongHost:
+        own = "localhost" if self._local else "its address"
+        told = f"this server is not called {host!r:.200}; call it by {own}, or have its operator allow the name"
+        return WrongHost(f"{told}: --allow-host {_name(host)[:200] or 'NAME'}")
 
 
 class CheckOrigin:
@@ -99,9 +103,24 @@ class CheckOrigin:
             return True
         if site is not None:
             return site in ("same-origin", "none")
-        return origin is None or origin.partition("://")[2] == headers.get("host", "").lower()
+        return origin is None or _is_of(origin, headers.get("host", "").lower())
+
+
+def _name(host: str) -> str:
+    """The name or address in a Host header, nothing where it is none."""
+    match = _HOST.fullmatch(host.lower())
+    return match[1].removesuffix(".") if match else ""
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether a page is of the host that is called. Its origin leaves out the scheme's port, a proxy may tell it."""
+    scheme, _, place = origin.partition("://")
+    return place in (host, host.removesuffix(_PORTS.get(scheme, "")))
 
 
 def _foreign(origin: str | None) -> ForeignOrigin:
-    page = "another site" if origin in (None, "null") else f"{origin:.200}"
-    return ForeignOrigin(f"pages of {page} may not call this server; its operator allows them by --allow-origin ORIGIN")
+    if origin in (None, "null"):
+        told = "pages of another site may not call this server; its operator allows them by --allow-origin ORIGIN"
+        return ForeignOrigin(told)
+    told = f"pages of {origin:.200} may not call this server; its operator allows them by --allow-origin {origin:.200}"
+    return ForeignOrigin(f"{told}; if they are its own, behind a reverse proxy, have that pass on Host")

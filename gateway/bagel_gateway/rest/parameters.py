@@ -206,7 +206,7 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
     except ValidationError as error:
         # An unknown name first: what is missing is often misspelt.
         first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-        name = ".".join(str(key) for key in first["loc"])
+        name = ".".join(str(key) for key in first["loc"])[:_LONGEST_NAME]
         if first["type"] == "extra_forbidden":
             raise UnknownParameter(name, f"{name} is no parameter of this endpoint; docs/rest.md lists them") from None
         if first["type"] == "missing":
@@ -216,6 +216,8 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
 
 
 _BOUNDS = ("greater_than_equal", "less_than_equal")
+_LONGEST_NAME = 200
+"""Of a parameter, as it is told: what a client makes up may be as long as a body."""
 
 
 def _range(model: type[BaseModel], name: str) -> str:

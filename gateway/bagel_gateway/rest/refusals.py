@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from starlette.types import Message, Receive, Scope, Send
 
-from bagel.errors import BagelError
+from bagel.errors import BagelError, Busy
 from bagel.telemetry import Log
 from bagel_gateway.rest.errors import error_response
 
@@ -33,7 +33,7 @@ async def refuse(error: BagelError, scope: Scope, receive: Receive, send: Send, 
 
 async def _linger(receive: Receive) -> None:
     """Drop what the client still sends: closed on at once, it would hear of a broken connection, not of the error."""
-    with suppress(TimeoutError):
+    with suppress(TimeoutError, Busy):  # the second when its place is needed
         async with asyncio.timeout(LINGER_S):
             message: Message = {"more_body": True}
             while message.get("more_body", False):

@@ -30,9 +30,9 @@ from bagel_gateway.rest.connections import (
     Acceptor,
     Connection,
     Connections,
-    Crowd,
     connections_allowed,
 )
+from bagel_gateway.rest.crowd import Crowd
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.keys import RequireKey
 from bagel_gateway.rest.limits import LimitBodies
