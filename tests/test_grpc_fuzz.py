@@ -44,7 +44,7 @@ METHODS = {
     "dit-0": ("DitService/Generate", "KvBlocksService/Renew", "KvBlocksService/GetStats"),
     "dit-1": ("DitService/Generate",),
 }
-FEW = settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 Part, Text, ImagePart = common_pb2.Part, common_pb2.TextPart, common_pb2.ImagePart
 text_parts = [Part(text=Text(text="a red cube"))]

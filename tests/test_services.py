@@ -204,17 +204,51 @@ class Stage:
             "gateway", "bagel_gateway", "--pipeline", "bagel", *stages, *(more or ("--backend-timeout", "1"))
         )
 
+    def pair(self) -> tuple[Service, Service]:
+        """The Thinker and the DiT that were started last, if they still run, else new ones."""
+        found = {service.name: service for service in self.running}  # the last of each name
+        thinker, dit = found.get("thinker-0"), found.get("dit-0")
+        if thinker is None or thinker.process.poll() is not None:
+            thinker = self.thinker(thinker.address(0) if thinker else "127.0.0.1:0")
+        if dit is None or dit.process.poll() is not None:
+            dit = self.dit(thinker)
+        return thinker, dit
+
+    def end(self, services: Sequence[Service]) -> None:
+        """End these services, whatever a test did to them."""
+        for service in reversed(services):
+            with suppress(ProcessLookupError):
+                service.process.send_signal(signal.SIGCONT)
+            service.tell_to_stop()
+        for service in reversed(services):
+            service.end(10)
+
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
+    """Services of one test, for one that starts them with settings of its own."""
     stage = Stage(tmp_path)
     yield stage
-    for service in reversed(stage.running):
+    stage.end(stage.running)
+
+
+@pytest.fixture(scope="module")
+def all_of_lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("lasting"))
+    yield stage
+    stage.end(stage.running)
+
+
+@pytest.fixture
+def lasting(all_of_lasting: Stage) -> Iterator[Stage]:
+    """A Thinker and a DiT (`pair`) that the next test goes on with if this one leaves them alive; gateways end."""
+    stage = all_of_lasting
+    yield stage
+    for service in stage.running:
         with suppress(ProcessLookupError):
             service.process.send_signal(signal.SIGCONT)
-        service.tell_to_stop()
-    for service in reversed(stage.running):
-        service.end(10)
+    stage.end([service for service in stage.running if service.name == "gateway"])
+    stage.running = [service for service in stage.running if service.name != "gateway"]
 
 
 def until_serving(*services: Service, limit_s: float = 180) -> None:
@@ -240,10 +274,9 @@ def runner_pid(dit: Service) -> int:
     return int(lines[-1]["runner_pid"])
 
 
-def test_lost_services_are_told_and_missed_and_the_next_request_works(stage: Stage) -> None:
-    thinker = stage.thinker()
-    dit = stage.dit(thinker)
-    gateway = stage.gateway(thinker, dit)
+def test_lost_services_are_told_and_missed_and_the_next_request_works(lasting: Stage) -> None:
+    thinker, dit = lasting.pair()
+    gateway = lasting.gateway(thinker, dit)
     until_serving(thinker, dit, gateway)
     with Client(gateway.address(0)) as client:
         lose_the_runner(client, dit)
@@ -252,7 +285,7 @@ def test_lost_services_are_told_and_missed_and_the_next_request_works(stage: Sta
         assert released(thinker.address(0), dit.address(0))
         lose_the_thinker(client, thinker)
         assert released(dit.address(0))
-        again = stage.thinker(thinker.address(0))
+        again = lasting.thinker(thinker.address(0))
         until_serving(again, gateway)
         assert client.generate("after the Thinker", **SMALL).image is not None
         assert released(again.address(0), dit.address(0))
@@ -284,18 +317,17 @@ def lose_the_thinker(client: Client, thinker: Service) -> None:
     pytest.fail(f"the gateway goes on choosing a Thinker that is gone: {caught.value}")
 
 
-def test_what_the_dit_knows_already_is_no_loss_to_a_thinker_that_reads_it_anew(stage: Stage) -> None:
+def test_what_the_dit_knows_already_is_no_loss_to_a_thinker_that_reads_it_anew(lasting: Stage) -> None:
     """It gives its lease back at once, while the Thinker, started again, still computes what it was for."""
-    thinker = stage.thinker()
-    dit = stage.dit(thinker)
-    gateway = stage.gateway(thinker, dit)
+    thinker, dit = lasting.pair()
+    gateway = lasting.gateway(thinker, dit)
     until_serving(thinker, dit, gateway)
     long = "a large red circle to the left of a small blue square " * 60
     with Client(gateway.address(0)) as client:
         before = client.generate(long, **SMALL)
         thinker.process.kill()
         thinker.process.wait(DETECTED_WITHIN_S)
-        again = stage.thinker(thinker.address(0))
+        again = lasting.thinker(thinker.address(0))
         until_serving(again, gateway)
         after = client.generate(long, **SMALL)
     assert same(after, before)
@@ -303,10 +335,9 @@ def test_what_the_dit_knows_already_is_no_loss_to_a_thinker_that_reads_it_anew(s
     assert released(again.address(0), dit.address(0))
 
 
-def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage: Stage) -> None:
-    thinker = stage.thinker()
-    dit = stage.dit(thinker)
-    gateway = stage.gateway(thinker, dit)
+def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(lasting: Stage) -> None:
+    thinker, dit = lasting.pair()
+    gateway = lasting.gateway(thinker, dit)
     until_serving(thinker, dit, gateway)
     asked: dict[str, Any] = SMALL | {"think": True, "max_think_tokens": 200}
     with Client(gateway.address(0)) as client:
@@ -324,11 +355,10 @@ def test_a_thinker_that_is_told_to_stop_ends_the_pictures_under_way_first(stage:
         assert caught.value.grpc_status == "UNAVAILABLE"
 
 
-def test_a_dit_that_is_told_to_stop_answers_until_its_pictures_are_done(stage: Stage) -> None:
+def test_a_dit_that_is_told_to_stop_answers_until_its_pictures_are_done(lasting: Stage) -> None:
     """It takes nothing new, but one that answers no checks would be taken for silent, and its pictures given up."""
-    thinker = stage.thinker()
-    dit = stage.dit(thinker)
-    gateway = stage.gateway(thinker, dit)
+    thinker, dit = lasting.pair()
+    gateway = lasting.gateway(thinker, dit)
     until_serving(thinker, dit, gateway)
     with Client(gateway.address(0)) as client, sync_channel(dit.address(0)) as channel:
         events = client.stream("a fox", **SMALL | {"steps": 500})

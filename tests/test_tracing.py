@@ -32,15 +32,18 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
 
 
 @pytest.mark.slow
-def test_a_picture_is_one_trace_through_all_services(receiver: Traces) -> None:
+def test_a_picture_is_one_trace_through_all_services_and_a_refused_request_a_failed_span(receiver: Traces) -> None:
     with bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel_think"), device="cpu") as omni:
         [result] = omni.generate("a red circle", steps=12, height=64, width=64, max_think_tokens=4)
         assert result.image is not None
+        with pytest.raises(bagel.errors.BagelError):
+            omni.generate("a red circle", steps=4, height=100_000, width=64)
     roots = receiver.named("bagel-gateway", "bagel.v1.GatewayService/Generate")
-    [root] = roots
-    assert {span.trace_id for _, span in receiver.spans} == {root.trace_id}
-    ids = {span.span_id for _, span in receiver.spans}
-    assert all(span.parent_span_id in ids for _, span in receiver.spans if span is not root)
+    root, refused = sorted(roots, key=lambda span: span.start_time_unix_nano)
+    spans = [span for _, span in receiver.spans if span is not refused]
+    assert {span.trace_id for span in spans} == {root.trace_id} != {refused.trace_id}
+    ids = {span.span_id for span in spans}
+    assert all(span.parent_span_id in ids for span in spans if span is not root)
     prefilled = receiver.named("bagel-thinker", "prefill")
     assert len(prefilled) >= 2
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano > root.start_time_unix_nano for span in prefilled)
@@ -49,6 +52,8 @@ def test_a_picture_is_one_trace_through_all_services(receiver: Traces) -> None:
     windows = [attributes(span.attributes) for span in receiver.named("bagel-dit", "denoise")]
     assert [(each["first_step"], each["last_step"]) for each in windows] == [(1, 10), (11, 11)]
     assert len(receiver.named("bagel-dit", "decode")) == 1
+    assert refused.status.code == Status.STATUS_CODE_ERROR
+    assert "100000" in refused.status.message.replace(",", "")
 
 
 @pytest.mark.slow
@@ -88,18 +93,6 @@ def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Trac
     assert "bagel.cancelled" in attributes(left.attributes) and "bagel.cancelled" not in told
     assert left.status.code == Status.STATUS_CODE_UNSET
     assert attributes(unknown.attributes)["http.response.status_code"] == 404
-
-
-@pytest.mark.slow
-def test_a_refused_request_is_a_failed_span(receiver: Traces) -> None:
-    with (
-        bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel"), device="cpu") as omni,
-        pytest.raises(bagel.errors.BagelError),
-    ):
-        omni.generate("a red circle", steps=4, height=100_000, width=64)
-    [root] = receiver.named("bagel-gateway", "bagel.v1.GatewayService/Generate")
-    assert root.status.code == Status.STATUS_CODE_ERROR
-    assert "100000" in root.status.message.replace(",", "")
 
 
 def test_what_the_environment_asks_and_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
