@@ -43,7 +43,7 @@ def request(modality: str, text: str = "a red cup", image: Image.Image | None = 
     if kind.reads_image:
         parts = (ImagePart(image or sketch(), for_generation=kind.makes_image), *parts)
     size = {"height": 64, "width": 64} if kind is Modality.TEXT2IMG else {}
-    return resolve(kind, parts, options, {"steps": 5, "seed": 7, "max_think_tokens": 8, **size})
+    return resolve(kind, parts, {**size, **options}, {"steps": 5, "seed": 7, "max_think_tokens": 8})
 
 
 def agree(one: Image.Image, other: Image.Image) -> bool:
