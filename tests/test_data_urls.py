@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from urllib.parse import quote
 
@@ -9,6 +10,8 @@ import pytest
 
 from bagel.errors import InvalidImage
 from bagel_gateway.rest.data_urls import data_of
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.messages import parts_of
 
 FILE = bytes(range(256)) + b"?>~"
 CODE = base64.b64encode(FILE).decode()
@@ -48,9 +51,18 @@ def test_read(url: str) -> None:
         ("data:image/png;base64,", "no data after its comma"),
         ("data:image/png,", "no data after its comma"),
         ("data:" + "x" * 2000 + ",", "no comma"),
+        (f"data:image/png,{CODE}", "does not say that its data are base64"),
+        (f"data:base64,{URL_SAFE}\n", "does not say that its data are base64"),
+        (f'data:image/png;name="a,b.png"; BASE64,{CODE}', "write %2C"),
     ],
 )
 def test_refused(url: str, fault: str) -> None:
     with pytest.raises(InvalidImage, match=fault) as refused:
         data_of(url, "messages")
     assert refused.value.field == "messages"
+
+
+def test_white_space_around_a_url_is_none_of_it() -> None:
+    content = [{"type": "image_url", "image_url": {"url": f"\n data:image/png;base64,{CODE} \n"}}]
+    parts = asyncio.run(parts_of([{"role": "user", "content": content}], Fetcher((), 0), 1))
+    assert parts[0].image.data == FILE

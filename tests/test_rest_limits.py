@@ -264,3 +264,18 @@ def test_errors_say_no_more_than_can_be_read() -> None:
             assert status in (400, 404) and len(json.dumps(answer)) < 5000
 
     through(work)
+
+
+@pytest.mark.parametrize(
+    ("coded", "name"),
+    [
+        ("filename*=utf-8''caf%C3%A9.png", "café.png"),
+        ("FILENAME* = UTF-8'en'a%20b.png; x=y", "a b.png"),
+        ("filename=\"a.png\"; filename*=utf-8''b.png", "a.png"),
+    ],
+)
+def test_a_file_whose_name_is_coded_is_a_file(coded: str, name: str) -> None:
+    reader = FormReader(FORM)
+    head = f'--the-boundary\r\nContent-Disposition: form-data; name="image"; {coded}\r\n\r\n'
+    reader.feed(head.encode() + b"bytes\r\n--the-boundary--\r\n")
+    assert [(part.filename, bytes(part.data)) for part in reader.end()] == [(name, b"bytes")]

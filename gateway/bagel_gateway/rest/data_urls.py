@@ -12,6 +12,8 @@ from bagel.errors import InvalidImage
 _LONGEST_HEADER = 1000
 _SPACE = b" \t\r\n\f\v"
 _OTHER = re.compile(rb"[^A-Za-z0-9+/]")
+_BASE64 = re.compile(rb"[A-Za-z0-9+/_\-=\s]++")
+_CODED_HEADER = re.compile(rb";\s*base64\s*,", re.IGNORECASE)
 _HINT = "it must be like data:image/png;base64,iVBOR..."
 
 
@@ -36,6 +38,10 @@ def data_of(url: str, field: str) -> bytes:
     file = unquote_to_bytes(coded)
     if not file:
         raise InvalidImage(field, f"an image's data URL has no data after its comma; {_HINT}")
+    if _CODED_HEADER.search(coded[:_LONGEST_HEADER]) is not None:
+        raise InvalidImage(field, "an image's data URL has a comma before its ;base64, where its data begin; write %2C")
+    if _BASE64.fullmatch(coded) is not None:  # no image, as every one has other bytes
+        raise InvalidImage(field, f"an image's data URL does not say that its data are base64; {_HINT}")
     return file
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -20,6 +22,8 @@ MAX_FILES = 8
 """Some more than are served, so that too many are refused by their own message."""
 MAX_PARTS = MAX_FIELDS + MAX_FILES
 MAX_FIELD_BYTES = 2 * 2**20
+_CODED_NAME = re.compile(rb";\s*filename\*\s*=\s*[\w-]*'[\w-]*'([^;\s]*)", re.IGNORECASE)
+"""How older clients write the name of a file that is not ASCII (RFC 5987)."""
 _PLAIN = ("", "7bit", "8bit", "binary")
 
 
@@ -119,10 +123,13 @@ class FormReader:
 
     def _headers_finished(self) -> None:
         part = self._part
-        _, options = parse_options_header(part.headers.get(b"content-disposition", b""))
+        disposition = part.headers.get(b"content-disposition", b"")
+        _, options = parse_options_header(disposition)
         part.name = _name(options)
         if (filename := options.get(b"filename")) is not None:
             part.filename = filename.decode("utf-8", "replace")
+        elif (coded := _CODED_NAME.search(disposition)) is not None:
+            part.filename = unquote(coded[1].decode("latin-1"))
         encoding = part.headers.get(b"content-transfer-encoding", b"").decode("latin-1").strip().lower()
         if encoding not in _PLAIN:
             raise InvalidRequest(part.name, f"{part.name} comes in the encoding {encoding!r:.80}; send it as it is")

@@ -105,6 +105,7 @@ def _text(where: str, text: str) -> dict[str, str]:
 
 
 async def _image(url: str, fetcher: Fetcher) -> bytes:
+    url = url.strip()  # as browsers do
     if url[:5].lower() != "data:":
         return await fetcher.fetch(url)
     return data_of(url, FIELD)
