@@ -3,6 +3,7 @@
     BagelError                      the base; knows its gRPC status and HTTP code
     ├── InvalidRequest              a request that cannot be served as it is written (names the field)
     │   └── InvalidImage            an input image that cannot be read or is too large
+    ├── RequestTooSlow              a request that did not come in time
     ├── Unauthenticated             a caller without an API key that the gateway knows
     ├── Forbidden                   a caller whose certificate is not one that this service takes calls of
     ├── ConfigError                 a deploy file, flag or setting of the server that is wrong
@@ -77,6 +78,13 @@ class InvalidRequest(BagelError):
 
 class InvalidImage(InvalidRequest):
     """An input image that cannot be read, decoded or is too large."""
+
+
+class RequestTooSlow(BagelError):
+    """A request whose bytes did not come in time."""
+
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 408
 
 
 class Unauthenticated(BagelError):

@@ -16,12 +16,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from PIL import Image
 
 from bagel.client import AsyncClient
 from bagel.errors import Busy, ConfigError, InvalidImage
-from bagel.transport import Host
+from bagel.transport import Host, Limits, channel
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel_gateway.room import SMALL_BYTES, Room
 from bagel_gateway.uploads import field_of, with_parts
@@ -211,3 +212,18 @@ def test_pictures_that_compress_to_nothing_take_no_memory() -> None:
             assert most is not None and int(most[1]) < 250_000
 
     asyncio.run(main())
+
+
+def test_a_request_that_does_not_come_has_its_time() -> None:
+    async def run() -> None:
+        limits = Limits(message_s=0.3)
+        async with (
+            asyncio.timeout(LIMIT_S),
+            deployment(grpc=limits) as made,
+            channel(f"127.0.0.1:{made.gateway.host.port}") as connection,
+        ):
+            call: Any = connection.stream_unary("/bagel.v1.GatewayService/Generate")()
+            assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "--grpc-message-timeout" in await call.details()
+
+    asyncio.run(run())

@@ -15,7 +15,7 @@ from typing import Any
 
 from grpc import aio
 
-from bagel.errors import Busy, InvalidRequest
+from bagel.errors import Busy, InvalidRequest, RequestTooSlow
 from bagel.transport import MAX_MESSAGE_BYTES
 from bagel_gateway.room import Room
 
@@ -42,7 +42,7 @@ class Receiving:
     async def message(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[list[bytes]]:
         """The one message of a call, in a list to be taken out of; its bytes are held until the end of the block.
 
-        Raises Busy where there is no room for it, InvalidRequest if it does not come.
+        Raises Busy where there is no room for it, RequestTooSlow if it does not come, InvalidRequest if none is sent.
         """
         with self._room.hold() as held:
             async with self._turn():
@@ -84,7 +84,7 @@ class Receiving:
                 raise self._busy()
             if not waiting.done():
                 told = f"the request did not come within {self._limit_s:g} s, the limit (--grpc-message-timeout)"
-                raise InvalidRequest("request", f"{told}; send it faster")
+                raise RequestTooSlow(f"{told}; send it faster")
         finally:
             self._slow.pop(waiting, None)
 
