@@ -111,6 +111,7 @@ class Client:
         the gateway is too busy for waits and is sent again while others of them run (`bagel.together`).
         """
         calls, under_way, together = _calls(requests, on_event), _UnderWay(), Together()
+        _check_at_once(at_once)
 
         def run(index: int, call: _Call) -> Result:
             return _last(self._patiently(call, index, under_way, together), on_event)
@@ -220,7 +221,7 @@ class AsyncClient:
         at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; see Client.generate_many."""
-        calls, places, together = _calls(requests, on_event), asyncio.Semaphore(at_once), Together()
+        calls, places, together = _calls(requests, on_event), _places(at_once), Together()
 
         async def run(index: int, call: _Call) -> Result:
             async with places:
@@ -238,7 +239,7 @@ class AsyncClient:
 
         Raises the error of the first that cannot be; an InvalidRequest says which it is in its `index`.
         """
-        calls, places = [_Call.of(request) for request in requests], asyncio.Semaphore(at_once)
+        calls, places = [_Call.of(request) for request in requests], _places(at_once)
 
         async def check(index: int, call: _Call) -> None:
             message = gateway_pb2.GenerateRequest()
@@ -376,6 +377,16 @@ class _Call:
             ),
             options=options,
         )
+
+
+def _check_at_once(at_once: object) -> None:
+    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+        raise InvalidRequest("at_once", f"at_once is {at_once!r:.80}; it must be a whole number at least 1")
+
+
+def _places(at_once: int) -> asyncio.Semaphore:
+    _check_at_once(at_once)  # a semaphore of none would be waited for without end
+    return asyncio.Semaphore(at_once)
 
 
 def _calls(requests: Iterable[Mapping[str, Any] | str], on_event: OnServiceEvent | None) -> list[_Call]:

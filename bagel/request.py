@@ -26,8 +26,8 @@ MAX_SCALE = 100.0
 MAX_TEMPERATURE = 100.0
 PENALTIES = (0.01, 100.0)
 """Of a repetition. Far smaller or larger ones leave float32, in which all logits are then equal or none is a number."""
-MAX_TOP_K = 2**32 - 1
-"""What its field of the wire holds."""
+MAX_FIELD = 2**32 - 1
+"""What a field of the wire for a whole number holds, that of a seed aside."""
 MAX_PARTS = 64
 MAX_STOP_TOKENS = 64
 MAX_TEXT_BYTES = 2**20
@@ -89,7 +89,7 @@ class TextSettings:
         lowest, highest = PENALTIES
         _finite("temperature", self.temperature, at_least=0.0, at_most=MAX_TEMPERATURE)
         _finite("top_p", self.top_p, above=0.0, at_most=1.0)
-        _whole("top_k", self.top_k, at_least=0, at_most=MAX_TOP_K)
+        _whole("top_k", self.top_k, at_least=0, at_most=MAX_FIELD)
         _finite("repetition_penalty", self.repetition_penalty, at_least=lowest, at_most=highest)
         _whole("max_tokens", self.max_tokens, at_least=1)
         _kind("do_sample", self.do_sample, bool, "true or false")
@@ -223,6 +223,26 @@ def with_settings(request: Request, settings: Mapping[str, Any]) -> Request:
     return replace(request, text=text, image=image, **own)
 
 
+def check_option(name: str, value: Any) -> None:
+    """Refuse what no request may have as this setting, whatever its others are; InvalidRequest says what may be."""
+    if name == "cfg_interval":
+        value = _pair(name, value)
+    elif name == "cfg_renorm_type":
+        value = _choice(name, value, RenormType)
+    elif name == "posterior":
+        value = _choice(name, value, PosteriorMode)
+    elif name == "stop_token_ids":
+        _kind(name, value, list | tuple, "a list of token ids")
+        value = tuple(value)
+    if name in _names(TextSettings):
+        TextSettings(**{name: value})
+    elif name in _names(ImageSettings):
+        ImageSettings(**{name: value})
+    elif name in _OWN:
+        own: dict[str, Any] = {"seed": 0, name: value}
+        Request(modality=Modality.TEXT2IMG, prompt=(TextPart("-"),), **own)
+
+
 def check_prompt_size(field: str, parts: int, texts: Sequence[str]) -> None:
     """Refuse what no model has positions for before time is spent on it; raises InvalidRequest."""
     if parts > MAX_PARTS:
@@ -295,7 +315,7 @@ def _finite(
     too_low = number and ((above is not None and value <= above) or (at_least is not None and value < at_least))
     if not number or too_low or (at_most is not None and value > at_most):
         wanted = in_words(above=above, at_least=at_least, at_most=at_most)
-        raise InvalidRequest(name, f"{name} is {value}; it must be a number {wanted}")
+        raise InvalidRequest(name, f"{name} is {value!r:.80}; it must be a number {wanted}")
 
 
 def in_words(
@@ -327,4 +347,4 @@ def _whole(name: str, value: int, *, at_least: int, at_most: int | None = None, 
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < at_least or (at_most is not None and value > at_most):
         wanted = f"at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-        raise InvalidRequest(name, f"{name} is {value}; it must be a whole number {wanted}{hint}")
+        raise InvalidRequest(name, f"{name} is {value!r:.80}; it must be a whole number {wanted}{hint}")

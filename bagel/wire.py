@@ -14,12 +14,14 @@ from bagel.model.config import ModelConfig
 from bagel.model.sizes import PictureLimits
 from bagel.prompts import BranchName, ImagePart, Part, Prompt, TextPart
 from bagel.request import (
+    MAX_FIELD,
     ImageSettings,
     Modality,
     PosteriorMode,
     RenormType,
     Request,
     TextSettings,
+    check_option,
     check_prompt_size,
     check_stop_tokens,
 )
@@ -148,8 +150,9 @@ def options_to_wire(
             continue
         try:
             _set_option(message, name, value)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(name, f"{name} is {value!r}: {error}") from None
+        except (TypeError, ValueError):
+            check_option(name, value)  # says which values may be; what is left is only larger than its field
+            raise InvalidRequest(name, f"{name} is {value!r:.80}; the largest number it takes is {MAX_FIELD}") from None
     return message
 
 

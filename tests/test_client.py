@@ -158,6 +158,18 @@ def test_the_first_error_of_many_cancels_the_others(at: Deployment, client: Clie
     asyncio.run(at.settled())
 
 
+@pytest.mark.parametrize("at_once", [0, -1, True, "2", 1.5])
+def test_at_once_is_a_whole_number(at: Deployment, client: Client, at_once: Any) -> None:
+    async def run() -> None:
+        async with AsyncClient(at.target) as other, asyncio.timeout(10):
+            await other.generate_many(["a red cube"], at_once=at_once)
+
+    with pytest.raises(InvalidRequest, match="at_once is"):
+        client.generate_many(["a red cube"], at_once=at_once)
+    with pytest.raises(InvalidRequest, match="at_once is"):
+        asyncio.run(run())
+
+
 def test_asyncio(at: Deployment) -> None:
     async def run() -> None:
         async with AsyncClient(at.target) as client:

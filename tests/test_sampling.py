@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bagel.engine.sampling import choose
-from bagel.request import MAX_TEMPERATURE, MAX_TOP_K, PENALTIES, TextSettings
+from bagel.request import MAX_FIELD, MAX_TEMPERATURE, PENALTIES, TextSettings
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0])
 BEST = 1
@@ -98,7 +98,7 @@ EXTREMES = st.sampled_from([0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 80.0, -80.0, 1
         do_sample=st.booleans(),
         temperature=st.floats(0, MAX_TEMPERATURE) | st.sampled_from([1e-320, 1e-45, 2e-38, 1e-30]),
         top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([5e-324, 1e-46, 1e-38, 1e-9]),
-        top_k=st.integers(0, MAX_TOP_K),
+        top_k=st.integers(0, MAX_FIELD),
         repetition_penalty=st.floats(*PENALTIES),
     ),
     seen=st.booleans(),

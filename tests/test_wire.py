@@ -112,6 +112,25 @@ def test_what_no_field_can_hold_is_named(name: str, value: Any) -> None:
     assert refused.value.field == name
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("seed", -1, f"seed is -1; it must be a whole number from 0 to {2**63 - 1}"),
+        ("steps", "3", "steps is '3'; it must be a whole number from 2 to 1000"),
+        ("steps", True, "steps is True; it must be a whole number from 2"),
+        ("cfg_interval", (0.4,), "cfg_interval is (0.4,); it must be two numbers"),
+        ("stop_token_ids", [-1], "stop_token_ids is -1; it must be a whole number at least 0"),
+        ("stop_token_ids", 5, "stop_token_ids is 5; it must be a list"),
+        ("posterior", "none", "it must be one of content, seed, mean"),
+        ("width", 10**12, f"width is {10**12}; the largest number it takes is {2**32 - 1}"),
+    ],
+)
+def test_what_no_field_can_hold_is_refused_with_what_may_be(name: str, value: Any, words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        wire.options_to_wire(Modality.TEXT2IMG, PARTS, {name: value})
+    assert words in str(refused.value)
+
+
 def test_none_is_not_given() -> None:
     assert wire.options_from_wire(wire.options_to_wire(Modality.TEXT2IMG, PARTS, {"steps": None})) == {}
 
