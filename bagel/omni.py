@@ -33,7 +33,8 @@ from bagel.request import Modality, Request, resolve
 from bagel.transport import PLAINTEXT, Security
 from bagel.v1 import common_pb2
 
-DESCRIBE_S = 10.0
+DESCRIBE_S = 20.0
+"""Longer than the --backend-timeout of a gateway, which says what it waits for."""
 ENDED_S = 0.1
 """Seconds from the end of a connection to the end of its process."""
 
