@@ -22,7 +22,7 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from bagel import request
-from bagel.errors import ConfigError
+from bagel.errors import ConfigError, InvalidRequest
 from bagel.http_front import HttpGuards
 from bagel.transport import Security
 from bagel.v1 import common_pb2
@@ -613,3 +613,16 @@ def test_docs_list_every_limit_as_the_code_has_it() -> None:
             ends = [getattr(each, "le", getattr(each, "max_length", None)) for each in field.metadata]
             for end in (end for end in ends if end is not None and name not in ("cfg_interval", "modalities")):
                 assert [value for said, value in left.items() if f"`{name}`" in said] == [end], name
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"messages": [{}] * 65}, "messages has 65 entries; it must have at most 64"),
+        ({"messages": []}, "messages has 0 entries; it must have at least 1"),
+        ({"messages": [{}], "stop_token_ids": [1] * 65}, "stop_token_ids has 65 entries; it must have at most 64"),
+    ],
+)
+def test_a_list_of_the_wrong_length_is_told_its_bound(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{words}$"):
+        rest_parameters.read(rest_parameters.ChatParameters, {}, given, typed=True)

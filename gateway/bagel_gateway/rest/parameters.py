@@ -211,6 +211,10 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
             raise UnknownParameter(name, f"{name} is no parameter of this endpoint; docs/rest.md lists them") from None
         if first["type"] == "missing":
             raise InvalidRequest(name, f"{name} is missing; it is required") from None
+        if first["type"] in ("too_long", "too_short"):
+            bound, end = ("at most", "max_length") if first["type"] == "too_long" else ("at least", "min_length")
+            length = f"{name} has {len(first['input'])} entries; it must have {bound} {first['ctx'][end]}"
+            raise InvalidRequest(name, length) from None
         wanted = f"; it must be {_range(model, name)}" if first["type"] in _BOUNDS else f": {first['msg']}"
         raise InvalidRequest(name, f"{name} is {first['input']!r:.80}{wanted}") from None
 
