@@ -100,7 +100,7 @@ def _vit_context(model: Bagel, *, side: int) -> Pair:
 
 
 def _vae_context(model: Bagel, *, side: int) -> Pair:
-    """The encoder has no control: its result is computed before."""
+    """The encoder is diffusers' and has no control: its result is computed before."""
     chain = cases.image_chain(model.config, side, SegmentKind.VAE)
     model.vae = cases.EncodedVae(model.autoencoder(), _pixels(chain))
     return cases.build(model, chain), control.vae_block(model, chain.length - 2)

@@ -27,14 +27,6 @@ def linear(in_features: int, out_features: int, *, bias: bool) -> Linear:
     return Linear(in_features, out_features, bias=bias)
 
 
-def embedding(rows: int, size: int) -> nn.Embedding:
-    """An embedding without values. nn.Embedding draws some: on the meta device that is in vain, and PyTorch imports its
-    compiler for it, which takes as long as half of a service's other imports.
-    """
-    made: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
-    return made
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, of float32 and in float32."""
 
@@ -59,9 +51,7 @@ class Rotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """(Re)compute the frequencies; needed after a module was moved off the meta device, which has no values."""
-        if self.inv_freq.is_meta:  # there PyTorch traces operations in Python, and imports its compiler for that
-            return
+        """(Re)compute the frequencies; needed after a module was moved off the meta device."""
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=self.inv_freq.device).float()
         self.inv_freq.copy_(1.0 / self.theta ** (exponent / self.head_dim))
 

@@ -16,7 +16,7 @@ from bagel.model.attention import KvSlab, Rows
 from bagel.model.backend import LayerBackend
 from bagel.model.config import LlmConfig
 from bagel.model.kernels import Rope, rope_factors
-from bagel.model.layers import GatedMlp, RMSNorm, Rotary, embedding, linear
+from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear
 
 OnLayer = Callable[[int], None]
 
@@ -89,7 +89,7 @@ class MoTDecoder(nn.Module):
         super().__init__()
         self.config, self.backend = config, LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
-        self.embed_tokens = embedding(embedding_rows, config.hidden_size)
+        self.embed_tokens = nn.Embedding(embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(config, generation=generation) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if text else None
         self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps) if denoising else None

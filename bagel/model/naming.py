@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bagel.model.bagel import Bagel
 from bagel.model.checkpoint import AE, EMA
+from bagel.model.vae import diffusers_name
 
 _EXPERT = re.compile(r"language_model\.(layers\.\d+)\.(und|gen)\.(.+)\.(weight|bias)")
 _VIT_LAYER = re.compile(r"vit_model\.layers\.(\d+)\.(.+)")
@@ -89,9 +90,33 @@ def _pieces(model: Bagel, name: str, parameter: Tensor) -> list[tuple[str, int]]
 
 
 def _vae_slots(model: Bagel) -> Iterator[Slot]:
-    """The autoencoder's tensors, named as in the file, where the attention's projections are 1 x 1 convolutions."""
+    """The autoencoder's tensors. diffusers keeps the attention's 1 x 1 convolutions as linear layers."""
     assert model.vae is not None
-    for name, parameter in model.vae.autoencoder.named_parameters():
-        convolution = ".attn_1." in name and parameter.dim() == 2
+    parameters = dict(model.vae.autoencoder.named_parameters())
+    file_names = {diffusers_name(name, len(model.config.vae.ch_mult)): name for name in _vae_file_names(model)}
+    for name, parameter in parameters.items():
+        convolution = ".attentions.0.to_" in name and parameter.dim() == 2
         shape = (*parameter.shape, 1, 1) if convolution else tuple(parameter.shape)
-        yield Slot(AE, name, parameter, 0, parameter.shape[0], shape)
+        yield Slot(AE, file_names[name], parameter, 0, parameter.shape[0], shape)
+
+
+def _vae_file_names(model: Bagel) -> Iterator[str]:
+    """Names of ae.safetensors for this configuration (BFL's AutoEncoder)."""
+    config = model.config.vae
+    for side in ("encoder", "decoder"):
+        level_name = "down" if side == "encoder" else "up"
+        stems = [
+            "conv_in",
+            "conv_out",
+            "norm_out",
+            *(f"mid.attn_1.{part}" for part in ("norm", "q", "k", "v", "proj_out")),
+        ]
+        blocks = [f"mid.block_{i}" for i in (1, 2)]
+        for level in range(len(config.ch_mult)):
+            count = config.num_res_blocks + (side == "decoder")
+            blocks += [f"{level_name}.{level}.block.{i}" for i in range(count)]
+            stems += [f"{level_name}.{level}.{level_name}sample.conv"]
+        stems += [
+            f"{block}.{part}" for block in blocks for part in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")
+        ]
+        yield from (f"{side}.{stem}.{kind}" for stem in stems for kind in ("weight", "bias"))

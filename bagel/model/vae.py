@@ -1,20 +1,31 @@
-"""The FLUX autoencoder: pixels to latents and back, always in float32; large pictures in tiles if asked to."""
+"""The FLUX autoencoder: diffusers' AutoencoderKL, filled from the checkpoint's own names, always in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from bagel.model.autoencoder import Autoencoder
-from bagel.model.config import VaeConfig
+from bagel.model.config import NORM_GROUPS, VaeConfig
 
 TILE_SIZE = 512
 """Pixels a side of a tile, where tiling is on; a picture up to that size is decoded whole."""
-TILE_OVERLAP = 4
-"""Neighbouring tiles share one part in so many."""
+
+# The checkpoint's (BFL) names on the left, diffusers' on the right.
+_RENAMES = (
+    (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
 
 
 class Vae(nn.Module):
@@ -30,16 +41,31 @@ class Vae(nn.Module):
     def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool) -> None:
         super().__init__()
         self.config = config
-        self.autoencoder = Autoencoder(config, encoder=encoder, decoder=decoder)
-        self._tiling = False
+        widths = [config.ch * mult for mult in config.ch_mult]
+        self.autoencoder: Any = AutoencoderKL(
+            in_channels=config.in_channels,
+            out_channels=config.out_ch,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            block_out_channels=tuple(widths),
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.z_channels,
+            norm_num_groups=NORM_GROUPS,
+            sample_size=TILE_SIZE,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        if not encoder:
+            self.autoencoder.encoder = None
+        if not decoder:
+            self.autoencoder.decoder = None
 
     def use_tiling(self) -> None:
         """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not exactly the same picture."""
-        self._tiling = True
+        self.autoencoder.enable_tiling()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
-        assert self.autoencoder.encoder is not None
         with exact_convolutions():
             moments = self.autoencoder.encoder(pixels.contiguous())
         mean, logvar = moments.chunk(2, dim=1)
@@ -52,45 +78,26 @@ class Vae(nn.Module):
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent [1, z, h, w] -> pixels [1, 3, 8 h, 8 w], about [-1, 1], not clamped."""
-        assert self.autoencoder.decoder is not None
-        z = (latent / self.config.scale_factor + self.config.shift_factor).contiguous()
         with exact_convolutions():
-            tile = TILE_SIZE // self.config.downsample
-            if self._tiling and max(z.shape[2:]) > tile:
-                return in_tiles(self.autoencoder.decoder, z, tile, self.config.downsample)
-            decoded: Tensor = self.autoencoder.decoder(z)
+            decoded: Tensor = self.autoencoder.decode(
+                (latent / self.config.scale_factor + self.config.shift_factor).contiguous(), return_dict=False
+            )[0]
         return decoded
-
-
-def in_tiles(decode: Callable[[Tensor], Tensor], z: Tensor, tile: int, scale: int) -> Tensor:
-    """z [B, z, h, w] -> pixels [B, 3, scale h, scale w], decoded tile by tile; neighbours fade into each other."""
-    step, fade = tile - tile // TILE_OVERLAP, scale * tile // TILE_OVERLAP
-    kept = scale * tile - fade
-    height, width = z.shape[2:]
-    rows = [
-        [decode(z[:, :, top : top + tile, left : left + tile]) for left in range(0, width, step)]
-        for top in range(0, height, step)
-    ]
-    for i, row in enumerate(rows):
-        for j, pixels in enumerate(row):
-            if i > 0:
-                fade_in(pixels, rows[i - 1][j], fade, dim=2)
-            if j > 0:
-                fade_in(pixels, row[j - 1], fade, dim=3)
-    return torch.cat([torch.cat([each[:, :, :kept, :kept] for each in row], dim=3) for row in rows], dim=2)
-
-
-def fade_in(pixels: Tensor, before: Tensor, fade: int, dim: int) -> None:
-    """Let pixels begin as before ends, along dim: in place, over `fade` pixels or as many as there are."""
-    fade = min(fade, before.shape[dim], pixels.shape[dim])
-    share = torch.arange(fade, device=pixels.device, dtype=torch.float64) / fade
-    share = share.view(-1, *([1] * (3 - dim)))
-    begin = pixels.narrow(dim, 0, fade)
-    end = before.narrow(dim, before.shape[dim] - fade, fade)
-    begin.copy_(end * (1 - share).to(pixels.dtype) + begin * share.to(pixels.dtype))
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
     """Convolutions in full float32: PyTorch lets cuDNN round their inputs to TF32 unless told otherwise."""
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     return flags
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """diffusers' name of a tensor of ae.safetensors; levels is len(ch_mult)."""
+
+    def up_block(match: re.Match[str]) -> str:
+        kind = {"block": "resnets", "upsample": "upsamplers.0"}[match[2]]
+        return f".up_blocks.{levels - 1 - int(match[1])}.{kind}."  # the checkpoint counts levels from the pixels
+
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.up\.(\d+)\.(block|upsample)\.", up_block, name)

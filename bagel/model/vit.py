@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.model.config import VitConfig
-from bagel.model.layers import Mlp, embedding, linear
+from bagel.model.layers import Mlp, linear
 
 
 class VitAttention(nn.Module):
@@ -50,7 +50,7 @@ class VitEmbeddings(nn.Module):
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.patch_embedding = linear(config.patch_features, config.hidden_size, bias=True)
-        self.position_embedding = embedding(config.positions_per_side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
         return cast(Tensor, self.patch_embedding(pixel_tokens).float() + self.position_embedding(position_ids))

@@ -82,23 +82,10 @@ def _unplaced_model(config: ModelConfig, role: Role, dtype: torch.dtype, delimit
 
 def _place(model: Bagel, device: torch.device | str) -> Bagel:
     """Give a model memory on a device."""
-    _take_memory(model, device)
+    model.to_empty(device=device)
     model.language_model.rotary.to(torch.float32).reset()
     model.language_model.backend = choose_backend(model.device, model.dtype)
     return model
-
-
-def _take_memory(model: nn.Module, device: torch.device | str) -> None:
-    """Move a model off the meta device, without values; Module.to_empty does the same, but imports sympy."""
-
-    def empty(like: Tensor) -> Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=device)
-
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(empty(parameter), parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, empty(buffer))
 
 
 def settle_types(model: Bagel, dtype: torch.dtype) -> None:

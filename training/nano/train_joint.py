@@ -39,8 +39,7 @@ class Trainer:
         self.render: Any = Renderer(device)
         self.vit_input = VitInput(device)
         self.fast = device.type == "cuda"
-        encoder: Any = copy.deepcopy(model.vae.autoencoder.encoder)
-        self.encoder = encoder.requires_grad_(False)
+        self.encoder: Any = copy.deepcopy(model.vae.autoencoder.encoder).requires_grad_(False)
         if self.fast:
             self.encoder.to(device, torch.bfloat16, memory_format=torch.channels_last)
             torch.backends.cuda.enable_cudnn_sdp(False)

@@ -35,8 +35,7 @@ class VaeTrainer:
         assert model.vae is not None
         self.noise = noise
         self.config, self.device = model.vae.config, device
-        autoencoder: Any = model.vae.autoencoder
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = model.vae.autoencoder
         self.autoencoder.to(memory_format=torch.channels_last)
         render = Renderer(device)
         self.render: Any = torch.compile(render.__call__, dynamic=False) if compiled else render
