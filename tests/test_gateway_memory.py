@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,26 @@ class Trickle:
                     return
 
 
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not true():
+            await asyncio.sleep(0.02)
+
+
 def test_messages_on_their_way_are_bounded_and_texts_pass_them() -> None:
     large = png(16) + bytes(SMALL_BYTES)
 
     async def main() -> None:
         async with deployment(max_bytes_in_flight=64 * 2**20) as at:
-            async with Trickle(at.gateway.host.port), Trickle(at.gateway.host.port) as second:
-                await second.refused()
-                assert (await at.client.generate("a text", modality="text2text")).text
-                with pytest.raises(Busy, match="--max-bytes-in-flight"):
-                    await at.client.generate("large", modality="img2text", image=large)
-            async with asyncio.timeout(LIMIT_S):
-                while at.gateway.room.free < at.gateway.room.nbytes:
-                    await asyncio.sleep(0.02)
+            room = at.gateway.room
+            async with Trickle(at.gateway.host.port):
+                await until(lambda: room.free < room.nbytes)  # before the second comes, which is then the one refused
+                async with Trickle(at.gateway.host.port) as second:
+                    await second.refused()
+                    assert (await at.client.generate("a text", modality="text2text")).text
+                    with pytest.raises(Busy, match="--max-bytes-in-flight"):
+                        await at.client.generate("large", modality="img2text", image=large)
+            await until(lambda: room.free == room.nbytes)
             assert (await at.client.generate("large", modality="img2text", image=large)).text
 
     asyncio.run(main())
