@@ -77,6 +77,26 @@ def frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
     return struct.pack(">I", len(body))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + body
 
 
+def call_of(stream: int) -> bytes:
+    """The beginning of a call of Generate: its headers."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/bagel.v1.GatewayService/Generate",
+        ":authority": "x",
+        "content-type": "application/grpc",
+        "te": "trailers",
+    }
+    block = b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    return frame(1, 4, stream, block)
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+
+
 class Trickle:
     """A caller whose message of 60 MB begins and does not go on."""
 
@@ -85,19 +105,7 @@ class Trickle:
 
     async def __aenter__(self) -> Trickle:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
-        headers = {
-            ":method": "POST",
-            ":scheme": "http",
-            ":path": "/bagel.v1.GatewayService/Generate",
-            ":authority": "x",
-            "content-type": "application/grpc",
-            "te": "trailers",
-        }
-        block = b"".join(
-            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-            for name, value in headers.items()
-        )
-        self._writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block))
+        self._writer.write(PREFACE + call_of(1))
         self._writer.write(frame(0, 0, 1, b"\0" + struct.pack(">I", 60_000_000) + bytes(10_000)))
         await self._writer.drain()
         return self
@@ -136,6 +144,19 @@ def test_messages_on_their_way_are_bounded_and_texts_pass_them() -> None:
                         await at.client.generate("large", modality="img2text", image=large)
             await until(lambda: room.free == room.nbytes)
             assert (await at.client.generate("large", modality="img2text", image=large)).text
+
+    asyncio.run(main())
+
+
+def test_a_connection_of_calls_without_a_message_keeps_no_turn_from_others() -> None:
+    async def main() -> None:
+        async with deployment() as at:
+            _, writer = await asyncio.open_connection("127.0.0.1", at.gateway.host.port)
+            writer.write(PREFACE + b"".join(map(call_of, range(1, 1000, 2))))
+            await writer.drain()
+            await asyncio.sleep(0.5)  # they are there
+            assert (await at.client.generate("a text", modality="text2text", timeout=4)).text
+            writer.close()
 
     asyncio.run(main())
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from grpc import aio
 
@@ -37,6 +38,7 @@ class Receiving:
         self._most = max(1, room.nbytes * 3 // 4 // MAX_MESSAGE_BYTES)
         self._slow: dict[asyncio.Future[bytes], float] = {}
         self._turns = asyncio.Semaphore(AT_ONCE)
+        self._callers: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def message(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[list[bytes]]:
@@ -45,7 +47,7 @@ class Receiving:
         Raises Busy where there is no room for it, RequestTooSlow if it does not come, InvalidRequest if none is sent.
         """
         with self._room.hold() as held:
-            async with self._turn():
+            async with self._turn(context.peer()):
                 # Never cancelled: what is being read ends with its call.
                 reading: asyncio.Future[Any] = asyncio.ensure_future(_read(context))
                 await asyncio.wait({reading}, timeout=AT_ONCE_S)
@@ -63,16 +65,17 @@ class Receiving:
             yield taken
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(TURN_S):
-                await self._turns.acquire()
-        except TimeoutError:
-            raise Busy("the gateway receives more requests than it can take in; try again later") from None
-        try:
+    async def _turn(self, caller: str) -> AsyncIterator[None]:
+        """One message of a connection at a time: a thousand calls of one that sends none must not take every turn."""
+        mine = self._callers.setdefault(caller, asyncio.Lock())
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(TURN_S):
+                    await held.enter_async_context(mine)
+                    await held.enter_async_context(self._turns)
+            except TimeoutError:
+                raise Busy("the gateway receives more requests than it can take in; try again later") from None
             yield
-        finally:
-            self._turns.release()
 
     async def _slowly(self, reading: asyncio.Future[bytes]) -> None:
         """Wait for a message; another one's wait may end for it, and its own for another's."""
