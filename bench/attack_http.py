@@ -8,10 +8,14 @@ import json
 import socket
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 
 from bench.attack_files import deep_json, large_png, many_values, scans_jpeg
+
+Work = Callable[[], Awaitable[str]]
+"""One request of an attacker; what was answered."""
 
 MIB = 2**20
 CHAT = "/v1/chat/completions"
@@ -153,11 +157,11 @@ async def _chats(target: Target, images: list[bytes], kind: str, at_once: int) -
     )
 
 
-async def _again(target: Target, works: list) -> str:  # type: ignore[type-arg]
+async def _again(target: Target, works: Sequence[Work]) -> str:
     """Do each work again and again, all at once, until the time is over; their answers, counted."""
     ends, answers = time.monotonic() + target.seconds, Counter[str]()
 
-    async def repeat(work) -> None:  # type: ignore[no-untyped-def]
+    async def repeat(work: Work) -> None:
         while time.monotonic() < ends:
             answers[await work()] += 1
 
