@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bagel.omni import Omni
+    from bagel.client.omni import Omni
 
 __all__ = ["Omni", "__version__"]
 __version__ = "0.1.0"
@@ -23,7 +23,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 def __getattr__(name: str) -> Any:
     """`bagel.Omni`, imported when it is first asked for: the command line's --help needs none of it."""
     if name == "Omni":
-        from bagel.omni import Omni
+        from bagel.client.omni import Omni
 
         return Omni
     raise AttributeError(f"module 'bagel' has no attribute {name!r}")

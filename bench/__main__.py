@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
 from bench import attacks, cpu, gpu, nano, overhead, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json

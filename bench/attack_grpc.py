@@ -15,9 +15,9 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from bagel import wire
 from bagel.request import Modality
-from bagel.transport import channel
+from bagel.rpc import convert
+from bagel.rpc.transport import channel
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bench.attack_files import large_png, scans_jpeg
@@ -64,7 +64,7 @@ async def many_scans(target: Target) -> str:
 async def unread(target: Target) -> str:
     """One connection with a closed window and as many pictures as there are places, which are soon drawn."""
     parts = [common_pb2.Part(text=common_pb2.TextPart(text="a large red circle"))]
-    asked = wire.options_to_wire(Modality.TEXT2IMG, parts, {"steps": 4})
+    asked = convert.options_to_wire(Modality.TEXT2IMG, parts, {"steps": 4})
     message = gateway_pb2.GenerateRequest(request=asked, partial_images=1).SerializeToString()
     said = settings(0)
     for stream in range(1, 129, 2):
@@ -206,7 +206,7 @@ async def _generate(target: Target, images: list[bytes]) -> str:
     """Requests with those pictures, again and again."""
     parts = [common_pb2.Part(image=common_pb2.ImagePart(data=image)) for image in images]
     parts.append(common_pb2.Part(text=common_pb2.TextPart(text="what is it?")))
-    asked = wire.options_to_wire(Modality.IMG2TEXT, parts, {"max_tokens": 2})
+    asked = convert.options_to_wire(Modality.IMG2TEXT, parts, {"max_tokens": 2})
     message, told = gateway_pb2.GenerateRequest(request=asked), Counter[str]()
     ends = time.monotonic() + target.seconds
 

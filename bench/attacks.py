@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import median
 
 from bagel.client import AsyncClient
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
+from bagel.deployment.process import Service
 from bagel.errors import BagelError, ConfigError
-from bagel.launch import Deployment
 from bagel.pipelines import BAGEL
-from bagel.process import Service
 from bench import attack_grpc, attack_http
 from bench.attack_http import Target
 from bench.nano import cpu_seconds

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.checkpoint.config import ModelConfig
+from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context, ContextBuilder, SegmentCache, SegmentKv
-from bagel.engine.denoise import Canvas, Picture
 from bagel.engine.noise import Posterior, initial_noise
+from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import Chain, Segment
 from bagel.images import resize
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
 from bagel.model.bagel import Bagel
-from bagel.model.config import ModelConfig
-from bagel.model.sizes import latent_bucket
 from bagel.model.vae import Vae
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings, PosteriorMode, RenormType

@@ -7,13 +7,13 @@ from functools import partial
 
 import torch
 
+from bagel.checkpoint.config import ModelConfig
+from bagel.checkpoint.roles import Role
 from bagel.engine.segments import Chain
 from bagel.errors import ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
-from bagel.model.config import ModelConfig
 from bagel.model.pixels import to_pixels
-from bagel.model.roles import Role
 from bagel.model.weights import random_model
 from bench import cases, control
 from bench.models import MID, TINY

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bagel.model.config import LlmConfig, ModelConfig
+from bagel.checkpoint.config import LlmConfig, ModelConfig
 from bagel.model.flow import SINUSOID_WIDTH
 
 

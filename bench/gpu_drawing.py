@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from PIL.Image import Image
 
+from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder
-from bagel.engine.denoise import Canvas, StepGate, decode_picture
+from bagel.engine.sampler import Canvas, StepGate, decode_picture
 from bagel.engine.segments import Chain
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
 from bagel.model.pixels import to_image
-from bagel.model.roles import Role
 from bagel.prompts import BranchName
 from bench import cases, flops
 from bench.lab import Lab

@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 
-from bagel.defaults import NANO_NAME, find_model
+from bagel.checkpoint.roles import Role
+from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.engine.loading import LoadedModel
 from bagel.engine.segments import ChainPlanner
 from bagel.kv.arena import Arena
 from bagel.model.bagel import Bagel
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings

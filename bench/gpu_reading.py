@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.roles import Role
 from bagel.engine.text import TextDecoder, TextRun
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
 from bagel.model.mot import MoTLayer
 from bagel.model.pixels import to_pixels
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.request import TextSettings
 from bench import cases, flops

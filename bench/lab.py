@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from bagel.checkpoint.config import BAGEL_7B_MOT, ModelConfig
+from bagel.checkpoint.roles import Role
 from bagel.model.bagel import Bagel
-from bagel.model.config import BAGEL_7B_MOT, ModelConfig
-from bagel.model.roles import Role
 from bagel.model.weights import random_model
 from bench.cases import PROMPT
 from bench.meter import Meter, copy_gb_per_s, matmul_tflops

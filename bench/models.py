@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bagel.model.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 
 MID = ModelConfig(
     llm=LlmConfig(

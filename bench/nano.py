@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.errors import ConfigError
-from bagel.launch import Deployment
 from bagel.pipelines import BAGEL
 from bench.report import Table
 

@@ -15,15 +15,15 @@ from typing import Any
 from grpc import StatusCode
 from grpc.aio import AioRpcError
 
-from bagel import wire
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.errors import Busy
-from bagel.launch import Deployment
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
-from bagel.transport import channel
+from bagel.rpc import convert
+from bagel.rpc.transport import channel
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceStub
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
@@ -111,7 +111,7 @@ def _order(ways: list[str], rounds: int) -> Iterator[str]:
 async def _draw_direct(stub: DitServiceStub, seed: int) -> None:
     """As a gateway asks a single stage."""
     request = resolve(Modality.TEXT2IMG, (TextPart(PROMPT),), {**OPTIONS, "seed": seed})
-    message = wire.request_to_wire(request, [common_pb2.Part(text=common_pb2.TextPart(text=PROMPT))])
+    message = convert.request_to_wire(request, [common_pb2.Part(text=common_pb2.TextPart(text=PROMPT))])
     call: Any = stub.Generate(dit_pb2.DitServiceGenerateRequest(request=message))
     events = [event async for event in call]
     assert any(event.HasField("picture") for event in events)
@@ -119,7 +119,7 @@ async def _draw_direct(stub: DitServiceStub, seed: int) -> None:
 
 async def _draw_grpc(stub: GatewayServiceStub, seed: int) -> None:
     parts = [common_pb2.Part(text=common_pb2.TextPart(text=PROMPT))]
-    request = wire.options_to_wire(Modality.TEXT2IMG, parts, {**OPTIONS, "seed": seed})
+    request = convert.options_to_wire(Modality.TEXT2IMG, parts, {**OPTIONS, "seed": seed})
     call: Any = stub.Generate(gateway_pb2.GenerateRequest(request=request))
     events = [event async for event in call]
     assert any(event.HasField("picture") for event in events)

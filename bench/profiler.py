@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.engine.engine import BagelEngine
-from bagel.launch import Deployment
-from bagel.model.checkpoint import Checkpoint
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve

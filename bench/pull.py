@@ -27,7 +27,7 @@ from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
-from bagel.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
+from bagel.rpc.transport import CHANNEL_OPTIONS, SERVER_OPTIONS
 from bagel.v1 import kv_pb2
 from bench.report import Table
 from bench.timing import Sample

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.launch import Deployment
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bench.report import Table
 from bench.timing import compare
 

@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.commands.flags import OnceParser
-from bagel.engine.reader import Reading, Written
+from bagel.arguments import OnceParser
+from bagel.checkpoint.files import Checkpoint
 from bagel.engine.segments import Chain
+from bagel.engine.text_scheduler import Reading, Written
 from bagel.kv.digests import SegmentKind
-from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode, TextSettings
 from bagel_thinker.engine import Engine

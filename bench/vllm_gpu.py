@@ -32,13 +32,13 @@ from typing import Any
 
 from PIL import Image
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
+from bagel.checkpoint.config import BAGEL_7B_MOT, ModelConfig
 from bagel.engine.noise import Posterior
 from bagel.engine.segments import Chain, Segment
 from bagel.kv.digests import DIGEST_BYTES, SegmentKind
 from bagel.kv.pages import KvLayout
 from bagel.kv.store import KvStore
-from bagel.model.config import BAGEL_7B_MOT, ModelConfig
 from bagel.request import PosteriorMode
 from bagel_thinker.vllm.core import Core
 from bagel_thinker.vllm.requests import Placeholders, segment_starts

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from bagel import Omni
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 from bagel.errors import BagelError
 from examples.sheet import Card, contact_sheet
 

@@ -17,8 +17,8 @@ from hypothesis import settings
 import bagel  # noqa: F401  before any torch: it sets how PyTorch's threads wait
 
 if TYPE_CHECKING:
+    from bagel.checkpoint.files import Checkpoint
     from bagel.engine.engine import BagelEngine
-    from bagel.model.checkpoint import Checkpoint
     from bagel.model.tokenizer import BagelTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,7 +45,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     """The tiny checkpoint of random weights."""
-    from bagel.model.checkpoint import Checkpoint
+    from bagel.checkpoint.files import Checkpoint
 
     return Checkpoint(GOLDEN / "checkpoint")
 

@@ -20,7 +20,7 @@ from bagel.cli import main
 from bagel.events import OnEvent, Result, StepDone, TextDelta
 from bagel.request import Request
 
-LOCAL = "bagel.local"
+LOCAL = "bagel.engine.local"
 THOUGHT = ("<think> a", " cube", " </think>")
 ANSWER = ("It is", " red:\n", "quite.")
 TIMINGS = {"context": 0.5, "text": 0.25, "denoise": 2.0, "decode": 1.0}
@@ -37,7 +37,7 @@ class FakeEngine:
         self.load_arguments: dict[str, Any] = {}
 
     def load(self, checkpoint: object, stage: object, **options: Any) -> FakeEngine:
-        """In the place of bagel.local.load."""
+        """In the place of bagel.engine.local.load."""
         self.load_arguments = {"checkpoint": checkpoint, "stage": stage, **options}
         _wait_if("load")
         while os.environ.get("WAIT") == "torch":
@@ -82,7 +82,7 @@ def _multiply() -> None:
 
 
 def fake_module(engine: FakeEngine) -> ModuleType:
-    """What is imported for bagel.local."""
+    """What is imported for bagel.engine.local."""
     module = ModuleType(LOCAL)
     module.load = engine.load  # type: ignore[attr-defined]
     return module

@@ -17,10 +17,10 @@ from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
 from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
-from bagel.slots import Slots
-from bagel.status import streaming, unary
-from bagel.telemetry import REQUEST_ID
-from bagel.transport import Host
+from bagel.rpc.admission import Slots
+from bagel.rpc.errors import streaming, unary
+from bagel.rpc.transport import Host
+from bagel.telemetry.logs import REQUEST_ID
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel_gateway.backends import Address
 from bagel_gateway.server import Gateway

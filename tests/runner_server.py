@@ -12,8 +12,8 @@ from typing import Any
 
 from google.rpc import status_pb2
 
-from bagel import wire
 from bagel.kv.arena import Arena
+from bagel.rpc import convert
 from bagel_dit.messages import (
     Alive,
     Command,
@@ -70,7 +70,7 @@ class Server:
     def begin(self, id_: int, modality: str = "text2text", **options: Any) -> None:
         """Give the runner a request, up to where it is to be read."""
         asked = request(modality, **options)
-        message = wire.request_to_wire(asked, (wire.part_to_wire(part) for part in asked.prompt))
+        message = convert.request_to_wire(asked, (convert.part_to_wire(part) for part in asked.prompt))
         self.send(Serve(id_, message.SerializeToString(), Output()))
         self.replies = self.until(Planned, Failed)
         assert self.replies[-1] == Planned(id_)

@@ -22,9 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bagel.errors import ConfigError, Forbidden
-from bagel.security import DIT, GATEWAY, THINKER
-from bagel.status import from_rpc_error
-from bagel.transport import PLAINTEXT, Host, Security, channel
+from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.security import DIT, GATEWAY, THINKER
+from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from bagel_gateway.backends import Address, Backends

@@ -22,9 +22,9 @@ from openai import AsyncOpenAI
 
 from bagel.client import AsyncClient
 from bagel.errors import ConfigError, Unauthenticated
-from bagel.keys import KeyRing, key_line, key_metadata, new_key, parse_keys, read_keys
-from bagel.telemetry import JsonFormatter
-from bagel.transport import PLAINTEXT, Security, channel
+from bagel.rpc.api_keys import KeyRing, key_line, key_metadata, new_key, parse_keys, read_keys
+from bagel.rpc.transport import PLAINTEXT, Security, channel
+from bagel.telemetry.logs import JsonFormatter
 from bagel.v1 import gateway_pb2
 from bagel_gateway import keys as gateway_keys
 from bagel_gateway.backends import Address

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.config import BAGEL_7B_MOT
 from bagel.engine.slab import SharedSlab
 from bagel.errors import ConfigError
 from bagel.model.attention import QueryBlock, Rows
 from bagel.model.attention_backends import BACKENDS, READ_AHEAD, choose_attention, sdpa
 from bagel.model.backend import _fused_kernels, choose_backend
-from bagel.model.config import BAGEL_7B_MOT
 from bagel.model.kernels import TORCH, Kernels
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.errors import Busy
 from bagel.events import StepDone, TextDelta
-from bagel.launch import Deployment
-from bagel.transport import sync_channel
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bench.attack_files import large_png

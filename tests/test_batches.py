@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bagel.client import AsyncClient, Client
+from bagel.client.busy_retry import Together
 from bagel.errors import Busy, InvalidRequest
 from bagel.events import Accepted, ServiceEvent
-from bagel.slots import Slots
-from bagel.together import Together
+from bagel.rpc.admission import Slots
 from tests.gateway_stages import Deployment
 from tests.test_gateway_service import hold, red_cube, release, through, until
 from tests.test_rest_front import post

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.cli import main
-from bagel.commands.generate import Engine
-from bagel.config import parse_deploy_config
+from bagel.cli.generate import Engine
+from bagel.deployment.deploy_file import parse_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.errors import ConfigError
 from bagel.images import read_settings
-from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from tests.conftest import GOLDEN
@@ -42,7 +42,16 @@ def stage(**settings: object) -> object:
 
 @pytest.mark.slow
 def test_process_draws_what_the_engine_draws(engine: BagelEngine, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bagel.cli", "generate", "--prompts", "a red cube", "--output", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "bagel.cli",
+        "generate",
+        "--prompts",
+        "a red cube",
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run([*command, *SMALL], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     path = Path(done.stdout.removesuffix("\n"))
@@ -99,7 +108,7 @@ def test_max_model_len_of_the_deploy_file_holds(capsys: pytest.CaptureFixture[st
 
 
 def test_stage_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel import local
+    from bagel.engine import local
 
     seen: dict[str, object] = {}
     monkeypatch.setattr(BagelEngine, "load", lambda checkpoint, **settings: seen.update(settings))
@@ -117,7 +126,7 @@ def test_stage_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     [("auto", 2, "cuda:1"), ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda:1"), ("cuda:0", 2, "cuda:0")],
 )
 def test_device_of_a_name(name: str, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel import local
+    from bagel.engine import local
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     assert str(local.choose_device(name, gpu=1)) == expected
@@ -125,7 +134,7 @@ def test_device_of_a_name(name: str, gpus: int, expected: str, monkeypatch: pyte
 
 @pytest.mark.parametrize(("name", "gpus", "said"), [("cuda", 0, "--device cpu"), ("cuda:2", 2, "torch sees 0, 1")])
 def test_device_that_is_not_there(name: str, gpus: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel import local
+    from bagel.engine import local
 
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(ConfigError, match=said):

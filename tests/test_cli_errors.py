@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bagel import defaults
+from bagel.cli import generate as command
 from bagel.cli import main
-from bagel.commands import generate as command
+from bagel.deployment import defaults
 from tests.conftest import GOLDEN
 
 MODEL = str(GOLDEN / "checkpoint")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel.cli import main
-from bagel.commands import flags
-from bagel.commands.passing import NOT_PASSED, PARSERS, add_service_flags, passed_arguments
+from bagel.arguments import Parser
+from bagel.cli import flags, main
+from bagel.cli.passing import NOT_PASSED, PARSERS, add_service_flags, passed_arguments
 from bagel.prompts import TextPart
 from bagel.request import (
     ImageSettings,
@@ -30,11 +30,21 @@ from bagel_thinker.__main__ import main as thinker
 from tests.conftest import GOLDEN
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("pydantic", "yaml", "rich", "numpy", "PIL", "torch", "transformers", "diffusers", "bagel.config")
+HEAVY = (
+    "pydantic",
+    "yaml",
+    "rich",
+    "numpy",
+    "PIL",
+    "torch",
+    "transformers",
+    "diffusers",
+    "bagel.deployment.deploy_file",
+)
 
 
 def actions() -> Iterator[argparse.Action]:
-    parser = flags.Parser()
+    parser = Parser()
     flags.add_generate_flags(parser)
     return (action for action in parser._actions if action.dest != "help")
 
@@ -143,7 +153,7 @@ def test_no_flag_overrides_itself(command: str, arguments: str, said: str, capsy
 
 
 def test_flags_may_be_given_again_with_the_same_value_or_where_values_are_collected() -> None:
-    parser = flags.Parser()
+    parser = Parser()
     flags.add_generate_flags(parser)
     for _ in range(2):
         made = parser.parse_args("--think --steps 5 --prompts a --think --prompts b c --steps 5".split())
@@ -169,14 +179,14 @@ def test_a_value_that_begins_with_a_dash_is_told_how_to_be_given(
 ) -> None:
     assert main(["generate", *arguments]) == 2
     assert hint in capsys.readouterr().err
-    parser = flags.Parser()
+    parser = Parser()
     flags.add_generate_flags(parser)
     made = parser.parse_args(["--prompts=-x", "--negative-prompt=-y"])
     assert (made.prompts, made.negative_prompt) == (["-x"], "-y")
 
 
 def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> None:
-    serve = flags.Parser()
+    serve = Parser()
     flags.add_serve_flags(serve)
     add_service_flags(serve)
     taken = {name for action in serve._actions for name in action.option_strings}

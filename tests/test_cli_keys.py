@@ -16,11 +16,11 @@ import pytest
 
 import bagel
 from bagel.cli import main
+from bagel.cli.endpoint import api_key_of
 from bagel.client import Client
-from bagel.commands.endpoint import api_key_of
-from bagel.config import shipped_deploy_config
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.errors import Unauthenticated
-from bagel.keys import key_line, new_key, read_keys
+from bagel.rpc.api_keys import key_line, new_key, read_keys
 from tests.conftest import GOLDEN
 from tests.gateway_stages import Deployment
 from tests.test_client import serving as gateway_in_a_thread

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bagel.cli import main
-from bagel.commands.prompts import read_prompts
+from bagel.cli.prompts import read_prompts
 from bagel.errors import InvalidRequest
 from bagel.request import MAX_TEXT_BYTES
 

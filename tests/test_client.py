@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from bagel.batch import Ask, generate_all
 from bagel.client import AsyncClient, Client, PromptPart
+from bagel.client.batch import Ask, generate_all
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, Result, ServiceEvent
 from bagel.images import load_image

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bagel import config as config_module
-from bagel.config import (
+from bagel.deployment import deploy_file
+from bagel.deployment.deploy_file import (
     DeployConfig,
     effective_settings,
     load_deploy_config,
@@ -58,7 +58,7 @@ def test_shipped_files_load_and_decide_nothing_for_the_user(name: str, stage_ids
 def test_shipped_file_of_an_installed_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "bagel"
     (package / "deploy").mkdir(parents=True)
-    monkeypatch.setattr(config_module, "__file__", str(package / "config.py"))
+    monkeypatch.setattr(deploy_file, "PACKAGE", package)
     with pytest.raises(ConfigError, match=r"bagel\.yaml is not in .*; install again or give --deploy-config"):
         shipped_deploy_config("bagel")
     shipped = write(package / "deploy", "", "bagel.yaml")
@@ -465,7 +465,7 @@ def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest
     given = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_use_tiling": True}
     with pytest.raises(NotSupported, match=r"bagel\.yaml with tensor_parallel_size=2, .*: stages.* not built yet"):
         deploy.with_overrides(**given)
-    monkeypatch.setattr(config_module, "UNBUILT", {})  # as it will be once they are built
+    monkeypatch.setattr(deploy_file, "UNBUILT", {})  # as it will be once they are built
     with pytest.raises(ConfigError, match='like "0,1"'):
         deploy.with_overrides(**given)
     changed = deploy.with_overrides(**given, devices="0,1")

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context
-from bagel.engine.denoise import Canvas, Picture
 from bagel.engine.engine import BagelEngine
 from bagel.engine.noise import initial_noise
+from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import Chain
 from bagel.guidance import needed_branches
-from bagel.model.sizes import latent_bucket
 from bagel.parity.record import Recorder
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
@@ -113,8 +113,8 @@ def test_a_step_writes_only_the_latents_rows(engine: BagelEngine) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_host_never_waits_inside_a_step() -> None:
-    from bagel.model.config import BAGEL_7B_MOT
-    from bagel.model.roles import Role
+    from bagel.checkpoint.config import BAGEL_7B_MOT
+    from bagel.checkpoint.roles import Role
     from bagel.model.weights import random_model
 
     config = replace(BAGEL_7B_MOT, llm=replace(BAGEL_7B_MOT.llm, num_hidden_layers=2))

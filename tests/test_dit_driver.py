@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from bagel.checkpoint.files import EMA
 from bagel.errors import BagelError, Loading, RunnerDied
-from bagel.model.checkpoint import EMA
-from bagel_dit.drive import Driver
 from bagel_dit.messages import RunnerSettings
+from bagel_dit.runner_client import Driver
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.slow  # each start of a runner takes seconds
@@ -130,7 +130,7 @@ def test_a_load_that_hangs_is_killed(model: Path, tmp_path: Path, monkeypatch: p
             await driver.loaded()
 
     (tmp_path / "sitecustomize.py").write_text(
-        "import threading, bagel.heap\nbagel.heap.keep_loaded = lambda: threading.Event().wait()"
+        "import threading, bagel.rpc.heap\nbagel.rpc.heap.keep_loaded = lambda: threading.Event().wait()"
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))))
     driven(model, test)

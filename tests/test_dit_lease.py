@@ -16,10 +16,10 @@ from bagel.images.pool import ImagePool
 from bagel.kv.puller import KvPuller
 from bagel.kv.store import KvStore
 from bagel.request import ImageSettings
-from bagel.status import from_rpc_error
-from bagel.transport import Host
+from bagel.rpc.convert import image_settings_to_wire
+from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.transport import Host
 from bagel.v1 import dit_pb2, dit_pb2_grpc
-from bagel.wire import image_settings_to_wire
 from bagel_dit.messages import Begin, Begun, Done, Land
 from bagel_dit.server import DitServicer
 from tests.gateway_stages import model

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bagel.batch import ask_of
+from bagel.client.batch import ask_of
 from bagel.effect import NEUTRAL, RULES, Facts, Rule, check_effect, effective, neutral_table, table
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart

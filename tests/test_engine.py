@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.engine.engine import BagelEngine
 from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import Event, Result, StepDone, TextDelta
-from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality, resolve
 from tests.helpers import agree, request, sketch, small_images

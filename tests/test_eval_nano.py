@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bagel.cli import main
-from bagel.commands import eval_nano
+from bagel.cli import eval_nano, main
 
 
 @pytest.mark.parametrize(

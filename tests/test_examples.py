@@ -14,10 +14,10 @@ import pytest
 from google.protobuf import json_format
 from PIL import Image
 
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
-from bagel.launch import Deployment
-from bagel.transport import sync_channel
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.test_services import address, released

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from bagel.checkpoint import hashing, identity
+from bagel.checkpoint.digest_cache import DigestCache, Stamp
+from bagel.checkpoint.hashing import content_digest
+from bagel.checkpoint.headers import Header, read_header
+from bagel.checkpoint.identity import weights_digest
 from bagel.errors import CheckpointError
-from bagel.model import hashing, identity
-from bagel.model.digest_cache import DigestCache, Stamp
-from bagel.model.hashing import content_digest
-from bagel.model.headers import Header, read_header
-from bagel.model.identity import weights_digest
 
 OLD_S = 10
 """Long enough ago that a change of the file would show in its times."""
@@ -276,7 +276,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 SLOW = """
 import sys, time
 from pathlib import Path
-from bagel.model import digest_cache, identity
+from bagel.checkpoint import digest_cache
+from bagel.checkpoint import identity
 digest_cache.Stamp.settled = property(lambda stamp: True)
 read = identity.content_digest
 def slowly(path):
@@ -308,7 +309,7 @@ def test_one_that_dies_while_it_reads_holds_nobody_up(file: Path, folder: Path) 
 
 
 def test_the_log_says_what_was_read(file: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from bagel.model.config import BAGEL_7B_MOT
+    from bagel.checkpoint.config import BAGEL_7B_MOT
 
     (tmp_path / "merges.txt").write_text("a b\n")
     with caplog.at_level(logging.INFO):

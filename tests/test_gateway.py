@@ -240,7 +240,7 @@ def test_a_single_stage_gets_the_whole_request() -> None:
 
 def test_the_accepted_event_has_every_setting_but_no_image() -> None:
     async def work(at: Deployment) -> None:
-        from bagel.transport import channel
+        from bagel.rpc.transport import channel
         from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 
         image = common_pb2.Part(image=common_pb2.ImagePart(data=photo()))

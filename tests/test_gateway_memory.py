@@ -22,7 +22,7 @@ from PIL import Image
 
 from bagel.client import AsyncClient
 from bagel.errors import Busy, ConfigError, InvalidImage
-from bagel.transport import Host, Limits, channel
+from bagel.rpc.transport import Host, Limits, channel
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel_gateway.room import SMALL_BYTES, Room
 from bagel_gateway.uploads import field_of, with_parts

@@ -32,7 +32,7 @@ from bagel.errors import (
     UnknownSegment,
 )
 from bagel.events import Result, ServiceEvent, TextDelta
-from bagel.transport import channel, sync_channel
+from bagel.rpc.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.backends import Address
 from bagel_gateway.settings import Settings, parser, settings_of

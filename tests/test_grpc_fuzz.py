@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bagel.client import Client
 from bagel.kv.codec import PAGE_VERSION
-from bagel.transport import sync_channel
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceStub
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub

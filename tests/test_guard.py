@@ -22,9 +22,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bagel.errors import InvalidRequest
-from bagel.guard import Limits
-from bagel.status import unary
-from bagel.transport import PLAINTEXT, Host, Security, channel
+from bagel.rpc.errors import unary
+from bagel.rpc.guard import Limits
+from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from tests.test_transport import SERVICE, SERVING, add_stats, leases
 

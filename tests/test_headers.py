@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from bagel.checkpoint.config_files import read_model_config
+from bagel.checkpoint.headers import read_header
 from bagel.errors import CheckpointError
-from bagel.model.config_files import read_model_config
-from bagel.model.headers import read_header
 from tests.conftest import GOLDEN
 
 GOOD = {

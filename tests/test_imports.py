@@ -35,7 +35,7 @@ def fresh_python(*args: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("module", [*torch_free_modules(), "bagel.commands.generate"])
+@pytest.mark.parametrize("module", [*torch_free_modules(), "bagel.cli.generate"])
 def test_import_loads_no_torch(module: str) -> None:
     [loaded] = fresh_python("-c", f"import sys, {module}; print(*sys.modules)")
     assert module in loaded.split()

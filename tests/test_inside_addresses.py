@@ -19,7 +19,7 @@ from grpc.aio import AioRpcError, Metadata
 from bagel import errors
 from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
 from bagel.kv.puller import _source_error
-from bagel.status import from_rpc_error, from_status, rpc_status_of
+from bagel.rpc.errors import from_rpc_error, from_status, rpc_status_of
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.gateway_stages import Deployment, deployment

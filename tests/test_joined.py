@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bagel.joined import Joined
+from bagel.rpc.coalescing_queue import Joined
 from bagel_thinker.post import Post
 
 

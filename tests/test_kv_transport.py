@@ -15,7 +15,6 @@ import grpc.aio
 import pytest
 import torch
 
-from bagel import transport
 from bagel.errors import (
     BagelError,
     ConfigError,
@@ -33,6 +32,7 @@ from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
+from bagel.rpc import transport
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 

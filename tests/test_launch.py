@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bagel import launch
-from bagel.config import DeployConfig, load_deploy_config, parse_deploy_config, shipped_deploy_config
+from bagel.deployment import launcher as launch
+from bagel.deployment.deploy_file import DeployConfig, load_deploy_config, parse_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment, reachable
+from bagel.deployment.process import Service
 from bagel.errors import BagelError, ConfigError, InitTimeout
-from bagel.launch import Deployment, reachable
-from bagel.process import Service
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.slow  # each start of services takes seconds
@@ -71,7 +71,7 @@ def test_each_service_has_its_log(tmp_path: Path) -> None:
 def test_nothing_outlives_a_killed_parent() -> None:
     program = (
         "import os, sys, time\n"
-        "from bagel.process import Service\n"
+        "from bagel.deployment.process import Service\n"
         f"arguments = ['--model', {str(MODEL)!r}, '--listen', '127.0.0.1:0', '--device', 'cpu']\n"
         "service = Service('thinker-0', 'stage 0', 'bagel_thinker', arguments, os.environ, None)\n"
         "service.address(time.monotonic() + 30)\n"

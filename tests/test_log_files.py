@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bagel.deployment.http_front import HttpGuards, http_arguments, http_guards
+from bagel.deployment.process import Service
 from bagel.errors import ConfigError
-from bagel.http_front import HttpGuards, http_arguments, http_guards
-from bagel.log_files import LogFolder
-from bagel.process import Service
+from bagel.telemetry.log_files import LogFolder
 from bagel_gateway.settings import parser, settings_of
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from opentelemetry import metrics as api
 
-from bagel import metrics
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.events import Result
-from bagel.launch import Deployment
+from bagel.telemetry import metrics
 from tests.conftest import GOLDEN
 from tests.helpers import sketch
 from tests.otlp import Metrics, receiving

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bagel.commands.flags import add_generate_flags
-from bagel.config import DeployConfig, load_deploy_config
+from bagel.cli.flags import add_generate_flags
+from bagel.deployment.deploy_file import DeployConfig, load_deploy_config
 from bagel.errors import ConfigError, NotSupported
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text()

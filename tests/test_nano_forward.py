@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.context import Context, ContextBuilder
-from bagel.engine.denoise import Canvas, Picture
+from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextBatch, TextRun
 from bagel.model.bagel import Bagel

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import bagel
-from bagel.config import shipped_deploy_config
-from bagel.defaults import NANO_NAME
+from bagel.deployment.defaults import NANO_NAME
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.events import Result
 from tests.helpers import agree
 from training.nano.checker import Seen, read

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from bagel.checkpoint.files import EMA
 from bagel.cli import main as bagel
-from bagel.model.checkpoint import EMA
 from bagel.model.tokenizer import BagelTokenizer
 from training.nano import evaluate, recipe, train
 from training.nano.batches import LAYOUTS, encode_example

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import bagel
-from bagel.batch import ask_of
 from bagel.cli import main
+from bagel.client.batch import ask_of
+from bagel.client.omni import describe
 from bagel.engine.engine import BagelEngine
 from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.images import read_settings
-from bagel.omni import describe
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
 from tests.conftest import GOLDEN

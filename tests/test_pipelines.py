@@ -152,5 +152,5 @@ def test_a_stage_without_a_function_says_so() -> None:
 
 
 def test_topology_and_configuration_need_no_torch() -> None:
-    code = "import sys, bagel.pipelines, bagel.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, bagel.pipelines, bagel.deployment.deploy_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

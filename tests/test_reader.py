@@ -10,9 +10,9 @@ import torch
 
 from bagel.engine.context import ContextBuilder
 from bagel.engine.engine import BagelEngine
-from bagel.engine.reader import Reader, Reading, Written
 from bagel.engine.segments import Chain
 from bagel.engine.text_graphs import best
+from bagel.engine.text_scheduler import Reader, Reading, Written
 from bagel.errors import BagelError, InvalidRequest, NotFinite
 from bagel.request import TextSettings
 

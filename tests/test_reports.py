@@ -12,11 +12,11 @@ from PIL import Image
 
 import bagel
 from bagel.cli import main
-from bagel.commands.stats import Firsts, stats_table
-from bagel.config import shipped_deploy_config
+from bagel.cli.stats import Firsts, stats_table
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.events import Accepted, Result, StepDone, TextDelta
-from bagel.profile import window_stages
+from bagel.telemetry.stages import window_stages
 from tests.conftest import GOLDEN
 from tests.helpers import request
 
@@ -84,7 +84,7 @@ def test_windows_are_of_ten_steps_and_the_rest() -> None:
     assert window_stages(10, [1.0]) == {"denoise 1-10": 1.0}
 
 
-def test_profiled_stages_are_those_of_the_run(checkpoint: bagel.model.checkpoint.Checkpoint) -> None:
+def test_profiled_stages_are_those_of_the_run(checkpoint: bagel.checkpoint.files.Checkpoint) -> None:
     engine = BagelEngine.load(checkpoint, profile=True)
     asked = [request("text2img", steps=13), request("text2img", "a tree", steps=13, think=True)]
     for done in engine.generate(asked):

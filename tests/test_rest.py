@@ -21,10 +21,10 @@ from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.events import Preview, StepDone
-from bagel.launch import Deployment
 from examples import openai_client
 from tests.helpers import agree, sketch
 from tests.test_services import address, released, stats

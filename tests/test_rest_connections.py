@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import pytest
 from openai import AsyncOpenAI
 
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError
-from bagel.http_front import HttpGuards
 from bagel_gateway.rest.connections import KEPT, RESERVE, connections_allowed
 from tests.gateway_stages import Deployment
 from tests.test_rest_front import CHAT, IMAGES, get, post, through

@@ -22,9 +22,9 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from bagel import request
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError, InvalidRequest
-from bagel.http_front import HttpGuards
-from bagel.transport import Security
+from bagel.rpc.transport import Security
 from bagel.v1 import common_pb2
 from bagel_gateway.images import MAX_IMAGES
 from bagel_gateway.rest import parameters as rest_parameters
@@ -588,7 +588,7 @@ def test_an_address_that_is_taken_is_told() -> None:
     [(49, 0, ()), (49, 1, (10,)), (49, 3, (10, 23, 36)), (2, 3, (1,)), (1, 3, ()), (10, 2, (2, 6))],
 )
 def test_previews_begin_after_a_fifth_of_the_steps(steps: int, previews: int, wanted: tuple[int, ...]) -> None:
-    from bagel.engine.denoise import preview_steps
+    from bagel.engine.sampler import preview_steps
 
     assert preview_steps(steps, previews) == wanted
 

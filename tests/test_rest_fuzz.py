@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel.http_front import HttpGuards
+from bagel.deployment.http_front import HttpGuards
 from bagel_gateway.rest.parameters import (
     REFUSED_CHAT,
     REFUSED_EDIT,

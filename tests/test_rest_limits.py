@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import InvalidRequest
-from bagel.http_front import HttpGuards
 from bagel_gateway.rest.forms import MAX_FIELDS, FormReader
 from bagel_gateway.rest.structure import Structure
 from tests.gateway_stages import Deployment

@@ -11,9 +11,9 @@ from openai import AsyncOpenAI
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError
-from bagel.http_front import HttpGuards
-from bagel.keys import key_line, new_key
+from bagel.rpc.api_keys import key_line, new_key
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.rest.origins import CheckHost
 from tests.gateway_stages import Deployment

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bagel.engine.denoise import Canvas
-from bagel.engine.reader import Reader
+from bagel.engine.sampler import Canvas
 from bagel.engine.text import TextBatch, TextRun
+from bagel.engine.text_scheduler import Reader
 from bagel_dit.messages import Begun, Done, Drawn, Stepped, StepPlan, TextDone
 from tests.runner_server import READ, Server, failures, of, serving
 

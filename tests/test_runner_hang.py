@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bagel.engine.denoise import Canvas
-from bagel.engine.reader import Reader
+from bagel.engine.sampler import Canvas
+from bagel.engine.text_scheduler import Reader
 from bagel.model.mot import MoTLayer
-from bagel_dit import whole
+from bagel_dit import single_stage as whole
 from bagel_dit.decoding import Decoder
 from bagel_dit.messages import Begun, Drawn, Hung, Output, Serve, Stepped, StepPlan
 from tests.runner_server import READ, of, serving

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.engine.slab import NoRoom, SharedSlab
 from bagel.kv.arena import Arena
-from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 from bagel_dit.messages import (

@@ -19,8 +19,8 @@ import pytest
 import bagel
 from bagel.cli import main
 from bagel.client import Client
-from bagel.launch import is_serving
-from bagel.transport import sync_channel
+from bagel.deployment.launcher import is_serving
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.conftest import GOLDEN
@@ -55,8 +55,8 @@ def children(process: subprocess.Popen[str]) -> dict[str, int]:
             command = (entry / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if parent == process.pid and "bagel.child" in command:
-            found[command[command.index("bagel.child") + 1]] = int(entry.name)
+        if parent == process.pid and "bagel.deployment.child" in command:
+            found[command[command.index("bagel.deployment.child") + 1]] = int(entry.name)
     return found
 
 

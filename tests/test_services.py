@@ -19,15 +19,15 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from PIL import Image
 
+from bagel.checkpoint.files import EMA
 from bagel.client import AsyncClient, Client
-from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment, is_serving
+from bagel.deployment.process import Service
 from bagel.errors import BagelError, Draining, NoBackend, RunnerDied, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
-from bagel.launch import Deployment, is_serving
-from bagel.model.checkpoint import EMA
-from bagel.process import Service
-from bagel.status import from_rpc_error
-from bagel.transport import sync_channel
+from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import kv_pb2
 from bagel.v1.dit_pb2 import DitServiceGenerateRequest
 from bagel.v1.dit_pb2_grpc import DitServiceStub

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 import bagel
-from bagel.config import shipped_deploy_config
+from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from bagel.checkpoint.files import AE, EMA, Checkpoint
+from bagel.checkpoint.roles import Role
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.images import ImageTransform
-from bagel.model.checkpoint import AE, EMA, Checkpoint
-from bagel.model.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from bagel.model.naming import slots
-from bagel.model.roles import Role
 from bagel.model.weights import random_model
 from tests.helpers import agree, request, sketch
 

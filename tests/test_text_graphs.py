@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.context import Context
 from bagel.engine.text import TextBatch, TextRun
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
 from bagel.request import TextSettings

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bagel import service
+from bagel.checkpoint.files import Checkpoint
 from bagel.engine.context import ContextBuilder
-from bagel.engine.reader import Reader
+from bagel.engine.text_scheduler import Reader
 from bagel.errors import BagelError, EngineDied, InvalidImage
 from bagel.images.pool import ImagePool
-from bagel.model.checkpoint import Checkpoint
-from bagel.slots import Slots
-from bagel.status import from_rpc_error
-from bagel.transport import Host, channel
+from bagel.rpc import service
+from bagel.rpc.admission import Slots
+from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.transport import Host, channel
 from bagel.v1 import common_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub, add_ThinkerServiceServicer_to_server
 from bagel_thinker.server import ThinkerServicer

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from bagel.defaults import NANO_NAME, find_model
+from bagel.checkpoint.config import BAGEL_7B_MOT
+from bagel.checkpoint.roles import Role
+from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.engine.engine import BagelEngine
 from bagel.engine.loading import load_role
-from bagel.model.config import BAGEL_7B_MOT
-from bagel.model.roles import Role
 from bagel.model.threads import settle_threads
 
 

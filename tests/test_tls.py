@@ -18,8 +18,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.cli import main
-from bagel.launch import is_serving
-from bagel.transport import Host, Security, sync_channel
+from bagel.deployment.launcher import is_serving
+from bagel.rpc.transport import Host, Security, sync_channel
 from bagel_gateway.settings import parser, settings_of
 from tests.test_serve import serving
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bagel.checkpoint.files import TOKENIZER_FILES, Checkpoint
 from bagel.errors import CheckpointError
-from bagel.model.checkpoint import TOKENIZER_FILES, Checkpoint
 from bagel.model.tokenizer import (
     IM_END,
     IM_START,

@@ -11,10 +11,10 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 import bagel
-from bagel import tracing
-from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.errors import ConfigError
-from bagel.launch import Deployment
+from bagel.telemetry import tracing
 from tests.conftest import GOLDEN
 from tests.otlp import Traces, attributes, receiving
 

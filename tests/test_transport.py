@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel import errors
 from bagel.errors import BagelError, Busy, ConfigError, InvalidImage, InvalidRequest, Loading, RemoteError, StoreFull
-from bagel.status import from_rpc_error, from_status, rpc_status_of
-from bagel.transport import PLAINTEXT, Host, Security, channel
+from bagel.rpc.errors import from_rpc_error, from_status, rpc_status_of
+from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 

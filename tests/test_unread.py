@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from bagel.errors import BagelError, NotRead
-from bagel.transport import channel
-from bagel.unread import Unread
+from bagel.rpc.transport import channel
+from bagel.rpc.unread import Unread
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.gateway_stages import Deployment
 from tests.test_gateway_service import red_cube, through, until

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bagel.checkpoint.files import EMA, Checkpoint
 from bagel.cli import main
-from bagel.model.checkpoint import EMA, Checkpoint
 from tests.conftest import GOLDEN
 
 Captured = pytest.CaptureFixture[str]
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_told_in_full(model: Path, capsys: Captured) -> None:
 
 def test_a_disk_that_forgets_is_found(model: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     """Content that changed under the same size, times and inode: the cache would not see it, so all is read."""
-    from bagel.model import digest_cache
+    from bagel.checkpoint import digest_cache
 
     monkeypatch.setattr(digest_cache.Stamp, "settled", property(lambda stamp: True))
     before = report(capsys, str(model))

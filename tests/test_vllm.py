@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bagel.engine.reader import Reading, Written
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.segments import Chain
+from bagel.engine.text_scheduler import Reading, Written
 from bagel.errors import BagelError, EngineDied, IncompleteContext, InvalidRequest, NotFinite, NotSupported
 from bagel.images import ImageTransform
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode, TextSettings
 from bagel_thinker.engine import Engine

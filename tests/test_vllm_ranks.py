@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from bagel.defaults import NANO_FOLDERS
-from bagel.engine.reader import Reading, Written
+from bagel.checkpoint.files import Checkpoint
+from bagel.deployment.defaults import NANO_FOLDERS
+from bagel.engine.text_scheduler import Reading, Written
 from bagel.errors import IncompleteContext, NotFinite, StoreFull
-from bagel.model.checkpoint import Checkpoint
 from bagel.prompts import TextPart
 from bagel.request import TextSettings
 from bagel_thinker.vllm import engine as engine_module

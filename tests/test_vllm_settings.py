@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
+from bagel.deployment.launcher import is_serving
+from bagel.deployment.process import Service
 from bagel.errors import ConfigError
-from bagel.launch import is_serving
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
-from bagel.process import Service
 from bagel.prompts import TextPart
 from bagel.request import TextSettings
 from bagel_thinker.torch_engine import TorchEngine

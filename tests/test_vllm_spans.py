@@ -10,12 +10,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.noise import Posterior, text_uniforms
 from bagel.engine.segments import ChainPlanner
 from bagel.errors import ConfigError
 from bagel.kv.digests import SegmentKind
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import PosteriorMode, TextSettings

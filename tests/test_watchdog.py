@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bagel.launch import is_serving
-from bagel.process import Service
+from bagel.deployment.launcher import is_serving
+from bagel.deployment.process import Service
 from bagel.prompts import TextPart
-from bagel.transport import sync_channel
+from bagel.rpc.convert import part_to_wire
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
-from bagel.wire import part_to_wire
 from tests.conftest import GOLDEN
 
 pytestmark = pytest.mark.slow  # starts services
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # starts services
 LIMIT_S = 60
 HANGING = """
 import threading
-from bagel.engine.reader import Reader
+from bagel.engine.text_scheduler import Reader
 work = Reader.work
 Reader.work = lambda self: threading.Event().wait() if {when} else work(self)
 """

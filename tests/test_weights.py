@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bagel.checkpoint.config import BAGEL_7B_MOT
+from bagel.checkpoint.files import AE, EMA, Checkpoint, find_checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.engine import BagelEngine
 from bagel.errors import CheckpointError
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import AE, EMA, Checkpoint, find_checkpoint
-from bagel.model.config import BAGEL_7B_MOT
 from bagel.model.naming import slots
-from bagel.model.roles import Role
 from bagel.model.weights import empty_model, inventory, load_model, main
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bagel import wire
 from bagel.errors import InvalidRequest
 from bagel.images import pixel_digest
 from bagel.prompts import BranchName, ImagePart, TextPart
@@ -25,6 +24,7 @@ from bagel.request import (
     TextSettings,
     resolve,
 )
+from bagel.rpc import convert
 from bagel.v1 import common_pb2
 
 COUNTS = st.integers(1, 2**31)
@@ -58,23 +58,23 @@ OPTIONS = st.fixed_dictionaries(
     },
 )
 MODALITIES = st.sampled_from(Modality)
-PARTS = [wire.part_to_wire(TextPart("a red cube"))]
+PARTS = [convert.part_to_wire(TextPart("a red cube"))]
 
 
 @given(MODALITIES, OPTIONS)
 def test_options_come_back_as_they_were_given(modality: Modality, options: dict[str, Any]) -> None:
     """Also what is zero or false; what was not given stays not given."""
-    sent = wire.options_to_wire(modality, PARTS, options).SerializeToString()
+    sent = convert.options_to_wire(modality, PARTS, options).SerializeToString()
     message = common_pb2.Request.FromString(sent)
-    assert wire.options_from_wire(message) == options
-    assert wire.modality_from_wire(message.modality) is modality
+    assert convert.options_from_wire(message) == options
+    assert convert.modality_from_wire(message.modality) is modality
 
 
 @given(MODALITIES, OPTIONS)
 def test_a_resolved_request_comes_back_whole(modality: Modality, options: dict[str, Any]) -> None:
     request = resolve(modality, (TextPart("a red cube"),), {}, options)
-    sent = wire.request_to_wire(request, PARTS).SerializeToString()
-    assert wire.request_from_wire(common_pb2.Request.FromString(sent)) == request
+    sent = convert.request_to_wire(request, PARTS).SerializeToString()
+    assert convert.request_from_wire(common_pb2.Request.FromString(sent)) == request
 
 
 def test_every_option_of_a_request_can_be_sent() -> None:
@@ -89,7 +89,7 @@ def test_every_option_of_a_request_can_be_sent() -> None:
         if hasattr(owner, name)
     }
     assert options.keys() == fields
-    assert wire.options_from_wire(wire.options_to_wire(Modality.TEXT2IMG, PARTS, options)) == options
+    assert convert.options_from_wire(convert.options_to_wire(Modality.TEXT2IMG, PARTS, options)) == options
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_every_option_of_a_request_can_be_sent() -> None:
 )
 def test_what_no_field_can_hold_is_named(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        wire.options_to_wire(Modality.TEXT2IMG, PARTS, {name: value})
+        convert.options_to_wire(Modality.TEXT2IMG, PARTS, {name: value})
     assert refused.value.field == name
 
 
@@ -127,19 +127,19 @@ def test_what_no_field_can_hold_is_named(name: str, value: Any) -> None:
 )
 def test_what_no_field_can_hold_is_refused_with_what_may_be(name: str, value: Any, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        wire.options_to_wire(Modality.TEXT2IMG, PARTS, {name: value})
+        convert.options_to_wire(Modality.TEXT2IMG, PARTS, {name: value})
     assert words in str(refused.value)
 
 
 def test_none_is_not_given() -> None:
-    assert wire.options_from_wire(wire.options_to_wire(Modality.TEXT2IMG, PARTS, {"steps": None})) == {}
+    assert convert.options_from_wire(convert.options_to_wire(Modality.TEXT2IMG, PARTS, {"steps": None})) == {}
 
 
 @pytest.mark.parametrize(("generation", "understanding"), [(True, True), (True, False), (False, True)])
 def test_images_arrive_pixel_for_pixel(generation: bool, understanding: bool) -> None:
     image = Image.linear_gradient("L").convert("RGB").resize((37, 23))
     part = ImagePart(image, for_generation=generation, for_understanding=understanding)
-    back = wire.prompt_from_wire([wire.part_to_wire(part)])[0]
+    back = convert.prompt_from_wire([convert.part_to_wire(part)])[0]
     assert isinstance(back, ImagePart)
     assert pixel_digest(back.pixels) == pixel_digest(image)
     assert replace(back, image=image) == part
@@ -147,8 +147,13 @@ def test_images_arrive_pixel_for_pixel(generation: bool, understanding: bool) ->
 
 def test_settings_and_names_come_back() -> None:
     text, image = TextSettings(top_k=3, stop_token_ids=(1, 2)), ImageSettings(height=64, cfg_interval=(0.0, 0.5))
-    assert wire.text_settings_from_wire(wire.text_settings_to_wire(text)) == text
-    assert wire.image_settings_from_wire(wire.image_settings_to_wire(image)) == image
-    assert [wire.branch_from_wire(wire.branch_to_wire(name)) for name in BranchName] == list(BranchName)
-    assert [wire.posterior_from_wire(wire.posterior_to_wire(mode)) for mode in PosteriorMode] == list(PosteriorMode)
-    assert wire.timings_from_wire(wire.timings_to_wire({"queue": 0.5, "text": 1.0})) == {"queue": 0.5, "text": 1.0}
+    assert convert.text_settings_from_wire(convert.text_settings_to_wire(text)) == text
+    assert convert.image_settings_from_wire(convert.image_settings_to_wire(image)) == image
+    assert [convert.branch_from_wire(convert.branch_to_wire(name)) for name in BranchName] == list(BranchName)
+    assert [convert.posterior_from_wire(convert.posterior_to_wire(mode)) for mode in PosteriorMode] == list(
+        PosteriorMode
+    )
+    assert convert.timings_from_wire(convert.timings_to_wire({"queue": 0.5, "text": 1.0})) == {
+        "queue": 0.5,
+        "text": 1.0,
+    }

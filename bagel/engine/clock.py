@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from bagel.profile import WINDOW, window_stages
+from bagel.telemetry.stages import WINDOW, window_stages
 
 Moment = float | torch.cuda.Event
 """A reading of time.perf_counter on a CPU, whose work is done when the call returns; on a GPU a place in its stream."""

@@ -9,26 +9,26 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.limits import check_positions, padded_latents, position_limit
+from bagel.checkpoint.roles import Role
 from bagel.engine.clock import WindowClock
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
-from bagel.engine.denoise import Canvas, Picture, StepGate, decode_picture
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
+from bagel.engine.sampler import Canvas, Picture, StepGate, decode_picture
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextDecoder, TextRun
 from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import OnEvent, Result, StepDone, TextDelta
 from bagel.kv.digests import fingerprint
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import Checkpoint
 from bagel.model.pixels import to_image
-from bagel.model.roles import Role
-from bagel.model.sizes import check_positions, padded_latents, position_limit
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.model.weights import load_model
-from bagel.profile import stages_before
 from bagel.prompts import BranchName
 from bagel.request import Request, text_settings
+from bagel.telemetry.stages import stages_before
 
 TOKEN_BUDGET = 24_576
 """Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.limits import position_limit
+from bagel.checkpoint.roles import Role
 from bagel.engine.segments import ChainPlanner
 from bagel.kv.digests import fingerprint
 from bagel.kv.pages import KvLayout
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
-from bagel.model.sizes import position_limit
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 from PIL.Image import Image
 
+from bagel.checkpoint.config import ModelConfig
 from bagel.engine.noise import Posterior, Shape
 from bagel.errors import InvalidImage
 from bagel.images import PreparedImage, ResizedImage, pixel_digest, prepare
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
-from bagel.model.config import ModelConfig
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
+from bagel.checkpoint.config import LlmConfig
 from bagel.model.attention import KvSlab
-from bagel.model.config import LlmConfig
 
 
 class NoRoom(Exception):

@@ -18,7 +18,7 @@ from PIL import Image
 from bagel.errors import BagelError, Busy, ConfigError, InvalidImage
 from bagel.images import frames
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 
 WORKERS = 2
 TIMEOUT_S = 20.0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from bagel.images.pool import ImagePool
 from bagel.images.transforms import ImageTransform, ResizedImage
+from bagel.rpc.convert import check_prompt, image_purposes
 from bagel.v1 import common_pb2
-from bagel.wire import check_prompt, image_purposes
 
 
 async def resized_images(

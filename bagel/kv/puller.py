@@ -27,9 +27,9 @@ from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.service import SERVICE
 from bagel.kv.store import KvStore
-from bagel.status import from_rpc_error
-from bagel.telemetry import Log, request_metadata
-from bagel.tracing import span
+from bagel.rpc.errors import from_rpc_error
+from bagel.telemetry.logs import Log, request_metadata
+from bagel.telemetry.tracing import span
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 

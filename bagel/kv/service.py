@@ -16,7 +16,7 @@ from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
 from bagel.kv.store import KvStore
-from bagel.status import streaming, unary
+from bagel.rpc.errors import streaming, unary
 from bagel.v1 import kv_pb2
 
 SERVICE = "bagel.v1.KvBlocksService"

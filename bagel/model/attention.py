@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bagel.model.config import LlmConfig
+from bagel.checkpoint.config import LlmConfig
 from bagel.model.kernels import Rope
 
 

@@ -7,12 +7,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from bagel.checkpoint.config import ModelConfig
+from bagel.checkpoint.roles import Role
 from bagel.errors import NotSupported
-from bagel.model.config import ModelConfig
 from bagel.model.flow import TimestepEmbedder
 from bagel.model.layers import Mlp, PositionTable, grid_position_ids, linear
 from bagel.model.mot import MoTDecoder
-from bagel.model.roles import Role
 from bagel.model.vae import Vae
 from bagel.model.vit import Vit
 

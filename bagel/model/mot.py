@@ -12,9 +12,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from bagel.checkpoint.config import LlmConfig
 from bagel.model.attention import KvSlab, Rows
 from bagel.model.backend import LayerBackend
-from bagel.model.config import LlmConfig
 from bagel.model.kernels import Rope, rope_factors
 from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bagel.checkpoint.files import AE, EMA
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import AE, EMA
 from bagel.model.vae import diffusers_name
 
 _EXPERT = re.compile(r"language_model\.(layers\.\d+)\.(und|gen)\.(.+)\.(weight|bias)")

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from bagel.model.config import ModelConfig
+from bagel.checkpoint.config import ModelConfig
 
 SMALL = 256
 """Hidden size up to which a second thread costs more than it computes (bench/README.md, "Why one thread")."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import Qwen2Tokenizer
 
+from bagel.checkpoint.json_files import read_json_file
 from bagel.errors import CheckpointError
-from bagel.model.json_files import read_json_file
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

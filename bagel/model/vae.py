@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from bagel.model.config import NORM_GROUPS, VaeConfig
+from bagel.checkpoint.config import NORM_GROUPS, VaeConfig
 
 TILE_SIZE = 512
 """Pixels a side of a tile, where tiling is on; a picture up to that size is decoded whole."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.errors import CheckpointError
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import check_role, empty_model
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel.model.config import VitConfig
+from bagel.checkpoint.config import VitConfig
 from bagel.model.layers import Mlp, linear
 
 

@@ -16,18 +16,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
+from bagel.checkpoint.config import BAGEL_7B_MOT, ModelConfig
+from bagel.checkpoint.files import AE, EMA, Checkpoint
+from bagel.checkpoint.headers import TensorInfo
+from bagel.checkpoint.roles import Role
+from bagel.checkpoint.tensors import check_plain, few
 from bagel.errors import BagelError, CheckpointError
 from bagel.model.backend import choose_backend
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import AE, EMA, Checkpoint
-from bagel.model.config import BAGEL_7B_MOT, ModelConfig
 from bagel.model.flow import TimestepEmbedder
-from bagel.model.headers import TensorInfo
 from bagel.model.layers import RMSNorm
 from bagel.model.naming import Slot, slots
-from bagel.model.plain import check_plain, few
-from bagel.model.roles import Role
 from bagel.model.vae import Vae
 
 logger = logging.getLogger(__name__)

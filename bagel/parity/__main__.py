@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 from bagel.engine.engine import BagelEngine
 from bagel.errors import BagelError
 from bagel.parity.bf16 import compare_bf16

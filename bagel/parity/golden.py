@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.errors import ConfigError
 from bagel.images import load_image
-from bagel.model.checkpoint import Checkpoint
 
 TABLES = ("resize", "timesteps", "tokenizer")
 """Tables that every folder has."""

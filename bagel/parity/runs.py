@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
+from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context
-from bagel.engine.denoise import Canvas, Picture, decode_picture
 from bagel.engine.engine import BagelEngine
 from bagel.engine.noise import initial_noise
+from bagel.engine.sampler import Canvas, Picture, decode_picture
 from bagel.engine.segments import Chain
 from bagel.engine.text import TextRun
 from bagel.model.attention import KvSlab
 from bagel.model.pixels import to_image
-from bagel.model.sizes import latent_bucket
 from bagel.parity.golden import Case
 from bagel.parity.prompts import PromptRun, compare_kv, compare_text_segment
 from bagel.parity.record import Recorder

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.files import Checkpoint
 from bagel.client import Client
-from bagel.config import load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
 from bagel.effect import effective
 from bagel.engine.loading import kv_layout
 from bagel.engine.segments import Chain, ChainPlanner
 from bagel.kv.digests import SegmentKind, fingerprint
 from bagel.kv.puller import KvPuller
 from bagel.kv.store import KvStore
-from bagel.launch import Deployment
-from bagel.model.checkpoint import Checkpoint
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.parity.golden import Case, Golden
 from bagel.parity.prompts import case_prompt
@@ -30,10 +30,10 @@ from bagel.parity.runs import case_modality, case_options
 from bagel.pipelines import pipeline
 from bagel.prompts import BranchName, Prompt, TextPart, expand_cfg_prompts, expand_cfg_prompts_think, text_prompt
 from bagel.request import PosteriorMode, resolve
-from bagel.transport import channel
+from bagel.rpc.convert import part_to_wire, posterior_to_wire
+from bagel.rpc.transport import channel
 from bagel.v1 import kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
-from bagel.wire import part_to_wire, posterior_to_wire
 
 NOT_SERVED = frozenset({"components"})
 """Cases of the network's parts alone, which no service gives out."""

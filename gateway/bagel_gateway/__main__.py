@@ -7,9 +7,9 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from bagel import service
-from bagel.heap import keep_loaded
-from bagel.telemetry import Log
+from bagel.rpc import service
+from bagel.rpc.heap import keep_loaded
+from bagel.telemetry.logs import Log
 from bagel_gateway.server import Gateway
 from bagel_gateway.settings import parser, settings_of
 

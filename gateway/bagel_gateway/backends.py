@@ -13,10 +13,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.errors import ConfigError, ForeignContext, NoBackend
-from bagel.security import DIT, THINKER
-from bagel.status import from_rpc_error
-from bagel.telemetry import Log
-from bagel.transport import PLAINTEXT, Security, channel
+from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.security import DIT, THINKER
+from bagel.rpc.transport import PLAINTEXT, Security, channel
+from bagel.telemetry.logs import Log
 from bagel.v1 import dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.uploads import Upload

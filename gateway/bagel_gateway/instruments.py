@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import prometheus_client
 from prometheus_client import CollectorRegistry, Gauge
 
-from bagel import metrics
+from bagel.telemetry import metrics
 
 
 @dataclass(frozen=True)

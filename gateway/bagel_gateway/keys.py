@@ -11,10 +11,10 @@ import grpc
 from grpc import aio
 
 from bagel.errors import ConfigError, Unauthenticated
-from bagel.guard import HEALTH_METHODS
-from bagel.keys import AUTHORIZATION, KeyRing, read_keys
-from bagel.status import abort
-from bagel.telemetry import Log, current_caller
+from bagel.rpc.api_keys import AUTHORIZATION, KeyRing, read_keys
+from bagel.rpc.errors import abort
+from bagel.rpc.guard import HEALTH_METHODS
+from bagel.telemetry.logs import Log, current_caller
 
 LOOK_EVERY_S = 1.0
 OPEN_METHODS = HEALTH_METHODS

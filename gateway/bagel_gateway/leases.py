@@ -7,7 +7,7 @@ import secrets
 
 import grpc
 
-from bagel.telemetry import Log, request_metadata
+from bagel.telemetry.logs import Log, request_metadata
 from bagel.v1 import kv_pb2
 from bagel_gateway.backends import ThinkerBackend
 

@@ -11,9 +11,9 @@ from functools import partial
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 
-from bagel import wire
 from bagel.errors import BagelError, InvalidRequest
 from bagel.request import Modality
+from bagel.rpc import convert
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backend, Backends
@@ -118,7 +118,7 @@ class Metrics:
     def request(self, modality: common_pb2.Modality.ValueType) -> Iterator[Seen]:
         """Count a request for the block, which tells of every event."""
         try:
-            named = str(wire.modality_from_wire(modality))
+            named = str(convert.modality_from_wire(modality))
         except InvalidRequest:
             named = "none"
         with self._counted(named) as seen:

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 from bagel.errors import NotRead
-from bagel.joined import Joined
-from bagel.telemetry import Log
-from bagel.unread import Unread, Waiting
+from bagel.rpc.coalescing_queue import Joined
+from bagel.rpc.unread import Unread, Waiting
+from bagel.telemetry.logs import Log
 
 T = TypeVar("T")
 Sized = tuple[T, int]

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bagel import wire
+from bagel.checkpoint.limits import check_stop_ids, picture_size
 from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images import resized_size
-from bagel.model.sizes import check_stop_ids, picture_size
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig, pipeline_for_request, prompt_expander
 from bagel.prompts import Branch, BranchName, ImagePart, Prompt, TextPart, text_prompt
 from bagel.request import Modality, PosteriorMode, Request, resolve, text_settings
+from bagel.rpc import convert
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, thinker_pb2
 from bagel_gateway.images import InputImages
 
@@ -87,18 +87,18 @@ async def read_request(
 ) -> Asked:
     """Check a request as far as it goes without the model; raises InvalidRequest or InvalidImage."""
     message, output = whole.request, _output(whole)
-    modality = wire.modality_from_wire(message.modality)
+    modality = convert.modality_from_wire(message.modality)
     _check_parts(modality, message.prompt)
     parts = [_explicit(part, modality) for part in message.prompt]
-    options = wire.options_from_wire(message)
+    options = convert.options_from_wire(message)
     think = options.get("think", defaults.get("think"))
     pipeline = pipeline_for_request(deployed, think=think)
     options["think"] = bool(pipeline.thinks) if think is None else think
-    wire.check_prompt(parts)
+    convert.check_prompt(parts)
     if modality.reads_image:
         # Without its images first: a wrong setting need not wait for them to be looked at.
         resolve(modality, (TextPart("checked below"),), options, defaults)
-    prompt = wire.prompt_from_wire(parts, await images.sizes(parts))
+    prompt = convert.prompt_from_wire(parts, await images.sizes(parts))
     request = resolve(modality, prompt, options, defaults)
     _check_output(request, whole)
     return Asked(request, parts, pipeline, output)
@@ -110,16 +110,16 @@ def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
     if model.vocabulary:
         check_stop_ids(request.text.stop_token_ids, model.vocabulary)
     if request.modality.makes_image:
-        height, width = picture_size(request, wire.picture_limits(model))
+        height, width = picture_size(request, convert.picture_limits(model))
         request = replace(request, image=replace(request.image, height=height, width=width))
     made = Plan(
         pipeline=asked.pipeline,
         makes_image=request.modality.makes_image,
-        resolved=wire.request_to_wire(request, (_without_data(part) for part in asked.parts)),
+        resolved=convert.request_to_wire(request, (_without_data(part) for part in asked.parts)),
         output=asked.output,
     )
     if asked.pipeline is BAGEL_SINGLE_STAGE:
-        return replace(made, whole=wire.request_to_wire(request, ()), parts=asked.parts)
+        return replace(made, whole=convert.request_to_wire(request, ()), parts=asked.parts)
     sent = {id(part): message for part, message in zip(request.prompt, asked.parts, strict=True)}
     if not request.modality.makes_image:
         return replace(made, builds=(_answer(request, sent),))
@@ -128,7 +128,7 @@ def plan(asked: Asked, model: common_pb2.ModelInfo) -> Plan:
 
 def _answer(request: Request, sent: Mapping[int, common_pb2.Part]) -> Build:
     """The context that an answer is decoded after."""
-    decode = thinker_pb2.DecodeText(settings=wire.text_settings_to_wire(text_settings(request)), append=False)
+    decode = thinker_pb2.DecodeText(settings=convert.text_settings_to_wire(text_settings(request)), append=False)
     settings = _build_settings(request)
     settings.decode.CopyFrom(decode)
     return Build((BranchName.GEN,), settings, _sent(text_prompt(request.prompt, think=request.think), sent))
@@ -147,7 +147,7 @@ def _picture(made: Plan, request: Request, sent: Mapping[int, common_pb2.Part], 
             alike.setdefault(_identity(branch, thinks), []).append(branch)
     shapes = _posterior_shapes(request, model) if request.posterior is PosteriorMode.SEED else []
     draw = dit_pb2.DrawPicture(
-        image=wire.image_settings_to_wire(request.image), seed=request.seed, posterior_shapes=shapes
+        image=convert.image_settings_to_wire(request.image), seed=request.seed, posterior_shapes=shapes
     )
     return replace(
         made,
@@ -164,19 +164,19 @@ def _branch_build(request: Request, same: Sequence[Branch], sent: Mapping[int, c
     settings.send_kv = True
     names = tuple(branch.name for branch in same)
     if thinks and BranchName.GEN in names:
-        written = wire.text_settings_to_wire(text_settings(request))
+        written = convert.text_settings_to_wire(text_settings(request))
         settings.decode.CopyFrom(thinker_pb2.DecodeText(settings=written, append=True))
     return Build(names, settings, _sent(same[0].parts, sent))
 
 
 def _build_settings(request: Request) -> thinker_pb2.BuildContextRequest:
-    posterior = wire.posterior_to_wire(request.posterior)
+    posterior = convert.posterior_to_wire(request.posterior)
     return thinker_pb2.BuildContextRequest(seed=request.seed, posterior=posterior)
 
 
 def _sent(prompt: Prompt, sent: Mapping[int, common_pb2.Part]) -> WireParts:
     """An image goes on as the bytes that the user sent; a text is written anew, as branches have texts of their own."""
-    return [sent[id(part)] if id(part) in sent else wire.part_to_wire(part) for part in prompt]
+    return [sent[id(part)] if id(part) in sent else convert.part_to_wire(part) for part in prompt]
 
 
 def _identity(branch: Branch, thinks: bool) -> tuple[object, ...]:
@@ -188,7 +188,7 @@ def _identity(branch: Branch, thinks: bool) -> tuple[object, ...]:
 def _posterior_shapes(request: Request, model: common_pb2.ModelInfo) -> list[dit_pb2.LatentShape]:
     """Latents of the input images, whose noise the request's generator gives first."""
     images = [part.image for part in request.prompt if isinstance(part, ImagePart) and part.for_generation]
-    transform = wire.picture_limits(model).vae_transform
+    transform = convert.picture_limits(model).vae_transform
     shapes = []
     for image in images:
         # The reference resizes twice before it encodes.
@@ -200,13 +200,13 @@ def _posterior_shapes(request: Request, model: common_pb2.ModelInfo) -> list[dit
 
 def _output(message: gateway_pb2.GenerateRequest) -> Output:
     quality = message.output_compression if message.HasField("output_compression") else None
-    wire.check_output(message.output_format, quality, message.partial_images)
+    convert.check_output(message.output_format, quality, message.partial_images)
     return Output(message.output_format, quality, message.partial_images)
 
 
 def _check_output(request: Request, message: gateway_pb2.GenerateRequest) -> None:
     """Refuse what would have no effect on how the request's picture is given out, or has none to be given out."""
-    name = wire.format_name(message.output_format)
+    name = convert.format_name(message.output_format)
     output = {"output_format": name, "partial_images": message.partial_images}
     if message.HasField("output_compression"):
         output["output_compression"] = message.output_compression

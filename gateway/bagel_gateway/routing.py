@@ -12,7 +12,6 @@ from typing import TypeVar
 import grpc
 from grpc.aio import StreamStreamCall
 
-from bagel import wire
 from bagel.errors import (
     BagelError,
     ContextRefused,
@@ -27,10 +26,11 @@ from bagel.errors import (
     UnknownSegment,
 )
 from bagel.pipelines import kv_collector
-from bagel.profile import stages_before
 from bagel.prompts import BranchName
-from bagel.status import from_rpc_error
-from bagel.telemetry import Log, request_metadata
+from bagel.rpc import convert
+from bagel.rpc.errors import from_rpc_error
+from bagel.telemetry.logs import Log, request_metadata
+from bagel.telemetry.stages import stages_before
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
 from bagel_gateway.leases import Leases
@@ -102,12 +102,12 @@ class Route:
 
     def _tell_times(self, finished: gateway_pb2.Finished) -> None:
         """Add what only the gateway knows."""
-        timings = wire.timings_from_wire(finished.timings)
+        timings = convert.timings_from_wire(finished.timings)
         if self._waited_s:
             timings = {"queue": self._waited_s + timings.pop("queue", 0.0), **timings}
         timings["total"] = time.perf_counter() - self._started + self._waited_s
         del finished.timings[:]
-        finished.timings.extend(wire.timings_to_wire(timings))
+        finished.timings.extend(convert.timings_to_wire(timings))
 
     async def _serve_whole(self, request: common_pb2.Request, prompt: WireParts) -> gateway_pb2.Finished:
         """The single stage."""
@@ -116,7 +116,7 @@ class Route:
             text=end.text,
             token_ids=end.token_ids,
             usage=end.usage,
-            timings=wire.timings_to_wire(_without_total(end.timings)),
+            timings=convert.timings_to_wire(_without_total(end.timings)),
             profile=end.profile,
         )
 
@@ -127,7 +127,7 @@ class Route:
             text=built.text,
             token_ids=built.token_ids,
             usage=built.usage,
-            timings=wire.timings_to_wire(_without_total(built.timings)),
+            timings=convert.timings_to_wire(_without_total(built.timings)),
         )
 
     async def _draw_picture(self, picture: dit_pb2.DrawPicture) -> gateway_pb2.Finished:
@@ -242,7 +242,9 @@ class Route:
             contexts[name] = kv_pb2.ContextRef(source=gen.source, fingerprint=gen.fingerprint)
         collect = kv_collector(self._plan.pipeline.stages[1])
         collected = collect(self._plan.branches, contexts, self._plan.needed)
-        return [dit_pb2.BranchContext(branch=wire.branch_to_wire(name), context=ref) for name, ref in collected.items()]
+        return [
+            dit_pb2.BranchContext(branch=convert.branch_to_wire(name), context=ref) for name, ref in collected.items()
+        ]
 
     async def _call_dit(
         self, request: dit_pb2.DitServiceGenerateRequest, prompt: WireParts | None = None
@@ -329,15 +331,15 @@ class Route:
                 timings[stage] = max(seconds, timings.get(stage, 0.0))
         for stage, seconds in _without_total(drawn.timings).items():
             timings[stage] = timings.get(stage, 0.0) + seconds
-        profile = wire.timings_from_wire(drawn.profile)
+        profile = convert.timings_from_wire(drawn.profile)
         if profile:  # the DiT knows only its own part
             profile = stages_before(timings) | profile
         return gateway_pb2.Finished(
             text=text.text,
             token_ids=text.token_ids,
             usage=usage,
-            timings=wire.timings_to_wire(timings),
-            profile=wire.timings_to_wire(profile),
+            timings=convert.timings_to_wire(timings),
+            profile=convert.timings_to_wire(profile),
         )
 
     def _emit(
@@ -441,7 +443,7 @@ def _unreachable(error: BagelError) -> bool:
 
 def _without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, float]:
     """Stages alone: the gateway's total is the request's."""
-    return {stage: seconds for stage, seconds in wire.timings_from_wire(timings).items() if stage != "total"}
+    return {stage: seconds for stage, seconds in convert.timings_from_wire(timings).items() if stage != "total"}
 
 
 def _first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from bagel.deadlines import deadline_of
 from bagel.images.pool import ImagePool
 from bagel.pipelines import BAGEL_SINGLE_STAGE
-from bagel.status import streaming, unary
-from bagel.transport import Host
+from bagel.rpc.deadlines import deadline_of
+from bagel.rpc.errors import streaming, unary
+from bagel.rpc.transport import Host
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends

@@ -13,8 +13,8 @@ import bagel
 from bagel.errors import Busy, InvalidRequest, NoBackend
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig
 from bagel.request import MAX_SEED
-from bagel.telemetry import Log, current_request
-from bagel.unread import Unread
+from bagel.rpc.unread import Unread
+from bagel.telemetry.logs import Log, current_request
 from bagel.v1 import gateway_pb2
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.admission import Admission

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bagel import service
+from bagel.deployment.http_front import HttpGuards, add_http_flags, http_arguments, http_guards
 from bagel.errors import ConfigError, InvalidRequest
-from bagel.http_front import HttpGuards, add_http_flags, http_arguments, http_guards
 from bagel.images.pool import TIMEOUT_S, WORKERS
-from bagel.keys import KEYS_FILE, is_local, key_file
 from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
-from bagel.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
-from bagel.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
+from bagel.rpc import service
+from bagel.rpc.api_keys import KEYS_FILE, is_local, key_file
+from bagel.rpc.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
+from bagel.rpc.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES, MOST_IMAGES
 

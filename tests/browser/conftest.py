@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bagel.config import load_deploy_config, shipped_deploy_config
-from bagel.defaults import NANO_NAME, find_model
-from bagel.launch import LOOPBACK, Deployment
-from bagel.process import Service
+from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import LOOPBACK, Deployment
+from bagel.deployment.process import Service
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page, Request

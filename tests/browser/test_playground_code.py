@@ -13,7 +13,7 @@ import pytest
 from google.protobuf import json_format
 from PIL import Image
 
-from bagel.transport import sync_channel
+from bagel.rpc.transport import sync_channel
 from bagel.v1 import gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.browser.conftest import Front

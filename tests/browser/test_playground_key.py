@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bagel.keys import key_line, new_key
+from bagel.rpc.api_keys import key_line, new_key
 from tests.browser.conftest import Front, Seen, free_port, open_page
 from tests.browser.test_playground import DRAWN, ask, until_done
 from tests.browser.test_playground_access import CHECKS, OVERFLOWING

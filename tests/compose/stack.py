@@ -16,7 +16,7 @@ from PIL import Image
 
 from bagel.client import Client
 from bagel.errors import BagelError
-from bagel.transport import PLAINTEXT, Security
+from bagel.rpc.transport import PLAINTEXT, Security
 from tests.helpers import agree
 
 ROOT = Path(__file__).parents[2]

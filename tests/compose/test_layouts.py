@@ -13,7 +13,7 @@ from PIL import Image
 
 from bagel.client import Client
 from bagel.errors import RemoteError, Unauthenticated
-from bagel.transport import Security
+from bagel.rpc.transport import Security
 from tests.compose.stack import COMPOSE, DEPLOY, HERE, LIMIT_S, PICTURE, Stack, docker, drawn, until
 from tests.helpers import agree
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 from training.nano.rows import ROWS
 
 Entry = Mapping[str, Any]

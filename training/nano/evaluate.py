@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 from bagel.errors import BagelError
 from bagel.events import Result
 from bagel.prompts import TextPart
@@ -59,7 +59,7 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 def through(endpoint: str, at_once: int) -> Generate:
     """A gateway."""
-    from bagel.batch import ask_of, generate_all  # gRPC is not needed otherwise
+    from bagel.client.batch import ask_of, generate_all  # gRPC is not needed otherwise
 
     def generate(requests: Sequence[Request]) -> list[Result]:
         return generate_all(endpoint, [ask_of(request) for request in requests], at_once=at_once)
@@ -71,8 +71,8 @@ def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
     """An engine of this process."""
     import torch
 
+    from bagel.checkpoint.files import Checkpoint
     from bagel.engine.engine import BagelEngine
-    from bagel.model.checkpoint import Checkpoint
 
     engine = BagelEngine.load(
         Checkpoint(folder), dtype=getattr(torch, dtype), device=torch.device(device), max_num_seqs=batch

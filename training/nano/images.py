@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from bagel.model.config import VaeConfig
+from bagel.checkpoint.config import VaeConfig
 from bagel.model.vae import Vae
 from training.nano.network import PATCH, VIT_SIDE
 from training.nano.world import SIDE

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bagel.checkpoint.config_files import read_model_config
+from bagel.checkpoint.files import EMA
+from bagel.checkpoint.roles import Role
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import EMA
-from bagel.model.config_files import read_model_config
 from bagel.model.naming import slots
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import empty_model
 from training.nano.tokens import train_tokenizer

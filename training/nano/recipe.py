@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
 
 STAGES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("vae", 3.7, ()),

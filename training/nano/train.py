@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from bagel.commands.flags import OnceParser
+from bagel.arguments import OnceParser
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
 from training.nano.batches import LAYOUTS, batches

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bagel.checkpoint.config import VaeConfig
 from bagel.model.bagel import Bagel
-from bagel.model.config import VaeConfig
 from training.nano.batches import CODE
 from training.nano.journal import Journal, Schedule
 from training.nano.render import Renderer

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from bagel.errors import BagelError
-from bagel.telemetry import Log
-from bagel.tracing import tell_request_failed
+from bagel.telemetry.logs import Log
+from bagel.telemetry.tracing import tell_request_failed
 from bagel_gateway.rest.errors import ClientGone, error_body
 
 T = TypeVar("T")

@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import bagel
 from bagel.errors import BagelError, Draining, NoBackend
-from bagel.telemetry import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
-from bagel.tracing import tell_request, tell_request_failed
+from bagel.telemetry.logs import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
+from bagel.telemetry.tracing import tell_request, tell_request_failed
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import GrpcFront, add_playground

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import InvalidRequest
-from bagel.http_front import HttpGuards
 from bagel_gateway.rest.errors import WrongMediaType
 from bagel_gateway.rest.forms import FormReader
 from bagel_gateway.rest.structure import Structure

@@ -7,7 +7,7 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bagel.errors import Forbidden
-from bagel.security import Security
+from bagel.rpc.security import Security
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.rest.pieces import Abortable
 from bagel_gateway.rest.refusals import READS, refuse

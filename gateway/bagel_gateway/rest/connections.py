@@ -11,17 +11,17 @@ from typing import Any
 
 import h11
 
-from bagel.descriptors import limit
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError
-from bagel.http_front import HttpGuards
-from bagel.telemetry import Log
+from bagel.rpc.open_files import limit
+from bagel.telemetry.logs import Log
 from bagel_gateway.rest.certificates import Certified
 
 MAX_CONNECTIONS = 512
 RESERVE = 32
 """Connections beyond the most that are worked for: of probes, and of those that have asked for nothing yet."""
 KEPT = 64
-"""Descriptors that are left to services and files, beside gRPC's, which are half of all (`bagel.service.limits`)."""
+"""Descriptors that are left to services and files, beside gRPC's, half of all (`bagel.rpc.service.limits`)."""
 BACKLOG = 128
 """Of the kernel's queue of connections that are not accepted yet."""
 STUCK_S = 30.0

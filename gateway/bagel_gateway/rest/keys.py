@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bagel.errors import Unauthenticated
-from bagel.keys import AUTHORIZATION
-from bagel.telemetry import current_caller
+from bagel.rpc.api_keys import AUTHORIZATION
+from bagel.telemetry.logs import current_caller
 from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import PREFIX, STATIC

@@ -8,7 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel.http_front import HttpGuards
+from bagel.deployment.http_front import HttpGuards
 from bagel_gateway.rest.errors import BodyTooLarge, BodyTooSlow
 from bagel_gateway.room import Held, Room
 

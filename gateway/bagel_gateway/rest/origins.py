@@ -9,9 +9,9 @@ from ipaddress import ip_address
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bagel.http_front import HttpGuards
-from bagel.keys import is_local
-from bagel.telemetry import REQUEST_ID
+from bagel.deployment.http_front import HttpGuards
+from bagel.rpc.api_keys import is_local
+from bagel.telemetry.logs import REQUEST_ID
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.rest.errors import ForeignOrigin, WrongHost
 from bagel_gateway.rest.refusals import READS, refuse

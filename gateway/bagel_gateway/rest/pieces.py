@@ -9,8 +9,8 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bagel.telemetry import Log
-from bagel.unread import Unread, Waiting
+from bagel.rpc.unread import Unread, Waiting
+from bagel.telemetry.logs import Log
 
 PIECE = 16 * 1024
 UNSENT_BYTES = 2 * PIECE

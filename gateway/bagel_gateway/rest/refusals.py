@@ -8,7 +8,7 @@ from contextlib import suppress
 from starlette.types import Message, Receive, Scope, Send
 
 from bagel.errors import BagelError, Busy
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 from bagel_gateway.rest.errors import error_response
 
 READS = ("GET", "HEAD")

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from bagel import wire
 from bagel.errors import InvalidRequest
 from bagel.request import Modality
-from bagel.telemetry import Log
+from bagel.rpc import convert
+from bagel.telemetry.logs import Log
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownModel, renamed
 from bagel_gateway.rest.parameters import FIELD_NAMES, Parameters, generate_request
@@ -90,7 +90,7 @@ class Front:
         if given.user or given.safety_identifier:
             log.info("asked", user=given.user, safety_identifier=given.safety_identifier)
         try:
-            message = generate_request(given, wire.options_to_wire(modality, parts, options))
+            message = generate_request(given, convert.options_to_wire(modality, parts, options))
             async with aclosing(self.requests.serve_many(message, given.count, lambda: None)) as events:
                 async for event in events:
                     yield event

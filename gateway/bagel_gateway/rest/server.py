@@ -13,10 +13,10 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError
-from bagel.http_front import HttpGuards
-from bagel.transport import Security
-from bagel.unread import Unread
+from bagel.rpc.transport import Security
+from bagel.rpc.unread import Unread
 from bagel_gateway.backends import Backends
 from bagel_gateway.keys import Keys
 from bagel_gateway.metrics import Metrics

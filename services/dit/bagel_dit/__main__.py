@@ -7,23 +7,23 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from bagel import service
-from bagel.heap import keep_loaded
+from bagel.checkpoint.files import Checkpoint, find_checkpoint
 from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
-from bagel.metrics import watch_store
-from bagel.model.checkpoint import Checkpoint, find_checkpoint
-from bagel.security import GATEWAY, THINKER
-from bagel.telemetry import Log
-from bagel.transport import Host, channel
+from bagel.rpc import service
+from bagel.rpc.heap import keep_loaded
+from bagel.rpc.security import GATEWAY, THINKER
+from bagel.rpc.transport import Host, channel
+from bagel.telemetry.logs import Log
+from bagel.telemetry.metrics import watch_store
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import add_DitServiceServicer_to_server
-from bagel_dit.drive import Driver
 from bagel_dit.messages import STEP_TIMEOUT_S, RunnerSettings
+from bagel_dit.runner_client import Driver
 from bagel_dit.server import DitServicer
 
 PAGE_TIMEOUT_S = 30.0

@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
-from bagel.engine.denoise import Picture, decode_picture
+from bagel.engine.sampler import Picture, decode_picture
 from bagel.errors import NotFinite
 from bagel.model.bagel import Bagel
 from bagel.model.pixels import to_image
-from bagel.telemetry import Log
+from bagel.rpc.convert import encode_picture
+from bagel.telemetry.logs import Log
 from bagel.v1 import common_pb2
-from bagel.wire import encode_picture
 from bagel_dit.messages import Drawn, Output, Previewed, Reply
 from bagel_dit.pulse import Pulses
 

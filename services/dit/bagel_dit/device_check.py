@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 
 from bagel.engine.context import Context
-from bagel.engine.denoise import Canvas, Picture, decode_picture
 from bagel.engine.memory import is_out_of_memory
+from bagel.engine.sampler import Canvas, Picture, decode_picture
 from bagel.model.bagel import Bagel
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 from bagel_dit.messages import Health
 
 LOOK_AGAIN_S = 5.0

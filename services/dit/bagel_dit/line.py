@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bagel.engine.denoise import Picture
+from bagel.checkpoint.limits import check_kv_room
+from bagel.engine.sampler import Picture
 from bagel.engine.slab import SharedSlab
-from bagel.model.sizes import check_kv_room
 from bagel_dit.messages import LandedPage, Output
 
 

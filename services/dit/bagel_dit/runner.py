@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.limits import padded_latents
+from bagel.checkpoint.roles import Role
 from bagel.engine.clock import WindowClock
-from bagel.engine.denoise import (
+from bagel.engine.loading import LoadedModel, load_role
+from bagel.engine.local import DTYPES, choose_device
+from bagel.engine.memory import is_out_of_memory, kv_space
+from bagel.engine.noise import initial_noise
+from bagel.engine.sampler import (
     Canvas,
     OnVelocity,
     Picture,
@@ -21,23 +28,16 @@ from bagel.engine.denoise import (
     clean_estimate,
     preview_steps,
 )
-from bagel.engine.loading import LoadedModel, load_role
-from bagel.engine.memory import is_out_of_memory, kv_space
-from bagel.engine.noise import initial_noise
 from bagel.errors import BagelError, CheckpointError, OutOfMemory
-from bagel.heap import keep_loaded
 from bagel.kv.arena import Arena
-from bagel.local import DTYPES, choose_device
 from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import Checkpoint
 from bagel.model.mot import MoTLayer
-from bagel.model.roles import Role
-from bagel.model.sizes import padded_latents
 from bagel.model.vit import VitLayer
-from bagel.status import rpc_status_of
-from bagel.telemetry import Log, set_up_logs
-from bagel.wire import model_info
+from bagel.rpc.convert import model_info
+from bagel.rpc.errors import rpc_status_of
+from bagel.rpc.heap import keep_loaded
+from bagel.telemetry.logs import Log, set_up_logs
 from bagel_dit.decoding import Decoder, EarlyLook, Last
 from bagel_dit.device_check import DeviceCheck
 from bagel_dit.line import Waiting, WaitingLine
@@ -64,7 +64,7 @@ from bagel_dit.messages import (
 )
 from bagel_dit.pulse import Pulses
 from bagel_dit.runner_process import Pipe
-from bagel_dit.whole import WholeRequests
+from bagel_dit.single_stage import WholeRequests
 
 log = Log("bagel.dit.runner")
 NICENESS = 5

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from bagel.kv.arena import Arena
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 from bagel_dit.messages import SILENCE_S, Alive, Command, Hung, Ready, Reply, RunnerSettings, Stop
 from bagel_dit.pulse import Pulses, Watch
 

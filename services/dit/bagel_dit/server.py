@@ -14,24 +14,17 @@ from typing import Any
 from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
+from bagel.checkpoint.limits import check_kv_room, check_side, padded_latents, row_kv_tokens
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images.pool import ImagePool
 from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.puller import HeldContexts, KvPuller
-from bagel.metrics import watch_queue
-from bagel.model.sizes import check_kv_room, check_side, padded_latents, row_kv_tokens
-from bagel.profile import WINDOW, stages_before
 from bagel.prompts import BranchName
 from bagel.request import MAX_PARTS, MAX_SEED, Modality
-from bagel.slots import Slots
-from bagel.status import from_status, streaming, unary
-from bagel.telemetry import Log
-from bagel.tracing import record
-from bagel.v1 import common_pb2, dit_pb2, kv_pb2
-from bagel.v1.dit_pb2_grpc import DitServiceServicer
-from bagel.wire import (
+from bagel.rpc.admission import Slots
+from bagel.rpc.convert import (
     branch_from_wire,
     check_output,
     image_settings_from_wire,
@@ -40,8 +33,13 @@ from bagel.wire import (
     picture_limits,
     timings_to_wire,
 )
-from bagel_dit.drive import Driver
-from bagel_dit.landing import Landing
+from bagel.rpc.errors import from_status, streaming, unary
+from bagel.telemetry.logs import Log
+from bagel.telemetry.metrics import watch_queue
+from bagel.telemetry.stages import WINDOW, stages_before
+from bagel.telemetry.tracing import record
+from bagel.v1 import common_pb2, dit_pb2, kv_pb2
+from bagel.v1.dit_pb2_grpc import DitServiceServicer
 from bagel_dit.messages import (
     AddPicture,
     Begin,
@@ -61,6 +59,8 @@ from bagel_dit.messages import (
     Text,
     TextDone,
 )
+from bagel_dit.page_loader import Landing
+from bagel_dit.runner_client import Driver
 
 Response = dit_pb2.DitServiceGenerateResponse
 Event = (

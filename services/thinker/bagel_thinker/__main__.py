@@ -10,15 +10,15 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from bagel import service
-from bagel.heap import keep_loaded
+from bagel.checkpoint.files import Checkpoint, find_checkpoint
 from bagel.images.pool import ImagePool
-from bagel.metrics import watch_queue, watch_store
-from bagel.model.checkpoint import Checkpoint, find_checkpoint
-from bagel.security import DIT, GATEWAY
-from bagel.slots import Slots
-from bagel.telemetry import Log
-from bagel.transport import Host
+from bagel.rpc import service
+from bagel.rpc.admission import Slots
+from bagel.rpc.heap import keep_loaded
+from bagel.rpc.security import DIT, GATEWAY
+from bagel.rpc.transport import Host
+from bagel.telemetry.logs import Log
+from bagel.telemetry.metrics import watch_queue, watch_store
 from bagel.v1 import kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import add_ThinkerServiceServicer_to_server
 from bagel_thinker.flags import add_engine_flags

@@ -5,8 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Protocol
 
-from bagel.engine.reader import Reading
 from bagel.engine.segments import ChainPlanner
+from bagel.engine.text_scheduler import Reading
 from bagel.kv.store import KvStore
 from bagel.v1 import common_pb2
 from bagel_thinker.watchdog import Pulse

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from bagel.commands.flags import ENGINES
+from bagel.checkpoint.roles import Role
+from bagel.cli.flags import ENGINES
 from bagel.errors import ConfigError
-from bagel.model.roles import Role
 
 ENGINE_VARIABLE = "BAGEL_ENGINE"
 VLLM_ONLY = {

@@ -8,11 +8,11 @@ from importlib.util import find_spec
 
 import torch
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.limits import position_limit
+from bagel.engine.local import choose_device
 from bagel.errors import ConfigError, NotSupported
-from bagel.local import choose_device
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.sizes import position_limit
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 from bagel_thinker.engine import Engine
 from bagel_thinker.flags import VLLM_ONLY
 

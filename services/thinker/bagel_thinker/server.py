@@ -12,24 +12,24 @@ from typing import Any
 
 from grpc.aio import ServicerContext
 
-from bagel.engine.reader import Reading, Written
+from bagel.checkpoint.limits import check_positions
 from bagel.engine.segments import Chain
+from bagel.engine.text_scheduler import Reading, Written
 from bagel.errors import Draining
 from bagel.images import ResizedImage
 from bagel.images.pool import ImagePool
 from bagel.images.prompt import resized_images
-from bagel.joined import Joined
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.digests import SegmentKind
-from bagel.model.sizes import check_positions
 from bagel.request import TextSettings
-from bagel.slots import Slots
-from bagel.status import streaming, unary
-from bagel.telemetry import Log
-from bagel.tracing import record
+from bagel.rpc.admission import Slots
+from bagel.rpc.coalescing_queue import Joined
+from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
+from bagel.rpc.errors import streaming, unary
+from bagel.telemetry.logs import Log
+from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
-from bagel.wire import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel_thinker.engine import Engine
 from bagel_thinker.post import Post
 

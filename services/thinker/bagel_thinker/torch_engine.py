@@ -12,18 +12,18 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
-from bagel.engine.reader import Reader, Reading
+from bagel.engine.local import DTYPES, choose_device
 from bagel.engine.segments import Chain, Segment
+from bagel.engine.text_scheduler import Reader, Reading
 from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
-from bagel.local import DTYPES, choose_device
-from bagel.metrics import count_step
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.roles import Role
-from bagel.telemetry import Log
-from bagel.wire import model_info
+from bagel.rpc.convert import model_info
+from bagel.telemetry.logs import Log
+from bagel.telemetry.metrics import count_step
 from bagel_thinker.watchdog import Pulse
 
 NEAR_CACHE_BYTES = 2**28
@@ -119,7 +119,7 @@ class TorchEngine:
         max_model_len: int | None = None,
         role: Role = Role.CONTEXT,
     ) -> TorchEngine:
-        """Load a checkpoint; device and dtype as `bagel.local.load` takes them.
+        """Load a checkpoint; device and dtype as `bagel.engine.local.load` takes them.
 
         role: understand loads no generation expert; readings of images to edit then end with NotSupported.
         """

@@ -9,7 +9,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from bagel.errors import EngineDied
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 
 if TYPE_CHECKING:
     from bagel_thinker.engine import Engine

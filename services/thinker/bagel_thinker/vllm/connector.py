@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
-from bagel.telemetry import Log
+from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.sink import Notice, Outlet
 
 PARAMETERS = "kv_transfer_params"

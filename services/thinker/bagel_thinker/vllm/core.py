@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 from torch import OutOfMemoryError
 
+from bagel.checkpoint.config import ModelConfig
 from bagel.engine.segments import Chain
 from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
-from bagel.model.config import ModelConfig
 from bagel_thinker.vllm.images import image_item
 from bagel_thinker.vllm.requests import Placeholders, segment_starts, token_ids
 from bagel_thinker.vllm.settings import VllmSettings, engine_arguments

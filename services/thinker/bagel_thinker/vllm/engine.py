@@ -12,10 +12,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.limits import check_positions
 from bagel.engine.loading import kv_layout
-from bagel.engine.reader import Reading
 from bagel.engine.segments import Chain, ChainPlanner
 from bagel.engine.text import prompt_ids
+from bagel.engine.text_scheduler import Reading
 from bagel.errors import (
     BagelError,
     Draining,
@@ -29,13 +31,11 @@ from bagel.errors import (
 )
 from bagel.kv.digests import SegmentKind, fingerprint
 from bagel.kv.store import KvStore
-from bagel.metrics import count_step
-from bagel.model.checkpoint import Checkpoint
-from bagel.model.sizes import check_positions
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 from bagel.request import TextSettings
-from bagel.telemetry import Log
-from bagel.wire import model_info
+from bagel.rpc.convert import model_info
+from bagel.telemetry.logs import Log
+from bagel.telemetry.metrics import count_step
 from bagel_thinker.vllm.choice import choice
 from bagel_thinker.vllm.core import Core, cached_tokens
 from bagel_thinker.vllm.jobs import Filling, Job, Request

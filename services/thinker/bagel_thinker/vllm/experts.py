@@ -17,7 +17,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.models.qwen2 import Qwen2MLP
 
-from bagel.model.config import LlmConfig
+from bagel.checkpoint.config import LlmConfig
 from bagel.model.kernels import Rope, norm_and_rotate, rope_factors
 
 

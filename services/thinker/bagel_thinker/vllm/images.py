@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.config import ModelConfig
+from bagel.checkpoint.files import AE, EMA, Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.segments import Segment
 from bagel.images import pixel_digest
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
-from bagel.model.checkpoint import AE, EMA, Checkpoint
-from bagel.model.config import ModelConfig
 from bagel.model.flow import latent_patchify
 from bagel.model.layers import grid_position_ids
 from bagel.model.naming import slots
 from bagel.model.pixels import to_pixels
-from bagel.model.roles import Role
 from bagel.model.vit import vit_patchify
 from bagel.model.weights import check_tensors, fill, settle_types, shapes
 

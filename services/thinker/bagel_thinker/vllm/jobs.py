@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bagel.engine.context import Context
-from bagel.engine.reader import Reading, Written
 from bagel.engine.segments import Chain
+from bagel.engine.text_scheduler import Reading, Written
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 

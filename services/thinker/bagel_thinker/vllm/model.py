@@ -15,8 +15,8 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
+from bagel.checkpoint.files import AE, EMA, Checkpoint
 from bagel.errors import CheckpointError, NotSupported
-from bagel.model.checkpoint import AE, EMA, Checkpoint
 from bagel.model.layers import Rotary
 from bagel.model.weights import check_known
 from bagel_thinker.vllm.experts import GenerationLayer, run_both

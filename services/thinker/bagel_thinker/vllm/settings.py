@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
+from bagel.checkpoint.roles import Role
 from bagel.errors import ConfigError
 from bagel.images import ImageTransform
-from bagel.model.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
-from bagel.model.roles import Role
 from bagel_thinker.vllm.plugin import ARCHITECTURE
 from bagel_thinker.vllm.requests import Placeholders
 

@@ -1,0 +1,88 @@
+"""How command lines are read: no flag is guessed, none silently overrides itself, an error is one line.
+
+Standard library alone, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+from bagel.errors import ConfigError
+
+
+class OnceParser(argparse.ArgumentParser):
+    """A parser that never guesses what a flag's beginning means, and in which no flag silently overrides itself.
+
+    A flag may be given again only with the same value, or where several values are collected.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+        self._arguments: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's."""
+        self._arguments = sys.argv[1:] if args is None else list(args)
+        for action in self._actions:
+            if action.option_strings and not isinstance(action, _COLLECTING):
+                if not isinstance(action, _Once):
+                    action.__class__ = type("Once", (_Once, type(action)), {})
+                vars(action).pop("given", None)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(message + self._dash_hint(message))
+
+    def _dash_hint(self, message: str) -> str:
+        """How a value is given that looks like a flag, where one was left out before something that does."""
+        found = re.match(r"argument (?:\S*/)?(--\S+): expected (?:one|at least one) argument", message)
+        if found is None or found[1] not in self._arguments:
+            return ""
+        after = [*self._arguments, ""][self._arguments.index(found[1]) + 1]
+        if not after.startswith("-") or any(after in action.option_strings for action in self._actions):
+            return ""
+        return f"; a value that begins with a dash goes behind =, as in {found[1]}={shlex.quote(after)}"
+
+
+class _Once:
+    """Mixed into an action that would overwrite what an earlier use of its flag has set."""
+
+    given: tuple[object]
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        value = (values, option if isinstance(self, argparse.BooleanOptionalAction) else None)
+        before = vars(self).setdefault("given", value)
+        if before != value:
+            shown = " and ".join(_shown(each) for each in (before, value))
+            raise argparse.ArgumentError(cast(argparse.Action, self), f"it is given twice, {shown}; give it once")
+        cast(Any, super()).__call__(parser, namespace, values, option)
+
+
+def _shown(value: tuple[Any, str | None]) -> str:
+    values, option = value
+    if option is not None:
+        return option
+    return " ".join(map(str, values)) if isinstance(values, list) else f"as {values!r:.80}"
+
+
+_COLLECTING = (
+    argparse._AppendAction,
+    argparse._ExtendAction,
+    argparse._HelpAction,
+    argparse._VersionAction,
+    argparse._SubParsersAction,
+)
+
+
+class Parser(OnceParser):
+    """A parser whose errors are ConfigErrors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}{self._dash_hint(message)}; see {self.prog} --help")

@@ -1,0 +1,185 @@
+"""A checkpoint on disk: where it is, what its files hold, and the fingerprint of its content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from bagel.checkpoint.config import ModelConfig
+from bagel.checkpoint.config_files import FOLDER_HOLDS, read_model_config, table_side
+from bagel.checkpoint.digest_cache import Stamp
+from bagel.checkpoint.headers import Header, TensorInfo, read_header
+from bagel.checkpoint.json_files import read_json_file, shown_name
+from bagel.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from bagel.checkpoint.identity import Identity
+
+EMA, AE = "ema.safetensors", "ae.safetensors"
+INDEX = "model.safetensors.index.json"
+FILES = ("*.json", "merges.txt", EMA, AE)
+CONFIG_FILES = ("config.json", "llm_config.json", "vit_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json")
+"""Read by the tokenizers library where they are there; the public model has none."""
+TEXT_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder laid out as the public ByteDance-Seed/BAGEL-7B-MoT repository, as it is when it is first read."""
+
+    folder: Path
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The configuration, with the sizes of the position tables taken from the weights themselves."""
+        self._remember()
+        config = read_model_config(self.folder)
+        shapes = {name: info.shape for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
+        sides = {name: table_side(f"{EMA}: {shown_name(name)}", shape) for name, shape in shapes.items()}
+        config = replace(
+            config,
+            max_latent_size=sides.get("latent_pos_embed.pos_embed", config.max_latent_size),
+            vit_max_num_patch_per_side=sides.get("vit_pos_embed.pos_embed", config.vit_max_num_patch_per_side),
+        )
+        if max(config.default_image_size) > config.max_image_size:
+            raise CheckpointError(
+                f"{self.folder}: default_image_size is {list(config.default_image_size)}; "
+                f"the latent position table ends at {config.max_image_size}"
+            )
+        return config
+
+    def path(self, file: str) -> Path:
+        """Path of one of its files; raises CheckpointError if it is missing."""
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {self._instead(file)}")
+        return path
+
+    def _instead(self, file: str) -> str:
+        """What a folder without that file may be."""
+        if file == EMA and (self.folder / INDEX).is_file():
+            listed = read_json_file(self.folder / INDEX).get("weight_map")
+            parts = sorted({str(part) for part in listed.values()} - {EMA, AE}) if isinstance(listed, dict) else []
+            if parts:
+                return f"{INDEX} names {len(parts)} other files, like {shown_name(parts[0])}: join them into {EMA}"
+        return FOLDER_HOLDS
+
+    def tensors(self, file: str) -> Mapping[str, TensorInfo]:
+        """The header of a safetensors file."""
+        return self._headers[file].tensors
+
+    @cached_property
+    def _headers(self) -> Mapping[str, Header]:
+        self._remember()
+        return {file: read_header(self.path(file)) for file in (EMA, AE)}
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that name this model's content: configuration, tokenizer, and every byte of every tensor.
+
+        Waits until the weights are read, once a host (`bagel.model.digest_cache`).
+        """
+        return self.identity.fingerprint
+
+    @property
+    def identity(self) -> Identity:
+        """The fingerprint with the digests of the files; raises CheckpointError if they cannot be read."""
+        return self._identity.result()
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the reading of weights: the fingerprint is computed meanwhile.
+
+        Raises CheckpointError at the end if a file is not what it was when this checkpoint was first read: what was
+        loaded would be another model than the fingerprint says, or half of one.
+        """
+        _ = self._identity  # begins
+        try:
+            yield
+            self.identity  # noqa: B018
+        finally:  # half-written files fail in many ways: the cause comes before them
+            self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError naming a file that has changed since this checkpoint was first read."""
+        before = self._stamps
+        for name, stamp in _stamps(self.folder).items():
+            if stamp != before[name]:
+                raise CheckpointError(
+                    f"{self.folder / name} changed while the checkpoint was read; let it be written whole, then start "
+                    "again"
+                )
+
+    @cached_property
+    def _identity(self) -> Future[Identity]:
+        self._remember()
+        future: Future[Identity] = Future()
+
+        def work() -> None:
+            from bagel.checkpoint.identity import identify
+
+            try:
+                try:
+                    identity = identify(self.folder, self.config, (EMA, AE), TEXT_FILES)
+                finally:
+                    self.check_unchanged()
+                future.set_result(identity)
+            except BaseException as error:
+                future.set_exception(error)
+
+        # No thread of a pool: an interrupted process would wait until all is read.
+        Thread(target=work, name="fingerprint", daemon=True).start()
+        return future
+
+    def _remember(self) -> None:
+        """Note what the files are before any is read."""
+        _ = self._stamps
+
+    @cached_property
+    def _stamps(self) -> Mapping[str, Stamp | None]:
+        return _stamps(self.folder)
+
+
+def _stamps(folder: Path) -> dict[str, Stamp | None]:
+    return {name: Stamp.of(folder / name) for name in (*CONFIG_FILES, *TEXT_FILES, EMA, AE)}
+
+
+def find_checkpoint(model: str, *, cached_only: bool = False) -> Checkpoint:
+    """A checkpoint from a folder, or from the Hugging Face hub by name (owner/name); only safe files are fetched.
+
+    cached_only: nothing is fetched. Raises CheckpointError if there is neither.
+    """
+    folder = Path(os.path.expanduser(model))
+    if folder.is_dir():
+        return Checkpoint(folder)
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"no checkpoint folder {model!r}; give a folder or a hub name like ByteDance-Seed/BAGEL-7B-MoT"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Checkpoint(Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=cached_only)))
+    except Exception as error:  # the hub's client raises many kinds; the user needs one line
+        if cached_only:
+            raise CheckpointError(
+                f"{model!r} is no folder here and not in the hub's cache, {_hub_cache()}; a service or bagel generate "
+                "fetches it, or hf download"
+            ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{model!r} is no folder here and cannot be fetched from the hub: {reason}") from None
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return str(HF_HUB_CACHE)

@@ -1,0 +1,8 @@
+"""Clients of a running gateway, and `Omni`, which starts the services by itself. No torch here."""
+
+from bagel.client.client import AsyncClient, Client, ImageInput, OnServiceEvent, PromptInput, PromptPart
+from bagel.rpc.transport import PLAINTEXT, Security
+
+__all__ = [
+    "PLAINTEXT", "AsyncClient", "Client", "ImageInput", "OnServiceEvent", "PromptInput", "PromptPart", "Security",
+]  # fmt: skip

@@ -1,0 +1,259 @@
+"""BAGEL as a Python object: the services of a deploy file as child processes, and requests to them. No torch here.
+
+`with bagel.Omni("ByteDance-Seed/BAGEL-7B-MoT") as omni: [result] = omni.generate("a red cube", seed=42)`, and
+`result.image` is a Pillow image.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from PIL.Image import Image
+
+from bagel.cli.stats import Firsts, stats_table
+from bagel.cli.tables import profile_table
+from bagel.client.batch import AT_ONCE, OnServiceEvent, ask_of, events_of, generate_all
+from bagel.client.client import Client
+from bagel.deployment.defaults import deployment_for, find_model, request_defaults
+from bagel.deployment.deploy_file import DeployConfig
+from bagel.deployment.launcher import Deployment, OnReady, reachable
+from bagel.deployment.process import Logs
+from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
+from bagel.events import Result, ServiceEvent
+from bagel.images import load_image, to_rgb
+from bagel.prompts import ImagePart, Prompt, TextPart
+from bagel.request import Modality, Request, resolve
+from bagel.rpc.transport import PLAINTEXT, Security
+from bagel.v1 import common_pb2
+
+DESCRIBE_S = 20.0
+"""Longer than the --backend-timeout of a gateway, which says what it waits for."""
+ENDED_S = 0.1
+"""Seconds from the end of a connection to the end of its process."""
+
+
+class Omni:
+    """All services of a deploy file on this machine, started at once and ended by `close` or the end of `with`.
+
+    model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
+    (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
+    as a keyword (engine="vllm" for the Thinker), override it. device: auto, cpu, cuda (the deploy file's GPUs) or
+    cuda:N; dtype: auto, bfloat16 or float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after
+    each `generate`, of where the time of each request went, and of the durations of each picture's diffusion stages.
+    logs: a folder or stream for the services' logs.
+
+    Raises ConfigError, CheckpointError or NotSupported before anything starts, InitTimeout naming a late stage.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        deploy_config: str | Path | None = None,
+        tensor_parallel_size: int | None = None,
+        cfg_parallel_size: int | None = None,
+        vae_patch_parallel_size: int | None = None,
+        vae_use_tiling: bool | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        init_timeout: float = 300,
+        batch_timeout: float = 5,
+        log_stats: bool = False,
+        enable_diffusion_pipeline_profiler: bool = False,
+        logs: str | Logs = None,
+        on_ready: OnReady | None = None,
+        **overrides: object,
+    ) -> None:
+        self.model, checkpoint = find_model(None if model is None else str(model))
+        config = deployment_for(
+            checkpoint,
+            deploy_config,
+            tensor_parallel_size=tensor_parallel_size,
+            cfg_parallel_size=cfg_parallel_size,
+            vae_patch_parallel_size=vae_patch_parallel_size,
+            vae_use_tiling=vae_use_tiling,
+            **overrides,
+        )
+        self._log_stats, self._profile = log_stats, enable_diffusion_pipeline_profiler
+        deployment = Deployment(
+            config,
+            checkpoint.folder,
+            device=device,
+            dtype=dtype,
+            init_timeout_s=init_timeout,
+            batch_timeout_s=batch_timeout,
+            profile=enable_diffusion_pipeline_profiler,
+            logs=Path(logs) if isinstance(logs, str) else logs,
+            on_ready=on_ready,
+        )
+        self._engine = ServedEngine(deployment.__enter__())
+
+    @property
+    def address(self) -> str:
+        """The gateway's host:port, for other clients."""
+        return self._engine.address
+
+    @property
+    def config(self) -> DeployConfig:
+        """The deploy file as it is used."""
+        return self._engine.deployment.config
+
+    def generate(
+        self,
+        prompts: str | Request | Sequence[str | Request],
+        *,
+        modality: str = Modality.TEXT2IMG,
+        image: Image | str | Path | bytes | None = None,
+        seed: int | None = None,
+        on_event: OnServiceEvent | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """One result a prompt, in their order; several prompts are served together.
+
+        image is each prompt's input image. options are those of bagel.request, like steps or think. on_event sees text
+        and steps as they come. Raises InvalidRequest before anything is sent for what can be seen to be wrong.
+        """
+        requests = self._requests(prompts, modality, image, {"seed": seed, **options})
+        firsts = Firsts()
+
+        def heard(event: ServiceEvent) -> None:
+            firsts(event)
+            if on_event is not None:
+                on_event(event)
+
+        results = self._engine.generate(requests, heard)
+        if self._log_stats:
+            print(stats_table(requests, results, firsts), file=sys.stderr)
+        if self._profile and any(result.profile for result in results):
+            print(profile_table(results), file=sys.stderr)
+        return results
+
+    def stream(
+        self,
+        prompt: str | Request,
+        *,
+        modality: str = Modality.TEXT2IMG,
+        image: Image | str | Path | bytes | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Iterator[ServiceEvent]:
+        """The events of one request as they come, its Result last; closing the iterator ends the request."""
+        requests = self._requests(prompt, modality, image, {"seed": seed, **options})
+        return self._engine.stream(requests)
+
+    def close(self) -> None:
+        """End the services; they finish what is under way."""
+        self._engine.deployment.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _requests(
+        self,
+        prompts: str | Request | Sequence[str | Request],
+        modality: str,
+        image: Image | str | Path | bytes | None,
+        options: dict[str, Any],
+    ) -> list[Request]:
+        if not isinstance(prompts, Iterable | Request):
+            raise InvalidRequest("prompt", f"prompts is {prompts!r:.80}; give a text, or a list of texts")
+        several = [prompts] if isinstance(prompts, str | Request) else list(prompts)
+        if not several:
+            raise InvalidRequest("prompt", "there is no prompt; give at least one")
+        defaults = request_defaults(self.config)
+        picture = to_rgb(image) if isinstance(image, Image) else None if image is None else load_image(image)
+        return [
+            each if isinstance(each, Request) else _request(each, modality, picture, options, defaults)
+            for each in several
+        ]
+
+
+class ServedEngine:
+    """Requests to a deployment's gateway, with the interface of the engine in this process."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.address = reachable(deployment.address)
+        spec = deployment.config.spec.stage("dit")
+        self._at_once = deployment.config.stage(spec.stage_id).max_num_seqs or AT_ONCE
+
+    @property
+    def device(self) -> str:
+        """Where the DiT computes."""
+        return self._served.device
+
+    @property
+    def dtype(self) -> str:
+        """The number type of the weights."""
+        return self._served.dtype
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the checkpoint that the services have loaded."""
+        return self._served.checkpoint_fingerprint
+
+    @cached_property
+    def _served(self) -> common_pb2.ModelInfo:
+        return describe(self.address)
+
+    def generate(self, requests: Sequence[Request], on_event: OnServiceEvent | None = None) -> list[Result]:
+        """As BagelEngine.generate; BagelError naming the stage if a service has ended."""
+        with self._ended_told():
+            return generate_all(self.address, [ask_of(each) for each in requests], on_event, at_once=self._at_once)
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[ServiceEvent]:
+        """What happens to the requests, as it happens."""
+        with self._ended_told(), events_of(self.address, [ask_of(each) for each in requests]) as events:
+            yield from events
+
+    @contextmanager
+    def _ended_told(self) -> Iterator[None]:
+        """A service that has ended is told as the cause of what fails because of it."""
+        try:
+            yield
+        except BagelError as error:
+            if error.grpc_status == "UNAVAILABLE":
+                time.sleep(ENDED_S)
+                self.deployment.check()
+            raise
+
+
+def describe(
+    address: str, timeout_s: float = DESCRIBE_S, security: Security = PLAINTEXT, api_key: str | None = None
+) -> common_pb2.ModelInfo:
+    """What the gateway there serves; SourceUnavailable if none answers."""
+    with Client(address, security, api_key=api_key) as client:
+        try:
+            return client.describe(timeout_s).model
+        except BagelError as error:
+            if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                how = "or TLS failed: check its name, --tls-ca" if security.encrypted else "start one with bagel serve"
+                raise SourceUnavailable(f"no gateway answers at {address}; {how}") from None
+            raise
+
+
+def _request(
+    prompt: object, modality: str, image: Image | None, options: dict[str, Any], defaults: dict[str, Any]
+) -> Request:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InvalidRequest("prompt", f"a prompt is {prompt!r:.80}; it must be a text that is not empty")
+    parts: Prompt = (TextPart(prompt),)
+    if image is not None:
+        parts = (ImagePart(image, for_generation=modality == Modality.IMG2IMG), *parts)
+    request = resolve(cast(Modality, modality), parts, options, defaults)  # which checks the modality
+    if request.modality.reads_image != (image is not None):
+        reads = "needs an input image; give image" if image is None else "reads no image; leave image out"
+        raise InvalidRequest("image", f"{modality} {reads}")
+    return request

@@ -1,0 +1,78 @@
+"""Which model and which deploy file it is where the user names none. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bagel
+from bagel.checkpoint.files import Checkpoint, find_checkpoint
+from bagel.checkpoint.json_files import read_json_file, shown
+from bagel.deployment.deploy_file import DeployConfig, load_deploy_config, shipped_deploy_config
+from bagel.errors import CheckpointError, ConfigError
+from bagel.pipelines import pipeline_for_architecture
+
+NANO_NAME = "bagel-nano"
+NANO_FOLDERS = tuple(Path(bagel.__file__).resolve().parents[up] / "models" / "nano" for up in (0, 1))
+"""Where the shipped model is: in an installed wheel, in a checkout."""
+NANO_NOTE = f"no --model given: using {NANO_NAME}, a small model that knows coloured shapes on plain backgrounds"
+
+
+def named_model(name: str | None) -> str | None:
+    """The model that the user names: here, or as BAGEL_MODEL in the environment."""
+    return name or os.environ.get("BAGEL_MODEL", "").strip() or None
+
+
+def find_model(name: str | None, *, cached_only: bool = False) -> tuple[str, Checkpoint]:
+    """A model and what to call it: the one named, BAGEL_MODEL's, or the shipped one, also called bagel-nano.
+
+    cached_only: of a name on the hub, what is on this machine. Raises CheckpointError if it is not there.
+    """
+    name = named_model(name) or NANO_NAME
+    if name == NANO_NAME:
+        return name, find_checkpoint(str(_shipped_model()))
+    with missing_install_told():  # a name on the hub needs its client
+        return name, find_checkpoint(name, cached_only=cached_only)
+
+
+def _shipped_model() -> Path:
+    for folder in NANO_FOLDERS:
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"no model is given, and the shipped {NANO_NAME} is not in {NANO_FOLDERS[0]}; install again, "
+        "use --model FOLDER, or set BAGEL_MODEL in the environment"
+    )
+
+
+def deployment_for(checkpoint: Checkpoint, path: str | Path | None = None, **overrides: object) -> DeployConfig:
+    """The deploy file of that path, else the shipped one that the checkpoint's architecture chooses.
+
+    Raises ConfigError or NotSupported as `load_deploy_config` does.
+    """
+    return load_deploy_config(path or shipped_deploy_config(_chosen_pipeline(checkpoint)), **overrides)
+
+
+def request_defaults(config: DeployConfig) -> dict[str, Any]:
+    """What a deployment fills into a request that does not say it: its sampling defaults, and whether to think."""
+    return {**config.sampling_defaults(), **({"think": True} if config.spec.thinks else {})}
+
+
+def _chosen_pipeline(checkpoint: Checkpoint) -> str:
+    path = checkpoint.path("config.json")
+    architectures = read_json_file(path).get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{path}: architectures is {shown(architectures)}; a list of names was expected")
+    return pipeline_for_architecture(architectures).model_type
+
+
+@contextlib.contextmanager
+def missing_install_told() -> Iterator[None]:
+    """What only the engine needs is not part of the smallest installation; ConfigError says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the model cannot run in this process: {error}; install bagel-serving[engine]") from error

@@ -1,0 +1,227 @@
+"""Errors on the wire: a BagelError to a gRPC status with google.rpc details, and back. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc.aio import AioRpcError, Metadata, ServicerContext
+from grpc_status import rpc_status
+
+from bagel import errors
+from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
+from bagel.rpc.structure import MAX_FIELDS, check_fields
+from bagel.telemetry.logs import Log, adopt_request_id
+from bagel.telemetry.metrics import timed_call
+from bagel.telemetry.tracing import serving, tell_failure
+
+DOMAIN = "bagel-serving"
+_DETAILS = "grpc-status-details-bin"
+_LOG = "the log of the service that called it has the details"
+_INSIDE = {
+    "UNAVAILABLE": "cannot be reached",
+    "DEADLINE_EXCEEDED": "did not answer in time",
+    "RESOURCE_EXHAUSTED": "has no room for the call, or its message is too large",
+    "UNIMPLEMENTED": "does not know the call; run the same release of both",
+    "UNAUTHENTICATED": "refuses the service that called it",
+    "PERMISSION_DENIED": "refuses the service that called it",
+}
+"""What callers are told of a call between services that ended without a status of ours."""
+_OURS = "Locally cancelled by application!"
+"""What gRPC says of a call that this side cancelled."""
+
+log = Log("bagel.status")
+Q = TypeVar("Q")
+R = TypeVar("R")
+
+
+def rpc_status_of(error: BagelError) -> status_pb2.Status:
+    """The google.rpc.Status of an error: its code, its message, its class as ErrorInfo, fields, retry delay."""
+    code: int = grpc.StatusCode[error.grpc_status].value[0]
+    status = status_pb2.Status(code=code, message=str(error))
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
+    details: list[Any] = [info]
+    if isinstance(error, InvalidRequest):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if isinstance(error, Busy):
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
+        details.append(retry)
+    for detail in details:
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
+    """End a call with an error's status; does not return."""
+    status = rpc_status_of(error)
+    context.set_trailing_metadata(Metadata((_DETAILS, status.SerializeToString())))
+    await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+
+
+def from_rpc_error(error: grpc.RpcError, peer: str, *, inside: bool = False) -> BagelError:
+    """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status.
+
+    inside: the call was between services. What the transport says names addresses, which only the log is told then.
+    """
+    status = _status(error)
+    if status is None:
+        code = _code(error)
+        if code is grpc.StatusCode.CANCELLED and _message(error) != _OURS:
+            # A server that stops drops a call that it has only just received.
+            return RemoteError(f"{peer} ended the call, as it does when it stops; try again", "UNAVAILABLE")
+        return _unnamed(peer, code.name, _message(error), inside=inside)
+    return from_status(status, peer, inside=inside)
+
+
+def _unnamed(peer: str, code: str, message: str, *, inside: bool) -> RemoteError:
+    """An error that is none of ours: of the transport, or of what stands between."""
+    if not inside:
+        return RemoteError(f"{peer}: {message or code}", code)
+    return RemoteError(f"{peer} {_INSIDE.get(code, f'broke the call off ({code})')}; {_LOG}", code, hidden=message)
+
+
+def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -> BagelError:
+    """The error that `rpc_status_of` told a peer's of; a RemoteError if this tree has no such class."""
+    code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for message_of in (info, bad, retry):
+            detail.Unpack(message_of)
+    kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None
+    if not (isinstance(kind, type) and issubclass(kind, BagelError)):
+        return _unnamed(peer, code.name, status.message, inside=inside)
+    if issubclass(kind, InvalidRequest):
+        return kind(bad.field_violations[0].field if bad.field_violations else "request", status.message)
+    if issubclass(kind, Busy):
+        return kind(status.message, retry.retry_delay.ToMilliseconds() / 1000)
+    return RemoteError(status.message, code.name) if kind is RemoteError else kind(status.message)
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """A request whose bytes are no message of its type. `unary` and `streaming` refuse it in their servicer's place."""
+
+    why: str
+
+
+def decoding(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A request's deserializer that gives an Undecodable for wrong bytes: gRPC would answer UNKNOWN, as for a bug."""
+    kind = getattr(getattr(read, "__self__", None), "DESCRIPTOR", None)
+    limit = None if kind is None else MAX_FIELDS.get(kind.full_name)
+
+    def decode(data: bytes) -> Any:
+        try:
+            if kind is not None and limit is not None:
+                check_fields(data, kind, limit)
+            return read(data)
+        except DecodeError as error:
+            return Undecodable(str(error))
+
+    return decode
+
+
+def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, Any], Awaitable[R]]:
+    """A servicer's unary method whose errors become statuses, under the call's request id, counted."""
+    name = _method(handler)
+
+    @wraps(handler)
+    async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> R:
+        adopt_request_id(context)
+        with timed_call(name) as call:
+            try:
+                _check_decoded(request)
+                return await handler(self, request, context)
+            except Exception as error:
+                told = _told(error)
+                call.status = told.grpc_status
+                await abort(context, told)
+                raise
+
+    return handle
+
+
+def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[Any, Q, Any], AsyncIterator[R]]:
+    """As `unary`, for a method that streams its responses; the call is a span of its request's trace."""
+    name = _method(handler)
+
+    @wraps(handler)
+    async def handle(self: Any, request: Q, context: ServicerContext[Any, Any]) -> AsyncIterator[R]:
+        request_id = adopt_request_id(context)
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        failed: BagelError | None = None
+        with serving(name, metadata, request_id=request_id) as span, timed_call(name) as call:
+            responses = handler(self, request, context)
+            try:
+                _check_decoded(request)
+                async for response in responses:
+                    yield response
+            except Exception as error:
+                failed = _told(error)
+                call.status = failed.grpc_status
+                tell_failure(span, failed)
+            finally:
+                await responses.aclose()  # type: ignore[attr-defined]
+        if failed is not None:  # last: a client that reads nothing does not take this either
+            await abort(context, failed)
+
+    return handle
+
+
+def _check_decoded(request: object) -> None:
+    if isinstance(request, Undecodable):
+        raise InvalidRequest(
+            "request", f"the request cannot be read: {request.why}; build it from the protos of bagel.v1"
+        )
+
+
+def _method(handler: Callable[..., object]) -> str:
+    """The full name of the method that a servicer's handler serves."""
+    servicer, _, method = handler.__qualname__.rpartition(".")
+    return f"bagel.v1.{servicer.replace('Servicer', 'Service')}/{method}"
+
+
+def _told(error: Exception) -> BagelError:
+    """The error to tell the caller. What is no BagelError is a bug: logged whole, told in general."""
+    if isinstance(error, BagelError):
+        log.info("refused" if error.grpc_status == "INVALID_ARGUMENT" else "failed", **error.for_log())
+        return error
+    if isinstance(error, grpc.RpcError):
+        return _told(from_rpc_error(error, "another service", inside=True))
+    if isinstance(error, asyncio.TimeoutError):
+        return RemoteError("the deadline passed", "DEADLINE_EXCEEDED")
+    log.error("internal error", exc_info=True)
+    return BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
+
+
+def _code(error: grpc.RpcError) -> grpc.StatusCode:
+    code = error.code()
+    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
+
+
+def _message(error: grpc.RpcError) -> str:
+    return str(error.details() or "")
+
+
+def _status(error: grpc.RpcError) -> status_pb2.Status | None:
+    if isinstance(error, AioRpcError):
+        metadata = error.trailing_metadata() or ()
+        for key, value in metadata:
+            if key == _DETAILS:
+                return status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
+        return None
+    try:
+        return rpc_status.from_call(error)
+    except ValueError:
+        return None

@@ -1,0 +1,100 @@
+"""Answers that their readers have not taken: how many bytes wait, since when, and whose are given up. No torch here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bagel.errors import ConfigError
+from bagel.telemetry.logs import Log
+
+READER_TIMEOUT_S = 60.0
+"""That a reader may take nothing: longer than a phone is out of reach in a tunnel."""
+SLOWEST_BYTES_PER_S = 64 * 1024
+"""What a reader takes at least of one large message, on top of that time: a picture over a bad mobile network."""
+MAX_UNREAD_BYTES = 128 * 2**20
+MAX_UNREAD_CALL_BYTES = 64 * 2**20
+"""Ten large pictures with their previews; a message alone may have as much."""
+
+log = Log("bagel.unread")
+
+
+class Unread:
+    """What one process holds for its readers. limit_bytes: all of it; call_bytes: for one call.
+
+    reader_timeout_s: longest time in which a reader takes nothing. Where all together is too much, those are given up
+    that have waited longest for their readers, whoever came last: who does not read locks nobody out.
+    """
+
+    def __init__(
+        self,
+        reader_timeout_s: float = READER_TIMEOUT_S,
+        limit_bytes: int = MAX_UNREAD_BYTES,
+        call_bytes: int = MAX_UNREAD_CALL_BYTES,
+    ) -> None:
+        if not 0 < reader_timeout_s < float("inf"):
+            raise ConfigError(f"--reader-timeout is {reader_timeout_s}; it must be seconds above 0, like 60")
+        for flag, value in {"--max-unread-bytes": limit_bytes, "--max-unread-bytes-per-call": call_bytes}.items():
+            if value < 1:
+                raise ConfigError(f"{flag} is {value}; it must be at least 1")
+        self.reader_timeout_s, self.limit_bytes, self.call_bytes = reader_timeout_s, limit_bytes, call_bytes
+        self.slowest_bytes_per_s = SLOWEST_BYTES_PER_S
+        self.nbytes = 0
+        self._waiting: dict[Waiting, None] = {}
+
+    def time_for(self, nbytes: int) -> float:
+        """Seconds that a reader has for one message."""
+        return self.reader_timeout_s + nbytes / self.slowest_bytes_per_s
+
+    @contextmanager
+    def waiting(self, give_up: Callable[[str], None]) -> Iterator[Waiting]:
+        """What waits for one reader during the block. give_up: called with why, once, if there is no room for it."""
+        one = Waiting(self, give_up)
+        try:
+            yield one
+        finally:
+            one.close()
+
+    def _change(self, one: Waiting, nbytes: int) -> None:
+        self.nbytes += nbytes - one.nbytes
+        one.nbytes = nbytes
+        if nbytes:
+            self._waiting.setdefault(one)
+        else:
+            self._waiting.pop(one, None)
+        while self.nbytes > self.limit_bytes and self._waiting:
+            longest = min(self._waiting, key=lambda each: each.since)
+            seconds = time.monotonic() - longest.since
+            why = f"{self.nbytes} bytes wait for readers, more than --max-unread-bytes, {self.limit_bytes}"
+            log.warning("an unread answer is given up", bytes=longest.nbytes, waited_seconds=round(seconds, 1), why=why)
+            give_up, longest.give_up = longest.give_up, None
+            longest.close()
+            if give_up is not None:
+                give_up(why)
+
+
+class Waiting:
+    """Bytes that wait for one reader. since: when it last took some, or they began to wait; by time.monotonic."""
+
+    def __init__(self, unread: Unread, give_up: Callable[[str], None]) -> None:
+        self._unread = unread
+        self.give_up: Callable[[str], None] | None = give_up
+        self.nbytes, self.since = 0, time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        """So many more wait."""
+        if not self.nbytes:
+            self.since = time.monotonic()
+        if self.give_up is not None:
+            self._unread._change(self, self.nbytes + nbytes)
+
+    def take(self, nbytes: int) -> None:
+        """The reader has taken so many."""
+        self.since = time.monotonic()
+        if self.give_up is not None:
+            self._unread._change(self, self.nbytes - nbytes)
+
+    def close(self) -> None:
+        """Nothing waits any more."""
+        self._unread._change(self, 0)

@@ -1,0 +1,96 @@
+"""Responses on their way out over gRPC: a client that does not read them keeps nothing for long. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+from urllib.parse import unquote
+
+from google.protobuf.message import Message
+from grpc.aio import ServicerContext
+
+from bagel.errors import NotRead
+from bagel.rpc.unread import Unread, Waiting
+from bagel.telemetry.logs import Log
+
+Context = ServicerContext[Any, Any]
+Streaming = Callable[[Any, Context], AsyncGenerator[Any, None]]
+OPEN_FILES = "/dev/fd"
+
+log = Log("bagel.writing")
+
+
+def writing(method: Streaming, unread: Unread) -> Callable[[Any, Context], Awaitable[None]]:
+    """A servicer's streaming method as a coroutine that writes its responses, each in time.
+
+    NotRead is raised in the method when a response is not taken in time, which ends its work. What gRPC holds of such a
+    call stays until its client reads on or leaves; where that is too much, the connection is broken.
+    """
+
+    async def write(request: Any, context: Context) -> None:
+        def break_off(why: str) -> None:
+            found = break_connection(context.peer())
+            log.warning("a connection is broken whose client does not read", peer=context.peer(), found=found, why=why)
+
+        with unread.waiting(break_off) as waiting:
+            async with aclosing(method(request, context)) as responses:
+                async for response in responses:
+                    if not await _taken(response, context, unread, waiting):
+                        waiting.add(_size(request))  # gRPC keeps it as long as the call
+                        await responses.athrow(_not_read(context, unread, waiting))
+
+    return write
+
+
+async def _taken(response: Any, context: Context, unread: Unread, waiting: Waiting) -> bool:
+    """Whether the client has made room for a response in time."""
+    nbytes = _size(response)
+    waiting.add(nbytes)
+    try:
+        async with asyncio.timeout(unread.time_for(nbytes)):
+            await context.write(response)
+    except TimeoutError:
+        return False
+    waiting.take(nbytes)
+    return True
+
+
+def _size(message: Any) -> int:
+    """Bytes of a message, as a protobuf or as they are; nothing of what is neither."""
+    if isinstance(message, bytes):
+        return len(message)
+    return message.ByteSize() if isinstance(message, Message) else 0
+
+
+def _not_read(context: Context, unread: Unread, waiting: Waiting) -> NotRead:
+    seconds = unread.reader_timeout_s
+    log.warning(
+        "a call ends whose answer is not read", peer=context.peer(), bytes=waiting.nbytes, reader_timeout=seconds
+    )
+    return NotRead(f"nothing of the answer was read for {seconds:g} s (--reader-timeout); the call has ended")
+
+
+def break_connection(peer: str) -> bool:
+    """Break this process's TCP connection to a peer as gRPC names it, like ipv4:10.0.0.5:40000; whether there was one.
+
+    grpc.aio has no way to end a call whose client takes nothing: its status would wait behind what is not taken.
+    """
+    kind, _, address = peer.partition(":")
+    host, _, port = unquote(address).rpartition(":")
+    if kind not in ("ipv4", "ipv6") or not port.isdecimal():
+        return False
+    wanted, found = (host.strip("[]"), int(port)), False
+    for name in os.listdir(OPEN_FILES):
+        with suppress(OSError):  # closed meanwhile, or no connection
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    at = connection.getpeername()
+                    if (at[0].removeprefix("::ffff:"), at[1]) == wanted:
+                        connection.shutdown(socket.SHUT_RDWR)
+                        found = True
+    return found

@@ -1,0 +1,1 @@
+"""Logs, traces, metrics and stage timings of a service. No torch here."""

@@ -1,0 +1,137 @@
+"""OpenTelemetry traces of a request through the services: W3C context in gRPC metadata, a span a call and a stage.
+
+Exported as OpenTelemetry's own environment variables say, which `bagel.otlp` reads. No torch here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.propagate import extract, inject
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+
+import bagel
+from bagel.telemetry.otlp import exporter_name, resource
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+Value = str | int | float | bool
+
+tracer = trace.get_tracer("bagel", bagel.__version__)
+
+
+def set_up_tracing(service: str, instance: str) -> None:
+    """Export this process's spans as the environment says; nothing if it says nothing. Raises ConfigError.
+
+    service, instance: `bagel-dit` and `dit-0`; see `bagel.otlp.resource`.
+    """
+    exporter = _exporter()
+    if exporter is None:
+        return
+    # Here, as clients pass contexts on without the SDK.
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=resource(service, instance), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+
+
+def _exporter() -> SpanExporter | None:
+    """The exporter that OTEL_TRACES_EXPORTER names."""
+    match exporter_name("traces"):
+        case "console":
+            from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+            return ConsoleSpanExporter()
+        case "otlp":
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+            return OTLPSpanExporter()
+    return None
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """Metadata that makes what a peer does part of the present span (W3C traceparent, tracestate, baggage)."""
+    carrier: dict[str, str] = {}
+    inject(carrier)
+    return tuple(carrier.items())
+
+
+@contextmanager
+def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iterator[Span]:
+    """The span of a call that is served, below its caller's; spans of this task are below it from now on.
+
+    Failures are told by who turns them into a status. The context is not put back at the end: a call has its own task,
+    and a stream's generator may end in another context than it began in.
+    """
+    parent = extract(metadata)
+    service, _, method = name.partition("/")
+    span = tracer.start_span(
+        name,
+        parent,
+        SpanKind.SERVER,
+        {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method, **attributes},
+        record_exception=False,
+        set_status_on_exception=False,
+    )
+    otel_context.attach(trace.set_span_in_context(span, parent))
+    try:
+        yield span
+    except (asyncio.CancelledError, GeneratorExit) as error:
+        tell_failure(span, error)
+        raise
+    finally:
+        span.end()
+
+
+def tell_failure(span: Span, error: BaseException) -> None:
+    """Mark a span as failed; a caller that left is no failure of the service."""
+    if isinstance(error, Exception):
+        span.set_status(Status(StatusCode.ERROR, str(error)))
+        span.set_attribute("error.type", type(error).__name__)
+    else:
+        span.set_attribute("bagel.cancelled", True)
+
+
+def tell_request(**attributes: Value) -> None:
+    """Say something about the request that this task serves."""
+    trace.get_current_span().set_attributes(attributes)
+
+
+def tell_request_failed(error: BaseException) -> None:
+    """Mark the request that this task serves as failed, for who lets a framework make its span.
+
+    With the error as an event too: the framework says of a status of 500 and above no more than the number.
+    """
+    present = trace.get_current_span()
+    if isinstance(error, Exception):
+        present.record_exception(error)
+    tell_failure(present, error)
+
+
+@contextmanager
+def span(name: str, **attributes: Value) -> Iterator[Span]:
+    """A span below the present one, which is not made the present one."""
+    begun = tracer.start_span(name, attributes=attributes)
+    try:
+        yield begun
+    except BaseException as error:
+        tell_failure(begun, error)
+        raise
+    finally:
+        begun.end()
+
+
+def record(name: str, begin: float, end: float | None = None, **attributes: Value) -> None:
+    """A span of something that is over, by readings of time.perf_counter; until now by default."""
+    now, wall = time.perf_counter(), time.time_ns()
+    at = [wall - int((now - moment) * 1e9) for moment in (begin, now if end is None else end)]
+    tracer.start_span(name, attributes=attributes, start_time=at[0]).end(at[1])
