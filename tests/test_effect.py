@@ -16,7 +16,7 @@ from bagel.effect import NEUTRAL, RULES, Facts, Rule, check_effect, effective, n
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import ImageSettings, Modality, Request, TextSettings, resolve, text_settings
-from tests.test_wire import OPTIONS
+from tests.rpc.test_convert import OPTIONS
 
 DOCS = Path(__file__).parents[1] / "docs/options.md"
 SAMPLE: dict[str, Any] = {

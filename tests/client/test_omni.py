@@ -1,0 +1,187 @@
+"""bagel.Omni and `bagel generate` through real services, in both topologies: they give what the engine gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import bagel
+from bagel.cli import main
+from bagel.client.batch import ask_of
+from bagel.client.omni import describe
+from bagel.engine.engine import BagelEngine
+from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavailable
+from bagel.events import Result, StepDone, TextDelta
+from bagel.images import read_settings
+from bagel.prompts import ImagePart, TextPart
+from bagel.request import Modality
+from tests.conftest import GOLDEN
+from tests.helpers import agree, request, sketch
+
+pytestmark = pytest.mark.slow  # each start of services takes seconds
+
+MODEL = GOLDEN / "checkpoint"
+SMALL = "--height 64 --width 96 --steps 4 --seed 3".split()
+
+
+@pytest.fixture(scope="module", params=["bagel", "bagel_single_stage"])
+def omni(request: pytest.FixtureRequest) -> Iterator[bagel.Omni]:
+    """The services of each topology, started once."""
+    deploy = Path(__file__).parents[2] / "deploy" / f"{request.param}.yaml"
+    with bagel.Omni(MODEL, deploy_config=deploy, device="cpu", init_timeout=120) as omni:
+        yield omni
+
+
+def same(one: Result, other: Result) -> bool:
+    pictures = one.image is other.image or (one.image and other.image and agree(one.image, other.image))
+    return bool(pictures) and (one.index, one.text, one.token_ids) == (other.index, other.text, other.token_ids)
+
+
+def test_every_modality_is_the_engines(omni: bagel.Omni, engine: BagelEngine) -> None:
+    requests = [
+        request("text2img"),
+        request("text2img", "a tree", think=True),
+        request("img2img", image=sketch(), height=64, width=64),
+        request("img2text", max_tokens=5),
+        request("text2text", max_tokens=5),
+    ]
+    served, expected = omni.generate(requests), engine.generate(requests)
+    assert [same(*pair) for pair in zip(served, expected, strict=True)] == [True] * len(requests)
+
+
+def test_several_prompts_are_in_order(omni: bagel.Omni) -> None:
+    events: list[object] = []
+    prompts = ["one", "two", "three", "four"]
+    results = omni.generate(prompts, seed=5, height=64, width=64, steps=3, on_event=events.append)
+    assert [result.index for result in results] == [0, 1, 2, 3]
+    assert {result.seed for result in results} == {5}
+    [alone] = omni.generate("three", seed=5, height=64, width=64, steps=3)
+    assert alone.image is not None and results[2].image is not None
+    assert agree(alone.image, results[2].image)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [event.step for event in steps if event.index == 3] == [1, 2]
+
+
+def test_stream_gives_text_as_it_comes(omni: bagel.Omni) -> None:
+    *before, result = omni.stream("how many?", modality="text2text", max_tokens=6, seed=1)
+    assert isinstance(result, Result)
+    assert "".join(event.text for event in before if isinstance(event, TextDelta)) == result.text != ""
+
+
+def test_stream_that_is_left_ends_the_request_and_the_next_works(omni: bagel.Omni) -> None:
+    stream = omni.stream("a cube", height=512, width=512, steps=1000)
+    assert any(isinstance(event, StepDone) for event in stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert omni.generate("a cube", height=64, width=64, steps=3)[0].image is not None
+
+
+def test_error_of_a_callback_ends_the_call(omni: bagel.Omni) -> None:
+    def full(event: object) -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        omni.generate(["a", "b"], height=512, width=512, steps=1000, on_event=full)
+
+
+def test_what_is_wrong_with_a_request_is_told(omni: bagel.Omni) -> None:
+    with pytest.raises(InvalidRequest, match="steps is 1"):
+        omni.generate("x", steps=1)
+    with pytest.raises(InvalidRequest, match="needs an input image"):
+        omni.generate("x", modality="img2img")
+    with pytest.raises(InvalidRequest, match="'video'"):
+        omni.generate("x", modality="video")
+    with pytest.raises(InvalidRequest, match="no prompt"):
+        omni.generate([])
+    events: list[object] = []
+    with pytest.raises(InvalidRequest, match="prompt takes") as caught:  # told before any is begun
+        omni.generate(["x", "y", "far too long " * 20_000, "z"], steps=2, height=64, width=64, on_event=events.append)
+    assert (caught.value.field, caught.value.index, events) == ("prompt", 2, [])
+    with pytest.raises(InvalidRequest, match="height is 1040"):  # which the gateway knows
+        omni.generate("x", height=1040)
+
+
+def test_command_at_an_endpoint(
+    omni: bagel.Omni, tmp_path: Path, engine: BagelEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["generate", "--endpoint", omni.address]
+    assert main([*there, "--prompts", "a red cube", "--output", str(tmp_path), *SMALL, "--log-stats"]) == 0
+    out, err = capsys.readouterr()
+    path = Path(out.strip())
+    [expected] = engine.generate([request("text2img", "a red cube", height=64, width=96, steps=4, seed=3)])
+    assert expected.image is not None
+    with Image.open(path) as picture:
+        assert agree(picture, expected.image)
+    settings = read_settings(path)
+    assert (settings["seed"], settings["steps"], settings["dtype"]) == ("3", "4", "float32")
+    assert settings["fingerprint"] == describe(omni.address).checkpoint_fingerprint.hex()
+    assert "is done" in err
+    assert main([*there, "--modality", "text2text", "--prompts", "a", "b", "c", "--max-tokens", "3"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["a", "b", "c"]
+    assert main([*there, "--prompts", "x", "--height", "1040"]) == 2
+    assert "height is 1040" in capsys.readouterr().err
+
+
+def test_service_that_died_is_named(omni: bagel.Omni) -> None:
+    """The last of the tests that share these services."""
+    service = omni._engine.deployment.services[0]
+    service.process.kill()
+    with pytest.raises(BagelError, match=f"{re.escape(service.title)} was killed by SIGKILL"):
+        omni.generate("x", height=64, width=64, steps=3)
+
+
+def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--endpoint", "127.0.0.1:1", "--prompts", "x"]) == 1
+    assert "no gateway answers at 127.0.0.1:1; start one with bagel serve" in capsys.readouterr().err
+    with pytest.raises(SourceUnavailable):
+        describe("127.0.0.1:1", timeout_s=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, which is not built yet"),
+        ({"cfg_parallel_size": 3}, "cfg_parallel_size is 3"),
+        ({"vae_patch_parallel_size": 2}, "vae_patch_parallel_size is 2"),
+        ({"quantization": "fp8"}, "quantization is 'fp8'"),
+    ],
+)
+def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str, object], said: str) -> None:
+    with pytest.raises(NotSupported, match=said):
+        bagel.Omni(MODEL, **override)  # type: ignore[arg-type]
+    with pytest.raises(BagelError, match="nonsense is not a known setting"):
+        bagel.Omni(MODEL, nonsense=1)
+
+
+def test_request_is_sent_with_every_setting() -> None:
+    ask = ask_of(request("img2img", "snow", steps=9, posterior="mean"))
+    assert (ask.modality, ask.options["steps"], ask.options["posterior"]) == ("img2img", 9, "mean")
+    image, text = list(ask.prompt)
+    assert isinstance(image, ImagePart) and text == TextPart("snow")
+    assert ask.options["cfg_img_scale"] == 1.5
+    assert Modality(ask.modality).reads_image
+
+
+def test_command_with_services_of_its_own(
+    tmp_path: Path, engine: BagelEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With bagel_think.yaml, which inherits bagel.yaml, a picture is thought about without --think."""
+    deploy = Path(__file__).parents[2] / "deploy" / "bagel_think.yaml"
+    where = ["--model", str(MODEL), "--deploy-config", str(deploy), "--device", "cpu", "--output", str(tmp_path)]
+    assert main(["generate", *where, "--prompts", "a cube", *SMALL, "--max-think-tokens", "6"]) == 0
+    out, err = capsys.readouterr()
+    assert "thinker-0 is ready at 127.0.0.1:" in err
+    assert "stage 1: tensor_parallel_size 1" in err
+    options: dict[str, Any] = {"height": 64, "width": 96, "steps": 4, "think": True, "max_think_tokens": 6}
+    [expected] = engine.generate([request("text2img", "a cube", seed=3, **options)])
+    assert expected.image is not None
+    with Image.open(out.strip()) as picture:
+        assert agree(picture, expected.image)
+    settings = read_settings(Path(out.strip()))
+    assert (settings["think"], settings["think_text"], settings["model"]) == ("true", expected.text, str(MODEL))
