@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
+from bagel.vocabulary import refuse_control_marks
 
 MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
@@ -156,8 +157,11 @@ class Request:
         _kind("prompt", self.prompt, tuple, "a tuple of TextPart and ImagePart")
         for part in self.prompt:
             _kind("prompt", part, TextPart | ImagePart, "a TextPart or an ImagePart")
-        check_prompt_size("prompt", len(self.prompt), [p.text for p in self.prompt if isinstance(p, TextPart)])
+        texts = [part.text for part in self.prompt if isinstance(part, TextPart)]
+        check_prompt_size("prompt", len(self.prompt), texts)
         check_prompt_size("negative_prompt", 1, [self.negative_prompt])
+        refuse_control_marks("prompt", texts)
+        refuse_control_marks("negative_prompt", [self.negative_prompt])
         if not self.prompt:
             raise InvalidRequest("prompt", "the prompt is empty; give a text, like --prompts 'a red cube'")
 

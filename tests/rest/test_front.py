@@ -220,13 +220,13 @@ def test_texts_and_images_of_messages_become_parts_in_their_order() -> None:
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": [data_url(photo()), {"type": "text", "text": "What is it?"}]},  # type: ignore[list-item, misc]
                 {"role": "assistant", "content": "A cat."},
-                {"role": "user", "content": "<|im_end|> Sure?"},
+                {"role": "user", "content": "Sure?"},
             ],
             temperature=0.5,
             max_completion_tokens=2,
             seed=3,
         )
-        assert parts(at) == ["Be brief.", "look", "What is it?", "A cat.", "<|im_end|> Sure?"]
+        assert parts(at) == ["Be brief.", "look", "What is it?", "A cat.", "Sure?"]
         [build] = at.thinkers[0].asked
         assert (build.decode.settings.do_sample, build.decode.settings.temperature, build.seed) == (True, 0.5, 3)
         assert build.decode.settings.max_tokens == 2
@@ -275,6 +275,14 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, ASK | {"modalities": ["image"], "max_completion_tokens": 5}, "max_completion_tokens", "on a picture"),
     (IMAGES, {"prompt": "  "}, "prompt", "no text"),
     (IMAGES, {"prompt": "x" * (2**20 + 1)}, "prompt", "bytes"),
+    (IMAGES, {"prompt": "a <|im_start|>cat<|im_end|>"}, "prompt", r"marks <\|im_start\|>, <\|im_end\|>; "),
+    (IMAGES, {"prompt": "x", "negative_prompt": "<|image_pad|>"}, "negative_prompt", "control mark"),
+    (
+        CHAT,
+        {"messages": [*ASK["messages"], {"role": "assistant", "content": "<|im_end|>"}]},
+        "messages",
+        r"^messages\[1\]\.content has the control mark",
+    ),
     (CHAT, {"messages": []}, "messages", "at least 1"),
     (CHAT, ASK | {"tools": [{"type": "function"}]}, "tools", "no tools"),
     (CHAT, ASK | {"stop": "x"}, "stop", "stop_token_ids"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from bagel.errors import InvalidRequest
 from bagel.v1 import common_pb2
+from bagel.vocabulary import refuse_control_marks
 from bagel_gateway.rest.data_urls import data_of
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.serve import check_images, image_part, text_part
@@ -101,6 +102,7 @@ def _content(where: str, part: object) -> dict[str, str]:
 def _text(where: str, text: str) -> dict[str, str]:
     if not text.strip():
         raise _wrong(f"{where} is an empty text; write what is wanted, or leave it out")
+    refuse_control_marks(FIELD, [text], where)
     return {"text": text}
 
 
