@@ -17,7 +17,7 @@ from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
 from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
 from bagel.telemetry.logs import REQUEST_ID
@@ -160,8 +160,8 @@ class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
 class Dit(dit_pb2_grpc.DitServiceServicer):
     """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture.
 
-    slots: its places, as many as come by default; seconds: that a picture takes; seconds_after_picture: until the work
-    ends; size: of a picture, in bytes, where it has fewer by itself.
+    admission: its places, as many as come by default; seconds: that a picture takes; seconds_after_picture: until the
+    work ends; size: of a picture, in bytes, where it has fewer by itself.
     """
 
     page_version = PAGE_VERSION
@@ -173,7 +173,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
         self.go.set()
         self.called = asyncio.Event()
         self.failure: BagelError | None = None
-        self.slots = Slots("dit-0", 1000, 5.0)
+        self.admission = Admission("dit-0", 1000, 5.0)
         self.seconds, self.seconds_after_picture, self.size = 0.0, 0.0, 0
 
     @streaming
@@ -182,7 +182,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
     ) -> AsyncIterator[dit_pb2.DitServiceGenerateResponse]:
         self.asked.append(request)
         self.called.set()
-        async with self.journal.call("draw", context), self.slots.place(begun=request.begun):
+        async with self.journal.call("draw", context), self.admission.admit(begun=request.begun):
             if self.failure is not None:
                 raise self.failure
             yield dit_pb2.DitServiceGenerateResponse(admitted=dit_pb2.Admitted(waited_seconds=0.25))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from bagel.checkpoint.config import LlmConfig
+from bagel.kv.first_fit import FirstFit
 from bagel.model.attention import KvSlab
 
 
@@ -39,7 +40,8 @@ class SharedSlab:
         self._taken: dict[int, int] = {}
         self._waiting: dict[Hashable, None] = {}
         self._grows = size is None
-        self.size = sum(tokens + read_ahead for tokens in lengths) if size is None else size
+        self.size = self.needed(lengths) if size is None else size
+        self._allocator = FirstFit(self.size)
         # The spare token of one that does not grow lies behind its size, so that a full slab has it too.
         self._spare = size
         behind = 0 if size is None else 1 + read_ahead
@@ -65,7 +67,8 @@ class SharedSlab:
         if self._grows:
             return True
         self._waiting.setdefault(owner)
-        if next(iter(self._waiting)) != owner or not self._fit(lengths):
+        sizes = (tokens + self._read_ahead for tokens in lengths)
+        if next(iter(self._waiting)) != owner or not self._allocator.fits(*sizes):
             return False
         del self._waiting[owner]
         return True
@@ -89,11 +92,10 @@ class SharedSlab:
     def take(self, tokens: int) -> int:
         """First token of a free interval of that length. Raises NoRoom if there is none and the slab does not grow."""
         tokens += self._read_ahead
-        start = _first_fit(self._taken, tokens)
-        if start + tokens > self.size:
+        if (start := self._allocator.allocate(tokens)) is None:
             if not self._grows:
                 raise NoRoom
-            self._grow(start + tokens)
+            start = self._grown(tokens)
         if self._read_ahead:
             self.slab.clear(start, tokens)
         self._taken[start] = tokens
@@ -101,32 +103,18 @@ class SharedSlab:
 
     def give(self, start: int) -> None:
         """Give an interval back."""
-        del self._taken[start]
+        self._allocator.free(start, self._taken.pop(start))
 
-    def _fit(self, lengths: Sequence[int]) -> bool:
-        taken = dict(self._taken)
-        for length in lengths:
-            tokens = length + self._read_ahead
-            start = _first_fit(taken, tokens)
-            if start + tokens > self.size:
-                return False
-            taken[start] = tokens
-        return True
-
-    def _grow(self, needed: int) -> None:
-        size = max(needed, self.size + self.size // 2)
+    def _grown(self, tokens: int) -> int:
+        """First token of an interval in a larger slab."""
+        start = self._allocator.end
+        size = max(start + tokens, self.size + self.size // 2)
         slab = KvSlab(self._config, size, dtype=self._dtype, device=self._device)
         for begin, tokens in self._taken.items():
             slab.k[:, begin : begin + tokens] = self.slab.k[:, begin : begin + tokens]
             slab.v[:, begin : begin + tokens] = self.slab.v[:, begin : begin + tokens]
         self.slab, self.size = slab, size
-
-
-def _first_fit(taken: Mapping[int, int], tokens: int) -> int:
-    """Where the first gap of so many tokens begins between intervals (begin to length), or behind the last."""
-    start = 0
-    for begin in sorted(taken):
-        if begin - start >= tokens:
-            break
-        start = begin + taken[begin]
-    return start
+        self._allocator.grow(size)
+        allocated = self._allocator.allocate(tokens)
+        assert allocated == start
+        return start

@@ -1,4 +1,4 @@
-"""Shared memory of a fixed budget, and who has which part of it.
+"""Shared memory of a fixed budget.
 
 The memory belongs to no path: it goes with the last process that maps it, killed or not.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from bisect import bisect_left
 
 ALIGNMENT = 64
+"""Bytes that each block of an arena begins at a multiple of: a cache line."""
 
 
 class Arena:
@@ -58,39 +58,3 @@ def _anonymous_file(nbytes: int) -> int:
         os.unlink(path)
     os.ftruncate(fd, nbytes)
     return fd
-
-
-class Allocator:
-    """First-fit allocation of a range of `nbytes`; freed neighbours become one again."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._free: list[tuple[int, int]] = [(0, nbytes)] if nbytes else []  # (begin, size), by begin
-
-    def allocate(self, nbytes: int) -> int | None:
-        """Begin of a block of at least `nbytes`; None if no hole is large enough."""
-        size = aligned(nbytes)
-        for i, (begin, room) in enumerate(self._free):
-            if room >= size:
-                self._free[i : i + 1] = [(begin + size, room - size)] if room > size else []
-                return begin
-        return None
-
-    def free(self, begin: int, nbytes: int) -> None:
-        """Give a block back, by the begin and size that it was allocated with."""
-        size = aligned(nbytes)
-        i = bisect_left(self._free, (begin, 0))
-        if i < len(self._free) and self._free[i][0] == begin + size:
-            size += self._free.pop(i)[1]
-        if i and sum(self._free[i - 1]) == begin:
-            begin, before = self._free.pop(i - 1)
-            size, i = size + before, i - 1
-        self._free.insert(i, (begin, size))
-
-    @property
-    def free_bytes(self) -> int:
-        return sum(size for _, size in self._free)
-
-
-def aligned(nbytes: int) -> int:
-    """What a block of `nbytes` takes."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

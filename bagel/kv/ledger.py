@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bagel.errors import BagelError, InvalidRequest, LeaseLapsed, StoreFull, UnknownSegment
-from bagel.kv.arena import Allocator, aligned
+from bagel.kv.arena import ALIGNMENT
 from bagel.kv.digests import DIGEST_BYTES
+from bagel.kv.first_fit import FirstFit
 from bagel.kv.pages import KvLayout
 from bagel.kv.segment import Lease, Segment, Waiter, name, wake
 
@@ -28,7 +29,7 @@ class Ledger:
         self.leases: dict[str, Lease] = {}
         self.reused_segments = self.reused_bytes = 0
         self._orphans: list[Segment] = []  # gone, but pinned
-        self._allocator = Allocator(capacity_bytes)
+        self._allocator = FirstFit(capacity_bytes, ALIGNMENT)
 
     def open(self, segments: Sequence[tuple[bytes, int]], ttl_s: float, lease_id: str = "") -> str:
         """A new lease of segments; its id. Raises StoreFull, or InvalidRequest for what can never fit."""
@@ -118,7 +119,7 @@ class Ledger:
             raise InvalidRequest("segments", f"{name(digest)} has {known.length} rows here; {length} were asked for")
 
     def _check_total(self, lengths: Mapping[bytes, int]) -> None:
-        total = sum(aligned(self.layout.segment_bytes(length)) for length in lengths.values())
+        total = sum(self._allocator.aligned(self.layout.segment_bytes(length)) for length in lengths.values())
         if total > self.capacity_bytes:
             raise InvalidRequest(
                 "prompt",
@@ -130,7 +131,7 @@ class Ledger:
         """New segments with one lease each; evicts what is needed for them."""
         sizes = [self.layout.segment_bytes(length) for _, length in wanted]
         idle = [segment for segment in self.segments.values() if segment.idle]
-        if sum(sizes) > self._allocator.free_bytes + sum(segment.nbytes for segment in idle):
+        if sum(sizes) > self._allocator.unused + sum(segment.nbytes for segment in idle):
             raise self._full(sum(sizes))
         reserved: list[Segment] = []
         for (digest, length), nbytes in zip(wanted, sizes, strict=True):

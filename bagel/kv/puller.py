@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import grpc.aio
 
 from bagel.errors import (
@@ -17,37 +15,23 @@ from bagel.errors import (
     ContextRefused,
     ForeignContext,
     IncompleteContext,
-    KvTimeout,
-    LeaseLapsed,
-    Loading,
     SourceUnavailable,
 )
 from bagel.kv.codec import DTYPES, PAGE_VERSION, Page, decode_page, version_misfit
+from bagel.kv.held import HeldContexts
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
-from bagel.kv.service import SERVICE
+from bagel.kv.source import Source
 from bagel.kv.store import KvStore
-from bagel.rpc.errors import from_rpc_error
-from bagel.telemetry.logs import Log, request_metadata
+from bagel.telemetry.logs import Log
 from bagel.telemetry.tracing import span
 from bagel.v1 import kv_pb2
-from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
-
-CALL_TIMEOUT_S = 5.0
-"""Most seconds of a Renew or Release; a source that is gone forgets its leases by itself."""
 
 RECONNECT_S = 0.25
 """Before a broken stream is pulled again: a call made at once can go out on the connection that is just breaking."""
 
 WAITING_SHARE = 4
 """Signs of life that a source is asked for in one page timeout: some may be late, and one is enough."""
-
-LOST = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED")
-"""Statuses that a transport ends a stream with: the last one for a message length that was damaged on its way.
-
-Only this side's task cancels without a status.
-"""
-DETAILS = "grpc-status-details-bin"
 
 log = Log("bagel.kv")
 
@@ -103,15 +87,7 @@ class KvPuller:
         self.store = store
         self.page_timeout_s, self.room_wait_s, self.lease_ttl_s = page_timeout_s, room_wait_s, lease_ttl_s
         self.heads = (head_begin, head_begin + store.layout.kv_heads)
-        self._stubs = {name: KvBlocksServiceStub(channel) for name, channel in sources.items()}
-        # Without a deserializer: bytes that are damaged must not break the call, and protobuf would copy the payload.
-        self._pulls: dict[str, Any] = {
-            name: channel.unary_stream(
-                f"/{SERVICE}/Pull", request_serializer=kv_pb2.PullRequest.SerializeToString, response_deserializer=None
-            )
-            for name, channel in sources.items()
-        }
-        self._background: set[asyncio.Task[None]] = set()
+        self.sources = {name: Source(name, channel) for name, channel in sources.items()}
         self._fetches: set[_Fetch] = set()
 
     @asynccontextmanager
@@ -125,18 +101,19 @@ class KvPuller:
         """
         held = HeldContexts(self, list(refs))
         try:
-            await held._open(self.room_wait_s if room_wait_s is None else room_wait_s)
+            await held.open(self.room_wait_s if room_wait_s is None else room_wait_s)
             yield held
         finally:
-            held._close()
+            held.close()
 
     async def close(self) -> None:
         """Wait until all leases are given back."""
-        await asyncio.gather(*self._background)
+        await asyncio.gather(*(source.lessor.close() for source in self.sources.values()))
 
-    def _check(self, ref: kv_pb2.ContextRef) -> None:
-        if ref.source not in self._stubs:
-            known = ", ".join(sorted(self._stubs)) or "none"
+    def check(self, ref: kv_pb2.ContextRef) -> None:
+        """Refuse a context that cannot be fetched from here; ConfigError or ForeignContext."""
+        if ref.source not in self.sources:
+            known = ", ".join(sorted(self.sources)) or "none"
             raise ConfigError(f"K/V source {ref.source!r} is not configured; the sources here are: {known}")
         if misfit := version_misfit(ref.page_version):
             raise ForeignContext(f"{ref.source} sends {misfit}")
@@ -146,7 +123,7 @@ class KvPuller:
                 f"{self.store.fingerprint.hex()}; run both with the same checkpoint and K/V type"
             )
 
-    async def _fetch(self, ref: kv_pb2.ContextRef) -> None:
+    async def fetch(self, ref: kv_pb2.ContextRef) -> None:
         """Make all segments of a context complete; the caller holds leases on both sides."""
         fetch = _Fetch(ref.source, {segment.digest: segment.length for segment in ref.segments})
         self._fetches.add(fetch)
@@ -232,32 +209,14 @@ class KvPuller:
 
     async def _receive(self, ref: kv_pb2.ContextRef, wanted: _Wanted) -> None:
         """One Pull of what is wanted; stores good pages and strikes them off."""
-        lengths = {segment.digest: segment.length for segment in ref.segments}
-        call = self._pulls[ref.source](self._request(ref, wanted.ends), metadata=request_metadata())
-        try:
-            while wanted.ends:
-                data = await self._read(call, ref.source)
-                if data is None:
+        pull = self.sources[ref.source].pull(self._request(ref, wanted.ends), self.page_timeout_s)
+        async with aclosing(pull) as messages:
+            async for data in messages:
+                self._accept(data, wanted)
+                if not wanted.ends:
                     return
-                self._accept(data, wanted, lengths)
-        finally:
-            call.cancel()
 
-    async def _read(self, call: Any, source: str) -> bytes | None:
-        """The next message; None at the end of the stream."""
-        try:
-            async with asyncio.timeout(self.page_timeout_s):
-                data = await call.read()
-        except TimeoutError:
-            raise KvTimeout(
-                f"nothing came from {source} for {self.page_timeout_s:g} s, no page of K/V and no sign of life; see "
-                "whether it and the network to it are alive"
-            ) from None
-        except grpc.aio.AioRpcError as error:
-            raise _source_error(error, source) from error
-        return None if data is grpc.aio.EOF else data
-
-    def _accept(self, data: bytes, wanted: _Wanted, lengths: Mapping[bytes, int]) -> None:
+    def _accept(self, data: bytes, wanted: _Wanted) -> None:
         try:
             page = decode_page(data)
         except IncompleteContext as error:
@@ -311,124 +270,3 @@ class KvPuller:
             waiting_seconds=self.page_timeout_s / WAITING_SHARE,
             page_version=PAGE_VERSION,
         )
-
-    async def _keep(self, ref: kv_pb2.ContextRef) -> None:
-        """Renew a source's lease for ever. What goes wrong shows in the pull."""
-        while True:
-            await asyncio.sleep(max(ref.lease_seconds / 3, 0.01))
-            with suppress(grpc.aio.AioRpcError):
-                request = kv_pb2.RenewRequest(lease_ids=[ref.lease_id])
-                await self._stubs[ref.source].Renew(request, timeout=CALL_TIMEOUT_S)
-
-    async def _keep_own(self, lease_id: str) -> None:
-        """Renew the local lease. One that has run out stays so, and `HeldContexts.check` tells."""
-        while True:
-            await asyncio.sleep(self.lease_ttl_s / 3)
-            if self.store.renew([lease_id]):
-                log.warning("the own lease on K/V ran out: it was not renewed in time", seconds=self.lease_ttl_s)
-                return
-
-    def _release(self, ref: kv_pb2.ContextRef) -> None:
-        """Give a source's lease back, in the background: a request that was cancelled does not wait."""
-
-        async def release() -> None:
-            with suppress(grpc.aio.AioRpcError):
-                request = kv_pb2.ReleaseRequest(lease_ids=[ref.lease_id])
-                await self._stubs[ref.source].Release(request, timeout=CALL_TIMEOUT_S)
-
-        task = asyncio.create_task(release())
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-
-class HeldContexts:
-    """Contexts of one request, made by `KvPuller.hold`. lease_id: the lease in the local store."""
-
-    def __init__(self, puller: KvPuller, refs: Sequence[kv_pb2.ContextRef]) -> None:
-        self._puller, self._refs = puller, refs
-        self._unfetched = list(range(len(refs)))
-        self._keepers: dict[tuple[str, str], asyncio.Task[None]] = {}  # by source and lease
-        self._own: asyncio.Task[None] | None = None
-        self.lease_id = ""
-
-    async def fetch(self) -> None:
-        """Make all segments of the contexts complete in the store; gives the sources' leases back.
-
-        Raises IncompleteContext, KvTimeout, SourceUnavailable, ContextRefused or StoreFull.
-        """
-        self.check()
-        self._puller.store.extend(self.lease_id, self._segments())  # what failed for another request meanwhile
-        tasks = [asyncio.create_task(self._fetch(index)) for index in self._unfetched]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        self.check()
-
-    def check(self) -> None:
-        """Raises LeaseLapsed unless the local lease has run without a break since `hold`.
-
-        While it has, what was fetched lies where it was: whoever copies it elsewhere asks this once the copy is made.
-        A lease that ran out may have been another's room meanwhile, and is never taken up again.
-        """
-        try:
-            self._puller.store.check_lease(self.lease_id)
-        except LeaseLapsed:
-            raise LeaseLapsed(
-                f"the lease on the K/V that were fetched ran out here: it was not renewed for "
-                f"{self._puller.lease_ttl_s:g} s, as when a service is stopped or gets no CPU; send the request again"
-            ) from None
-
-    async def _fetch(self, index: int) -> None:
-        ref = self._refs[index]
-        await self._puller._fetch(ref)
-        self._unfetched.remove(index)
-        if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
-            self._let_go(ref)
-
-    async def _open(self, room_wait_s: float) -> None:
-        puller = self._puller
-        for ref in self._refs:
-            if ref.source in puller._stubs and _lease(ref) not in self._keepers:
-                self._keepers[_lease(ref)] = asyncio.create_task(puller._keep(ref))
-        for ref in self._refs:  # only now, so that the leases of all are given back
-            puller._check(ref)
-        self.lease_id = await puller.store.lease_in_time(self._segments(), puller.lease_ttl_s, wait_s=room_wait_s)
-        self._own = asyncio.create_task(puller._keep_own(self.lease_id))
-
-    def _segments(self) -> list[tuple[bytes, int]]:
-        return [(segment.digest, segment.length) for ref in self._refs for segment in ref.segments]
-
-    def _let_go(self, ref: kv_pb2.ContextRef) -> None:
-        """Give a source's lease back, once."""
-        if keeper := self._keepers.pop(_lease(ref), None):
-            keeper.cancel()
-            self._puller._release(ref)
-
-    def _close(self) -> None:
-        for ref in self._refs:
-            self._let_go(ref)
-        if self._own is not None:
-            self._own.cancel()
-            self._puller.store.release([self.lease_id])
-
-
-def _lease(ref: kv_pb2.ContextRef) -> tuple[str, str]:
-    return ref.source, ref.lease_id
-
-
-def _source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
-    """What the end of a call with a source means: what the source says, or that it cannot be reached."""
-    told = any(key == DETAILS for key, _ in error.trailing_metadata() or ())
-    if not told and error.code().name in LOST:
-        return SourceUnavailable(
-            f"the connection to {source} broke while K/V were fetched from it ({error.code().name}); the log has the "
-            "details",
-            hidden=str(error.details()),
-        )
-    cause = from_rpc_error(error, source, inside=True)
-    if isinstance(cause, Loading):  # of the source, not of this service: its callers would take it for ours
-        return SourceUnavailable(f"{source} was started again while K/V were fetched from it: {cause}")
-    return cause

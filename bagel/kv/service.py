@@ -15,11 +15,11 @@ from bagel.kv.codec import Parts, encode_page, encode_waiting, version_misfit
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
+from bagel.kv.source import SERVICE
 from bagel.kv.store import KvStore
 from bagel.rpc.errors import streaming, unary
 from bagel.v1 import kv_pb2
 
-SERVICE = "bagel.v1.KvBlocksService"
 SHORTEST_WAITING_S = 0.05
 """Between two signs of life, whatever a puller asks for."""
 Context = grpc.aio.ServicerContext[Any, Any]

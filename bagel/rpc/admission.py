@@ -1,46 +1,97 @@
-"""How many requests a stage works on at once, and how long further ones wait. No torch here."""
+"""How many requests a service works on at once, and how long further ones wait for a place. No torch here."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from bagel.errors import Busy
+from bagel.errors import Busy, Draining
 
 
-class Slots:
-    """The places in a stage's batch. owner: what to call the stage in messages.
+class Admission:
+    """At most `limit` requests under way; further ones wait for a place, first come first served.
 
-    taken, waiting: requests that have a place, and that wait for one.
+    under_way, waiting: requests that have a place, and that wait for one.
     """
 
-    def __init__(self, owner: str, count: int, wait_s: float) -> None:
-        self._owner, self._wait_s = owner, wait_s
-        self._places = asyncio.Semaphore(count)
-        self.taken = self.waiting = 0
+    def __init__(
+        self,
+        owner: str,
+        limit: int,
+        wait_s: float,
+        *,
+        settings: str = "--max-num-seqs or --batch-timeout",
+        max_waiting: int | None = None,
+        retry_after_s: float | None = None,
+        draining: asyncio.Event | None = None,
+    ) -> None:
+        """owner, settings: what messages call the service, and what to raise; max_waiting: new requests that may wait.
+
+        wait_s: how long a new request waits; retry_after_s: when one that is refused may come again, after wait_s by
+        default; draining: once set, nothing new is admitted.
+        """
+        self.under_way = self.waiting = self._new = 0
+        self._owner, self._limit, self._wait_s, self._settings = owner, limit, wait_s, settings
+        self._max_waiting, self._draining = max_waiting, draining
+        self._retry_after_s = wait_s if retry_after_s is None else retry_after_s
+        self._places = asyncio.Semaphore(limit)
 
     @asynccontextmanager
-    async def place(self, *, begun: bool = False) -> AsyncIterator[None]:
-        """A place for the block, first come first served; Busy if none becomes free in time.
+    async def admit(self, *, begun: bool = False) -> AsyncIterator[float]:
+        """A place for the block, and the seconds that it was waited for: 0 for one that was free.
 
-        begun: the request was accepted before; it waits for as long as its call lasts.
+        begun: the request was accepted before; it waits for as long as its call lasts, also while the service drains.
+        Raises Busy if no place becomes free in time, Draining if the service shuts down.
         """
+        waited_s = await self._take(begun)
+        self.under_way += 1
+        try:
+            yield waited_s
+        finally:
+            self.under_way -= 1
+            self._places.release()
+
+    async def _take(self, begun: bool) -> float:
+        if not begun:
+            self._check_draining()
+        if not self._places.locked():
+            await self._places.acquire()
+            return 0.0
+        began = time.perf_counter()
+        await (self._wait() if begun else self._wait_in_time())
+        if not begun and self._draining is not None and self._draining.is_set():
+            self._places.release()
+            self._check_draining()
+        return time.perf_counter() - began
+
+    async def _wait_in_time(self) -> None:
+        if self._max_waiting is not None and self._new >= self._max_waiting:
+            raise self._busy(f"{self._new} more wait already")
+        self._new += 1
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await self._wait()
+        except TimeoutError:
+            raise self._busy(f"no place became free within {self._wait_s:g} s") from None
+        finally:
+            self._new -= 1
+
+    async def _wait(self) -> None:
         self.waiting += 1
         try:
-            async with asyncio.timeout(None if begun else self._wait_s):
-                await self._places.acquire()
-        except TimeoutError:
-            raise Busy(
-                f"{self._owner} is busy: no place became free within {self._wait_s:g} s; try again later, or give it a "
-                "larger --max-num-seqs or --batch-timeout",
-                retry_after_s=self._wait_s,
-            ) from None
+            await self._places.acquire()
         finally:
             self.waiting -= 1
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-            self._places.release()
+
+    def _busy(self, why: str) -> Busy:
+        return Busy(
+            f"{self._owner} is busy: it serves {self.under_way} requests, its limit, and {why}; try again later, or "
+            f"raise {self._settings}",
+            self._retry_after_s,
+        )
+
+    def _check_draining(self) -> None:
+        if self._draining is not None and self._draining.is_set():
+            raise Draining(f"{self._owner} is shutting down and takes no new requests; send it to another one")

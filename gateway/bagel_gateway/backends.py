@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.errors import ConfigError, ForeignContext, NoBackend
+from bagel.kv.lease_keeper import PeerLessor
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.security import DIT, THINKER
 from bagel.rpc.transport import PLAINTEXT, Security, channel
 from bagel.telemetry.logs import Log
-from bagel.v1 import dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
+from bagel.v1 import dit_pb2, dit_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.uploads import Upload
 
@@ -153,7 +154,8 @@ class Backend:
 
 
 class ThinkerBackend(Backend):
-    """A Thinker. source: the name under which DiTs know it; page_version: the rule of its pages; kv: its store."""
+    """A Thinker. source: the name under which DiTs know it; page_version: the rule of its pages; lessor: of its
+    store."""
 
     kind, role = "Thinker", THINKER
 
@@ -166,18 +168,11 @@ class ThinkerBackend(Backend):
         self.build = Upload[thinker_pb2.BuildContextResponse](
             self._channel, "/bagel.v1.ThinkerService/BuildContext", thinker_pb2.BuildContextResponse.FromString
         )
-        self.kv = kv_pb2_grpc.KvBlocksServiceStub(self._channel)
-        self._background: set[asyncio.Task[None]] = set()
-
-    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run some work that nobody waits for; `close` does."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        self.lessor = PeerLessor(address.name, self._channel)
 
     async def close(self) -> None:
-        """Give its connection up, after what is in the background."""
-        await asyncio.gather(*self._background, return_exceptions=True)
+        """Give its connection up, once all leases are given back."""
+        await self.lessor.close()
         await super().close()
 
     async def _describe(self) -> ModelInfo:

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from bagel.errors import BagelError, InvalidRequest
 from bagel.request import Modality
 from bagel.rpc import convert
+from bagel.rpc.admission import Admission
 from bagel.v1 import common_pb2, gateway_pb2
-from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backend, Backends
 from bagel_gateway.instruments import Exported, Instruments
 

@@ -25,6 +25,7 @@ from bagel.errors import (
     SourceUnavailable,
     UnknownSegment,
 )
+from bagel.kv.lease_keeper import LeaseKeeper
 from bagel.pipelines import kv_collector
 from bagel.prompts import BranchName
 from bagel.rpc import convert
@@ -33,7 +34,6 @@ from bagel.telemetry.logs import Log, request_metadata
 from bagel.telemetry.stages import stages_before
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
 from bagel_gateway.backends import Backend, DitBackend, ThinkerBackend
-from bagel_gateway.leases import Leases
 from bagel_gateway.planning import Build, Plan, WireParts
 from bagel_gateway.uploads import bytes_of, field_of, with_parts
 
@@ -84,7 +84,7 @@ class Route:
         self._begun = asyncio.Event()
         self._accepted = gateway_pb2.GenerateResponse(accepted=accepted)
         self._held_back: list[gateway_pb2.GenerateResponse] = []
-        self._leases = None if thinker is None else Leases(thinker)
+        self._leases = None if thinker is None else LeaseKeeper(thinker.lessor)
         self._started, self._waited_s = time.perf_counter(), waited_s
         if begun:
             self._begin()
@@ -172,7 +172,7 @@ class Route:
                 case "context":
                     refs.append(event.context)
                     if self._leases is not None:
-                        self._leases.hold(event.context)
+                        self._leases.hold(event.context.lease_id, event.context.lease_seconds)
                     self._lengths[number] = sum(segment.length for segment in event.context.segments)
                     self._begin_if_built()
                     # The second context of a think run is the one with the think text.
@@ -287,7 +287,7 @@ class Route:
         async for event in _responses(call, dit):
             self._dit_began = True
             if self._leases is not None:
-                self._leases.handed_over()
+                self._leases.hand_over()
             match event.WhichOneof("event"):
                 case "admitted":
                     admitted = event.admitted

@@ -9,11 +9,11 @@ from typing import Any
 
 from bagel.images.pool import ImagePool
 from bagel.pipelines import BAGEL_SINGLE_STAGE
+from bagel.rpc.admission import Admission
 from bagel.rpc.deadlines import deadline_of
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
-from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends
 from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
@@ -72,7 +72,15 @@ class Gateway:
             silence_s=settings.silence_timeout_s,
             server_names=settings.server_names,
         )
-        self.admission = Admission(settings.max_requests, settings.batch_timeout_s, self.host.draining)
+        self.admission = Admission(
+            "the gateway",
+            settings.max_requests,
+            settings.batch_timeout_s,
+            settings="--max-requests or --batch-timeout",
+            max_waiting=settings.max_requests,
+            retry_after_s=1.0,
+            draining=self.host.draining,
+        )
         self.metrics = Metrics()
         self.metrics.watch(self.admission, self.backends)
         pool = ImagePool(settings.image_workers, settings.image_timeout_s, settings.batch_timeout_s)

@@ -13,11 +13,11 @@ import bagel
 from bagel.errors import Busy, InvalidRequest, NoBackend
 from bagel.pipelines import BAGEL_SINGLE_STAGE, PipelineConfig
 from bagel.request import MAX_SEED
+from bagel.rpc.admission import Admission
 from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log, current_request
 from bagel.v1 import gateway_pb2
 from bagel.v1.common_pb2 import ModelInfo
-from bagel_gateway.admission import Admission
 from bagel_gateway.backends import Backends, DitBackend, ThinkerBackend
 from bagel_gateway.images import InputImages
 from bagel_gateway.metrics import Metrics

@@ -14,7 +14,7 @@ from bagel.client import AsyncClient, Client
 from bagel.client.busy_retry import Together
 from bagel.errors import Busy, InvalidRequest
 from bagel.events import Accepted, ServiceEvent
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from tests.gateway.test_service import hold, red_cube, release, through, until
 from tests.gateway_stages import Deployment
 from tests.rest.test_front import post
@@ -26,12 +26,12 @@ def refuse() -> None:
     raise Busy("full", 1.0)
 
 
-def places(at: Deployment, count: int = 1) -> Slots:
+def places(at: Deployment, count: int = 1) -> Admission:
     """Give the fake DiT so many places, each of whose pictures takes longer than others wait for one."""
-    slots = Slots("dit-0", count, WAIT_S)
-    at.dits[0].slots = slots
+    admission = Admission("dit-0", count, WAIT_S)
+    at.dits[0].admission = admission
     at.dits[0].seconds = 1.5 * WAIT_S
-    return slots
+    return admission
 
 
 def test_a_batch_waits_for_its_own_at_the_dit() -> None:
@@ -54,7 +54,7 @@ def test_what_is_refused_was_not_accepted() -> None:
         hold(at)
         at.thinkers[0].go.set()
         first = asyncio.create_task(at.client.generate("a red cube"))
-        await until(lambda: at.dits[0].slots.taken == 1)
+        await until(lambda: at.dits[0].admission.under_way == 1)
         heard: list[ServiceEvent] = []
         with pytest.raises(Busy, match="dit-0 is busy"):
             await at.client.generate("another", on_event=heard.append)
@@ -67,11 +67,11 @@ def test_what_is_refused_was_not_accepted() -> None:
 
 def test_a_text_that_was_written_waits_for_its_picture() -> None:
     async def work(at: Deployment) -> None:
-        slots = places(at)
+        admission = places(at)
         heard: list[ServiceEvent] = []
-        async with slots.place():  # another's picture, for longer than a new request would wait
+        async with admission.admit():  # another's picture, for longer than a new request would wait
             thinking = asyncio.create_task(at.client.generate("a red cube", think=True, on_event=heard.append))
-            await until(lambda: slots.waiting == 1)
+            await until(lambda: admission.waiting == 1)
             await asyncio.sleep(3 * WAIT_S)
             assert isinstance(heard[0], Accepted) and not thinking.done()
         assert (await thinking).image is not None
@@ -84,32 +84,33 @@ def test_results_of_one_call_give_their_places_back(topology: str) -> None:
     """Two calls of three pictures at two places: more than wait for a place at once, and longer than one waits."""
 
     async def work(at: Deployment) -> None:
-        slots = places(at, 2)
+        admission = places(at, 2)
         body = {"prompt": "a red cube", "n": 3, "seed": 5, "size": "16x16"}
         answers = await asyncio.gather(*(post(at, "/v1/images/generations", body) for _ in range(2)))
         assert [[each["seed"] for each in answer["data"]] for _, answer in answers] == [[5, 6, 7]] * 2
-        assert slots.taken == slots.waiting == at.gateway.admission.under_way == at.gateway.admission.waiting == 0
+        for each in (admission, at.gateway.admission):
+            assert each.under_way == each.waiting == 0
 
     through(work, topology, max_requests=2, batch_timeout_s=WAIT_S, http="127.0.0.1:0")
 
 
 def test_what_has_begun_waits_for_a_place_in_its_turn() -> None:
     async def work() -> None:
-        slots, order = Slots("dit-0", 1, 0.05), list[str]()
+        admission, order = Admission("dit-0", 1, 0.05), list[str]()
 
         async def draw(name: str) -> None:
-            async with slots.place(begun=True):
+            async with admission.admit(begun=True):
                 order.append(name)
 
-        async with slots.place():
+        async with admission.admit():
             drawing = [asyncio.create_task(draw(name)) for name in ("one", "two")]
             with pytest.raises(Busy, match="dit-0 is busy"):
-                async with slots.place():
+                async with admission.admit():
                     pass
             await asyncio.sleep(0.1)
-            assert not order and slots.waiting == 2
+            assert not order and admission.waiting == 2
         await asyncio.gather(*drawing)
-        assert order == ["one", "two"] and slots.taken == slots.waiting == 0
+        assert order == ["one", "two"] and admission.under_way == admission.waiting == 0
 
     asyncio.run(work())
 

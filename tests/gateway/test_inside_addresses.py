@@ -18,7 +18,7 @@ from grpc.aio import AioRpcError, Metadata
 
 from bagel import errors
 from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
-from bagel.kv.puller import _source_error
+from bagel.kv.source import source_error
 from bagel.rpc.errors import from_rpc_error, from_status, rpc_status_of
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
@@ -51,7 +51,7 @@ def test_what_a_transport_says_between_services_is_for_the_log(code: grpc.Status
     assert isinstance(told, RemoteError) and "thinker-0" in str(told) and names_nothing(told)
     if code is not grpc.StatusCode.CANCELLED:
         assert told.grpc_status == code.name and told.for_log()["details"] == details
-    pulled = _source_error(lost(code, details), "thinker-0")
+    pulled = source_error(lost(code, details), "thinker-0")
     assert "thinker-0" in str(pulled) and names_nothing(pulled)
     assert pulled.hidden == details or code is grpc.StatusCode.CANCELLED
     foreign = from_status(status_pb2.Status(code=code_pb2.ABORTED, message=details), "thinker-0", inside=True)

@@ -65,7 +65,7 @@ class Puller:
 
     def takes(self, data: bytes) -> bool:
         """Whether a message is stored as a page; the page is wanted again afterwards."""
-        self._puller._accept(data, self.wanted, self.segments)
+        self._puller._accept(data, self.wanted)
         taken = self.wanted.ends != self._ends
         self.wanted.ends = dict(self._ends)
         return taken

@@ -358,8 +358,7 @@ def test_who_has_another_source_goes_on_when_one_fails(how: str) -> None:
     async def test(pair: Pair) -> None:
         digest, length = SEGMENTS[0]
         async with _pair(LAYOUT) as other:
-            pair.puller._stubs["healthy"] = KvBlocksServiceStub(other.channel)
-            pair.puller._pulls["healthy"] = other.puller._pulls["thinker"]
+            pair.puller.sources["healthy"] = other.puller.sources["thinker"]
             refs = (pair.ref(), pair.ref(SEGMENTS[0]))
             if how != "damaged":
                 assert pair.there.claim(digest)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from bagel.errors import ConfigError, IncompleteContext, InvalidRequest, LeaseLapsed, NotFinite, StoreFull
 from bagel.errors import UnknownSegment as Unknown
-from bagel.kv.arena import ALIGNMENT, Allocator, Arena
+from bagel.kv.arena import ALIGNMENT, Arena
 from bagel.kv.codec import decode_page, encode_page
+from bagel.kv.first_fit import FirstFit
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
 from bagel.kv.store import KvStore
@@ -80,7 +81,7 @@ def test_a_layout_that_cannot_be_is_refused(bad: dict[str, Any]) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 5)), max_size=40))
 def test_blocks_never_overlap_and_memory_comes_back(steps: list[tuple[int, int]]) -> None:
-    allocator, blocks = Allocator(64 * ALIGNMENT), dict[int, int]()
+    allocator, blocks = FirstFit(64 * ALIGNMENT, ALIGNMENT), dict[int, int]()
     for nbytes, victim in steps:
         begin = allocator.allocate(nbytes)
         if begin is not None:
@@ -92,7 +93,7 @@ def test_blocks_never_overlap_and_memory_comes_back(steps: list[tuple[int, int]]
             allocator.free(begin, blocks.pop(begin))
     for begin, nbytes in blocks.items():
         allocator.free(begin, nbytes)
-    assert allocator.free_bytes == 64 * ALIGNMENT and allocator.allocate(64 * ALIGNMENT) == 0
+    assert allocator.unused == 64 * ALIGNMENT and allocator.allocate(64 * ALIGNMENT) == 0
 
 
 def _read_and_write(fd: Any, nbytes: int, offset: int, answer: Any) -> None:

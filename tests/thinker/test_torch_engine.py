@@ -18,7 +18,7 @@ from bagel.engine.text_scheduler import Reader
 from bagel.errors import BagelError, EngineDied, InvalidImage
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.transport import Host, channel
 from bagel.v1 import common_pb2, thinker_pb2
@@ -68,8 +68,8 @@ def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> No
 
     async def main() -> None:
         host = Host("127.0.0.1:0", ["bagel.v1.ThinkerService"])
-        slots, pool = Slots("thinker", PLACES, 5.0), ImagePool()
-        servicer = ThinkerServicer(engine, "thinker", slots, pool, lease_s=5, room_wait_s=1, draining=host.draining)
+        admission, pool = Admission("thinker", PLACES, 5.0), ImagePool()
+        servicer = ThinkerServicer(engine, "thinker", admission, pool, lease_s=5, room_wait_s=1, draining=host.draining)
         add_ThinkerServiceServicer_to_server(servicer, host.methods)
         await host.start()
         await host.ready()

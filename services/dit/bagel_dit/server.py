@@ -20,10 +20,11 @@ from bagel.guidance import needed_branches
 from bagel.images.pool import ImagePool
 from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
-from bagel.kv.puller import HeldContexts, KvPuller
+from bagel.kv.held import HeldContexts
+from bagel.kv.puller import KvPuller
 from bagel.prompts import BranchName
 from bagel.request import MAX_PARTS, MAX_SEED, Modality
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from bagel.rpc.convert import (
     branch_from_wire,
     check_output,
@@ -122,8 +123,8 @@ class DitServicer(DitServiceServicer):
     ) -> None:
         self.name, self.driver, self.puller, self.sources, self._images = name, driver, puller, sources, images
         self._draining, self._under_way = draining, 0
-        self._slots = Slots(name, max_num_seqs, batch_timeout_s)
-        watch_queue(lambda: self._slots.waiting, lambda: self._slots.taken)
+        self._admission = Admission(name, max_num_seqs, batch_timeout_s)
+        watch_queue(lambda: self._admission.waiting, lambda: self._admission.under_way)
         self._ids = itertools.count(1)
 
     def idle(self) -> bool:
@@ -182,7 +183,7 @@ class DitServicer(DitServiceServicer):
             work.counts |= {"pulled_bytes": lacking, "kv_reused_bytes": wanted - lacking}
             fetching = asyncio.create_task(held.fetch())
             try:
-                await stack.enter_async_context(self._slots.place(begun=request.begun))
+                await stack.enter_async_context(self._admission.admit(begun=request.begun))
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
                 await self._land(picture, refs, work, held, fetching)
             finally:
@@ -237,7 +238,7 @@ class DitServicer(DitServiceServicer):
             return
         if whole.images:
             work.lap("context")
-        await stack.enter_async_context(self._slots.place(begun=request.begun))
+        await stack.enter_async_context(self._admission.admit(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         yield Response(admitted=admitted)
         self.driver.send(whole)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bagel.checkpoint.files import Checkpoint, find_checkpoint
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from bagel.rpc.heap import keep_loaded
 from bagel.rpc.security import DIT, GATEWAY
 from bagel.rpc.transport import Host
@@ -96,11 +96,11 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse
     from bagel.kv.service import KvBlocksServicer, add_kv_blocks
     from bagel_thinker.server import ThinkerServicer
 
-    slots = Slots(args.name, args.max_num_seqs, args.batch_timeout)
+    admission = Admission(args.name, args.max_num_seqs, args.batch_timeout)
     servicer = ThinkerServicer(
         engine,
         args.name,
-        slots,
+        admission,
         images,
         lease_s=args.lease_seconds,
         room_wait_s=args.batch_timeout,
@@ -108,7 +108,7 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse
     )
     add_ThinkerServiceServicer_to_server(servicer, host.methods)
     add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
-    watch_queue(lambda: slots.waiting, lambda: slots.taken)
+    watch_queue(lambda: admission.waiting, lambda: admission.under_way)
     watch_store(engine.store.stats)
     return servicer
 

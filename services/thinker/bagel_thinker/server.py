@@ -21,8 +21,9 @@ from bagel.images.pool import ImagePool
 from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.digests import SegmentKind
+from bagel.kv.lease_keeper import LeaseKeeper, LocalLessor
 from bagel.request import TextSettings
-from bagel.rpc.admission import Slots
+from bagel.rpc.admission import Admission
 from bagel.rpc.coalescing_queue import Joined
 from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel.rpc.errors import streaming, unary
@@ -71,23 +72,24 @@ def _join(one: Event, other: Event) -> Event | None:
 
 
 class ThinkerServicer(ThinkerServiceServicer):
-    """Serves one engine. name: what peers call this service; slots: for the texts written at once; images: read them.
+    """Serves one engine. name: what peers call this service.
 
-    room_wait_s: longest wait for room in the store; draining: set once no new context may be begun.
+    admission: places for the texts written at once; images: a pool that reads them; room_wait_s: longest wait for room
+    in the store; draining: set once no new context may be begun.
     """
 
     def __init__(
         self,
         engine: Engine,
         name: str,
-        slots: Slots,
+        admission: Admission,
         images: ImagePool,
         *,
         lease_s: float,
         room_wait_s: float,
         draining: asyncio.Event,
     ) -> None:
-        self.engine, self.name, self.slots, self._images = engine, name, slots, images
+        self.engine, self.name, self.admission, self._images = engine, name, admission, images
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
         self._builds: set[_Build] = set()
@@ -114,7 +116,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             if any(part.HasField("image") for part in request.parts):
                 build.lap("context")
             # A context alone takes one short turn at the engine; a text has a place in its batch until its end.
-            async with self.slots.place(begun=request.begun) if request.HasField("decode") else nullcontext():
+            async with self.admission.admit(begun=request.begun) if request.HasField("decode") else nullcontext():
                 if request.HasField("decode"):
                     build.lap("queue")
                 async with aclosing(self._build(request, chain, build)) as responses:
@@ -127,7 +129,10 @@ class ThinkerServicer(ThinkerServiceServicer):
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         reading = self._reading(request, chain, build, lease)
         finished = False
-        renewing = asyncio.create_task(self._keep(lease)) if lease else None
+        keeper = LeaseKeeper(LocalLessor(self.engine.store))
+        if lease:  # until the call ends its caller is the holder
+            keeper.add(lease, self.lease_s)
+        renewing = asyncio.create_task(keeper.renew())
         self._builds.add(build)
         try:
             yield Response(context=self._ref(chain, lease))
@@ -156,11 +161,10 @@ class ThinkerServicer(ThinkerServiceServicer):
                         yield Response(built=built)
         finally:
             self._builds.discard(build)
-            if renewing is not None:
-                renewing.cancel()
+            renewing.cancel()
             if not finished:
                 self.engine.cancel(reading)
-                self.engine.store.release([lease] if lease else [])
+                keeper.release()
 
     @unary
     async def Describe(
@@ -225,13 +229,6 @@ class ThinkerServicer(ThinkerServiceServicer):
 
     async def _lease(self, chain: Chain, lease_id: str) -> str:
         return await self.engine.store.lease_in_time(_lengths(chain), self.lease_s, lease_id, wait_s=self._room_wait_s)
-
-    async def _keep(self, lease: str) -> None:
-        """Renew a lease for as long as the call lasts: until its end the caller is the holder."""
-        while True:
-            await asyncio.sleep(self.lease_s / 3)
-            if self.engine.store.renew([lease]):
-                log.warning("a lease lapsed under its call", lease=lease)
 
     def _ref(self, chain: Chain, lease: str) -> kv_pb2.ContextRef:
         return kv_pb2.ContextRef(
