@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.model.bagel import Bagel
-from bagel.model.mot import Expert, MoTLayer
+from bagel.model.mot import ExpertInput, ExpertOutput, MoTLayer
 from bagel.model.vit import VitLayer
 
 
@@ -43,9 +43,9 @@ class Control:
         attend = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=heads != kv_heads)
         self.products.append(partial(attend, q, kv, kv.clone()))
 
-    def expert(self, expert: Expert, rows: int, tokens: int) -> None:
-        """The projections and the MLP of one expert on [rows, tokens, hidden]."""
-        for layer in (expert.qkv_proj, expert.o_proj, expert.mlp.gate_up_proj, expert.mlp.down_proj):
+    def expert(self, first: ExpertInput, second: ExpertOutput, rows: int, tokens: int) -> None:
+        """The projections and the MLP of one expert's two halves on [rows, tokens, hidden]."""
+        for layer in (first.qkv_proj, second.o_proj, second.mlp.gate_up_proj, second.mlp.down_proj):
             self.linear(layer, rows, tokens)
 
     def decoder(self, und: int, gen: int, pasts: Sequence[int], *, causal: bool = False) -> None:
@@ -53,10 +53,10 @@ class Control:
         llm = self.model.config.llm
         for layer in self.model.language_model.layers:
             assert isinstance(layer, MoTLayer)
-            self.expert(layer.und, len(pasts), und)
+            self.expert(layer.und_input, layer.und_output, len(pasts), und)
             if gen:
-                assert layer.gen is not None
-                self.expert(layer.gen, len(pasts), gen)
+                assert layer.gen_input is not None and layer.gen_output is not None
+                self.expert(layer.gen_input, layer.gen_output, len(pasts), gen)
             for past in pasts:
                 keys = past + und + gen
                 heads = (llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim)

@@ -95,7 +95,8 @@ def _weights_read(model: Bagel) -> int:
     language = model.language_model
     assert language.lm_head is not None
     layers = [layer for layer in language.layers if isinstance(layer, MoTLayer)]
-    experts = sum(parameter.nbytes for layer in layers for parameter in layer.und.parameters())
+    halves = [half for layer in layers for half in (layer.und_input, layer.und_output)]
+    experts = sum(parameter.nbytes for half in halves for parameter in half.parameters())
     return experts + language.lm_head.weight.nbytes
 
 

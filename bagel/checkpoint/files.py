@@ -73,9 +73,13 @@ class Checkpoint:
                 return f"{INDEX} names {len(parts)} other files, like {shown_name(parts[0])}: join them into {EMA}"
         return FOLDER_HOLDS
 
-    def tensors(self, file: str) -> Mapping[str, TensorInfo]:
+    def header(self, file: str) -> Header:
         """The header of a safetensors file."""
-        return self._headers[file].tensors
+        return self._headers[file]
+
+    def tensors(self, file: str) -> Mapping[str, TensorInfo]:
+        """The tensors of a safetensors file, by name."""
+        return self.header(file).tensors
 
     @cached_property
     def _headers(self) -> Mapping[str, Header]:

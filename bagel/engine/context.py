@@ -128,7 +128,7 @@ class ContextBuilder:
         known = [self.cache.get(segment.digest) for segment in chain.segments]
         if all(kv is not None for kv in known):
             return Context(chain, tuple(kv for kv in known if kv is not None))
-        slab = KvSlab(self.model.config.llm, chain.length, dtype=self.model.dtype, device=self.model.device)
+        slab = KvSlab(self.model.kv_shape, chain.length, dtype=self.model.dtype, device=self.model.device)
         kvs, past = [], 0
         for segment, kv in zip(chain.segments, known, strict=True):
             span = slice(past, past + segment.length)

@@ -1,40 +1,59 @@
-"""Where the tokens of a forward lie in a slab and at which positions: text rows and image rows."""
+"""Where the tokens of a forward lie in a slab and at which positions: text rows and image rows.
+
+A row is described by a few integers, its places, which lie on the device. All that `Rows` holds is computed from them
+there, so that a captured forward that begins with `text_rows_at` or `latent_rows_at` is replayed with other places
+once its tensor of places is overwritten.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bagel.model.attention import Rows, upload
 from bagel.model.mot import MoTDecoder
 
+Intervals = Sequence[tuple[int, int]]
+"""Start and length of what each row sees, where the host knows them."""
+
 
 def text_rows(decoder: MoTDecoder, starts: Sequence[int], pasts: Sequence[int], ropes: Sequence[int], n: int) -> Rows:
     """n text tokens a row, causal, after pasts[i] tokens of context at starts[i], at positions ropes[i] onwards."""
-    device = _device(decoder)
-    offsets = torch.arange(n, device=device)
-    first = upload([start + past for start, past in zip(starts, pasts, strict=True)], torch.int64, device)
-    positions = upload(list(ropes), torch.int64, device)[:, None] + offsets
+    places = upload([list(starts), list(pasts), list(ropes)], torch.int64, decoder.device)
+    intervals = [(start, past + n) for start, past in zip(starts, pasts, strict=True)]
+    return text_rows_at(decoder, places, n, _longest(intervals), intervals)
+
+
+def text_rows_at(decoder: MoTDecoder, places: Tensor, n: int, longest: int, intervals: Intervals | None = None) -> Rows:
+    """As text_rows, from places [3, rows] int64 on the device: starts, pasts and ropes. longest: see Rows."""
+    starts, pasts, ropes = places
+    offsets = torch.arange(n, device=places.device)
     return Rows(
-        starts=tuple(starts),
-        lengths=tuple(past + n for past in pasts),
+        starts=starts,
+        lengths=pasts + n,
+        longest=longest,
         und=n,
-        und_slots=(first[:, None] + offsets).flatten(),
-        und_rope=decoder.rope(positions),
+        und_slots=((starts + pasts)[:, None] + offsets).flatten(),
+        und_rope=decoder.rope(ropes[:, None] + offsets),
         causal=True,
+        intervals=intervals,
     )
 
 
 def vit_rows(decoder: MoTDecoder, past: int, rope: int, n: int) -> Rows:
     """One image of n ViT tokens between its delimiters, all at one position, full attention."""
-    device = _device(decoder)
+    length = past + n + 2
+    starts, lengths, ropes = upload([[0], [length], [rope]], torch.int64, decoder.device)
     return Rows(
-        starts=(0,),
-        lengths=(past + n + 2,),
+        starts=starts,
+        lengths=lengths,
+        longest=length,
         und=n + 2,
-        und_slots=torch.arange(past, past + n + 2, device=device),
-        und_rope=decoder.rope(upload([[rope]], torch.int64, device)),
+        und_slots=torch.arange(past, length, device=decoder.device),
+        und_rope=decoder.rope(ropes[:, None]),
+        intervals=[(0, length)],
     )
 
 
@@ -51,25 +70,33 @@ def latent_rows(
     Rows are padded to `padded` latents; the padding's K/V lie behind what is visible. In the slab a row is
     [context | start, latents, end | padding]; the delimiters are the understanding expert's two tokens.
     """
-    device = _device(decoder)
-    first = torch.tensor([start + past for start, past in zip(starts, pasts, strict=True)])[:, None]
-    count = torch.tensor(counts)[:, None]
-    index = torch.arange(padded)[None]
-    # latent j lies behind the start delimiter; padding skips the end delimiter too
-    gen_slots = first + 1 + index + (index >= count).long()
-    und_slots = torch.cat((first, first + 1 + count), dim=1)
-    rope = decoder.rope(upload([[rope] for rope in ropes], torch.int64, device))
+    places = upload([list(starts), list(pasts), list(ropes), list(counts)], torch.int64, decoder.device)
+    intervals = [(start, past + count + 2) for start, past, count in zip(starts, pasts, counts, strict=True)]
+    return latent_rows_at(decoder, places, padded, _longest(intervals), intervals)
+
+
+def latent_rows_at(
+    decoder: MoTDecoder, places: Tensor, padded: int, longest: int, intervals: Intervals | None = None
+) -> Rows:
+    """As latent_rows, from places [4, rows] int64 on the device: starts, pasts, ropes and counts. longest: see Rows."""
+    starts, pasts, ropes, counts = places
+    first, count = (starts + pasts)[:, None], counts[:, None]
+    index = torch.arange(padded, device=places.device)
+    rope = decoder.rope(ropes[:, None])
     return Rows(
-        starts=tuple(starts),
-        lengths=tuple(past + count + 2 for past, count in zip(pasts, counts, strict=True)),
+        starts=starts,
+        lengths=pasts + counts + 2,
+        longest=longest,
         und=2,
-        und_slots=upload(und_slots.flatten(), torch.int64, device),
+        und_slots=torch.cat((first, first + 1 + count), dim=1).flatten(),
         und_rope=rope,
         gen=padded,
-        gen_slots=upload(gen_slots.flatten(), torch.int64, device),
+        # latent j lies behind the start delimiter; padding skips the end delimiter too
+        gen_slots=(first + 1 + index + (index >= count)).flatten(),
         gen_rope=rope,
+        intervals=intervals,
     )
 
 
-def _device(decoder: MoTDecoder) -> torch.device:
-    return decoder.embed_tokens.weight.device
+def _longest(intervals: Intervals) -> int:
+    return max(length for _, length in intervals)

@@ -30,15 +30,15 @@ def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
     None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, a quarter of the host's for a CPU.
     Raises ConfigError for less than a token, OutOfMemory if the device does not have it.
     """
-    llm, device = model.config.llm, model.device
-    token = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * model.dtype.itemsize
+    shape, device = model.kv_shape, model.device
+    token = shape.token_bytes(model.dtype)
     if nbytes is None:
         nbytes = min(DEFAULT_KV_TOKENS * token, _share(device))
     elif nbytes < token:
         raise ConfigError(f"--kv-device-bytes is {nbytes}; K/V of one token of this model take {token}")
     ahead = model.language_model.backend.read_ahead
     try:
-        return SharedSlab(llm, dtype=model.dtype, device=device, read_ahead=ahead, size=nbytes // token)
+        return SharedSlab(shape, dtype=model.dtype, device=device, read_ahead=ahead, size=nbytes // token)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -133,7 +133,7 @@ class Canvas:
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._plans: dict[tuple[int, ...], _Plan] = {}
         self._space = space or SharedSlab(
-            model.config.llm,
+            model.kv_shape,
             dtype=model.dtype,
             device=model.device,
             read_ahead=model.language_model.backend.read_ahead,

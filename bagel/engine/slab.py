@@ -6,9 +6,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from bagel.checkpoint.config import LlmConfig
 from bagel.kv.first_fit import FirstFit
-from bagel.model.attention import KvSlab
+from bagel.model.attention import KvShape, KvSlab
 
 
 class NoRoom(Exception):
@@ -27,7 +26,7 @@ class SharedSlab:
 
     def __init__(
         self,
-        config: LlmConfig,
+        shape: KvShape,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -36,7 +35,7 @@ class SharedSlab:
         size: int | None = None,
     ) -> None:
         """lengths: intervals that there is room for to begin with; size: tokens of one that does not grow."""
-        self._config, self._dtype, self._device, self._read_ahead = config, dtype, device, read_ahead
+        self._shape, self._dtype, self._device, self._read_ahead = shape, dtype, device, read_ahead
         self._taken: dict[int, int] = {}
         self._waiting: dict[Hashable, None] = {}
         self._grows = size is None
@@ -45,7 +44,7 @@ class SharedSlab:
         # The spare token of one that does not grow lies behind its size, so that a full slab has it too.
         self._spare = size
         behind = 0 if size is None else 1 + read_ahead
-        self.slab = KvSlab(config, self.size + behind, dtype=dtype, device=device)
+        self.slab = KvSlab(shape, self.size + behind, dtype=dtype, device=device)
 
     @property
     def taken(self) -> int:
@@ -109,7 +108,7 @@ class SharedSlab:
         """First token of an interval in a larger slab."""
         start = self._allocator.end
         size = max(start + tokens, self.size + self.size // 2)
-        slab = KvSlab(self._config, size, dtype=self._dtype, device=self._device)
+        slab = KvSlab(self._shape, size, dtype=self._dtype, device=self._device)
         for begin, tokens in self._taken.items():
             slab.k[:, begin : begin + tokens] = self.slab.k[:, begin : begin + tokens]
             slab.v[:, begin : begin + tokens] = self.slab.v[:, begin : begin + tokens]

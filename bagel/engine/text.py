@@ -55,7 +55,7 @@ class TextBatch:
         """
         self.model, self.tokenizer = model, tokenizer
         self._space = space or SharedSlab(
-            model.config.llm,
+            model.kv_shape,
             dtype=model.dtype,
             device=model.device,
             read_ahead=model.language_model.backend.read_ahead,

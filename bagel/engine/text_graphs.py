@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bagel.model.attention import KvSlab, Rows
+from bagel.engine.layout import text_rows_at
+from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
 
 WARM_UPS = 2
@@ -53,10 +54,9 @@ class _DecodeGraph:
 
     def __init__(self, model: Bagel, slab: KvSlab, count: int) -> None:
         device = model.device
-        self._model, self._slab, self._count = model, slab, count
+        self._model, self._slab = model, slab
         self._from_host = torch.zeros(4, count, dtype=torch.int64).pin_memory()
         self._fed = torch.zeros(4, count, dtype=torch.int64, device=device)
-        self._query_starts = torch.arange(count + 1, dtype=torch.int32, device=device)
         self._graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -79,16 +79,8 @@ class _DecodeGraph:
     def _forward(self) -> tuple[Tensor, Tensor]:
         tokens, positions, slots, starts = self._fed
         decoder = self._model.language_model
-        starts_and_end = torch.cat((starts, slots[-1:] + 1)).int()
-        rows = Rows(
-            starts=(0,) * self._count,
-            lengths=(self._slab.k.shape[1],) * self._count,  # bounds: the true ones are on the device
-            und=1,
-            und_slots=slots,
-            und_rope=decoder.rope(positions[:, None]),
-            causal=True,
-            extents=(self._query_starts, starts_and_end, (slots - starts + 1).int()),
-        )
+        places = torch.stack((starts, slots - starts, positions))
+        rows = text_rows_at(decoder, places, 1, longest=self._slab.k.shape[1])
         hidden, _ = decoder(self._model.embed(tokens[:, None]), None, rows, self._slab)
         logits = decoder.logits(hidden[:, -1])
         return logits, best(logits)

@@ -1,8 +1,8 @@
-"""Attention over a slab by several libraries; one is chosen when a model is loaded, and said in the log.
+"""Attention over a slab by several libraries. One is chosen when a model is loaded, and the log names it.
 
-Every backend is called with q [queries, heads, head_dim], laid out as `Rows.blocks` says, and one layer's k and v
-[tokens, kv_heads, head_dim]; it gives q's shape. It attends in full within a row, or causally, aligned at the end
-(rows.causal).
+Every backend takes q [queries, heads, head_dim], laid out as `Rows.blocks` says, and one layer's k and v
+[tokens, kv_heads, head_dim]; it returns a tensor of q's shape. It attends in full within a row, or causally, aligned
+at the end (rows.causal).
 """
 
 from __future__ import annotations
@@ -45,37 +45,38 @@ def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def fa2(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """FlashAttention 2 as PyTorch brings it: one launch for all blocks, their lengths on the device.
+    """FlashAttention 2 as PyTorch brings it: one launch for all blocks, with their lengths on the device.
 
-    The operator behind torch.nn.attention.varlen, which hands on grouped heads and used lengths only from torch 2.13.
+    This is the operator behind torch.nn.attention.varlen, which passes on grouped heads and used lengths only from
+    torch 2.13.
     """
     query_starts, starts, lengths = rows.on_device
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, query_starts, starts, rows.max_queries, rows.max_length, 0.0, rows.causal, False, seqused_k=lengths
+        q, k, v, query_starts, starts, rows.max_queries, rows.longest, 0.0, rows.causal, False, seqused_k=lengths
     )[0]
     return out
 
 
 def fa3(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """FlashAttention 3 for Hopper, of the package fa3-fwd; otherwise as fa2."""
+    """FlashAttention 3 for Hopper, from the package fa3-fwd; called as fa2 is."""
     from fa3_fwd_interface import flash_attn_varlen_func
 
     query_starts, starts, lengths = rows.on_device
     out: Tensor | tuple[Tensor, ...] = flash_attn_varlen_func(
-        q, k, v, query_starts, starts, rows.max_queries, rows.max_length, seqused_k=lengths, causal=rows.causal
+        q, k, v, query_starts, starts, rows.max_queries, rows.longest, seqused_k=lengths, causal=rows.causal
     )
     return out if isinstance(out, Tensor) else out[0]
 
 
 BACKENDS: dict[str, AttentionBackend] = {"sdpa": sdpa, "fa2": fa2, "fa3": fa3}
 ON_DEVICE = frozenset({"fa2", "fa3"})
-"""Backends that read lengths on the device, so that the host need not know them."""
+"""Backends that read the rows' places on the device, so that the host need not know them."""
 READ_AHEAD = {"fa3": 256}
 """FlashAttention 3 loads K/V in whole tiles (up to 176 tokens) and masks their weights, not their values."""
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype, asked: str = AUTO) -> str:
-    """The name of the backend for K/V of this type on this device: the one asked for, or the fastest there is.
+    """The name of the backend for K/V of this type on this device: the one asked for, or the fastest that runs.
 
     Raises ConfigError for one that cannot run there, naming what is missing.
     """

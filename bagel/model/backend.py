@@ -1,11 +1,13 @@
-"""What a decoder computes its attention and elementwise work with; chosen once, when a model is loaded."""
+"""What a decoder computes attention and elementwise work with, and where ranks meet; chosen when a model is loaded."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bagel.model.attention_backends import (
     AUTO,
@@ -21,14 +23,28 @@ from bagel.model.kernels import TORCH, Kernels
 logger = logging.getLogger(__name__)
 
 
+Collective = Callable[[Tensor], Tensor]
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The collective of a single rank."""
+    return x
+
+
 @dataclass(frozen=True)
 class LayerBackend:
-    """attend: attention over a layer's slab; kernels: what lies between its matrix products."""
+    """The functions that a layer calls besides its matrix products.
+
+    attend: attention over a layer's slab, by the name `attention`; kernels: elementwise work.
+    after_attention, after_mlp: called with the outputs of the two row-split products of each expert, the attention's
+    output projection and the MLP's down projection, [rows, n, hidden]. Tensor-parallel ranks add theirs up here.
+    """
 
     attend: AttentionBackend = sdpa
     kernels: Kernels = TORCH
     attention: str = "sdpa"
-    """The name of `attend`."""
+    after_attention: Collective = unchanged
+    after_mlp: Collective = unchanged
 
     @property
     def captures(self) -> bool:
@@ -39,7 +55,7 @@ class LayerBackend:
     def read_ahead(self) -> int:
         """Tokens of the slab that attention may read behind what a row sees.
 
-        It weighs them by zero, and zero times what is not finite is not zero: they must be finite.
+        Attention weighs them by zero. They must be finite all the same, as zero times infinity is not zero.
         """
         return READ_AHEAD.get(self.attention, 0)
 
@@ -47,10 +63,10 @@ class LayerBackend:
 def choose_backend(
     device: torch.device, dtype: torch.dtype, *, attention: str = AUTO, eager: bool = False
 ) -> LayerBackend:
-    """The fastest for a model of this type on this device; eager: PyTorch's own operators between the products, and no
-    CUDA graphs.
+    """The fastest backend for a model of this type on this device.
 
-    Raises ConfigError for an attention backend that cannot run there.
+    eager: use PyTorch's own operators between the products, and no CUDA graphs. Raises ConfigError for an attention
+    backend that cannot run there.
     """
     name = choose_attention(device, dtype, attention)
     kernels = _fused_kernels(device, dtype) if device.type == "cuda" and not eager else TORCH
@@ -58,7 +74,7 @@ def choose_backend(
 
 
 def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """Triton's, where Triton can compile for this device: it comes with PyTorch for CUDA, and calls a C compiler."""
+    """Triton's kernels where Triton can compile for this device. PyTorch for CUDA brings all but a C compiler."""
     try:
         from bagel.model.triton_kernels import TRITON
 

@@ -1,4 +1,4 @@
-"""The whole network: decoder, ViT, connector, latent embedding and autoencoder, as far as a role needs them."""
+"""The whole network: decoder, ViT, connector, latent embedding and autoencoder, those that a role needs."""
 
 from __future__ import annotations
 
@@ -10,41 +10,48 @@ from torch import Tensor, nn
 from bagel.checkpoint.config import ModelConfig
 from bagel.checkpoint.roles import Role
 from bagel.errors import NotSupported
+from bagel.model.attention import KvShape
 from bagel.model.flow import TimestepEmbedder
-from bagel.model.layers import Mlp, PositionTable, grid_position_ids, linear
+from bagel.model.layers import Mlp, PositionTable, grid_position_ids
+from bagel.model.linear import LinearFactory
 from bagel.model.mot import MoTDecoder
 from bagel.model.vae import Vae
 from bagel.model.vit import Vit
 
 
 class Bagel(nn.Module):
-    """Modules named as in the checkpoint; one that the role does not need is None.
+    """The network of one rank. A part that the role does not need is None.
 
     The decoder's and ViT's matrix products, embeddings and K/V are of one type; norms, the time embedder, vae2llm,
-    llm2vae and the autoencoder are always in float32.
+    llm2vae and the autoencoder are always in float32. Ranks divide the decoder's layers (see mot); everything else is
+    whole on every rank.
     """
 
-    def __init__(self, config: ModelConfig, role: Role = Role.FULL, delimiter_ids: tuple[int, int] = (0, 1)) -> None:
-        """delimiter_ids: ids of the image delimiters, start and end."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        role: Role = Role.FULL,
+        delimiter_ids: tuple[int, int] = (0, 1),
+        *,
+        linears: LinearFactory,
+    ) -> None:
+        """delimiter_ids: ids of the image delimiters, start and end; linears: of the rank that this model is for."""
         super().__init__()
-        parts, llm = role.parts, config.llm
-        self.delimiter_ids = delimiter_ids
-        self.config, self.role = config, role
-        self.language_model = MoTDecoder(
-            llm,
-            embedding_rows=llm.vocab_size if parts.text else 2,
-            generation=parts.generation,
-            denoising=parts.denoising,
-            text=parts.text,
-        )
-        self.vit_model = Vit(config.vit) if parts.vision else None
-        self.connector = Mlp(config.vit.hidden_size, llm.hidden_size, llm.hidden_size) if parts.vision else None
-        self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, llm.hidden_size) if parts.vision else None
-        latent = parts.generation
-        self.vae2llm = linear(config.latent_features, llm.hidden_size, bias=True) if latent else None
-        self.time_embedder = TimestepEmbedder(llm.hidden_size) if latent else None
-        self.latent_pos_embed = PositionTable(config.max_latent_size, llm.hidden_size) if latent else None
-        self.llm2vae = linear(llm.hidden_size, config.latent_features, bias=True) if parts.denoising else None
+        parts, hidden, dtype = role.parts, config.llm.hidden_size, linears.dtype
+        self.config, self.role, self.delimiter_ids = config, role, delimiter_ids
+        self.language_model = MoTDecoder(linears, "language_model", config.llm, parts)
+        self.vit_model = self.connector = self.vit_pos_embed = None
+        if parts.vision:
+            self.vit_model = Vit(linears, "vit_model.vision_model", config.vit)
+            self.connector = Mlp(linears, "connector", config.vit.hidden_size, hidden, hidden)
+            self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, hidden, dtype)
+        self.vae2llm = self.time_embedder = self.latent_pos_embed = self.llm2vae = None
+        if parts.generation:
+            self.vae2llm = linears.whole("vae2llm", config.latent_features, hidden, bias=True, exact=True)
+            self.time_embedder = TimestepEmbedder(linears, "time_embedder", hidden)
+            self.latent_pos_embed = PositionTable(config.max_latent_size, hidden, dtype)
+        if parts.denoising:
+            self.llm2vae = linears.whole("llm2vae", hidden, config.latent_features, bias=True, exact=True)
         has_vae = parts.encoder or parts.denoising
         self.vae = Vae(config.vae, encoder=parts.encoder, decoder=parts.denoising) if has_vae else None
 
@@ -58,8 +65,13 @@ class Bagel(nn.Module):
         return self.language_model.embed_tokens.weight.dtype
 
     @property
+    def kv_shape(self) -> KvShape:
+        """The K/V of one token as this rank keeps them."""
+        return self.language_model.kv_shape
+
+    @property
     def delimiter_rows(self) -> tuple[int, int]:
-        """The delimiters' rows of the embedding: their ids, or the only two rows that a role without text keeps."""
+        """The delimiters' rows of the embedding: their ids. A role without text keeps these two rows alone."""
         return self.delimiter_ids if self.role.parts.text else (0, 1)
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -85,7 +97,7 @@ class Bagel(nn.Module):
     def embed_latents(self, tokens: Tensor, t: Tensor, position_ids: Tensor) -> Tensor:
         """Latent tokens [..., n, features] at times t [...] -> LLM inputs [..., n, hidden] float32.
 
-        Clean latents of a context have t = 0, whose embedding is added too.
+        Clean latents of a context are at t = 0, and the embedding of 0 is added too.
         """
         if self.vae2llm is None or self.time_embedder is None or self.latent_pos_embed is None:
             raise NotSupported(f"role {self.role} has no generation expert; use role context, denoise or full")

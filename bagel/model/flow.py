@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bagel.model.layers import linear
+from bagel.model.linear import LinearFactory
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings, RenormType
 
@@ -21,7 +21,7 @@ MAX_PERIOD = 10_000.0
 
 
 def timesteps(num_timesteps: int, shift: float) -> Tensor:
-    """Times of the steps and their end, [num_timesteps] float32 from 1 to 0: t = s u / (1 + (s - 1) u)."""
+    """Start times of the steps, then their end, [num_timesteps] float32 from 1 to 0: t = s u / (1 + (s - 1) u)."""
     u = torch.linspace(1, 0, num_timesteps, dtype=torch.float32)
     return shift * u / (1 + (shift - 1) * u)
 
@@ -35,7 +35,7 @@ def guided_steps(t: Tensor, interval: tuple[float, float]) -> list[bool]:
 def guiding_branches(settings: ImageSettings) -> frozenset[BranchName]:
     """Branches that a guided step needs beside gen.
 
-    With cfg_text_scale <= 1 there is none: the reference then drops the image branch's velocity too.
+    None with cfg_text_scale <= 1: the reference then drops the image branch's velocity too.
     """
     if settings.cfg_text_scale <= 1:
         return frozenset()
@@ -47,7 +47,7 @@ def guiding_branches(settings: ImageSettings) -> frozenset[BranchName]:
 def guide(velocities: Mapping[BranchName, Tensor], settings: ImageSettings) -> Tensor:
     """Guided velocity of one picture from its branches' velocities, each [tokens, features] float32.
 
-    Without cfg_text (guidance off at this step) it is gen's velocity itself.
+    Where guidance is off at this step, cfg_text is not there, and gen's velocity is returned as it is.
     """
     c = velocities[BranchName.GEN]
     if BranchName.CFG_TEXT not in velocities:
@@ -78,11 +78,11 @@ def _renorm(c: Tensor, v: Tensor, smallest: float, *, per_token: bool) -> Tensor
 class TimestepEmbedder(nn.Module):
     """t in [0, 1] -> [hidden]: sinusoid (cosines first), linear, SiLU, linear (as in DiT, Peebles & Xie 2022)."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, linears: LinearFactory, name: str, hidden: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            linear(SINUSOID_WIDTH, hidden, bias=True), nn.SiLU(), linear(hidden, hidden, bias=True)
-        )
+        first = linears.whole(f"{name}.mlp.0", SINUSOID_WIDTH, hidden, bias=True, exact=True)
+        second = linears.whole(f"{name}.mlp.2", hidden, hidden, bias=True, exact=True)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
         """t [b] float32 -> [b, hidden]."""

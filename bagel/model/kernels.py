@@ -1,7 +1,7 @@
-"""What a decoder layer does besides its matrix products, as one set of functions that is chosen when a model is loaded.
+"""The elementwise work of a decoder layer, as one set of functions that is chosen when a model is loaded.
 
-`TORCH` is PyTorch's own operators, on any device. `bagel.model.triton_kernels.TRITON` does each in one launch on a GPU.
-Both compute in float32 and round once, so that they agree up to the order of sums.
+`TORCH` uses PyTorch's own operators, on any device. `bagel.model.triton_kernels.TRITON` needs one launch each on a GPU.
+Both compute in float32 and round once, so they agree up to the order of sums.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Kernels(Protocol):
-    """The elementwise work of a layer. name is what the log calls it."""
+    """The elementwise work of a layer. name: as the log calls this set."""
 
     name: str
 
     def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMS norm of x [..., hidden] float32, computed in float32, given in dtype."""
+        """RMS norm of x [..., hidden] float32, computed in float32 and rounded to dtype."""
         ...
 
     def add_norm(
@@ -82,7 +82,7 @@ class TorchKernels:
         """As Kernels.rotate."""
         (heads, dim), kv_heads = q.shape[-2:], kv[0].shape[-2]
         qk, v = qkv.unflatten(-1, (-1, dim)).split((heads + kv_heads, kv_heads), dim=-2)
-        # q and k take the same way, so they take it together
+        # q and k are normed and turned alike, so one pass does both.
         weight = torch.cat((norms[0].expand(heads, -1), norms[1].expand(kv_heads, -1)))
         turned_q, turned_k = norm_and_rotate(qk.float(), weight, eps, rope).split((heads, kv_heads), dim=-2)
         q.view(turned_q.shape).copy_(turned_q)

@@ -1,7 +1,7 @@
 """The layers that every part of the network is made of.
 
-Types: matrix products run in their weights' type; norms, what is added up between layers, and the small modules
-around latents stay in float32. Under bfloat16 that keeps the error at about 0.7 of the reference's own.
+Matrix products run in their weights' type. Norms, the residual stream and the small modules around latents stay in
+float32: under bfloat16 that keeps the error at about 0.7 of the reference's own.
 """
 
 from __future__ import annotations
@@ -12,31 +12,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel.model.kernels import Kernels, rms_norm
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in its weight's type, whatever comes in."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-def linear(in_features: int, out_features: int, *, bias: bool) -> Linear:
-    """The one place that makes a linear layer, so that quantisation and sharding have one seam."""
-    return Linear(in_features, out_features, bias=bias)
+from bagel.model.kernels import TORCH, Kernels, Rope
+from bagel.model.linear import LinearFactory
+from bagel.parallel.mesh import Share
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, of float32 and in float32."""
+    """x / rms(x) * weight over the last dimension, computed in float32. name: the checkpoint's."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, name: str, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.name, self.eps = name, eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, kernels: Kernels = TORCH, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x [..., size] float32 -> its norm in dtype."""
+        return kernels.norm(x, self.weight, self.eps, dtype)
+
+
+class AddedRMSNorm(nn.Module):
+    """A sum and its RMS norm, which a kernel makes in one pass. name: the checkpoint's."""
+
+    def __init__(self, name: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
+
+    def forward(self, x: Tensor, delta: Tensor, kernels: Kernels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """x + delta in float32 (a new tensor), and its norm in dtype; x and delta [..., size]."""
+        return kernels.add_norm(x, delta, self.weight, self.eps, dtype)
+
+
+class HeadNorms(nn.Module):
+    """The RMS norms of each head's queries and keys, with the rotary embedding that follows. names: of q's and k's."""
+
+    def __init__(self, names: tuple[str, str], head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.names, self.eps = names, eps
+        self.q_weight = nn.Parameter(torch.empty(head_dim, dtype=torch.float32))
+        self.k_weight = nn.Parameter(torch.empty(head_dim, dtype=torch.float32))
+
+    def forward(
+        self, qkv: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], kernels: Kernels
+    ) -> None:
+        """Fill q [rows * n, heads, head_dim], and kv at slots, from qkv [rows, n, ...]; see Kernels.rotate."""
+        kernels.rotate(qkv, (self.q_weight, self.k_weight), self.eps, rope, q, kv, slots)
 
 
 class Rotary(nn.Module):
@@ -51,7 +71,7 @@ class Rotary(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """(Re)compute the frequencies; needed after a module was moved off the meta device."""
+        """Compute the frequencies. A module that has just left the meta device needs it."""
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device=self.inv_freq.device).float()
         self.inv_freq.copy_(1.0 / self.theta ** (exponent / self.head_dim))
 
@@ -63,12 +83,13 @@ class Rotary(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one matrix product."""
+    """down(silu(gate(x)) * up(x)) over a rank's columns; gate and up are one matrix product."""
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(self, linears: LinearFactory, name: str, hidden: int, columns: Share) -> None:
         super().__init__()
-        self.gate_up_proj = linear(hidden, 2 * intermediate, bias=False)
-        self.down_proj = linear(intermediate, hidden, bias=False)
+        gate_up = {f"{name}.gate_proj": columns, f"{name}.up_proj": columns}
+        self.gate_up_proj = linears.column(gate_up, hidden, bias=False)
+        self.down_proj = linears.row(f"{name}.down_proj", columns, hidden)
 
     def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
         return cast(Tensor, self.down_proj(kernels.gate(self.gate_up_proj(x))))
@@ -77,22 +98,22 @@ class GatedMlp(nn.Module):
 class Mlp(nn.Module):
     """fc2(gelu_tanh(fc1(x))), with biases: the ViT's MLP and the connector."""
 
-    def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
+    def __init__(self, linears: LinearFactory, name: str, in_features: int, hidden: int, out_features: int) -> None:
         super().__init__()
-        self.fc1 = linear(in_features, hidden, bias=True)
-        self.fc2 = linear(hidden, out_features, bias=True)
+        self.fc1 = linears.whole(f"{name}.fc1", in_features, hidden, bias=True)
+        self.fc2 = linears.whole(f"{name}.fc2", hidden, out_features, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))
 
 
 class PositionTable(nn.Module):
-    """A frozen 2-D sin-cos table [side * side, width], taken from the checkpoint (it is rounded there)."""
+    """A frozen 2-D sin-cos table [side * side, width], taken from the checkpoint, which holds it rounded."""
 
-    def __init__(self, side: int, width: int) -> None:
+    def __init__(self, side: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.side = side
-        self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
+        self.pos_embed = nn.Parameter(torch.empty(side * side, width, dtype=dtype), requires_grad=False)
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """position_ids [n] -> rows [n, width]."""

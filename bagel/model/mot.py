@@ -1,8 +1,11 @@
 """The Mixture-of-Transformers decoder: every layer has an understanding and a generation expert.
 
 Text, ViT tokens and all image delimiters take the understanding expert; VAE latents, clean or noisy, take the
-generation expert. Attention is shared. Each expert's tokens lie contiguously, so that each runs as plain matrix
+generation expert. Attention is shared. Each expert's tokens lie contiguously, so that each expert is plain matrix
 products over its own tokens.
+
+Tensor-parallel ranks divide a layer by heads and by the MLP's columns (bagel.parallel.mesh). The embedding and the LM
+head are whole on every rank: a fed DiT keeps two rows of the one and has no other.
 """
 
 from __future__ import annotations
@@ -10,90 +13,113 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from bagel.checkpoint.config import LlmConfig
-from bagel.model.attention import KvSlab, Rows
+from bagel.checkpoint.roles import Parts
+from bagel.model.attention import KvShape, KvSlab, Rows
 from bagel.model.backend import LayerBackend
 from bagel.model.kernels import Rope, rope_factors
-from bagel.model.layers import GatedMlp, RMSNorm, Rotary, linear
+from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
+from bagel.model.linear import LinearFactory
+from bagel.parallel.mesh import DecoderShare
 
 OnLayer = Callable[[int], None]
+GENERATION_SUFFIX = "_moe_gen"
+"""What the checkpoint adds to the names of the generation expert's modules."""
 
 
-class Expert(nn.Module):
-    """One full set of a layer's weights."""
+class ExpertInput(nn.Module):
+    """The first half of an expert's layer: norm, then queries, keys and values."""
 
-    def __init__(self, config: LlmConfig) -> None:
+    def __init__(self, linears: LinearFactory, name: str, suffix: str, config: LlmConfig, share: DecoderShare) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        hidden = config.hidden_size
-        self.input_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.qkv_proj = linear(hidden, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=True)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
-        self.o_proj = linear(self.heads * self.head_dim, hidden, bias=False)
-        self.post_attention_layernorm = RMSNorm(hidden, config.rms_norm_eps)
-        self.mlp = GatedMlp(hidden, config.intermediate_size)
+        attention, dim, eps = f"{name}.self_attn", config.head_dim, config.rms_norm_eps
+        heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads}
+        outputs = {f"{attention}.{which}_proj{suffix}": each.times(dim) for which, each in heads.items()}
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm{suffix}", config.hidden_size, eps)
+        self.qkv_proj = linears.column(outputs, config.hidden_size, bias=True)
+        self.qk_norm = HeadNorms((f"{attention}.q_norm{suffix}", f"{attention}.k_norm{suffix}"), dim, eps)
 
-    def project(
+    def forward(
         self, x: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> None:
-        """Queries and K/V of x [rows, n, hidden] float32: q [rows * n, heads, head_dim] is filled, kv at slots."""
-        norm = self.input_layernorm
-        qkv = self.qkv_proj(backend.kernels.norm(x, norm.weight, norm.eps, q.dtype))
-        backend.kernels.rotate(qkv, (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps, rope, q, kv, slots)
+        """Fill q [rows * n, heads, head_dim], and kv at slots, from x [rows, n, hidden] float32."""
+        qkv = self.qkv_proj(self.input_layernorm(x, backend.kernels, q.dtype))
+        self.qk_norm(qkv, rope, slots, q, kv, backend.kernels)
 
-    def finish(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
+
+class ExpertOutput(nn.Module):
+    """The second half of an expert's layer: attention's output projection and the MLP, both added to the input."""
+
+    def __init__(self, linears: LinearFactory, name: str, suffix: str, config: LlmConfig, share: DecoderShare) -> None:
+        super().__init__()
+        hidden, norm = config.hidden_size, f"{name}.post_attention_layernorm{suffix}"
+        self.o_proj = linears.row(f"{name}.self_attn.o_proj{suffix}", share.heads.times(config.head_dim), hidden)
+        self.post_attention_layernorm = AddedRMSNorm(norm, hidden, config.rms_norm_eps)
+        self.mlp = GatedMlp(linears, f"{name}.mlp{suffix}", hidden, share.columns)
+
+    def forward(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
         """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
-        norm, delta = self.post_attention_layernorm, self.o_proj(attended.flatten(-2)).view(x.shape)
-        x, normed = backend.kernels.add_norm(x, delta, norm.weight, norm.eps, attended.dtype)
-        return x.add_(self.mlp(normed, backend.kernels))
+        delta = backend.after_attention(self.o_proj(attended.flatten(-2)).view(x.shape))
+        x, normed = self.post_attention_layernorm(x, delta, backend.kernels, attended.dtype)
+        return x.add_(backend.after_mlp(self.mlp(normed, backend.kernels)))
 
 
 class MoTLayer(nn.Module):
-    """One decoder layer: both experts around one attention."""
+    """One decoder layer: two halves of each expert around one attention."""
 
-    def __init__(self, config: LlmConfig, *, generation: bool) -> None:
+    def __init__(
+        self, linears: LinearFactory, name: str, config: LlmConfig, share: DecoderShare, *, generation: bool
+    ) -> None:
         super().__init__()
-        self.und = Expert(config)
-        self.gen = Expert(config) if generation else None
+        self.heads, self.head_dim = share.heads.count, config.head_dim
+        self.und_input = ExpertInput(linears, name, "", config, share)
+        self.und_output = ExpertOutput(linears, name, "", config, share)
+        self.gen_input = ExpertInput(linears, name, GENERATION_SUFFIX, config, share) if generation else None
+        self.gen_output = ExpertOutput(linears, name, GENERATION_SUFFIX, config, share) if generation else None
 
     def forward(
         self, und: Tensor, gen: Tensor | None, rows: Rows, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> tuple[Tensor, Tensor | None]:
         """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the layer's slab."""
-        q = kv[0].new_empty(rows.queries, self.und.heads, self.und.head_dim)
-        split = len(rows.starts) * rows.und
-        self.und.project(und, rows.und_rope, rows.und_slots, q[:split], kv, backend)
+        q = kv[0].new_empty(rows.queries, self.heads, self.head_dim)
+        split = rows.count * rows.und
+        self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend)
         if gen is None:
-            return self.und.finish(und, backend.attend(q, *kv, rows), backend), None
-        assert self.gen is not None and rows.gen_slots is not None and rows.gen_rope is not None
-        self.gen.project(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend)
+            return self.und_output(und, backend.attend(q, *kv, rows), backend), None
+        assert self.gen_input is not None and self.gen_output is not None
+        self.gen_input(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend)
         attended = backend.attend(q, *kv, rows)
-        return self.und.finish(und, attended[:split], backend), self.gen.finish(gen, attended[split:], backend)
+        return self.und_output(und, attended[:split], backend), self.gen_output(gen, attended[split:], backend)
 
 
 class MoTDecoder(nn.Module):
-    """The language model.
+    """The language model of one rank, with the parts that its role needs.
 
-    embedding_rows: rows of the embedding that are kept (a fed DiT keeps the two image delimiters');
-    generation: whether the generation expert is there; text: whether the parts that write text are.
+    A role without text keeps two rows of the embedding, the image delimiters', and cannot write.
     """
 
-    def __init__(self, config: LlmConfig, *, embedding_rows: int, generation: bool, denoising: bool, text: bool):
+    def __init__(self, linears: LinearFactory, name: str, config: LlmConfig, parts: Parts) -> None:
         super().__init__()
-        self.config, self.backend = config, LayerBackend()
+        hidden, eps, stem = config.hidden_size, config.rms_norm_eps, f"{name}.model"
+        share = linears.rank.decoder(config)
+        self.kv_shape = KvShape(config.num_hidden_layers, share.kv_heads.count, config.head_dim)
+        self.backend = LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
-        self.embed_tokens = nn.Embedding(embedding_rows, config.hidden_size)
-        self.layers = nn.ModuleList(MoTLayer(config, generation=generation) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if text else None
-        self.norm_moe_gen = RMSNorm(config.hidden_size, config.rms_norm_eps) if denoising else None
-        self.lm_head = linear(config.hidden_size, config.vocab_size, bias=False) if text else None
+        self.embed_tokens = nn.Embedding(config.vocab_size if parts.text else 2, hidden, dtype=linears.dtype)
+        self.layers = nn.ModuleList(
+            MoTLayer(linears, f"{stem}.layers.{i}", config, share, generation=parts.generation)
+            for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(f"{stem}.norm", hidden, eps) if parts.text else None
+        self.norm_moe_gen = RMSNorm(f"{stem}.norm{GENERATION_SUFFIX}", hidden, eps) if parts.denoising else None
+        self.lm_head = linears.whole(f"{name}.lm_head", hidden, config.vocab_size, bias=False) if parts.text else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
 
     def forward(
         self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, on_layer: OnLayer | None = None

@@ -1,103 +1,110 @@
-"""Which tensor of the checkpoint fills which part of which parameter.
+"""Which part of which tensor of the checkpoint fills which part of the model.
 
-Projections that run together are one parameter here (q, k and v; gate and up) and several tensors in the file.
+Layers know the checkpoint's names themselves (`Linear.outputs`, `RMSNorm.name`); this file lists them, and names what
+comes from PyTorch and diffusers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel.checkpoint.files import AE, EMA
+from bagel.checkpoint.slices import TensorSlice
 from bagel.model.bagel import Bagel
+from bagel.model.layers import AddedRMSNorm, HeadNorms, RMSNorm
+from bagel.model.linear import Linear, Split
 from bagel.model.vae import diffusers_name
-
-_EXPERT = re.compile(r"language_model\.(layers\.\d+)\.(und|gen)\.(.+)\.(weight|bias)")
-_VIT_LAYER = re.compile(r"vit_model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the checkpoint and where it goes: rows [start, stop) of a parameter.
+    """A slice of a tensor of the checkpoint, and the memory that it fills.
 
-    shape is what the file must have. embedding: of that tensor a role without text keeps two rows.
+    shape: of the whole tensor in the file. target: of the slice's size, perhaps of another shape.
     """
 
     file: str
-    name: str
-    parameter: Tensor
-    start: int
-    stop: int
+    part: TensorSlice
     shape: tuple[int, ...]
-    embedding: bool = False
+    target: Tensor
 
     @property
-    def target(self) -> Tensor:
-        return self.parameter[self.start : self.stop]
-
-    @property
-    def nbytes(self) -> int:
-        return self.target.numel() * self.parameter.element_size()
+    def name(self) -> str:
+        """The tensor's name in the file."""
+        return self.part.name
 
 
 def slots(model: Bagel) -> Iterator[Slot]:
-    """Every tensor of the checkpoint that this model's role needs, in the parameters' order."""
-    for name, parameter in model.named_parameters():
-        if name.startswith("vae.autoencoder."):
+    """Every slice of the checkpoint that this model needs, in the order of its parameters."""
+    for path, module in model.named_modules():
+        if path == "vae" or path.startswith("vae."):
             continue
-        if name == "language_model.embed_tokens.weight":
-            shape = (model.config.llm.vocab_size, parameter.shape[1])
-            rows = parameter.shape[0]
-            yield Slot(EMA, "language_model.model.embed_tokens.weight", parameter, 0, rows, shape, embedding=True)
-            continue
-        start = 0
-        for file_name, size in _pieces(model, name, parameter):
-            yield Slot(EMA, file_name, parameter, start, start + size, (size, *parameter.shape[1:]))
-            start += size
+        match module:
+            case Linear():
+                yield from _linear_slots(module)
+            case RMSNorm() | AddedRMSNorm():
+                yield _whole(f"{module.name}.weight", module.weight)
+            case HeadNorms():
+                for name, weight in zip(module.names, (module.q_weight, module.k_weight), strict=True):
+                    yield _whole(f"{name}.weight", weight)
+            case _ if path == "language_model.embed_tokens":
+                yield from _embedding_slots(model, module)
+            case _:
+                for name, parameter in module.named_parameters(recurse=False):
+                    yield _whole(f"{_vit_name(path)}.{name}", parameter)
     if model.vae is not None:
         yield from _vae_slots(model)
 
 
-def _pieces(model: Bagel, name: str, parameter: Tensor) -> list[tuple[str, int]]:
-    """Names in the file of one parameter, with the rows that each fills."""
-    llm, rows = model.config.llm, parameter.shape[0]
-    if match := _EXPERT.fullmatch(name):
-        prefix = f"language_model.model.{match[1]}"
-        suffix, module, kind = "" if match[2] == "und" else "_moe_gen", match[3], match[4]
-        if module == "qkv_proj":
-            kv = llm.num_key_value_heads * llm.head_dim
-            sizes = (("q", rows - 2 * kv), ("k", kv), ("v", kv))
-            return [(f"{prefix}.self_attn.{which}_proj{suffix}.{kind}", size) for which, size in sizes]
-        if module == "mlp.gate_up_proj":
-            return [(f"{prefix}.mlp{suffix}.{which}_proj.{kind}", rows // 2) for which in ("gate", "up")]
-        if module == "mlp.down_proj":
-            return [(f"{prefix}.mlp{suffix}.down_proj.{kind}", rows)]
-        where = "" if module.endswith("layernorm") else "self_attn."
-        return [(f"{prefix}.{where}{module}{suffix}.{kind}", rows)]
-    if match := _VIT_LAYER.fullmatch(name):
-        prefix = f"vit_model.vision_model.encoder.layers.{match[1]}"
-        if "qkv_proj" in match[2]:
-            return [(f"{prefix}.{match[2].replace('qkv', which)}", rows // 3) for which in ("q", "k", "v")]
-        return [(f"{prefix}.{match[2]}", rows)]
-    if name.startswith("vit_model."):
-        return [(name.replace("vit_model.", "vit_model.vision_model.", 1), rows)]
-    if name.startswith("language_model.norm"):
-        return [(name.replace("language_model.", "language_model.model.", 1), rows)]
-    return [(name, rows)]
+def _linear_slots(layer: Linear) -> Iterator[Slot]:
+    """A column split takes rows of each tensor, a row split takes columns: PyTorch's weights are [outputs, inputs]."""
+    for kind, parameter in layer.named_parameters(recurse=False):
+        begin = 0
+        for name, outputs in layer.outputs.items():
+            weight = kind == "weight"
+            shape = (outputs.whole, layer.inputs.whole) if weight else (outputs.whole,)
+            dimension, share = (1, layer.inputs) if weight and layer.split is Split.ROW else (0, outputs)
+            part = TensorSlice(f"{name}.{kind}", dimension, share.start, share.stop)
+            yield Slot(EMA, part, shape, parameter[begin : begin + outputs.count])
+            begin += outputs.count
+
+
+def _embedding_slots(model: Bagel, embedding: nn.Module) -> Iterator[Slot]:
+    """The whole table, or of a role without text the image delimiters' rows, one slice each."""
+    assert isinstance(embedding, nn.Embedding)
+    name, table = "language_model.model.embed_tokens.weight", embedding.weight
+    shape = (model.config.llm.vocab_size, embedding.embedding_dim)
+    if model.role.parts.text:
+        yield _whole(name, table)
+        return
+    for row, token in enumerate(model.delimiter_ids):
+        yield Slot(EMA, TensorSlice(name, 0, token, token + 1), shape, table[row : row + 1])
+
+
+def _whole(name: str, parameter: Tensor, file: str = EMA, shape: tuple[int, ...] | None = None) -> Slot:
+    """A tensor that fills a whole parameter. shape: in the file, if it is not the parameter's."""
+    return Slot(file, TensorSlice(name, 0, 0, len(parameter)), shape or tuple(parameter.shape), parameter)
+
+
+def _vit_name(path: str) -> str:
+    """The checkpoint's name of a module that is PyTorch's own. Only those of the ViT are called otherwise there."""
+    return path.replace("vit_model.layers.", "vit_model.encoder.layers.").replace(
+        "vit_model.", "vit_model.vision_model."
+    )
 
 
 def _vae_slots(model: Bagel) -> Iterator[Slot]:
-    """The autoencoder's tensors. diffusers keeps the attention's 1 x 1 convolutions as linear layers."""
+    """The autoencoder's tensors. The attention's 1 x 1 convolutions are linear layers in diffusers."""
     assert model.vae is not None
     parameters = dict(model.vae.autoencoder.named_parameters())
     file_names = {diffusers_name(name, len(model.config.vae.ch_mult)): name for name in _vae_file_names(model)}
     for name, parameter in parameters.items():
         convolution = ".attentions.0.to_" in name and parameter.dim() == 2
         shape = (*parameter.shape, 1, 1) if convolution else tuple(parameter.shape)
-        yield Slot(AE, file_names[name], parameter, 0, parameter.shape[0], shape)
+        yield _whole(file_names[name], parameter, AE, shape)
 
 
 def _vae_file_names(model: Bagel) -> Iterator[str]:

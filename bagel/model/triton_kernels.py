@@ -1,6 +1,6 @@
-"""A layer's elementwise work on a GPU, each function of `Kernels` in one launch and one pass over memory.
+"""A layer's elementwise work on a GPU: each function of `Kernels` is one launch and one pass over memory.
 
-Needs Triton, which PyTorch's CUDA builds bring. Rows of bench/README.md say what each gains.
+Needs Triton, which PyTorch's CUDA builds bring. bench/README.md has a row for what each gains.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ TRITON = TritonKernels()
 
 
 def _warps(elements: int) -> int:
-    """Warps for a program over so many elements: 16 of them a thread."""
+    """Warps of a program over this many elements, so that each thread has 16."""
     return min(max(elements // 512, 1), 16)
 
 

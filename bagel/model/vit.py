@@ -1,4 +1,7 @@
-"""The SigLIP vision encoder, as BAGEL runs it: linear patch embedding, no rotary, no pooling head."""
+"""The SigLIP vision encoder, as BAGEL runs it: linear patch embedding, no rotary, no pooling head.
+
+Every rank computes all of it: it is a thirtieth of the model and runs once an image.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.checkpoint.config import VitConfig
-from bagel.model.layers import Mlp, linear
+from bagel.model.layers import Mlp
+from bagel.model.linear import LinearFactory
 
 
 class VitAttention(nn.Module):
     """Full attention within one image."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.qkv_proj = linear(config.hidden_size, 3 * config.hidden_size, bias=True)
-        self.out_proj = linear(config.hidden_size, config.hidden_size, bias=True)
+        self.heads, hidden = config.num_attention_heads, config.hidden_size
+        self.qkv_proj = linears.whole([f"{name}.{which}_proj" for which in "qkv"], hidden, hidden, bias=True)
+        self.out_proj = linears.whole(f"{name}.out_proj", hidden, hidden, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, hidden] -> [n, hidden]."""
@@ -32,12 +36,12 @@ class VitAttention(nn.Module):
 class VitLayer(nn.Module):
     """Pre-norm transformer layer with LayerNorm and a gelu-tanh MLP."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = VitAttention(config)
+        self.self_attn = VitAttention(linears, f"{name}.self_attn", config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.mlp = Mlp(linears, f"{name}.mlp", config.hidden_size, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -47,10 +51,11 @@ class VitLayer(nn.Module):
 class VitEmbeddings(nn.Module):
     """Patch embedding plus a learned position per place in the grid."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
-        self.patch_embedding = linear(config.patch_features, config.hidden_size, bias=True)
-        self.position_embedding = nn.Embedding(config.positions_per_side**2, config.hidden_size)
+        patches, hidden = f"{name}.patch_embedding", config.hidden_size
+        self.patch_embedding = linears.whole(patches, config.patch_features, hidden, bias=True)
+        self.position_embedding = nn.Embedding(config.positions_per_side**2, hidden, dtype=linears.dtype)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
         return cast(Tensor, self.patch_embedding(pixel_tokens).float() + self.position_embedding(position_ids))
@@ -59,10 +64,11 @@ class VitEmbeddings(nn.Module):
 class Vit(nn.Module):
     """pixel tokens [n, patch features] -> features [n, hidden]."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
-        self.embeddings = VitEmbeddings(config)
-        self.layers = nn.ModuleList(VitLayer(config) for _ in range(config.num_hidden_layers))
+        self.embeddings = VitEmbeddings(linears, f"{name}.embeddings", config)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(VitLayer(linears, f"{name}.encoder.layers.{i}", config) for i in layers)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:

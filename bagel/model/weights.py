@@ -1,7 +1,7 @@
 """Filling a model: from a checkpoint, or with random weights in place.
 
-python -m bagel.model.weights FOLDER          what each role would load of a checkpoint, and its bytes
-python -m bagel.model.weights tensors.json    the same from a list of names and shapes, for BAGEL-7B-MoT
+python -m bagel.model.weights FOLDER          what each role loads of a checkpoint, and its bytes
+python -m bagel.model.weights tensors.json    the same from a list of names and shapes of BAGEL-7B-MoT
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagel.arguments import OnceParser
 from bagel.checkpoint.config import BAGEL_7B_MOT, ModelConfig
 from bagel.checkpoint.files import AE, EMA, Checkpoint
 from bagel.checkpoint.headers import TensorInfo
 from bagel.checkpoint.roles import Role
+from bagel.checkpoint.slices import SliceReader
 from bagel.checkpoint.tensors import check_plain, few
 from bagel.errors import BagelError, CheckpointError
 from bagel.model.backend import choose_backend
 from bagel.model.bagel import Bagel
-from bagel.model.flow import TimestepEmbedder
-from bagel.model.layers import RMSNorm
+from bagel.model.linear import LinearFactory
 from bagel.model.naming import Slot, slots
-from bagel.model.vae import Vae
+from bagel.parallel.mesh import Rank
 
 logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
+ONLY = Rank()
+"""The rank of a model that is not divided."""
+STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""PyTorch's types of the weights that a checkpoint may hold (bagel.checkpoint.tensors)."""
 
 
 def load_model(
@@ -42,21 +45,20 @@ def load_model(
     delimiter_ids: tuple[int, int],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    rank: Rank = ONLY,
 ) -> Bagel:
     """The model of a role, its weights read from the checkpoint.
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
-
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
-    Raises CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), before anything
-    is allocated.
+    rank: whose share is loaded. Raises ConfigError for a model that does not divide among its mesh's ranks, and
+    CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), both before anything is
+    allocated.
     """
-    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids)
+    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank)
     check_role(checkpoint, model)
     model = _place(model, device)
-    needed = list(slots(model))
-    for file in (EMA, AE):
-        fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], delimiter_ids)
+    fill(checkpoint, list(slots(model)))
     return model.eval()
 
 
@@ -67,43 +69,32 @@ def empty_model(
     dtype: torch.dtype,
     device: torch.device | str,
     delimiter_ids: tuple[int, int] = (0, 1),
+    rank: Rank = ONLY,
 ) -> Bagel:
     """A model without values, on any device (meta takes no memory)."""
-    return _place(_unplaced_model(config, role, dtype, delimiter_ids), device)
+    return _place(_unplaced_model(config, role, dtype, delimiter_ids, rank), device)
 
 
-def _unplaced_model(config: ModelConfig, role: Role, dtype: torch.dtype, delimiter_ids: tuple[int, int]) -> Bagel:
+def _unplaced_model(
+    config: ModelConfig, role: Role, dtype: torch.dtype, delimiter_ids: tuple[int, int] = (0, 1), rank: Rank = ONLY
+) -> Bagel:
     """A model that has shapes and types alone."""
     with torch.device("meta"):
-        model = Bagel(config, role, delimiter_ids)
-    settle_types(model, dtype)
-    return model
+        return Bagel(config, role, delimiter_ids, linears=LinearFactory(dtype, rank)).requires_grad_(False)
 
 
 def _place(model: Bagel, device: torch.device | str) -> Bagel:
     """Give a model memory on a device."""
     model.to_empty(device=device)
-    model.language_model.rotary.to(torch.float32).reset()
+    model.language_model.rotary.reset()
     model.language_model.backend = choose_backend(model.device, model.dtype)
     return model
-
-
-def settle_types(model: Bagel, dtype: torch.dtype) -> None:
-    """Matrix products, embeddings and K/V in dtype; norms and the small modules around latents in float32."""
-    model.to(dtype)
-    for module in model.modules():
-        if isinstance(module, RMSNorm | nn.LayerNorm | TimestepEmbedder | Vae) or module in (
-            model.vae2llm,
-            model.llm2vae,
-        ):
-            module.to(torch.float32)
-    model.requires_grad_(False)
 
 
 def random_model(
     config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Bagel:
-    """A model with random weights made in place, scaled so that activations stay of order one; for benches."""
+    """A model with random weights made in place, scaled so that activations stay near one; for benchmarks."""
     model = empty_model(config, role, dtype=dtype, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -117,7 +108,7 @@ def random_model(
 
 
 def check_role(checkpoint: Checkpoint, model: Bagel) -> None:
-    """Raise CheckpointError unless the checkpoint's files have what this model needs, and only what BAGEL has."""
+    """Raise CheckpointError unless the checkpoint's files hold what this model needs, and only what BAGEL has."""
     files = {file: checkpoint.tensors(file) for file in (EMA, AE)}
     check_known(files, checkpoint.config, str(checkpoint.folder))
     check_tensors({file: shapes(checkpoint, file) for file in files}, list(slots(model)), str(checkpoint.folder))
@@ -133,12 +124,12 @@ def check_known(files: Mapping[str, Mapping[str, TensorInfo]], config: ModelConf
 def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: str) -> None:
     """Compare what a model needs with what the files hold; raises CheckpointError with every difference."""
     problems = []
-    for slot in needed:
-        found = files[slot.file].get(slot.name)
+    for file, name, shape in dict.fromkeys((slot.file, slot.name, slot.shape) for slot in needed):
+        found = files[file].get(name)
         if found is None:
-            problems.append(f"{slot.file} lacks {slot.name} {list(slot.shape)}")
-        elif tuple(found) != slot.shape:
-            problems.append(f"{slot.file}: {slot.name} is {list(found)}, the configuration makes it {list(slot.shape)}")
+            problems.append(f"{file} lacks {name} {list(shape)}")
+        elif tuple(found) != shape:
+            problems.append(f"{file}: {name} is {list(found)}, the configuration makes it {list(shape)}")
     if problems:
         raise CheckpointError(f"{where} does not fit its configuration: {few(problems)}")
 
@@ -150,45 +141,44 @@ def shapes(checkpoint: Checkpoint, file: str) -> Shapes:
 
 def known_names(config: ModelConfig) -> set[str]:
     """The name of every tensor that some role uses."""
-    return {slot.name for slot in slots(_unplaced_model(config, Role.FULL, torch.bfloat16, (0, 1)))}
+    return {slot.name for slot in slots(_unplaced_model(config, Role.FULL, torch.bfloat16))}
 
 
-def _meta(config: ModelConfig, role: Role, dtype: torch.dtype = torch.bfloat16) -> Bagel:
-    return empty_model(config, role, dtype=dtype, device="meta")
-
-
-def fill(path: Path, needed: Sequence[Slot], delimiter_ids: tuple[int, int]) -> None:
-    """Read slots of one file into their parameters."""
-    if not needed:
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
+def fill(checkpoint: Checkpoint, needed: Sequence[Slot]) -> None:
+    """Read slots from the files of a checkpoint that has been checked, and no other bytes of them."""
+    for file in dict.fromkeys(slot.file for slot in needed):
+        with SliceReader(checkpoint.path(file), checkpoint.header(file)) as reader:
+            buffer = torch.empty(0, dtype=torch.uint8)
             for slot in needed:
-                slot.target.copy_(_read(file, slot, delimiter_ids).view(slot.target.shape))
-    except (OSError, SafetensorError) as error:  # what its header says has been checked; this is a disk, or a change
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+                if slot.file == file:
+                    buffer = _read(reader, slot, checkpoint.tensors(file)[slot.name].dtype, buffer)
 
 
-def _read(file: safe_open, slot: Slot, delimiter_ids: tuple[int, int]) -> Tensor:
-    if not slot.embedding or slot.stop == slot.shape[0]:
-        tensor: Tensor = file.get_tensor(slot.name)
-    else:
-        rows = file.get_slice(slot.name)
-        tensor = torch.cat([rows[token : token + 1] for token in delimiter_ids])
-    return tensor
+def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor) -> Tensor:
+    """Fill a slot by way of a buffer, which is returned for the next one, and grows where it is too small.
+
+    Memory that is used again is already mapped: that makes reading from the page cache about twice as fast.
+    """
+    dtype, target = STORED_TYPES[stored], slot.target
+    nbytes = target.numel() * dtype.itemsize
+    if len(buffer) < nbytes:
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+    reader.read(slot.part, buffer.numpy().data[:nbytes])
+    target.copy_(buffer[:nbytes].view(dtype).view(target.shape))
+    return buffer
 
 
 def inventory(files: Mapping[str, Shapes], config: ModelConfig, where: str) -> list[str]:
-    """One line per role: tensors, parameters and bytes in bfloat16, after checking that the files fit."""
+    """One line a role: tensors, parameters and bytes in bfloat16. Raises CheckpointError if the files do not fit."""
     lines = []
     for role in Role:
-        model = _meta(config, role)
-        needed = list(slots(model))
+        needed = list(slots(_unplaced_model(config, role, torch.bfloat16)))
         check_tensors(files, needed, where)
+        names = {slot.name for slot in needed}
         count = sum(slot.target.numel() for slot in needed)
-        size = sum(slot.nbytes for slot in needed)
+        size = sum(slot.target.nbytes for slot in needed)
         lines.append(
-            f"{role:<11} {len(needed):>5} tensors {count / 1e9:>8.3f} B parameters"
+            f"{role:<11} {len(names):>5} tensors {count / 1e9:>8.3f} B parameters"
             f" {size:>15,} bytes {size / 2**30:>7.2f} GiB"
         )
     unknown = sorted({name for listed in files.values() for name in listed} - known_names(config))

@@ -41,7 +41,9 @@ class Calls:
         for past, inputs, at in zip(pasts, record.all("decoder.in"), positions, strict=True):
             rows: Rows = inputs[2]
             mode = "gen" if rows.gen else "und"
-            span = (past, rows.lengths[0] - past, int(at.min()), int(at.max()))
+            assert rows.intervals is not None
+            _, length = rows.intervals[0]
+            span = (past, length - past, int(at.min()), int(at.max()))
             self.forwards.add((mode, rows.causal, *span))
 
     def compare(self, recorded: Sequence[dict[str, Any]], report: Comparison) -> None:

@@ -10,6 +10,7 @@ import torch
 from bagel.checkpoint.files import Checkpoint
 from bagel.engine.slab import NoRoom, SharedSlab
 from bagel.kv.arena import Arena
+from bagel.model.attention import KvShape
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 from bagel_dit.messages import (
@@ -140,8 +141,8 @@ def test_pages_that_land_while_a_picture_waits_are_drawn_from(checkpoint: Checkp
         assert "takes 71 tokens of K/V on the DiT's device, which holds 40" in failures(server.until(Failed))[3]
 
 
-def test_a_slab_of_a_fixed_size_takes_all_or_nothing(checkpoint: Checkpoint) -> None:
-    slab = SharedSlab(checkpoint.config.llm, dtype=torch.float32, device=torch.device("cpu"), size=10)
+def test_a_slab_of_a_fixed_size_takes_all_or_nothing() -> None:
+    slab = SharedSlab(KvShape(2, 1, 8), dtype=torch.float32, device=torch.device("cpu"), size=10)
     assert slab.take_all([4, 4]) == [0, 4]
     with pytest.raises(NoRoom):
         slab.take_all([1, 4])

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from bagel.checkpoint.config import BAGEL_7B_MOT
 from bagel.engine.slab import SharedSlab
 from bagel.errors import ConfigError
-from bagel.model.attention import QueryBlock, Rows
+from bagel.model.attention import KvShape, QueryBlock, Rows
 from bagel.model.attention_backends import BACKENDS, READ_AHEAD, choose_attention, sdpa
 from bagel.model.backend import _fused_kernels, choose_backend
 from bagel.model.kernels import TORCH, Kernels
@@ -30,12 +28,28 @@ LAYOUTS = {
 
 def rows_of(layout: str, device: torch.device = CPU) -> Rows:
     (und, gen), starts, lengths, causal = LAYOUTS[layout]
-    return Rows(starts, lengths, und, torch.zeros(1, dtype=torch.int64, device=device), None, gen=gen, causal=causal)  # type: ignore[arg-type]
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    return Rows(
+        torch.tensor(starts, device=device),
+        torch.tensor(lengths, device=device),
+        longest=max(lengths),
+        und=und,
+        und_slots=none,
+        und_rope=(none, none),
+        gen=gen,
+        causal=causal,
+        intervals=list(zip(starts, lengths, strict=True)),
+    )
+
+
+def end_of(rows: Rows) -> int:
+    """Where the last row that is seen ends in the slab."""
+    return int((rows.starts + rows.lengths).max())
 
 
 def tensors(rows: Rows, heads: tuple[int, int], dim: int, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    total = rows.starts[-1] + rows.lengths[-1] + 3
+    total = end_of(rows) + 3
     shapes = (rows.queries, heads[0], dim), (total, heads[1], dim), (total, heads[1], dim)
     q, k, v = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
     return q, k, v
@@ -44,8 +58,8 @@ def tensors(rows: Rows, heads: tuple[int, int], dim: int, device: torch.device =
 def by_hand(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """Softmax attention in float64, a row's two experts together, written out from the definition."""
     q, k, v = q.double(), k.double(), v.double()
-    out, count = torch.empty_like(q), len(rows.starts)
-    for row, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
+    out, count = torch.empty_like(q), rows.count
+    for row, (start, length) in enumerate(rows.intervals or ()):
         und = torch.arange(row * rows.und, (row + 1) * rows.und)
         gen = torch.arange(row * rows.gen, (row + 1) * rows.gen) + count * rows.und
         mine = torch.cat((und, gen)).to(q.device)
@@ -143,10 +157,7 @@ def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, ne
 
 
 def test_an_interval_of_the_slab_begins_finite_and_ends_apart_from_the_next() -> None:
-    config = replace(
-        BAGEL_7B_MOT.llm, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=16
-    )
-    space = SharedSlab(config, dtype=torch.float32, device=CPU, read_ahead=5, lengths=(10, 10))
+    space = SharedSlab(KvShape(2, 1, 8), dtype=torch.float32, device=CPU, read_ahead=5, lengths=(10, 10))
     first, second = space.take(10), space.take(10)
     assert (first, second) == (0, 15)
     space.slab.k[:, second : second + 10] = space.slab.v[:, second : second + 10] = torch.nan
@@ -169,7 +180,7 @@ def test_what_attention_reads_ahead_is_no_more_than_is_cleared(name: str) -> Non
         for heads, dim in (((28, 4), 128), ((6, 2), 16), ((4, 4), 64)):
             rows = rows_of(layout, device)
             q, k, v = (x.bfloat16() for x in tensors(rows, heads, dim, device))
-            end = max(start + length for start, length in zip(rows.starts, rows.lengths, strict=True))
+            end = end_of(rows)
             ahead = torch.zeros(READ_AHEAD.get(name, 0), *k.shape[1:], dtype=k.dtype, device=device)
             poison = torch.full_like(k[:1].expand(300, -1, -1), torch.nan)
             k, v = (torch.cat((x[:end], ahead, poison)) for x in (k, v))

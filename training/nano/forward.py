@@ -50,18 +50,18 @@ class Outputs:
     velocity: Tensor | None
 
 
-def expert_weights(expert: Any) -> Weights:
-    """Parameters of a bagel.model.mot.Expert as the layer takes them."""
+def expert_weights(first: Any, second: Any) -> Weights:
+    """Parameters of an expert's two halves (bagel.model.mot) as the layer takes them."""
     return (
-        expert.input_layernorm.weight,
-        expert.qkv_proj.weight,
-        expert.qkv_proj.bias,
-        expert.q_norm.weight,
-        expert.k_norm.weight,
-        expert.o_proj.weight,
-        expert.post_attention_layernorm.weight,
-        expert.mlp.gate_up_proj.weight,
-        expert.mlp.down_proj.weight,
+        first.input_layernorm.weight,
+        first.qkv_proj.weight,
+        first.qkv_proj.bias,
+        first.qk_norm.q_weight,
+        first.qk_norm.k_weight,
+        second.o_proj.weight,
+        second.post_attention_layernorm.weight,
+        second.mlp.gate_up_proj.weight,
+        second.mlp.down_proj.weight,
     )
 
 
@@ -172,7 +172,10 @@ def forward(model: Bagel, parts: Sequence[tuple[Batch, Inputs]], layer_fn: Layer
     if torch.is_autocast_enabled(und.device.type):
         masks = [mask.to(torch.get_autocast_dtype(und.device.type)) for mask in masks]
     for each in decoder.layers:
-        weights = expert_weights(each.und), expert_weights(each.gen)
+        weights = (
+            expert_weights(each.und_input, each.und_output),
+            expert_weights(each.gen_input, each.gen_output),
+        )
         und, gen = layer_fn(und, gen, *weights, ropes, masks, sizes, llm.num_key_value_heads, llm.rms_norm_eps)
     und_parts = _apart(und, [(b, u) for b, u, _ in sizes])
     gen_parts = _apart(gen, [(b, g) for b, _, g in sizes])

@@ -36,7 +36,7 @@ from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
 COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 40, "reason": 16}
 """New examples of a whole batch; groups that draw learn from train_joint.REUSE times as many."""
-GENERATION = (".gen.", "norm_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+GENERATION = (".gen_", "norm_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 """In the names of what latents alone pass through."""
 TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 

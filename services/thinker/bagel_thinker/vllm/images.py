@@ -16,10 +16,11 @@ from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
 from bagel.model.flow import latent_patchify
 from bagel.model.layers import grid_position_ids
+from bagel.model.linear import LinearFactory
 from bagel.model.naming import slots
 from bagel.model.pixels import to_pixels
 from bagel.model.vit import vit_patchify
-from bagel.model.weights import check_tensors, fill, settle_types, shapes
+from bagel.model.weights import check_tensors, fill, shapes
 
 VIT, VAE = SegmentKind.VIT.value, SegmentKind.VAE.value
 """vLLM's modalities: each kind of block is one of its own."""
@@ -44,8 +45,8 @@ def image_item(segment: Segment, config: ModelConfig) -> Item:
 class ImageEncoder(Bagel):
     """The parts of BAGEL that turn images into the decoder's inputs; the decoder itself is vLLM's."""
 
-    def __init__(self, config: ModelConfig, role: Role) -> None:
-        super().__init__(config, role)
+    def __init__(self, config: ModelConfig, role: Role, linears: LinearFactory) -> None:
+        super().__init__(config, role, linears=linears)
         del self.language_model
 
     @property
@@ -71,18 +72,15 @@ class ImageEncoder(Bagel):
 def empty_encoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
     """An encoder without values; types as in the exact engine: products in dtype, norms and latents in float32."""
     with torch.device("meta"):
-        encoder = ImageEncoder(config, role)
-    settle_types(encoder, dtype)
-    encoder.to_empty(device=device)
-    return encoder.eval()
+        encoder = ImageEncoder(config, role, LinearFactory(dtype))
+    return encoder.requires_grad_(False).to_empty(device=device).eval()
 
 
 def load_encoder(encoder: ImageEncoder, checkpoint: Checkpoint) -> None:
     """Fill an encoder from the checkpoint; raises CheckpointError naming what is missing."""
     needed = list(slots(encoder))
     check_tensors({file: shapes(checkpoint, file) for file in (EMA, AE)}, needed, str(checkpoint.folder))
-    for file in (EMA, AE):
-        fill(checkpoint.path(file), [slot for slot in needed if slot.file == file], (0, 1))
+    fill(checkpoint, needed)
 
 
 def embed_all(

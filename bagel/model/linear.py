@@ -1,0 +1,82 @@
+"""Linear layers: one factory makes every one of the network.
+
+A layer knows the tensors of the checkpoint that it is made of, how it is split over tensor-parallel ranks, and the
+number format that it computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel.parallel.mesh import Rank, Share
+
+
+class Split(StrEnum):
+    """How ranks divide a layer.
+
+    column: each computes some of the outputs; row: each computes all outputs from some of the inputs, and the ranks'
+    results are added up; none: each computes all of it.
+    """
+
+    COLUMN = "column"
+    ROW = "row"
+    NONE = "none"
+
+
+class Linear(nn.Linear):
+    """A rank's share of a linear layer. It computes in its weight's type, whatever comes in.
+
+    outputs: layers of the checkpoint by name, without ".weight" and ".bias", whose outputs follow one another here, and
+    the share of each; inputs: the share of their inputs.
+    """
+
+    def __init__(
+        self, outputs: Mapping[str, Share], inputs: Share, split: Split, *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(inputs.count, sum(share.count for share in outputs.values()), bias=bias, dtype=dtype)
+        self.outputs, self.inputs, self.split = outputs, inputs, split
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class LinearFactory:
+    """Makes the linear layers of one rank's network. dtype: the type of the model's matrix products."""
+
+    dtype: torch.dtype
+    rank: Rank = field(default_factory=Rank)
+
+    def column(self, outputs: Mapping[str, Share], inputs: int, *, bias: bool) -> Linear:
+        """A layer of which this rank computes a share of the outputs, of one or more layers of the checkpoint."""
+        return self._make(outputs, Share.all(inputs), Split.COLUMN, bias=bias)
+
+    def row(self, name: str, inputs: Share, outputs: int) -> Linear:
+        """A layer of which this rank computes all outputs from a share of the inputs.
+
+        It has no bias, which ranks would add once each.
+        """
+        return self._make({name: Share.all(outputs)}, inputs, Split.ROW, bias=False)
+
+    def whole(
+        self, names: str | Sequence[str], inputs: int, outputs: int, *, bias: bool, exact: bool = False
+    ) -> Linear:
+        """A layer that every rank computes in full; with several names, each has so many outputs.
+
+        exact: in float32, whatever the model's type is.
+        """
+        named = (names,) if isinstance(names, str) else names
+        shares = dict.fromkeys(named, Share.all(outputs))
+        return self._make(shares, Share.all(inputs), Split.NONE, bias=bias, exact=exact)
+
+    def _make(
+        self, outputs: Mapping[str, Share], inputs: Share, split: Split, *, bias: bool, exact: bool = False
+    ) -> Linear:
+        """The one place that chooses a layer's number format; a quantised one will be another class, made here."""
+        return Linear(outputs, inputs, split, bias=bias, dtype=torch.float32 if exact else self.dtype)
