@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
+from bagel.ranges import in_words
 from bagel.vocabulary import refuse_control_marks
 
 MAX_SEED = 2**63 - 1
@@ -320,24 +321,6 @@ def _finite(
     if not number or too_low or (at_most is not None and value > at_most):
         wanted = in_words(above=above, at_least=at_least, at_most=at_most)
         raise InvalidRequest(name, f"{name} is {value!r:.80}; it must be a number {wanted}")
-
-
-def in_words(
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    at_most: float | None = None,
-) -> str:
-    """A range: both ends where there are two, and whether each belongs to it. None: no such end."""
-    if at_least is not None and at_most is not None:
-        return f"from {_plain(at_least)} to {_plain(at_most)}"
-    ends = {"above": above, "at least": at_least, "below": below, "at most": at_most}
-    return " and ".join(f"{word} {_plain(end)}" for word, end in ends.items() if end is not None) or "that is finite"
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:.15g}"
 
 
 def _kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None:

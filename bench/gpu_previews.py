@@ -15,6 +15,7 @@ import torch
 
 from bagel.checkpoint.roles import Role
 from bagel.deployment.defaults import NANO_NAME, find_model
+from bagel.deployment.dit_config import DitConfig
 from bagel.engine.loading import LoadedModel
 from bagel.engine.segments import ChainPlanner
 from bagel.kv.arena import Arena
@@ -126,5 +127,5 @@ def _serve(connection: Connection, arena: Arena, model: Bagel) -> None:
     tokenizer = BagelTokenizer(checkpoint.folder)
     planner = ChainPlanner(model.config, tokenizer, b"bench")
     loaded = LoadedModel(model, tokenizer, checkpoint, planner, b"bench", 16_384)
-    settings = messages.RunnerSettings("bench", False, str(model.device), "auto", 1, None, False, "WARNING")
-    Runner(Pipe(connection), Pulses(), arena, settings, loaded).run()
+    config = DitConfig(model="bench", device=str(model.device), max_num_seqs=1, log_level="WARNING")
+    Runner(Pipe(connection), Pulses(), arena, config, loaded).run()

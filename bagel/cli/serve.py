@@ -24,7 +24,8 @@ from bagel.deployment.launcher import Deployment, reachable
 from bagel.deployment.process import Logs
 from bagel.errors import ConfigError
 from bagel.rpc.api_keys import key_file, read_keys
-from bagel.rpc.transport import DRAIN_S, PLAINTEXT, Security
+from bagel.rpc.limits import DRAIN_S
+from bagel.rpc.transport import PLAINTEXT, Security
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES, LogFolder
 
 WATCH_S = 0.2

@@ -19,7 +19,8 @@ from pydantic_core import ErrorDetails
 from bagel.deployment.yaml_files import merge, read_yaml
 from bagel.errors import ConfigError, InvalidRequest, NotSupported
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType, pipeline
-from bagel.request import MAX_SEED, TextSettings, in_words
+from bagel.ranges import in_words
+from bagel.request import MAX_SEED, TextSettings
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of `bagel`, in an installed wheel or a checkout."""

@@ -24,7 +24,8 @@ from bagel.deployment.process import POLL_S, Logs, Service
 from bagel.errors import ConfigError, InitTimeout
 from bagel.rpc.api_keys import KEYS_FILE
 from bagel.rpc.deadlines import deadline_of
-from bagel.rpc.transport import DRAIN_S, PLAINTEXT, Security, sync_channel
+from bagel.rpc.limits import DRAIN_S
+from bagel.rpc.transport import PLAINTEXT, Security, sync_channel
 
 LOOPBACK = "127.0.0.1"
 GATEWAY = "gateway"

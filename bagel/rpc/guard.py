@@ -10,7 +10,6 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -19,14 +18,13 @@ from grpc import aio
 from bagel.errors import Busy, Forbidden, InvalidRequest
 from bagel.rpc.errors import Undecodable, abort, decoding
 from bagel.rpc.health import HEALTH
+from bagel.rpc.limits import Limits
 from bagel.rpc.security import Security, names_of
 from bagel.telemetry.logs import Log
 
 HEALTH_METHODS = frozenset({f"/{HEALTH}/Check", f"/{HEALTH}/Watch"})
 """What a probe calls: it has no key, and its certificate may be any of the CA's."""
 WATCH = f"/{HEALTH}/Watch"
-CONNECTIONS = 4096
-"""Silent ones cost some 20 KiB each, for --grpc-handshake-timeout at most."""
 _REFLECTION = "/grpc.reflection."
 RETRY_S = 30.0
 _OF_ONE_CALLER = 4
@@ -37,34 +35,6 @@ Continue = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 Serve = Callable[[Any], Awaitable[None]]
 
 log = Log("bagel.guard")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a gRPC server. None of them ends a call whose request has been read.
-
-    connections: at once, in all; streams: calls at once on one connection. watches: streams that may idle (health's
-    Watch and reflection), of which one host gets a quarter. message_s: until a call's request has come in, and between
-    two requests of reflection; handshake_s: until TLS and HTTP/2 have been agreed on; age_s: of a connection, then its
-    caller makes another for new calls.
-    """
-
-    connections: int = CONNECTIONS
-    streams: int = 1024
-    watches: int = 256
-    message_s: float = 120.0
-    handshake_s: float = 10.0
-    age_s: float = 600.0
-
-    def options(self) -> tuple[tuple[str, int], ...]:
-        """Those that gRPC itself keeps."""
-        return (
-            ("grpc.max_allowed_incoming_connections", self.connections),
-            ("grpc.max_concurrent_streams", self.streams),
-            ("grpc.server_handshake_timeout_ms", round(1000 * self.handshake_s)),
-            ("grpc.http2.settings_timeout", round(1000 * self.handshake_s)),
-            ("grpc.max_connection_age_ms", round(1000 * self.age_s)),
-        )
 
 
 class Guard(aio.ServerInterceptor):

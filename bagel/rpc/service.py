@@ -8,14 +8,15 @@ import json
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bagel.arguments import Parser
 from bagel.errors import BagelError, ConfigError
 from bagel.images.pool import TIMEOUT_S, WORKERS, ImagePool
-from bagel.rpc.guard import CONNECTIONS
+from bagel.rpc.limits import CONNECTIONS, DRAIN_S, MAX_UNREAD_BYTES, READER_TIMEOUT_S
 from bagel.rpc.open_files import limit, raise_limit
-from bagel.rpc.transport import DRAIN_S, Host, Limits, Security
-from bagel.rpc.unread import MAX_UNREAD_BYTES, READER_TIMEOUT_S, Unread
+from bagel.rpc.transport import Host, Limits, Security
+from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log, set_up_logs
 from bagel.telemetry.metrics import set_up_metrics
 from bagel.telemetry.otlp import shut_down
@@ -29,6 +30,8 @@ LAST_WORDS_S = 1.0
 """For the calls of a service that has failed: they were told, and the telling may take a moment."""
 
 log = Log("bagel.service")
+
+C = TypeVar("C", bound=Any)
 
 
 def parser(module: str, description: str, listen: str, clients: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -206,21 +209,19 @@ async def serve(
     failed.result()
 
 
-def run(
-    flags: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    main: Callable[[argparse.Namespace], Awaitable[None]],
-    service: str,
-) -> int:
-    """Run a service to its end; the process's exit code. A BagelError is one line on stderr."""
+def run(read: Callable[[], C], main: Callable[[C], Awaitable[None]], service: str) -> int:
+    """Run a service, from reading its configuration to its end; the process's exit code.
+
+    A BagelError is one line on stderr.
+    """
     try:
-        args = flags.parse_args(argv)
-        set_up_logs(service, args.log_level)
+        config = read()
+        set_up_logs(service, config.log_level)
         raise_limit()
-        instance = getattr(args, "name", service)
+        instance = getattr(config, "name", service)
         set_up_tracing(service, instance)
         set_up_metrics(service, instance)
-        asyncio.run(_as_coroutine(main(args)))
+        asyncio.run(_as_coroutine(main(config)))
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

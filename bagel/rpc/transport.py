@@ -16,15 +16,15 @@ from grpc_reflection.v1alpha import reflection
 
 from bagel.errors import BagelError, ConfigError, Loading
 from bagel.rpc.errors import abort, decoding
-from bagel.rpc.guard import Guard, Limits
+from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
+from bagel.rpc.limits import DRAIN_S, Limits
 from bagel.rpc.security import PLAINTEXT, Security
 from bagel.rpc.unread import Unread
 from bagel.rpc.writing import writing
 from bagel.telemetry.logs import Log
 
 __all__ = [
-    "DRAIN_S",
     "MAX_MESSAGE_BYTES",
     "PLAINTEXT",
     "Host",
@@ -37,7 +37,6 @@ __all__ = [
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt's images and a picture fit; K/V pages are far smaller."""
-DRAIN_S = 30.0
 IDLE_CHECK_S = 0.05
 _PING = 10_000
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -7,15 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from bagel.errors import ConfigError
+from bagel.rpc.limits import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S
 from bagel.telemetry.logs import Log
 
-READER_TIMEOUT_S = 60.0
-"""That a reader may take nothing: longer than a phone is out of reach in a tunnel."""
 SLOWEST_BYTES_PER_S = 64 * 1024
 """What a reader takes at least of one large message, on top of that time: a picture over a bad mobile network."""
-MAX_UNREAD_BYTES = 128 * 2**20
-MAX_UNREAD_CALL_BYTES = 64 * 2**20
-"""Ten large pictures with their previews; a message alone may have as much."""
 
 log = Log("bagel.unread")
 

@@ -18,7 +18,7 @@ log = Log("bagel_gateway")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
-    return service.run(parser(), argv, _serve, "gateway")
+    return service.run(lambda: parser().parse_args(argv), _serve, "gateway")
 
 
 async def _serve(args: argparse.Namespace) -> None:

@@ -18,8 +18,9 @@ from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from bagel.rpc import service
 from bagel.rpc.api_keys import KEYS_FILE, is_local, key_file
-from bagel.rpc.transport import DRAIN_S, MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
-from bagel.rpc.unread import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S, Unread
+from bagel.rpc.limits import DRAIN_S, MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIMEOUT_S
+from bagel.rpc.transport import MAX_MESSAGE_BYTES, PLAINTEXT, Limits, Security
+from bagel.rpc.unread import Unread
 from bagel_gateway.backends import CHECK_EVERY_S, SILENCE_S, Address
 from bagel_gateway.images import MAX_IMAGE_PIXELS, MAX_IMAGES, MOST_IMAGES
 

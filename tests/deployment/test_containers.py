@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bagel.rpc.transport import DRAIN_S
+from bagel.rpc.limits import DRAIN_S
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -12,6 +12,8 @@ from typing import Any
 
 from google.rpc import status_pb2
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.deployment.dit_config import DitConfig
 from bagel.kv.arena import Arena
 from bagel.rpc import convert
 from bagel_dit.messages import (
@@ -23,7 +25,6 @@ from bagel_dit.messages import (
     Read,
     Ready,
     Reply,
-    RunnerSettings,
     Serve,
     Stepped,
     StepPlan,
@@ -90,14 +91,15 @@ class Server:
 def serving(arena: Arena | None = None, device: str = "cpu", **settings: Any) -> Iterator[Server]:
     """A runner of the recordings' checkpoint. arena: shared memory with K/V, of one that draws from contexts."""
     ours, theirs = multiprocessing.Pipe()
-    folder = str(GOLDEN / "checkpoint")
-    asked = RunnerSettings(folder, arena is None, device, "float32", 4, None, False, "ERROR", **settings)
+    folder = GOLDEN / "checkpoint"
+    about: dict[str, Any] = {"single_stage": arena is None, "device": device, "dtype": "float32", "max_num_seqs": 4}
+    config = DitConfig(model=str(folder), log_level="ERROR", **about, **settings)
     server = Server(ours)
 
     def run() -> None:
         pipe, pulses = Pipe(theirs), Pulses()
-        server.runner = Runner(pipe, pulses, arena, asked, load(asked))
-        Watch(pulses, asked.step_timeout_s, pipe.send).start()
+        server.runner = Runner(pipe, pulses, arena, config, load(config, Checkpoint(folder)))
+        Watch(pulses, config.step_timeout_s, pipe.send).start()
         server.runner.run()
 
     thread = Thread(target=run, daemon=True)

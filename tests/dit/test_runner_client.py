@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from bagel.checkpoint.files import EMA
+from bagel.deployment.dit_config import DitConfig
 from bagel.errors import BagelError, Loading, RunnerDied
-from bagel_dit.messages import RunnerSettings
 from bagel_dit.runner_client import Driver
 from tests.conftest import GOLDEN
 
@@ -60,11 +60,9 @@ def driven(model: Path, test: Callable[[Driver, list[bool]], object]) -> None:
         async def on_health(healthy: bool) -> None:
             health.append(healthy)
 
-        settings = RunnerSettings(
-            str(model), False, "cpu", "auto", 4, None, False, "ERROR", step_timeout_s=STEP_TIMEOUT_S
-        )
+        config = DitConfig(model=str(model), device="cpu", log_level="ERROR", step_timeout_s=STEP_TIMEOUT_S)
         async with asyncio.timeout(LIMIT_S):
-            driver = Driver(settings, None, on_health)
+            driver = Driver(config, model, None, on_health)
             try:
                 await test(driver, health)  # type: ignore[misc]
             finally:

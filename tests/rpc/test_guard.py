@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bagel.errors import InvalidRequest
 from bagel.rpc.errors import unary
-from bagel.rpc.guard import Limits
+from bagel.rpc.limits import Limits
 from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from tests.rpc.test_transport import SERVICE, SERVING, add_stats, leases

@@ -180,7 +180,7 @@ def test_the_process_ends_with_its_service(tmp_path: Path) -> None:
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
-        assert service.run(flags, [], failing, "thinker") == 1
+        assert service.run(lambda: flags.parse_args([]), failing, "thinker") == 1
     finally:
         root.handlers[:], root.level = before[0], before[1]
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bagel.effect import UNHEARD
 from bagel.errors import InvalidRequest
-from bagel.request import MAX_STOP_TOKENS, RenormType, in_words
+from bagel.ranges import in_words
+from bagel.request import MAX_STOP_TOKENS, RenormType
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.errors import UnknownParameter
 

@@ -9,33 +9,8 @@ from bagel.images import ResizedImage
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
-STEP_TIMEOUT_S = 600.0
-"""Of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
 SILENCE_S = 30.0
 """A runner that has told nothing for so long is taken for dead, once its model is loaded."""
-
-
-@dataclass(frozen=True)
-class RunnerSettings:
-    """How a runner loads its model, a checkpoint folder. single_stage: all of it, to serve whole requests."""
-
-    model: str
-    single_stage: bool
-    device: str
-    dtype: str
-    max_num_seqs: int
-    max_model_len: int | None
-    vae_use_tiling: bool
-    log_level: str
-    profile: bool = False
-    """Whether the durations of each picture's diffusion stages are told."""
-    step_timeout_s: float = STEP_TIMEOUT_S
-    kv_device_bytes: int | None = None
-    """Memory of the device for K/V of pictures and texts; None: a share of what is free."""
-    model_name: str = ""
-    """What callers are told that the model is called; empty: its folder."""
-    fingerprint: bytes = b""
-    """Of the checkpoint that the service already serves: a runner that is started again loads no other."""
 
 
 # Commands: server to runner

@@ -14,6 +14,7 @@ from torch import Tensor
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import padded_latents
 from bagel.checkpoint.roles import Role
+from bagel.deployment.dit_config import DitConfig
 from bagel.engine.clock import WindowClock
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.local import DTYPES, choose_device
@@ -55,7 +56,6 @@ from bagel_dit.messages import (
     Read,
     Ready,
     Remove,
-    RunnerSettings,
     Serve,
     Stepped,
     StepPlan,
@@ -71,16 +71,18 @@ NICENESS = 5
 """Of a process that computes on a CPU: the services beside it need little of it, and that at once (bench/README.md)."""
 
 
-def main(pipe: Pipe, pulses: Pulses, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
-    """Load the model, then serve commands until Stop or until the server is gone."""
-    set_up_logs("dit-runner", settings.log_level)
+def main(
+    pipe: Pipe, pulses: Pulses, arena_fd: Any, arena_bytes: int, config: DitConfig, folder: Path, fingerprint: bytes
+) -> None:
+    """Load the model of a checkpoint folder, then serve commands until Stop or until the server is gone."""
+    set_up_logs("dit-runner", config.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
-        if choose_device(settings.device, 0).type == "cpu":
+        if choose_device(config.device, 0).type == "cpu":
             os.nice(NICENESS)
-        loaded = load(settings)
+        loaded = load(config, Checkpoint(folder), fingerprint)
         keep_loaded()
-        runner = Runner(pipe, pulses, arena, settings, loaded)
+        runner = Runner(pipe, pulses, arena, config, loaded)
     except Exception as error:
         if is_out_of_memory(error):
             error = OutOfMemory(f"the device has too little memory to load the model: {error}")
@@ -129,16 +131,14 @@ class _Drawing:
 class Runner:
     """One rank's worker, on a model that is loaded."""
 
-    def __init__(
-        self, pipe: Pipe, pulses: Pulses, arena: Arena | None, settings: RunnerSettings, loaded: LoadedModel
-    ) -> None:
+    def __init__(self, pipe: Pipe, pulses: Pulses, arena: Arena | None, config: DitConfig, loaded: LoadedModel) -> None:
         self._pipe, self._send, self._pulses = pipe, pipe.send, pulses
         self._loaded = loaded
         model = self._loaded.model
         self._model, self._device = model, model.device
-        self._gate, self._profiles = StepGate(self._device), settings.profile
+        self._gate, self._profiles = StepGate(self._device), config.enable_diffusion_pipeline_profiler
         self._shared = None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8)
-        self._space = kv_space(model, settings.kv_device_bytes)
+        self._space = kv_space(model, config.kv_device_bytes)
         self._line = WaitingLine(self._space)
         self._canvases: dict[int, Canvas] = {}
         self._drawings: dict[int, _Drawing] = {}
@@ -146,7 +146,7 @@ class Runner:
         self._whole = (
             WholeRequests(
                 self._loaded,
-                settings.max_num_seqs,
+                config.max_num_seqs,
                 send=self._send,
                 fail=self._fail,
                 tell_failed=self._tell_failed,
@@ -154,13 +154,13 @@ class Runner:
                 pulses=pulses,
                 space=self._space,
             )
-            if settings.single_stage
+            if config.single_stage
             else None
         )
         self._check = DeviceCheck(model, self._send, self._whole.drop_cache if self._whole else lambda: None)
         info = model_info(
             model.config,
-            name=settings.model_name or settings.model,
+            name=config.model,
             checkpoint_fingerprint=self._loaded.checkpoint.fingerprint,
             kv_fingerprint=self._loaded.kv_fingerprint,
             max_positions=self._loaded.max_model_len,
@@ -394,17 +394,16 @@ def beat_in_layers(model: Bagel, pulses: Pulses) -> None:
         layer.register_forward_hook(lambda *_: pulses.beat())
 
 
-def load(settings: RunnerSettings) -> LoadedModel:
-    """The model of a runner, on its device."""
-    device = choose_device(settings.device, 0)
+def load(config: DitConfig, checkpoint: Checkpoint, fingerprint: bytes = b"") -> LoadedModel:
+    """The model of a runner, on its device. fingerprint: what it must have, if anything."""
+    device = choose_device(config.device, 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if settings.dtype == "auto" else settings.dtype
-    role = Role.FULL if settings.single_stage else Role.DENOISE
-    checkpoint = Checkpoint(Path(settings.model))
-    _check_same(checkpoint, settings.fingerprint)
-    loaded = load_role(checkpoint, role, dtype=DTYPES[dtype], device=device, max_model_len=settings.max_model_len)
-    if settings.vae_use_tiling:
+    dtype = ("bfloat16" if device.type == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    role = Role.FULL if config.single_stage else Role.DENOISE
+    _check_same(checkpoint, fingerprint)
+    loaded = load_role(checkpoint, role, dtype=DTYPES[dtype], device=device, max_model_len=config.max_model_len)
+    if config.vae_use_tiling:
         loaded.model.autoencoder().use_tiling()
     return loaded
 

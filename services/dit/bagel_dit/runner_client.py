@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from google.rpc import status_pb2
 
+from bagel.deployment.dit_config import DitConfig
 from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.kv.arena import Arena
 from bagel.rpc.errors import from_status
@@ -25,7 +26,6 @@ from bagel_dit.messages import (
     Ready,
     Remove,
     Reply,
-    RunnerSettings,
     Stepped,
 )
 from bagel_dit.runner_process import RunnerProcess
@@ -38,15 +38,16 @@ log = Log("bagel.dit")
 
 
 class Driver:
-    """Owns the runner process and the scheduler. on_health is told when the runner can serve, and when it cannot.
+    """Owns the scheduler and the runner process, which loads a checkpoint folder.
 
+    on_health is told when the runner can serve, and when it cannot.
     failed gets a RunnerDied once a runner that died could not be loaded again.
     """
 
     def __init__(
-        self, settings: RunnerSettings, arena: Arena | None, on_health: Callable[[bool], Awaitable[None]]
+        self, config: DitConfig, folder: Path, arena: Arena | None, on_health: Callable[[bool], Awaitable[None]]
     ) -> None:
-        self._settings, self._arena, self._on_health = settings, arena, on_health
+        self._config, self._folder, self._arena, self._on_health = config, folder, arena, on_health
         self.info = common_pb2.ModelInfo()
         self.kv_tokens = 0
         """Tokens of K/V that the device has room for."""
@@ -110,13 +111,13 @@ class Driver:
                 return  # reading goes on once its reply says that there is more
 
     def _start(self) -> RunnerProcess:
-        return RunnerProcess(self._settings, self._arena, self._on_reply, self._on_death)
+        served = self.info.checkpoint_fingerprint  # a runner that is started again loads no other model
+        return RunnerProcess(self._config, self._folder, served, self._arena, self._on_reply, self._on_death)
 
     def _on_reply(self, reply: Reply) -> None:
         match reply:
             case Ready():
                 self.info = common_pb2.ModelInfo.FromString(reply.info)
-                self._settings = replace(self._settings, fingerprint=self.info.checkpoint_fingerprint)
                 self.kv_tokens = reply.kv_tokens
                 memory = dict(reply.memory)
                 log.info("memory", weights_bytes=memory, kv_tokens=reply.kv_tokens, runner_pid=self._runner.pid)

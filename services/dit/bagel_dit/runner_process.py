@@ -10,12 +10,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from bagel.deployment.dit_config import DitConfig
 from bagel.kv.arena import Arena
 from bagel.telemetry.logs import Log
-from bagel_dit.messages import SILENCE_S, Alive, Command, Hung, Ready, Reply, RunnerSettings, Stop
+from bagel_dit.messages import SILENCE_S, Alive, Command, Hung, Ready, Reply, Stop
 from bagel_dit.pulse import Pulses, Watch
 
 STOP_S = 10.0
@@ -42,35 +44,41 @@ class Pipe:
             self._connection.send(reply)
 
 
-def _main(connection: Connection, arena_fd: Any, arena_bytes: int, settings: RunnerSettings) -> None:
+def _main(
+    connection: Connection, arena_fd: Any, arena_bytes: int, config: DitConfig, folder: Path, fingerprint: bytes
+) -> None:
     """What the child runs; torch is imported there alone."""
     pipe, pulses = Pipe(connection), Pulses()
-    Watch(pulses, settings.step_timeout_s, pipe.send).start()  # the import may hang too
+    Watch(pulses, config.step_timeout_s, pipe.send).start()  # the import may hang too
     from bagel_dit.runner import main
 
-    main(pipe, pulses, arena_fd, arena_bytes, settings)
+    main(pipe, pulses, arena_fd, arena_bytes, config, folder, fingerprint)
 
 
 class RunnerProcess:
-    """One runner. on_reply and on_death (why) are called in the event loop."""
+    """One runner of a checkpoint folder. on_reply and on_death (why) are called in the event loop.
+
+    fingerprint: of the checkpoint that the service already serves, so that the runner loads no other; empty: of none.
+    """
 
     def __init__(
         self,
-        settings: RunnerSettings,
+        config: DitConfig,
+        folder: Path,
+        fingerprint: bytes,
         arena: Arena | None,
         on_reply: Callable[[Reply], None],
         on_death: Callable[[str], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._step_timeout_s = settings.step_timeout_s
+        self._step_timeout_s = config.step_timeout_s
         self._on_reply, self._on_death = on_reply, on_death
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
+        nbytes = 0 if arena is None else arena.nbytes
         context = multiprocessing.get_context("spawn")  # gRPC and CUDA survive no fork
         self._connection, theirs = context.Pipe()
-        nbytes = 0 if arena is None else arena.nbytes
-        self._process: BaseProcess = context.Process(
-            target=_main, args=(theirs, _Descriptor(arena), nbytes, settings), name="dit-runner", daemon=True
-        )
+        args = (theirs, _Descriptor(arena), nbytes, config, folder, fingerprint)
+        self._process: BaseProcess = context.Process(target=_main, args=args, name="dit-runner", daemon=True)
         self._process.start()
         theirs.close()
         for work in (self._send_all, self._receive_all):

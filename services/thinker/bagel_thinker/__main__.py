@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
-    return service.run(parser(), argv, _serve, "thinker")
+    return service.run(lambda: parser().parse_args(argv), _serve, "thinker")
 
 
 async def _serve(args: argparse.Namespace) -> None:
