@@ -109,9 +109,9 @@ class SharedSlab:
         start = self._allocator.end
         size = max(start + tokens, self.size + self.size // 2)
         slab = KvSlab(self._shape, size, dtype=self._dtype, device=self._device)
-        for begin, tokens in self._taken.items():
-            slab.k[:, begin : begin + tokens] = self.slab.k[:, begin : begin + tokens]
-            slab.v[:, begin : begin + tokens] = self.slab.v[:, begin : begin + tokens]
+        for begin, length in self._taken.items():
+            slab.k[:, begin : begin + length] = self.slab.k[:, begin : begin + length]
+            slab.v[:, begin : begin + length] = self.slab.v[:, begin : begin + length]
         self.slab, self.size = slab, size
         self._allocator.grow(size)
         allocated = self._allocator.allocate(tokens)
