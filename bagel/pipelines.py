@@ -1,7 +1,7 @@
 """The three frozen pipelines: which stages a deployment has, and how K/V passes between them. No torch, no I/O.
 
-The values are vllm-omni's. Services read them here and decide nothing of it again: who expands a prompt into its
-guidance branches, when K/V may leave, who collects it, what each stage gives back.
+The values are vllm-omni's. Code reads a stage's fields and never asks for a pipeline's name: which stage expands a
+prompt into its guidance branches, when K/V may leave, which stage collects it, what each stage gives out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class StageExecutionType(StrEnum):
     DIFFUSION = "diffusion"
 
 
+PREFILL_FINISHED = "prefill_finished"
+
+
 @dataclass(frozen=True)
 class KvTransferCriteria:
     """When K/V may leave before the sequence ends. prefill_finished: each page as prefill computes it."""
@@ -51,6 +54,12 @@ class OmniKvConfig:
     need_recv_cache: bool = False
     kv_transfer_criteria: KvTransferCriteria | None = None
 
+    @property
+    def sends_early(self) -> bool:
+        """Whether pages leave while the prompt is being computed, so that the receiver takes part from the start."""
+        criteria = self.kv_transfer_criteria
+        return criteria is not None and criteria.type == PREFILL_FINISHED
+
 
 @dataclass(frozen=True)
 class SamplingConstraints:
@@ -63,8 +72,12 @@ class SamplingConstraints:
 class StageConfig:
     """One stage: a service, or (single stage) the whole model.
 
-    input_sources are the stage_ids it is fed by; final_output is what it gives the user, "text" or "image".
+    input_sources are the stage_ids that feed it; final_output is what it gives the user, "text" or "image".
     The functions are named here and found by `prompt_expander` and `kv_collector`; None: the stage has none.
+
+    Five fields are here for comparison with vllm-omni alone, and decide nothing: owns_tokenizer,
+    requires_multimodal_data, model_arch, engine_output_type, sampling_constraints. vllm-omni leaves them unset for its
+    single stage, which tokenizes, reads images and detokenizes all the same.
     """
 
     stage_id: int
@@ -96,6 +109,16 @@ class PipelineConfig:
         """Whether a think text comes before the picture; None where one topology serves both (single stage)."""
         expand = self.stages[0].prompt_expand_func
         return None if expand is None else expand == expand_cfg_prompts_think.__name__
+
+    def path(self, output: str) -> tuple[StageConfig, ...]:
+        """The stages that a request for "text" or an "image" goes through: up to the one that gives that out.
+
+        All stages if none names that output: the single stage names pictures, and has the whole model for texts too.
+        """
+        for number, stage in enumerate(self.stages, 1):
+            if stage.final_output == output:
+                return self.stages[:number]
+        return self.stages
 
     def stage(self, model_stage: str) -> StageConfig:
         """The stage of that role, "thinker" or "dit"; ConfigError if this pipeline has none."""
@@ -141,7 +164,7 @@ BAGEL = _two_stages(
     "bagel",
     ("BagelForConditionalGeneration",),
     "expand_cfg_prompts",
-    OmniKvConfig(need_send_cache=True, kv_transfer_criteria=KvTransferCriteria("prefill_finished")),
+    OmniKvConfig(need_send_cache=True, kv_transfer_criteria=KvTransferCriteria(PREFILL_FINISHED)),
 )
 BAGEL_THINK = _two_stages("bagel_think", (), "expand_cfg_prompts_think", OmniKvConfig(need_send_cache=True))
 BAGEL_SINGLE_STAGE = PipelineConfig(

@@ -92,14 +92,15 @@ class BranchName(StrEnum):
 class Branch:
     """A prompt to build K/V for.
 
-    max_tokens: visible tokens of text decoded after it. gen of a think run writes the think text, which
-    is then appended to it as a text part of its own; companions stop after prefill (max_tokens 1, of which
-    nothing is kept).
+    max_tokens: visible tokens of text decoded after it. writes: that text is kept, and appended as a text part of its
+    own, as the think text is to gen. Companions stop after prefill: max_tokens 1, of which nothing is kept. A think
+    text may be limited to 1 token too, so the limit alone cannot say which of the two it is.
     """
 
     name: BranchName
     parts: Prompt
     max_tokens: int = 1
+    writes: bool = False
 
 
 def expand_cfg_prompts(prompt: Prompt, *, negative_prompt: str = "") -> tuple[Branch, ...]:
@@ -136,7 +137,7 @@ def expand_cfg_prompts_think(
     """
     branches = expand_cfg_prompts((TextPart(THINK_IMAGE_PROMPT), *prompt), negative_prompt=negative_prompt)
     gen, *companions = branches
-    return (Branch(gen.name, gen.parts, max_tokens=max_think_tokens), *companions)
+    return (Branch(gen.name, gen.parts, max_think_tokens, writes=True), *companions)
 
 
 def text_prompt(prompt: Prompt, *, think: bool) -> Prompt:

@@ -16,7 +16,7 @@ from bagel.client import AsyncClient
 from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
 from bagel.kv.codec import PAGE_VERSION
-from bagel.pipelines import BAGEL_SINGLE_STAGE, pipeline
+from bagel.pipelines import pipeline
 from bagel.rpc.admission import Admission
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
@@ -256,7 +256,7 @@ async def deployment(
     **settings: Any,
 ) -> AsyncIterator[Deployment]:
     """thinkers and dits: the K/V fingerprint of each. ready: wait until the gateway is."""
-    journal, single = Journal(), pipeline(topology) is BAGEL_SINGLE_STAGE
+    journal, single = Journal(), len(pipeline(topology).stages) == 1
     served_thinkers = [] if single else [Thinker(journal, fingerprint) for fingerprint in thinkers]
     served_dits = [Dit(journal, single_stage=single, kv_fingerprint=fingerprint) for fingerprint in dits]
     async with AsyncExitStack() as stack:

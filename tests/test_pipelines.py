@@ -85,6 +85,22 @@ def test_single_stage_hands_no_kv_over() -> None:
     assert stage.omni_kv_config == OmniKvConfig()
 
 
+@pytest.mark.parametrize(
+    ("spec", "text", "image"),
+    [(BAGEL, ["thinker"], ["thinker", "dit"]), (BAGEL_SINGLE_STAGE, ["dit"], ["dit"])],
+)
+def test_a_request_goes_as_far_as_the_stage_that_gives_its_result(
+    spec: PipelineConfig, text: list[str], image: list[str]
+) -> None:
+    assert [stage.model_stage for stage in spec.path("text")] == text
+    assert [stage.model_stage for stage in spec.path("image")] == image
+
+
+def test_only_prefill_finished_sends_early() -> None:
+    assert BAGEL.stages[0].omni_kv_config.sends_early and not BAGEL_THINK.stages[0].omni_kv_config.sends_early
+    assert not OmniKvConfig(need_send_cache=True, kv_transfer_criteria=KvTransferCriteria("other")).sends_early
+
+
 def test_pipelines_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         BAGEL.stages[0].final_output = "image"  # type: ignore[misc]
@@ -142,6 +158,7 @@ def test_only_the_think_pipeline_decodes_and_its_companions_stop_after_prefill()
     thought = prompt_expander(BAGEL_THINK.stages[0])(PROMPT, negative_prompt="", max_think_tokens=7)
     assert [branch.max_tokens for branch in plain] == [1, 1, 1]
     assert [branch.max_tokens for branch in thought] == [7, 1, 1]
+    assert [branch.writes for branch in (*plain, *thought)] == [False] * 3 + [True, False, False]
 
 
 def test_a_stage_without_a_function_says_so() -> None:

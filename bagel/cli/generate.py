@@ -80,7 +80,7 @@ def _generate_here(args: argparse.Namespace) -> None:
     refuse_without_endpoint(args)
     deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
     config = load_deploy_config(deploy, engine=args.engine)
-    in_process = config.spec is BAGEL_SINGLE_STAGE
+    in_process = len(config.spec.stages) == 1
     defaults = request_defaults(config)
     prompts = prompts_of(args)
     requests = make_requests(args, prompts, defaults)

@@ -137,16 +137,17 @@ class Deployment:
         waiting: dict[str, Service] = {}
         try:
             addresses: dict[str, str] = {}
-            sources: list[str] = []
+            sources: dict[int, str] = {}
             for spec in self.config.spec.stages:
                 stage, role = self.config.stage(spec.stage_id), spec.model_stage
                 name = f"{role}-0"
-                feeds = [] if sources or role != "dit" else ["--single-stage"]
-                feeds += [argument for source in sources for argument in ("--source", source)]
+                feeds = [argument for source in spec.input_sources for argument in ("--source", sources[source])]
+                if role == "dit" and not spec.omni_kv_config.need_recv_cache:
+                    feeds = ["--single-stage"]
                 arguments = [*self._model_arguments(stage, role), *feeds]
                 waiting[name] = self._launch(role, name, f"stage {stage.stage_id} ({role})", arguments, stage)
                 addresses[name] = waiting[name].address(deadline)
-                sources.append(f"{name}={addresses[name]}")
+                sources[spec.stage_id] = f"{name}={addresses[name]}"
             waiting[GATEWAY] = self._launch(GATEWAY, GATEWAY, "the gateway", self._gateway_arguments(addresses))
             addresses[GATEWAY] = waiting[GATEWAY].address(deadline)
             self._until_ready(waiting, addresses, deadline)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.errors import ConfigError, ForeignContext, NoBackend
 from bagel.kv.lease_keeper import PeerLessor
+from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.security import DIT, THINKER
 from bagel.rpc.transport import PLAINTEXT, Security, channel
@@ -25,6 +26,7 @@ from bagel_gateway.uploads import Upload
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 5.0
 SILENCE_S = 15.0
+LOOK_AGAIN_S = 0.05
 
 log = Log("bagel_gateway.backends")
 
@@ -182,7 +184,10 @@ class ThinkerBackend(Backend):
 
 
 class DitBackend(Backend):
-    """A DiT. sources: names of the Thinkers that it can pull from; page_version: the rule of the pages it reads."""
+    """A DiT. sources: names of the Thinkers that it can pull from; page_version: the rule of the pages it reads.
+
+    receives_kv: whether the pipeline has it draw from a Thinker's K/V; else it serves whole requests.
+    """
 
     kind, role = "DiT", DIT
 
@@ -193,7 +198,7 @@ class DitBackend(Backend):
         silence_s: float = SILENCE_S,
         server_name: str | None = None,
         *,
-        single_stage: bool,
+        receives_kv: bool,
     ) -> None:
         super().__init__(address, security, silence_s, server_name)
         self.sources, self.page_version = frozenset[str](), 0
@@ -201,50 +206,56 @@ class DitBackend(Backend):
         self.generate = Upload[dit_pb2.DitServiceGenerateResponse](
             self._channel, "/bagel.v1.DitService/Generate", dit_pb2.DitServiceGenerateResponse.FromString
         )
-        self._single_stage = single_stage
+        self._receives_kv = receives_kv
 
     async def _describe(self) -> ModelInfo:
         reply = await self.stub.Describe(dit_pb2.DitServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
-        if reply.single_stage != self._single_stage:
-            change = "start it with --single-stage" if self._single_stage else "start it without --single-stage"
+        if reply.single_stage == self._receives_kv:
+            change = "start it without --single-stage" if self._receives_kv else "start it with --single-stage"
             raise ConfigError(f"{self.name} does not fit the gateway's pipeline; {change}")
         self.sources, self.page_version = frozenset(reply.sources), reply.page_version
         return reply.model
 
 
 B = TypeVar("B", bound=Backend)
+T = TypeVar("T")
 
 
 class Backends:
-    """All services of a deployment. Without thinkers the DiTs serve whole requests.
+    """All services of a deployment.
 
-    server_names: what the certificate of a service, by its name, must be for; without an entry its role.
+    pipeline: what is deployed, and so which kinds of services there must be. wait_s: how long a request waits for a
+    service that is ready, as one that is started again soon is. server_names: what the certificate of a service, by its
+    name, must be for; its role if there is no entry.
     """
 
     def __init__(
         self,
+        pipeline: PipelineConfig,
         thinkers: Sequence[Address],
         dits: Sequence[Address],
         *,
-        single_stage: bool,
         security: Security = PLAINTEXT,
         check_every_s: float = CHECK_EVERY_S,
         silence_s: float = SILENCE_S,
+        wait_s: float = 0.0,
         server_names: Mapping[str, str] | None = None,
     ) -> None:
         named = server_names or {}
+        receives_kv = pipeline.stage("dit").omni_kv_config.need_recv_cache
         self.thinkers = [ThinkerBackend(each, security, silence_s, named.get(each.name)) for each in thinkers]
         self.dits = [
-            DitBackend(each, security, silence_s, named.get(each.name), single_stage=single_stage) for each in dits
+            DitBackend(each, security, silence_s, named.get(each.name), receives_kv=receives_kv) for each in dits
         ]
-        self._single_stage, self._check_every_s = single_stage, check_every_s
+        kinds: dict[str, Sequence[Backend]] = {"thinker": self.thinkers, "dit": self.dits}
+        self._stages = [kinds[stage.model_stage] for stage in pipeline.stages]
+        self._check_every_s, self._wait_s = check_every_s, wait_s
         self._watches: list[asyncio.Task[None]] = []
 
     @property
     def ready(self) -> bool:
         """Whether each stage has a service that is ready."""
-        stages: list[Sequence[Backend]] = [self.dits] if self._single_stage else [self.thinkers, self.dits]
-        return all(any(backend.model is not None for backend in stage) for stage in stages)
+        return all(any(backend.model is not None for backend in stage) for stage in self._stages)
 
     def start(self, on_ready: Callable[[bool], Awaitable[None]]) -> None:
         """Check every service from now on; on_ready hears whenever `ready` has changed."""
@@ -260,36 +271,54 @@ class Backends:
         for backend in (*self.thinkers, *self.dits):
             await backend.close()
 
-    def thinker(self) -> ThinkerBackend:
-        """The least busy Thinker; NoBackend if none is ready."""
-        return _ready("Thinker", self.thinkers)[0]
+    async def begin(self, path: Sequence[StageConfig]) -> Services:
+        """The services for a request that goes through these stages, the least busy ones.
 
-    def dit(self) -> DitBackend:
-        """The least busy DiT; NoBackend if none is ready."""
-        return _ready("DiT", self.dits)[0]
-
-    def pair(self) -> tuple[ThinkerBackend, DitBackend]:
-        """The least busy Thinker and the least busy DiT that can draw from it.
-
-        Raises NoBackend if a stage has none that is ready, ForeignContext if no two of them fit.
+        Raises NoBackend if a stage has none that is ready in time, ForeignContext if no two of them fit.
         """
+        return await self._in_time(lambda: self._begin(path))
+
+    async def dit_for(self, thinker: ThinkerBackend | None, model: ModelInfo) -> DitBackend:
+        """The least busy DiT for a request under way, which is planned for that model and has K/V at that Thinker.
+
+        Raises NoBackend if none is ready in time, ForeignContext if none of them fits.
+        """
+        return await self._in_time(lambda: self._dit_for(thinker, model))
+
+    def _begin(self, path: Sequence[StageConfig]) -> Services:
+        if path[0].execution_type is StageExecutionType.DIFFUSION:
+            first: Backend = _ready("DiT", self.dits)[0]
+            thinker = None
+        else:
+            first = thinker = self._feeding_thinker() if len(path) > 1 else _ready("Thinker", self.thinkers)[0]
+        assert first.model is not None
+        return Services(self, thinker, first.model)
+
+    def _feeding_thinker(self) -> ThinkerBackend:
+        """The least busy Thinker that some DiT can draw from."""
         thinkers, dits = _ready("Thinker", self.thinkers), _ready("DiT", self.dits)
         for thinker in thinkers:
-            for dit in dits:
-                if _misfit(thinker, thinker.model, dit) is None:
-                    return thinker, dit
+            if any(_misfit(thinker, thinker.model, dit) is None for dit in dits):
+                return thinker
         raise ForeignContext(str(_misfit(thinkers[0], thinkers[0].model, dits[0])))
 
-    def dit_for(self, thinker: ThinkerBackend | None, model: ModelInfo) -> DitBackend:
-        """The least busy DiT for a request that is under way: planned for that model, its contexts at that Thinker.
-
-        Raises NoBackend if none is ready, ForeignContext if none of them fits.
-        """
+    def _dit_for(self, thinker: ThinkerBackend | None, model: ModelInfo) -> DitBackend:
         dits = _ready("DiT", self.dits)
         for dit in dits:
             if _misfit(thinker, model, dit) is None:
                 return dit
         raise ForeignContext(str(_misfit(thinker, model, dits[0])))
+
+    async def _in_time(self, choose: Callable[[], T]) -> T:
+        """What is chosen; NoBackend if what it is chosen from is not ready in time."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            try:
+                return choose()
+            except NoBackend:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(LOOK_AGAIN_S)
 
     async def _watch(self, backend: Backend) -> None:
         while True:
@@ -303,6 +332,26 @@ class Backends:
                 log.info("gateway ready" if self._told else "gateway not ready")
                 await self._on_ready(self._told)
             await asyncio.sleep(self._check_every_s)
+
+
+@dataclass(frozen=True)
+class Services:
+    """The services of one request: the Thinker where it begins, if there is one, and the model that it is planned for.
+
+    The DiT is chosen when its turn comes: while a think text is written, the one that was ready may have gone.
+    """
+
+    backends: Backends
+    thinker: ThinkerBackend | None
+    model: ModelInfo
+
+    async def dit(self) -> DitBackend:
+        """The least busy DiT that fits; see `Backends.dit_for`."""
+        return await self.backends.dit_for(self.thinker, self.model)
+
+    def busy(self) -> AbstractContextManager[None]:
+        """Count the request at its Thinker for the block."""
+        return nullcontext() if self.thinker is None else self.thinker.busy()
 
 
 def _ready(kind: str, backends: Sequence[B]) -> list[B]:

@@ -8,7 +8,6 @@ from contextlib import aclosing
 from typing import Any
 
 from bagel.images.pool import ImagePool
-from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.rpc.admission import Admission
 from bagel.rpc.deadlines import deadline_of
 from bagel.rpc.errors import streaming, unary
@@ -64,12 +63,13 @@ class Gateway:
         receive = Receiving(self.room, limits.message_s).message
         self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, unread, limits, receive)
         self.backends = Backends(
+            settings.pipeline,
             settings.thinkers,
             settings.dits,
-            single_stage=settings.pipeline is BAGEL_SINGLE_STAGE,
             security=settings.security,
             check_every_s=settings.check_every_s,
             silence_s=settings.silence_timeout_s,
+            wait_s=settings.backend_timeout_s,
             server_names=settings.server_names,
         )
         self.admission = Admission(
@@ -90,7 +90,6 @@ class Gateway:
             self.backends,
             self.admission,
             settings.sampling_defaults,
-            settings.backend_timeout_s,
             self.metrics,
             self.host.unread,
             self.images,

@@ -13,7 +13,7 @@ from typing import Any
 from bagel.deployment.http_front import HttpGuards, add_http_flags, http_arguments, http_guards
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.images.pool import TIMEOUT_S, WORKERS
-from bagel.pipelines import BAGEL, BAGEL_SINGLE_STAGE, PIPELINES, PipelineConfig, pipeline
+from bagel.pipelines import BAGEL, PIPELINES, PipelineConfig, pipeline
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from bagel.rpc import service
@@ -80,7 +80,7 @@ class Settings:
     max_unread_bytes_per_call: int = MAX_UNREAD_CALL_BYTES
 
     def __post_init__(self) -> None:
-        single = self.pipeline is BAGEL_SINGLE_STAGE
+        single = "thinker" not in {stage.model_stage for stage in self.pipeline.stages}
         if single and self.thinkers:
             raise ConfigError(f"{self.pipeline.model_type} has no Thinker; leave --thinker out")
         if not single and not self.thinkers:

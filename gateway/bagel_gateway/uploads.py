@@ -1,21 +1,23 @@
-"""Calls to the services whose request may be large: let go once it is sent, and large ones sent one at a time.
+"""Calls to the services whose request may be large: it is made when it is sent, and large ones go one at a time.
 
-gRPC keeps the request of a unary call, as a message and in bytes, until its answer ends. As a stream of one message,
-which is the same on the wire, it is made when it is sent and forgotten when it has been. It is put together from pieces
-here, as protobuf would copy the images three times: into the message, while it is written, and into its bytes.
+gRPC keeps the request of a unary call, as a message and as bytes, until its answer ends. A stream of one message is the
+same on the wire, and gRPC forgets that message once it is sent. Its bytes are put together from pieces here, because
+protobuf would copy each image three times: into the message, while it is written, and into its bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 from grpc import aio
 
+from bagel.prompts import Part, Prompt, TextPart
 from bagel.v1 import common_pb2
+from bagel_gateway.images import file_of
 
 R = TypeVar("R")
 Pieces = list[bytes]
@@ -45,23 +47,42 @@ class Upload(Generic[R]):
         return call
 
 
-def with_parts(message: Message, name: str, parts: Iterable[common_pb2.Part]) -> Pieces:
-    """The bytes of a message with its parts, which are its field `name`."""
+def with_prompt(message: Message, name: str, prompt: Prompt) -> Pieces:
+    """The bytes of a message with a prompt, which is its field `name`."""
     pieces = [message.SerializeToString()]
-    for part in parts:
-        pieces += field_of(message, name, _part(part))
+    for part in prompt:
+        pieces += field_of(message, name, _pieces(part))
     return pieces
 
 
 def field_of(message: Message, name: str, value: Pieces) -> Pieces:
-    """One field of bytes, or of a message, as it is written: its number, its length, its value."""
+    """One field of bytes, or of a message, as protobuf writes it: its number, its length, its value."""
     number = message.DESCRIPTOR.fields_by_name[name].number
     return [_varint(number << 3 | _BYTES) + _varint(sum(map(len, value))), *value]
 
 
-def bytes_of(parts: Iterable[common_pb2.Part]) -> int:
-    """About how many bytes the parts of a prompt take."""
-    return sum(part.ByteSize() for part in parts)
+def bytes_of(prompt: Prompt) -> int:
+    """About how many bytes a prompt takes."""
+    return sum(
+        len(part.text.encode()) if isinstance(part, TextPart) else file_of(part).message.ByteSize() for part in prompt
+    )
+
+
+def without_data(part: Part) -> common_pb2.Part:
+    """A part as a message, without an image's file."""
+    if isinstance(part, TextPart):
+        return common_pb2.Part(text=common_pb2.TextPart(text=part.text))
+    image = common_pb2.ImagePart(for_generation=part.for_generation, for_understanding=part.for_understanding)
+    return common_pb2.Part(image=image)
+
+
+def _pieces(part: Part) -> Pieces:
+    """A part's bytes; an image's file is copied out of its message here, once."""
+    message = without_data(part)
+    if isinstance(part, TextPart):
+        return [message.SerializeToString()]
+    data = field_of(message.image, "data", [file_of(part).message.data])
+    return field_of(message, "image", [message.image.SerializeToString(), *data])
 
 
 def _joined(pieces: Pieces) -> bytes:
@@ -69,17 +90,6 @@ def _joined(pieces: Pieces) -> bytes:
     data = b"".join(pieces)
     pieces.clear()
     return data
-
-
-def _part(part: common_pb2.Part) -> Pieces:
-    """A part's bytes; an image's file is read out of it once."""
-    if not part.HasField("image"):
-        return [part.SerializeToString()]
-    entered: dict[str, Any] = {
-        name: getattr(part.image, name) for name in ("for_generation", "for_understanding") if part.image.HasField(name)
-    }
-    image = common_pb2.ImagePart(**entered)
-    return field_of(part, "image", [image.SerializeToString(), *field_of(image, "data", [part.image.data])])
 
 
 def _varint(value: int) -> bytes:

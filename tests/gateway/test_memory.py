@@ -22,10 +22,12 @@ from PIL import Image
 
 from bagel.client import AsyncClient
 from bagel.errors import Busy, ConfigError, InvalidImage
+from bagel.prompts import ImagePart, TextPart
 from bagel.rpc.transport import Host, Limits, channel
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
+from bagel_gateway.images import ImageFile
 from bagel_gateway.room import SMALL_BYTES, Room
-from bagel_gateway.uploads import field_of, with_parts
+from bagel_gateway.uploads import bytes_of, field_of, with_prompt
 from tests.gateway_stages import Dit, Journal, Thinker, deployment
 
 LIMIT_S = 120
@@ -62,12 +64,14 @@ class TestRoom:
 class TestUploads:
     @pytest.mark.parametrize("size", [0, 1, 127, 128, 16_383, 16_384, 3_000_000])
     def test_the_pieces_are_the_message(self, size: int) -> None:
-        image = common_pb2.ImagePart(data=b"\x80" * size, for_generation=False)
-        parts = [common_pb2.Part(text=common_pb2.TextPart(text="é")), common_pb2.Part(image=image), part(b"x" * size)]
+        image = common_pb2.ImagePart(data=b"\x80" * size, for_generation=False, for_understanding=True)
+        parts = [common_pb2.Part(text=common_pb2.TextPart(text="é")), common_pb2.Part(image=image)]
+        prompt = (TextPart("é"), ImagePart(ImageFile((1, 1), image), for_generation=False))
         settings = thinker_pb2.BuildContextRequest(seed=7, lease_id="one", send_kv=True)
         wanted = thinker_pb2.BuildContextRequest(parts=parts, seed=7, lease_id="one", send_kv=True)
-        assert thinker_pb2.BuildContextRequest.FromString(b"".join(with_parts(settings, "parts", parts))) == wanted
-        inner = with_parts(common_pb2.Request(seed=5), "prompt", parts)
+        assert thinker_pb2.BuildContextRequest.FromString(b"".join(with_prompt(settings, "parts", prompt))) == wanted
+        assert bytes_of(prompt) >= size
+        inner = with_prompt(common_pb2.Request(seed=5), "prompt", prompt)
         whole = b"".join(field_of(dit_pb2.DitServiceGenerateRequest(), "request", inner))
         assert dit_pb2.DitServiceGenerateRequest.FromString(whole).request == common_pb2.Request(seed=5, prompt=parts)
 

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bagel.errors import ConfigError, Forbidden
+from bagel.pipelines import BAGEL
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.security import DIT, GATEWAY, THINKER
 from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
@@ -148,7 +149,7 @@ def test_the_gateway_asks_a_service_for_the_certificate_of_its_role_or_the_name_
         reasons: dict[str, str] = {}
         for name in ("", "thinker", "dit", "localhost"):
             names = {"thinker-0": name} if name else {}
-            backends = Backends([at], [], single_stage=False, security=service(issue, GATEWAY), server_names=names)
+            backends = Backends(BAGEL, [at], [], security=service(issue, GATEWAY), server_names=names)
             await backends.thinkers[0].check()
             reasons[name] = backends.thinkers[0].why_not
             await backends.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -13,10 +14,17 @@ from PIL import Image
 from bagel.client import PromptPart
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
+from bagel.pipelines import BAGEL, pipeline
 from bagel.prompts import THINK_IMAGE_PROMPT, THINK_TEXT_PROMPT, ImagePart, TextPart
 from bagel.request import Modality, resolve, with_settings
 from bagel.v1 import common_pb2, dit_pb2, thinker_pb2
-from tests.gateway_stages import Deployment, deployment
+from bagel_gateway.planning import Asked, Output, plan
+from bagel_gateway.routes import route_of
+from bagel_gateway.routes.base import Route
+from bagel_gateway.routes.staged import Staged, picture_of
+from bagel_gateway.routes.text import Text
+from bagel_gateway.routes.whole import Whole
+from tests.gateway_stages import Deployment, deployment, model
 
 GEN, CFG_TEXT, CFG_IMG = dit_pb2.BRANCH_NAME_GEN, dit_pb2.BRANCH_NAME_CFG_TEXT, dit_pb2.BRANCH_NAME_CFG_IMG
 
@@ -365,3 +373,30 @@ def test_what_rest_bounds_or_refuses_grpc_does_too(field: str, change: dict[str,
         assert at.thinkers[0].asked == []
 
     through(work)
+
+
+@pytest.mark.parametrize(
+    ("topology", "modality", "route"),
+    [
+        ("bagel", Modality.TEXT2IMG, Staged),
+        ("bagel_think", Modality.TEXT2IMG, Staged),
+        ("bagel_single_stage", Modality.TEXT2IMG, Whole),
+        ("bagel", Modality.TEXT2TEXT, Text),
+        ("bagel_think", Modality.TEXT2TEXT, Text),
+        ("bagel_single_stage", Modality.TEXT2TEXT, Whole),
+    ],
+)
+def test_the_fields_of_the_stages_choose_the_route(topology: str, modality: Modality, route: type[Route]) -> None:
+    unknown = replace(pipeline(topology), model_type="a name that no code knows")
+    asked = Asked(resolve(modality, (TextPart("a red cube"),), {}), unknown, Output())
+    assert route_of(plan(asked, model())) is route
+
+
+def test_the_thinker_keeps_kv_if_its_stage_sends_them() -> None:
+    request = resolve(Modality.TEXT2IMG, (TextPart("a red cube"),), {})
+    thinker = BAGEL.stage("thinker")
+    keeps = replace(thinker, omni_kv_config=replace(thinker.omni_kv_config, need_send_cache=False))
+    for stage, sends in ((thinker, True), (keeps, False)):
+        spec = replace(BAGEL, stages=(stage, BAGEL.stage("dit")))
+        [context] = picture_of(plan(Asked(request, spec, Output()), model())).contexts
+        assert context.settings.send_kv is sends
