@@ -14,11 +14,10 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.deploy_file import StageDeploy
 from bagel.engine.engine import BagelEngine
 from bagel.engine.memory import is_out_of_memory
-from bagel.errors import ConfigError, OutOfMemory
+from bagel.errors import OutOfMemory
 from bagel.events import OnEvent, Result
+from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.request import Request
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class LocalEngine:
@@ -49,8 +48,7 @@ def load(
     device is too small.
     """
     place = choose_device(device, stage.device_ids[0])
-    if dtype == "auto":
-        dtype = "bfloat16" if place.type == "cuda" else "float32"
+    dtype = choose_dtype(dtype, place)
     with _memory_told("choose a device with more, or --dtype bfloat16"):
         engine = BagelEngine.load(
             checkpoint,
@@ -62,20 +60,6 @@ def load(
             profile=profile,
         )
     return LocalEngine(engine, place, dtype, checkpoint.fingerprint)
-
-
-def choose_device(name: str, gpu: int) -> torch.device:
-    """The device of a name; gpu is the number that cuda without one means. auto: that GPU if there are any."""
-    count = torch.cuda.device_count()
-    if name == "cpu" or (name == "auto" and not count):
-        return torch.device("cpu")
-    number = int(name.removeprefix("cuda:")) if name.startswith("cuda:") else gpu
-    if not count:
-        raise ConfigError(f"device {name} is not there: torch sees no GPU; use --device cpu")
-    if number >= count:
-        there = ", ".join(map(str, range(count)))
-        raise ConfigError(f"there is no GPU {number}; torch sees {there}; set devices in the deploy file, or --device")
-    return torch.device("cuda", number)
 
 
 @contextmanager

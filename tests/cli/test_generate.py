@@ -18,7 +18,6 @@ from bagel.cli import main
 from bagel.cli.generate import Engine
 from bagel.deployment.deploy_file import parse_deploy_config
 from bagel.engine.engine import BagelEngine
-from bagel.errors import ConfigError
 from bagel.images import read_settings
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -119,26 +118,6 @@ def test_stage_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert (loaded.device, loaded.dtype) == ("cpu", "float32")
     assert (seen["max_num_seqs"], seen["max_model_len"], seen["vae_use_tiling"]) == (2, 77, True)
-
-
-@pytest.mark.parametrize(
-    ("name", "gpus", "expected"),
-    [("auto", 2, "cuda:1"), ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda:1"), ("cuda:0", 2, "cuda:0")],
-)
-def test_device_of_a_name(name: str, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel.engine import local
-
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    assert str(local.choose_device(name, gpu=1)) == expected
-
-
-@pytest.mark.parametrize(("name", "gpus", "said"), [("cuda", 0, "--device cpu"), ("cuda:2", 2, "torch sees 0, 1")])
-def test_device_that_is_not_there(name: str, gpus: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel.engine import local
-
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    with pytest.raises(ConfigError, match=said):
-        local.choose_device(name, gpu=0)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from bagel.checkpoint.roles import Role
 from bagel.deployment.dit_config import DitConfig
 from bagel.engine.clock import WindowClock
 from bagel.engine.loading import LoadedModel, load_role
-from bagel.engine.local import DTYPES, choose_device
 from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
 from bagel.engine.sampler import (
@@ -33,6 +32,7 @@ from bagel.errors import BagelError, CheckpointError, OutOfMemory
 from bagel.kv.arena import Arena
 from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
+from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.mot import MoTLayer
 from bagel.model.vit import VitLayer
 from bagel.rpc.convert import model_info
@@ -78,7 +78,7 @@ def main(
     set_up_logs("dit-runner", config.log_level)
     try:
         arena = Arena.attach(arena_fd.detach(), arena_bytes) if arena_bytes else None
-        if choose_device(config.device, 0).type == "cpu":
+        if choose_device(config.device).type == "cpu":
             os.nice(NICENESS)
         loaded = load(config, Checkpoint(folder), fingerprint)
         keep_loaded()
@@ -396,13 +396,18 @@ def beat_in_layers(model: Bagel, pulses: Pulses) -> None:
 
 def load(config: DitConfig, checkpoint: Checkpoint, fingerprint: bytes = b"") -> LoadedModel:
     """The model of a runner, on its device. fingerprint: what it must have, if anything."""
-    device = choose_device(config.device, 0)
+    device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if config.dtype == "auto" else config.dtype
     role = Role.FULL if config.single_stage else Role.DENOISE
     _check_same(checkpoint, fingerprint)
-    loaded = load_role(checkpoint, role, dtype=DTYPES[dtype], device=device, max_model_len=config.max_model_len)
+    loaded = load_role(
+        checkpoint,
+        role,
+        dtype=DTYPES[choose_dtype(config.dtype, device)],
+        device=device,
+        max_model_len=config.max_model_len,
+    )
     if config.vae_use_tiling:
         loaded.model.autoencoder().use_tiling()
     return loaded

@@ -10,8 +10,8 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
-from bagel.engine.local import choose_device
 from bagel.errors import ConfigError, NotSupported
+from bagel.model.device import choose_device, choose_dtype
 from bagel.telemetry.logs import Log
 from bagel_thinker.engine import Engine
 from bagel_thinker.flags import VLLM_ONLY
@@ -21,7 +21,7 @@ log = Log("bagel.thinker")
 
 def load_engine(args: argparse.Namespace, checkpoint: Checkpoint) -> Engine:
     """The engine that the flags ask for, ready. Raises BagelError for what it does not have or cannot load."""
-    device = choose_device(args.device, 0)
+    device = choose_device(args.device)
     if args.engine == "vllm" or (args.engine == "auto" and device.type == "cuda" and find_spec("vllm") is not None):
         return _vllm(args, checkpoint, device)
     return _torch(args, checkpoint)
@@ -64,7 +64,7 @@ def _vllm(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
     chosen = {name: getattr(args, name) for name in VLLM_ONLY if getattr(args, name) is not None}
     settings = VllmSettings(
         device=device.type,
-        dtype=("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype,
+        dtype=choose_dtype(args.dtype, device),
         max_num_seqs=args.max_num_seqs,
         max_model_len=position_limit(checkpoint.config, args.max_model_len),
         role=args.role,

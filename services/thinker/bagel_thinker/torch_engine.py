@@ -16,11 +16,11 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
-from bagel.engine.local import DTYPES, choose_device
 from bagel.engine.segments import Chain, Segment
 from bagel.engine.text_scheduler import Reader, Reading
 from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
+from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.rpc.convert import model_info
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
@@ -119,12 +119,12 @@ class TorchEngine:
         max_model_len: int | None = None,
         role: Role = Role.CONTEXT,
     ) -> TorchEngine:
-        """Load a checkpoint; device and dtype as `bagel.engine.local.load` takes them.
+        """Load a checkpoint; device and dtype as `bagel.model.device` takes them.
 
         role: understand loads no generation expert; readings of images to edit then end with NotSupported.
         """
-        place = choose_device(device, 0)
-        kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+        place = choose_device(device)
+        kind = choose_dtype(dtype, place)
         loaded = load_role(checkpoint, role, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
         store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
         log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
