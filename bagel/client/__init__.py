@@ -1,6 +1,8 @@
 """Clients of a running gateway, and `Omni`, which starts the services by itself. No torch here."""
 
-from bagel.client.client import AsyncClient, Client, ImageInput, OnServiceEvent, PromptInput, PromptPart
+from bagel.client.async_client import AsyncClient
+from bagel.client.calls import ImageInput, OnServiceEvent, PromptInput, PromptPart
+from bagel.client.sync_client import Client
 from bagel.rpc.transport import PLAINTEXT, Security
 
 __all__ = [

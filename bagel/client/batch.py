@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL.Image import Image
 
-from bagel.client.client import AsyncClient, PromptInput
+from bagel.client.async_client import AsyncClient
+from bagel.client.calls import PromptInput
 from bagel.effect import effective
 from bagel.events import Result, ServiceEvent
 from bagel.request import Request

@@ -1,4 +1,4 @@
-"""Requests of one caller under way together: what is refused while others run is tried again. No torch here."""
+"""Requests of one caller at once: one that is refused as busy while others run is tried again. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bagel.errors import Busy
 
 @dataclass
 class Attempt:
-    """One call. begun: set by the caller once it is accepted; refused: why it is to be tried again, if it is."""
+    """One call. begun: set by the caller once the call is accepted; refused: why to try again, if so."""
 
     begun: bool = False
     refused: Busy | None = None
@@ -22,17 +22,17 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Turn:
-    """When a refused call is to be tried again: once `free` is done, or after `seconds`."""
+    """When to try a refused call again: once `free` is done, or after `seconds`."""
 
     free: Future[None]
     seconds: float
 
 
-class Together:
-    """Tells whether one of several requests that is refused as busy is to be tried again, and when. Thread-safe.
+class BusyRetry:
+    """Decides whether and when a request that is refused as busy is tried again. Thread-safe.
 
-    So it is while others of the same caller run, which are what the gateway is busy with: then its time will come, as
-    soon as one of them has ended. Busy is raised where none of them ran: others keep the gateway busy, and the caller
+    While other requests of the same caller run, the gateway is busy with those: the refused one is tried again as soon
+    as one of them ends. Where none of them ran, other callers keep the gateway busy: Busy is raised, and the caller
     decides.
     """
 
@@ -59,7 +59,7 @@ class Together:
             self._end(attempt)
 
     def turn(self, refused: Busy) -> Turn:
-        """The next turn of a call that was refused. They come one after the other, not all at once."""
+        """When a refused call is tried again: refused calls come one after the other, not all at once."""
         with self._lock:
             free: Future[None] = Future()
             self._refused = deque(each for each in self._refused if not each.done())

@@ -1,4 +1,4 @@
-"""A queue whose reader gets what has piled up as one. No torch here."""
+"""A queue that merges the items that wait in it. No torch here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Joined(Generic[T]):
+class CoalescingQueue(Generic[T]):
     """Items for one reader, in order; join(a, b) is both in one, or None if they stay apart.
 
-    A reader who keeps up gets every item by itself. One who does not, say as many texts are streamed at once, gets
-    fewer and longer ones instead of an ever longer queue of messages, each of which costs more than what is in it.
+    A fast reader gets every item by itself. A slow one gets fewer and longer items, as when many texts are streamed at
+    once: the queue does not grow by messages that each cost more than their content.
     """
 
     def __init__(self, join: Callable[[T, T], T | None]) -> None:

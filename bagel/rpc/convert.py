@@ -12,6 +12,7 @@ from bagel.checkpoint.config import ModelConfig
 from bagel.checkpoint.limits import PictureLimits
 from bagel.errors import InvalidRequest
 from bagel.images import ImageTransform, InputImage, load_image
+from bagel.images.output import OutputFormat
 from bagel.prompts import BranchName, ImagePart, Part, Prompt, TextPart
 from bagel.request import (
     MAX_FIELD,
@@ -25,9 +26,10 @@ from bagel.request import (
     check_prompt_size,
     check_stop_tokens,
 )
-from bagel.v1 import common_pb2, dit_pb2
+from bagel.v1 import common_pb2, dit_pb2, gateway_pb2
 
 Timings = Mapping[str, float]
+OutputMessage = gateway_pb2.GenerateRequest | dit_pb2.DitServiceGenerateRequest
 
 _MODALITIES = {
     Modality.TEXT2IMG: common_pb2.MODALITY_TEXT2IMG,
@@ -248,6 +250,22 @@ def timings_to_wire(timings: Timings) -> list[common_pb2.StageTiming]:
 def timings_from_wire(timings: Iterable[common_pb2.StageTiming]) -> dict[str, float]:
     """Seconds by stage."""
     return {timing.stage: timing.seconds for timing in timings}
+
+
+def output_to_wire(
+    output: OutputFormat, message: gateway_pb2.GenerateRequest | dit_pb2.DitServiceGenerateRequest
+) -> None:
+    """Set a request's fields for how its picture is given out."""
+    message.output_format, message.partial_images = FORMATS[output.format], output.previews
+    if output.compression is not None:
+        message.output_compression = output.compression
+
+
+def output_from_wire(message: OutputMessage) -> OutputFormat:
+    """How a request's picture is given out: as PNG where no format is set. InvalidRequest for what there is not."""
+    format_ = "PNG" if not message.output_format else _named("output_format", message.output_format, FORMATS)
+    quality = message.output_compression if message.HasField("output_compression") else None
+    return OutputFormat(format_, quality, message.partial_images)
 
 
 def check_output(format_: common_pb2.ImageFormat.ValueType, quality: int | None, previews: int) -> None:

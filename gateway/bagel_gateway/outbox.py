@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Generic, TypeVar
 
 from bagel.errors import NotRead
-from bagel.rpc.coalescing_queue import Joined
+from bagel.rpc.coalescing_queue import CoalescingQueue
 from bagel.rpc.unread import Unread, Waiting
 from bagel.telemetry.logs import Log
 
@@ -40,7 +40,7 @@ async def delivered(
 class _Outbox(Generic[T]):
     def __init__(self, join: Join[T], size: Callable[[T], int], limit_bytes: int) -> None:
         self._join, self._size, self._limit_bytes = join, size, limit_bytes
-        self._items: Joined[Sized[T] | None] = Joined(self._join_sized)
+        self._items: CoalescingQueue[Sized[T] | None] = CoalescingQueue(self._join_sized)
         self._error: NotRead | None = None
         self._in_hand = 0
 

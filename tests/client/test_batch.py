@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bagel.client import AsyncClient, Client
-from bagel.client.busy_retry import Together
+from bagel.client.busy_retry import BusyRetry
 from bagel.errors import Busy, InvalidRequest
 from bagel.events import Accepted, ServiceEvent
 from bagel.rpc.admission import Admission
@@ -116,7 +116,7 @@ def test_what_has_begun_waits_for_a_place_in_its_turn() -> None:
 
 
 def test_of_a_batch_that_nobody_of_it_serves_the_first_refusal_is_told() -> None:
-    together = Together()
+    together = BusyRetry()
     with pytest.raises(Busy), together.attempt():
         refuse()
     with together.attempt() as one:
@@ -132,7 +132,7 @@ def test_of_a_batch_that_nobody_of_it_serves_the_first_refusal_is_told() -> None
 
 
 def test_one_that_is_refused_as_its_last_companion_ends_is_tried_again() -> None:
-    together = Together()
+    together = BusyRetry()
     with together.attempt() as late:
         with together.attempt() as one:
             one.begun = True

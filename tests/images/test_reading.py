@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageCms, TiffImagePlugin
 
-from bagel.client.client import _image_bytes
+from bagel.client.calls import _image_bytes
 from bagel.errors import InvalidImage
 from bagel.images import image_size, load_image, to_rgb
 from bagel.images.jpeg import MAX_SCANS

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bagel.rpc.coalescing_queue import Joined
+from bagel.rpc.coalescing_queue import CoalescingQueue
 from bagel_thinker.post import Post
 
 
@@ -18,7 +18,7 @@ def _texts(one: object, other: object) -> object | None:
 
 def test_what_piles_up_is_read_as_one_and_other_things_keep_their_place() -> None:
     async def run() -> list[object]:
-        queue: Joined[object] = Joined(_texts)
+        queue: CoalescingQueue[object] = CoalescingQueue(_texts)
         for item in ("a", "b", 1, "c", "d", 2, 3):
             queue.put(item)
         return [await queue.get() for _ in range(5)]
@@ -28,7 +28,7 @@ def test_what_piles_up_is_read_as_one_and_other_things_keep_their_place() -> Non
 
 def test_a_reader_who_waits_gets_each_item_as_it_comes() -> None:
     async def run() -> list[object]:
-        queue: Joined[object] = Joined(_texts)
+        queue: CoalescingQueue[object] = CoalescingQueue(_texts)
         read: list[object] = []
 
         async def reader() -> None:
@@ -59,7 +59,7 @@ def test_what_a_thread_posts_arrives_in_order_and_as_one(monkeypatch: pytest.Mon
             return threadsafe(call)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
-        queue: Joined[object] = Joined(_texts)
+        queue: CoalescingQueue[object] = CoalescingQueue(_texts)
         post = Post(loop)
 
         def write() -> None:

@@ -24,7 +24,7 @@ from bagel.kv.digests import SegmentKind
 from bagel.kv.lease_keeper import LeaseKeeper, LocalLessor
 from bagel.request import TextSettings
 from bagel.rpc.admission import Admission
-from bagel.rpc.coalescing_queue import Joined
+from bagel.rpc.coalescing_queue import CoalescingQueue
 from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel.rpc.errors import streaming, unary
 from bagel.telemetry.logs import Log
@@ -50,7 +50,7 @@ class _Build:
     """One call: what the engine tells from its thread, and since when."""
 
     post: Post
-    events: Joined[Event] = field(default_factory=lambda: Joined[Event](_join))
+    events: CoalescingQueue[Event] = field(default_factory=lambda: CoalescingQueue[Event](_join))
     started: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
 

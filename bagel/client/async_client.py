@@ -1,0 +1,133 @@
+"""The client of a running gateway for asyncio. No torch here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from bagel.client.base import ClientBase
+from bagel.client.busy_retry import BusyRetry
+from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, call_of, calls_of, check_at_once, refuse_unheard
+from bagel.events import Result, ServiceEvent
+from bagel.rpc.transport import PLAINTEXT, Security, channel
+from bagel.v1 import gateway_pb2, gateway_pb2_grpc
+
+AsyncEvents = AsyncGenerator[ServiceEvent, None]
+
+
+class AsyncClient(ClientBase[AsyncEvents]):
+    """As Client, for asyncio; to be made inside the running loop."""
+
+    def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
+        super().__init__(target, security, api_key=api_key)
+        self._channel = channel(target, security)
+        self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the connection up; calls under way end."""
+        await self._channel.close()
+
+    async def generate(self, prompt: PromptInput, *, on_event: OnServiceEvent | None = None, **settings: Any) -> Result:
+        """One picture or one answer. settings: see `stream`; on_event gets every event."""
+        refuse_unheard(settings, on_event)
+        return await _last(self.stream(prompt, **settings), on_event)
+
+    async def generate_many(
+        self,
+        requests: Sequence[Mapping[str, Any] | str],
+        on_event: OnServiceEvent | None = None,
+        *,
+        at_once: int = MANY,
+    ) -> list[Result]:
+        """Several at once, results in their order; see Client.generate_many."""
+        calls, retry = calls_of(requests, on_event), BusyRetry()
+        check_at_once(at_once)
+        places = asyncio.Semaphore(at_once)
+
+        async def run(call: Call) -> Result:
+            async with places:
+                return await _last(self._retried(call, retry), on_event)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(call)) for call in calls]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def check_many(self, requests: Sequence[Mapping[str, Any]], *, at_once: int = MANY) -> None:
+        """Ask whether all of these can be served, computing nothing; each is the arguments of `generate`.
+
+        Raises the error of the first that cannot be; an InvalidRequest says which it is in its `index`.
+        """
+        check_at_once(at_once)
+        places = asyncio.Semaphore(at_once)
+
+        async def check(call: Call) -> None:
+            async with places, aclosing(self._events(call.check_only())) as events:
+                async for _ in events:
+                    return  # accepted, which a gateway that only checks says last
+
+        checks = [check(call_of(request, index)) for index, request in enumerate(requests)]
+        for outcome in await asyncio.gather(*checks, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def describe(self, timeout: float | None = None) -> gateway_pb2.DescribeModelResponse:
+        """What the gateway serves."""
+        try:
+            described: gateway_pb2.DescribeModelResponse = await self._describe(timeout)
+        except grpc.RpcError as error:
+            raise self._reader().error(error) from None
+        return described
+
+    async def _retried(self, call: Call, retry: BusyRetry) -> AsyncEvents:
+        left: Call | None = call
+        while left is not None:
+            with retry.attempt() as attempt:
+                async with aclosing(self._events(left)) as events:
+                    async for event in events:
+                        attempt.begun = True
+                        yield event
+            left = None
+            if attempt.refused is not None:
+                turn = retry.turn(attempt.refused)
+                await asyncio.wait([asyncio.wrap_future(turn.free)], timeout=call.until(turn.seconds))
+                turn.free.cancel()
+                left = call.again(attempt.refused)
+
+    async def _events(self, call: Call) -> AsyncEvents:
+        responses, reader = self._generate(call)
+        try:
+            async for response in responses:
+                if (event := reader.read(response)) is not None:
+                    yield event
+        except grpc.RpcError as error:
+            raise reader.error(error) from None
+        finally:
+            responses.cancel()
+        reader.check_finished()
+
+
+async def _last(events: AsyncEvents, on_event: OnServiceEvent | None) -> Result:
+    """The Result of a stream; on_event may raise, which cancels the request."""
+    result: ServiceEvent | None = None
+    async with aclosing(events):
+        async for result in events:
+            if on_event is not None:
+                on_event(result)
+    assert isinstance(result, Result)
+    return result

@@ -1,0 +1,88 @@
+"""A gateway's responses as events. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from typing import Any
+
+import grpc
+from PIL import Image
+
+from bagel.errors import BagelError, InvalidRequest, RemoteError
+from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
+from bagel.rpc import convert
+from bagel.rpc.errors import from_rpc_error
+from bagel.v1 import common_pb2, gateway_pb2
+
+
+class ResponseReader:
+    """Responses of one request as events. The picture comes in the Result, with the rest of it.
+
+    index: of the request among several; target: the gateway, for messages.
+    """
+
+    def __init__(self, index: int, target: str) -> None:
+        self._index, self._target = index, target
+        self._accepted = gateway_pb2.Accepted()
+        self._settings: Mapping[str, Any] = {}
+        self._image: Image.Image | None = None
+        self._finished = False
+
+    def read(self, response: gateway_pb2.GenerateResponse) -> ServiceEvent | None:
+        """The event of a response; None for the picture and for what a newer gateway may send."""
+        match response.WhichOneof("event"):
+            case "accepted":
+                self._accepted = accepted = response.accepted
+                self._settings = convert.options_from_wire(accepted.resolved)
+                return Accepted(self._index, accepted.request_id, accepted.seed, accepted.pipeline, self._settings)
+            case "prefill":
+                return PrefillDone(self._index, response.prefill.tokens)
+            case "text":
+                return TextDelta(self._index, response.text.text, response.text.think)
+            case "drawing":
+                return DrawingStarted(self._index, response.drawing.waited_seconds)
+            case "step":
+                return StepDone(self._index, response.step.step, response.step.steps)
+            case "preview":
+                preview = response.preview
+                return Preview(self._index, preview.index, preview.step, _image(preview.picture))
+            case "picture":
+                self._image = _image(response.picture)
+            case "finished":
+                self._finished = True
+                return self._result(response.finished)
+        return None
+
+    def error(self, error: grpc.RpcError) -> BagelError:
+        """What the request failed with; an InvalidRequest says which of several requests it is about."""
+        failure = from_rpc_error(error, self._target)
+        if isinstance(failure, InvalidRequest):
+            failure.index = self._index
+        return failure
+
+    def check_finished(self) -> None:
+        """Raise if the gateway ended the stream without its last event."""
+        if not self._finished:
+            raise RemoteError(f"{self._target} ended the request without its result", "INTERNAL")
+
+    def _result(self, finished: gateway_pb2.Finished) -> Result:
+        usage = {field.name: getattr(finished.usage, field.name) for field in common_pb2.Usage.DESCRIPTOR.fields}
+        return Result(
+            self._index,
+            self._image,
+            finished.text,
+            tuple(finished.token_ids),
+            self._accepted.seed,
+            convert.timings_from_wire(finished.timings),
+            usage,
+            self._accepted.request_id,
+            self._settings,
+            convert.timings_from_wire(finished.profile),
+        )
+
+
+def _image(picture: common_pb2.Picture) -> Image.Image:
+    image = Image.open(BytesIO(picture.data))
+    image.load()
+    return image
