@@ -1,6 +1,6 @@
-"""How command lines are read: no flag is guessed, none silently overrides itself, an error is one line.
+"""Command lines: no flag is guessed, none silently overrides itself, and an error is one line.
 
-Standard library alone, so that --help answers at once.
+Imports the standard library alone, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
-from bagel.errors import ConfigError
+from bagel.errors import BagelError, ConfigError, InitTimeout
 
 
 class OnceParser(argparse.ArgumentParser):
-    """A parser that never guesses what a flag's beginning means, and in which no flag silently overrides itself.
+    """A parser that accepts no abbreviated flags and lets no flag silently override itself.
 
-    A flag may be given again only with the same value, or where several values are collected.
+    A flag may be repeated only with the same value, or if it collects several values.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -26,20 +26,21 @@ class OnceParser(argparse.ArgumentParser):
         self._arguments: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's."""
+        """Parse as argparse does, and refuse a flag that is given twice with different values."""
         self._arguments = sys.argv[1:] if args is None else list(args)
+        # Changed here, where all actions are known: argument groups add theirs without this class's add_argument.
         for action in self._actions:
             if action.option_strings and not isinstance(action, _COLLECTING):
                 if not isinstance(action, _Once):
                     action.__class__ = type("Once", (_Once, type(action)), {})
-                vars(action).pop("given", None)
+                vars(action).pop("given", None)  # a parser may parse several times
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         super().error(message + self._dash_hint(message))
 
     def _dash_hint(self, message: str) -> str:
-        """How a value is given that looks like a flag, where one was left out before something that does."""
+        """How to pass a value that looks like a flag, if argparse took one for a flag and misses the value."""
         found = re.match(r"argument (?:\S*/)?(--\S+): expected (?:one|at least one) argument", message)
         if found is None or found[1] not in self._arguments:
             return ""
@@ -50,13 +51,14 @@ class OnceParser(argparse.ArgumentParser):
 
 
 class _Once:
-    """Mixed into an action that would overwrite what an earlier use of its flag has set."""
+    """A mixin for actions that would overwrite the value of an earlier use of their flag."""
 
     given: tuple[object]
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
+        # --x and --no-x share one action and have no values; the option that was used tells them apart.
         value = (values, option if isinstance(self, argparse.BooleanOptionalAction) else None)
         before = vars(self).setdefault("given", value)
         if before != value:
@@ -82,7 +84,14 @@ _COLLECTING = (
 
 
 class Parser(OnceParser):
-    """A parser whose errors are ConfigErrors of one line."""
+    """A parser that raises its errors as a ConfigError of one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}{self._dash_hint(message)}; see {self.prog} --help")
+
+
+def for_command_line(error: BagelError) -> str:
+    """The error's message with the flag in place of the setting that it names: image_workers -> --image-workers."""
+    if not isinstance(error, ConfigError | InitTimeout) or not error.field:
+        return str(error)
+    return re.sub(rf"\b{error.field}\b", "--" + error.field.replace("_", "-"), str(error))

@@ -1,8 +1,8 @@
-"""Settings that another one leaves without effect: one table for every front. No torch here.
+"""Settings that have no effect beside another setting: one table for every front. No torch here.
 
-What is asked for happens, or is refused. Only what the user gave counts: a default, also a deploy file's, asks for
-nothing. Nor does a value that switches its own setting off (`NEUTRAL`), as clients send it that send every field.
-docs/options.md prints the table.
+A setting takes effect or is refused. Only the user's own settings count: defaults, also those of a deploy file, ask for
+nothing. A value that switches its own setting off (`NEUTRAL`) asks for nothing either, since some clients send every
+field. docs/options.md prints the table.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _GIVEN_OUT = ("output_format", "output_compression", "partial_images")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rule looks at: the request with every setting filled in, the names that the user gave, the output.
+    """The input of a rule: the request with all defaults, and the names of the settings that the user gave.
 
-    output_format: Pillow's name of it; streams: whether the caller hears what happens on the way.
+    output_format: Pillow's name for it; streams: whether the caller receives events before the result.
     """
 
     request: Request
@@ -42,7 +42,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rule:
-    """Settings, and when they have no effect: `when` in words that complete "has no effect", `holds` in code."""
+    """Settings, and when they have no effect: `when` completes the words "has no effect", `holds` says it in code."""
 
     settings: tuple[str, ...]
     when: str
@@ -50,7 +50,7 @@ class Rule:
     instead: str = _LEAVE
 
     def refuse(self, options: Mapping[str, Any]) -> None:
-        """Raise InvalidRequest for the first of the rule's settings that asks for something in these options."""
+        """Raise InvalidRequest for the first of the rule's settings that these options ask for."""
         for name in self.settings:
             if asks_for_something(name, options.get(name)):
                 raise InvalidRequest(name, f"{name} has no effect {self.when}; {self.instead}")
@@ -69,7 +69,8 @@ def _greedy(facts: Facts) -> bool:
 
 
 def _edits(facts: Facts) -> bool:
-    """Whether an image enters as the VAE's tokens; of a prompt whose images are not there yet, what is usual."""
+    """Whether an image enters as VAE tokens."""
+    # The command line checks its flags before it reads images; img2img then means an edit.
     images = [part for part in facts.request.prompt if isinstance(part, ImagePart)]
     return any(image.for_generation for image in images) if images else facts.request.modality == "img2img"
 
@@ -84,7 +85,7 @@ def _in_no_step(facts: Facts) -> bool:
 
 UNHEARD = Rule(("partial_images", "progress"), "without a stream", lambda facts: not facts.streams,
                "leave it out, or ask for a stream (Python: give on_event)")  # fmt: skip
-"""What is told on the way, to somebody who waits for the end alone."""
+"""Progress and previews, for a caller who receives nothing before the result."""
 
 RULES: tuple[Rule, ...] = (
     Rule((*_DRAWN, *_GIVEN_OUT), "on a text answer", lambda facts: not _draws(facts)),
@@ -117,7 +118,7 @@ RULES: tuple[Rule, ...] = (
          lambda facts: facts.request.image.steps == 2, "leave it out, or take more timesteps"),
     UNHEARD,
 )  # fmt: skip
-"""A setting is refused by the first of its rules that holds."""
+"""The first rule that holds for a setting refuses it."""
 
 NEUTRAL: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "do_sample": ("false", lambda value: not value),
@@ -136,16 +137,16 @@ NEUTRAL: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "partial_images": ("0", lambda value: value == 0),
     "progress": ("false", lambda value: not value),
 }
-"""Values that ask for nothing, in words and in code: they are never refused."""
+"""Values that ask for nothing, in words and in code. They are never refused."""
 
 
 def asks_for_something(name: str, value: Any) -> bool:
-    """Whether a value that was given wants an effect. None is not given."""
+    """Whether the user's value asks for an effect; None means that the user gave none."""
     return value is not None and not (name in NEUTRAL and NEUTRAL[name][1](value))
 
 
 def check_effect(facts: Facts, options: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest for the first of a user's options that asks for what will not happen."""
+    """Raise InvalidRequest for the first of the user's options that would have no effect."""
     facts = replace(facts, given=facts.given | {name for name, value in options.items() if value is not None})
     wanted = {name for name, value in options.items() if asks_for_something(name, value)}
     for rule in RULES:
@@ -154,28 +155,29 @@ def check_effect(facts: Facts, options: Mapping[str, Any]) -> None:
 
 
 def effective(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that have an effect on a request, for who has every one of them and not what a user gave.
+    """Reduce a full set of options, defaults included, to those that have an effect on a request.
 
-    Sent on without the others, they make the same request, whatever the defaults there are.
+    A service that receives only these makes the same request, whatever its own defaults are.
     """
     facts, kept = Facts(request, given=frozenset(options)), dict(options)
     for rule in RULES:
         for name in rule.settings:
             if asks_for_something(name, kept.get(name)) and rule.holds(facts):
                 value = kept.pop(name)
-                if name == "cfg_interval" and _in_no_step(facts):  # a default could hold a step
+                # Left out, the service's default interval could include a step; an empty one includes none.
+                if name == "cfg_interval" and _in_no_step(facts):
                     kept[name] = (value[0], value[0])
     return kept
 
 
 def table() -> str:
-    """The rules as docs/options.md prints them."""
+    """The rules as a table for docs/options.md."""
     rows = [f"| {_names(rule.settings)} | {rule.when} |" for rule in RULES]
     return "\n".join(["| settings | have no effect |", "|---|---|", *rows])
 
 
 def neutral_table() -> str:
-    """The values that ask for nothing, as docs/options.md prints them."""
+    """The values that ask for nothing, as a table for docs/options.md."""
     return "\n".join(
         ["| setting | asks for nothing |", "|---|---|", *(f"| `{n}` | {w} |" for n, (w, _) in NEUTRAL.items())]
     )

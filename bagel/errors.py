@@ -1,36 +1,37 @@
 """The errors that users see.
 
     BagelError                      the base; knows its gRPC status and HTTP code
-    ├── InvalidRequest              a request that cannot be served as it is written (names the field)
-    │   └── InvalidImage            an input image that cannot be read or is too large
-    ├── RequestTooSlow              a request that did not come in time
-    ├── Unauthenticated             a caller without an API key that the gateway knows
-    ├── Forbidden                   a caller whose certificate is not one that this service takes calls of
-    ├── ConfigError                 a deploy file, flag or setting of the server that is wrong
-    ├── CheckpointError             model files that are missing, odd or do not fit the configuration
-    ├── NotSupported                a known option that does not exist in this version
-    ├── IncompleteContext           K/V that a picture needs is not there
-    │   └── UnknownSegment          K/V that a peer asks for and that is not held here
-    ├── ContextRefused              K/V that its holder does not give
-    │   ├── ForeignContext          it belongs to another model, type or layout
-    │   └── LeaseLapsed             its lease has run out
-    ├── KvTimeout                   K/V that did not arrive in time
-    ├── SourceUnavailable           the peer that holds K/V cannot be reached
-    ├── NotFinite                   a result that overflowed
-    ├── InitTimeout                 a stage that was not ready in time
-    ├── Busy                        no room for the request now (says when to try again)
-    │   └── StoreFull               a K/V store whose memory running requests hold
-    ├── Draining                    a service that is shutting down
-    ├── Loading                     a service whose model is not loaded yet
-    ├── NoBackend                   no service of a stage that a request needs is ready
-    ├── RunnerDied                  a worker process that ended under its requests
-    ├── EngineDied                  an engine that can compute no more
-    ├── RemoteError                 an error of a peer that has no name here (keeps its status)
-    ├── NotRead                     an answer that its client does not read
-    ├── OutputFailed                a result that is there and cannot be written, as the disk is full
-    └── OutOfMemory                 a device without memory for what was asked
+    ├── InvalidRequest              the request cannot be served as written (names the field)
+    │   └── InvalidImage            an input image is unreadable or too large
+    ├── RequestTooSlow              the request did not arrive in time
+    ├── Unauthenticated             the caller has no API key that the gateway knows
+    ├── Forbidden                   the service does not accept calls from the caller's certificate
+    ├── ConfigError                 a deploy file, flag or setting of a service is wrong
+    ├── CheckpointError             model files are missing, odd or do not fit the configuration
+    ├── NotSupported                the option is known but does not exist in this version
+    ├── IncompleteContext           K/V that a picture needs is missing
+    │   └── UnknownSegment          this store does not hold the K/V that a peer asks for
+    ├── ContextRefused              the holder of the K/V refuses to send it
+    │   ├── ForeignContext          the K/V belongs to another model, type or layout
+    │   └── LeaseLapsed             the lease of the K/V has expired
+    ├── KvTimeout                   the K/V did not arrive in time
+    ├── SourceUnavailable           the peer that holds the K/V cannot be reached
+    ├── NotFinite                   a result overflowed
+    ├── InitTimeout                 a stage was not ready in time
+    ├── Busy                        there is no room for the request now (says when to try again)
+    │   └── StoreFull               running requests hold all memory of the K/V store
+    ├── Draining                    the service is shutting down
+    ├── Loading                     the service has not loaded its model yet
+    ├── NoBackend                   no service of a stage that the request needs is ready
+    ├── RunnerDied                  a worker process ended while it served requests
+    ├── EngineDied                  the engine can compute no more
+    ├── RemoteError                 a peer reported an error that this tree has no class for (keeps its status)
+    ├── NotRead                     the client does not read its answer
+    ├── OutputFailed                a result cannot be written, since the disk is full or fails
+    └── OutOfMemory                 the device has too little memory for the request
 
-Each message says what was wrong, the value seen and what would be right, in one line.
+Each message says in one line what was wrong, the value seen and what would be right. Inside `bagel` it names the
+setting as its field (image_workers); each front replaces the field with its own flag or parameter.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from typing import Self
 class BagelError(Exception):
     """Base of all errors that are meant for a user.
 
-    grpc_status names a member of grpc.StatusCode; http_status is the REST front's code;
-    exit_code is the command line's. hidden: what the log alone gets, as it may name addresses of the inside.
+    grpc_status: the name of a grpc.StatusCode; http_status: the REST front's code; exit_code: the command line's.
+    hidden: details for the log alone, since they may name internal addresses.
     """
 
     grpc_status: str = "INTERNAL"
@@ -51,14 +52,14 @@ class BagelError(Exception):
     hidden: str = ""
 
     def for_log(self) -> dict[str, str]:
-        """Fields of a log's line about it."""
+        """The error's fields in a log line."""
         return {"error": str(self)} | ({"details": self.hidden} if self.hidden else {})
 
 
 class InvalidRequest(BagelError):
-    """A request that cannot be served as written; `field` is its field's name in the request.
+    """The request cannot be served as written; `field` is the name of the wrong field.
 
-    index: which it was of several that were asked for together, from 0; None where that is not known.
+    index: the request's place, from 0, among several that were sent together; None if it is unknown.
     """
 
     grpc_status = "INVALID_ARGUMENT"
@@ -70,25 +71,25 @@ class InvalidRequest(BagelError):
         self.field, self.index = field, index
 
     def named(self, name: str) -> Self:
-        """The error with its field as a front calls it, also where the message begins with it."""
+        """The same error with the front's name for the field, also at the start of the message."""
         message = str(self)
         told = name + message.removeprefix(self.field) if message.startswith(f"{self.field} ") else message
         return type(self)(name, told, self.index)
 
 
 class InvalidImage(InvalidRequest):
-    """An input image that cannot be read, decoded or is too large."""
+    """An input image cannot be read or decoded, or is too large."""
 
 
 class RequestTooSlow(BagelError):
-    """A request whose bytes did not come in time."""
+    """The bytes of a request did not arrive in time."""
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 408
 
 
 class Unauthenticated(BagelError):
-    """A caller who has shown no API key where one is needed, or one that is not known."""
+    """The caller sent no API key, or an unknown one, to a gateway that requires keys."""
 
     grpc_status = "UNAUTHENTICATED"
     http_status = 401
@@ -96,7 +97,7 @@ class Unauthenticated(BagelError):
 
 
 class Forbidden(BagelError):
-    """A caller who is known by their certificate, and may not call this service."""
+    """The caller's certificate is valid, but this service does not accept calls from its name."""
 
     grpc_status = "PERMISSION_DENIED"
     http_status = 403
@@ -104,15 +105,19 @@ class Forbidden(BagelError):
 
 
 class ConfigError(BagelError):
-    """A deploy file, flag or server setting that is wrong."""
+    """A deploy file, flag or setting of a service is wrong; `field` is the setting's name if there is just one."""
 
     grpc_status = "FAILED_PRECONDITION"
     http_status = 500
     exit_code = 2
 
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
 
 class CheckpointError(BagelError):
-    """Model files that are missing, odd or do not fit their configuration."""
+    """Model files are missing, odd or do not fit their configuration."""
 
     grpc_status = "FAILED_PRECONDITION"
     http_status = 500
@@ -120,7 +125,7 @@ class CheckpointError(BagelError):
 
 
 class NotSupported(BagelError):
-    """A known option that does not exist in this version; the message names what to use instead."""
+    """A known option does not exist in this version; the message names what to use instead."""
 
     grpc_status = "UNIMPLEMENTED"
     http_status = 501
@@ -128,44 +133,44 @@ class NotSupported(BagelError):
 
 
 class IncompleteContext(BagelError):
-    """K/V that a picture is drawn from is missing; nothing is recomputed behind the user's back."""
+    """K/V that a picture needs is missing; it is never silently recomputed."""
 
     grpc_status = "DATA_LOSS"
     http_status = 500
 
 
 class UnknownSegment(IncompleteContext):
-    """K/V that is not held here: never asked for, evicted, or failed."""
+    """This store does not hold the K/V: it was never requested, was evicted, or its computation failed."""
 
     grpc_status = "NOT_FOUND"
 
 
 class ContextRefused(BagelError):
-    """K/V that its holder does not give."""
+    """The holder of the K/V refuses to send it."""
 
     grpc_status = "FAILED_PRECONDITION"
     http_status = 503
 
 
 class ForeignContext(ContextRefused):
-    """K/V of another checkpoint, K/V type, tokenizer, image transform or layout."""
+    """The K/V belongs to another checkpoint, K/V type, tokenizer, image transform or layout."""
 
 
 class LeaseLapsed(ContextRefused):
-    """The lease that kept K/V alive has run out or went with its service, and what it held may be gone."""
+    """The lease of the K/V has expired, or ended with its service; the K/V may be gone."""
 
     grpc_status = "UNAVAILABLE"  # the same request, sent again, gets a new one
 
 
 class KvTimeout(BagelError):
-    """Nothing came from the holder of K/V for the configured time, neither a page nor a sign of life."""
+    """The holder of the K/V sent neither a page nor a sign of life for the configured time."""
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
 
 
 class SourceUnavailable(BagelError):
-    """The peer that holds K/V cannot be reached, or went away while it sent them."""
+    """The peer that holds the K/V cannot be reached, or disappeared while it sent them."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
@@ -176,18 +181,19 @@ class SourceUnavailable(BagelError):
 
 
 class NotFinite(BagelError):
-    """A result with infinite or undefined values, which is never passed on as a picture."""
+    """A result has infinite or undefined values; it is never returned as a picture."""
 
 
 class InitTimeout(BagelError):
-    """A stage that was not ready within --init-timeout."""
+    """A stage was not ready within init_timeout."""
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
+    field = "init_timeout"
 
 
 class Busy(BagelError):
-    """No room for the request now; retry_after_s says when to try again."""
+    """There is no room for the request now; retry_after_s says when to try again."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
@@ -198,48 +204,48 @@ class Busy(BagelError):
 
 
 class StoreFull(Busy):
-    """The K/V store has no room now: all of it is held by requests that run."""
+    """Running requests hold all memory of the K/V store."""
 
     http_status = 503
 
 
 class Draining(BagelError):
-    """A service that takes no new requests, as it is shutting down."""
+    """The service is shutting down and takes no new requests."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
 
 class NoBackend(BagelError):
-    """No service of a stage that the request needs is ready; the message names those configured."""
+    """No service of a stage that the request needs is ready; the message names the configured ones."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
 
 class Loading(BagelError):
-    """A service that cannot serve yet, as it loads its model."""
+    """The service is still loading its model."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
 
 class RunnerDied(BagelError):
-    """A service's worker process ended while it served requests; a new one is started."""
+    """A worker process ended while it served requests; the service starts a new one."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
 
 class EngineDied(BagelError):
-    """A service's engine can compute no more; the service ends, to be started again."""
+    """The engine can compute no more; its service ends and has to be started again."""
 
     grpc_status = "UNAVAILABLE"
     http_status = 503
 
 
 class RemoteError(BagelError):
-    """An error of a peer that this tree has no class for; it keeps the peer's gRPC status."""
+    """A peer reported an error that this tree has no class for; it keeps the peer's gRPC status."""
 
     def __init__(self, message: str, grpc_status: str, hidden: str = "") -> None:
         super().__init__(message)
@@ -248,21 +254,21 @@ class RemoteError(BagelError):
 
 
 class NotRead(BagelError):
-    """An answer that its client does not read: its call was ended."""
+    """The client does not read its answer, so its call was ended."""
 
     grpc_status = "ABORTED"
     http_status = 408
 
 
 class OutOfMemory(BagelError):
-    """The device has no memory left for what was asked."""
+    """The device has too little memory left for the request."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 503
 
 
 class OutputFailed(BagelError):
-    """A result that cannot be written, though the place for it is right: the disk is full, or fails."""
+    """A result cannot be written, since the disk is full or fails; its path is right."""
 
 
 _HTTP = {
@@ -276,4 +282,4 @@ _HTTP = {
     "UNIMPLEMENTED": 501,
     "UNAVAILABLE": 503,
 }
-"""HTTP codes of gRPC statuses, as google.rpc.Code has them."""
+"""HTTP codes of gRPC statuses, as google.rpc.Code documents them."""

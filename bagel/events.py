@@ -1,4 +1,4 @@
-"""What happens while requests are served, as an engine reports it. No torch here."""
+"""Events that an engine or a gateway reports while it serves requests. No torch here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL.Image import Image
 
 @dataclass(frozen=True)
 class Accepted:
-    """A gateway took request `index`: its name in every log, its seed, and the pipeline that serves it.
+    """A gateway accepted request `index`. request_id is its name in every log, pipeline the one that serves it.
 
-    settings: every setting as it is used, by the names of bagel.request: what the user left open is filled in.
+    settings: every setting, by its name in bagel.request, with the defaults that the user left open.
     """
 
     index: int
@@ -25,7 +25,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class PrefillDone:
-    """The contexts of request `index` are computed: `tokens` rows of K/V over all its distinct branches."""
+    """The contexts of request `index` are computed: `tokens` tokens of K/V over all its distinct branches."""
 
     index: int
     tokens: int
@@ -33,7 +33,7 @@ class PrefillDone:
 
 @dataclass(frozen=True)
 class DrawingStarted:
-    """The picture of request `index` waits for its turn no more; it waited so many seconds."""
+    """The picture of request `index` has its turn, after waiting for waited_s seconds."""
 
     index: int
     waited_s: float
@@ -41,7 +41,7 @@ class DrawingStarted:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Some more text of request `index`; think is True for the text before a picture."""
+    """The next text of request `index`; think is True for the text before a picture."""
 
     index: int
     text: str
@@ -50,7 +50,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Euler step `step` (from 1) of `steps` of request `index` is under way on the device; all before it are done."""
+    """The device computes Euler step `step` (from 1) of `steps` for request `index`; all steps before it are done."""
 
     index: int
     step: int
@@ -59,7 +59,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Preview:
-    """The picture of request `index` under way: its preview `number` (from 0), as it looked in Euler step `step`."""
+    """Preview `number` (from 0) of the picture of request `index`: how it looked in Euler step `step`."""
 
     index: int
     number: int
@@ -69,12 +69,12 @@ class Preview:
 
 @dataclass(frozen=True)
 class Result:
-    """What request `index` came to.
+    """The result of request `index`.
 
-    text: the reply, or the think text before a picture ("" if there is none); token_ids: its visible ids.
-    timings: seconds by stage (context, text, denoise, decode). profile: seconds of the diffusion stages by the device's
-    clock, in their order, where they are profiled. From a service also usage, tokens and steps by the
-    names of bagel.v1.Usage, the request's name in its logs, and the settings of `Accepted`.
+    text: the answer, or the think text before a picture ("" if there is none); token_ids: its visible ids.
+    timings: seconds per stage (context, text, denoise, decode). profile: seconds of the diffusion stages in order,
+    by the device's clock, if they are profiled. A service also fills in usage (tokens and steps, named as in
+    bagel.v1.Usage), request_id, and the settings of `Accepted`.
     """
 
     index: int
@@ -92,4 +92,4 @@ class Result:
 Event = TextDelta | StepDone | Result
 OnEvent = Callable[[Event], None]
 ServiceEvent = Accepted | PrefillDone | DrawingStarted | Preview | Event
-"""What a gateway reports beside."""
+"""The events that a gateway reports."""

@@ -1,4 +1,4 @@
-"""Which branches guide a picture, for what must not load torch: to the bit what bagel.model.flow computes."""
+"""Which branches guide a picture, without torch. The times agree with bagel.model.flow to the last bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # bagel.request asks what is guided
 
 
 def needed_branches(settings: ImageSettings) -> frozenset[BranchName]:
-    """Branches whose K/V a picture needs: gen, and those that guide it in at least one step."""
+    """The branches whose K/V a picture needs: gen, and those that guide it in at least one step."""
     gen = frozenset({BranchName.GEN})
     if settings.cfg_text_scale <= 1 or not guided_anywhere(settings):
         return gen
@@ -21,23 +21,21 @@ def needed_branches(settings: ImageSettings) -> frozenset[BranchName]:
 
 
 def timesteps(num_timesteps: int, shift: float) -> list[float]:
-    """Times of the steps and their end, from 1 to 0, each a float32: t = s u / (1 + (s - 1) u), rounded as torch does.
-
-    float64 holds sums, products and quotients of float32 closely enough that rounding them once more is exact.
-    """
+    """The times of the steps from 1 to 0, each a float32: t = s u / (1 + (s - 1) u), rounded as torch rounds."""
+    # float64 is precise enough that rounding a sum, product or quotient of float32 numbers gives torch's result.
     step = _f32(-1.0 / (num_timesteps - 1))
     half = num_timesteps // 2
     s, s1 = _f32(shift), _f32(shift - 1)
     times = []
     for i in range(num_timesteps):
-        # torch.linspace counts from the nearer end, with one rounding (a fused multiply-add).
+        # torch.linspace counts from the nearer end and rounds once (a fused multiply-add).
         u = _f32(1.0 + step * i) if i < half else _f32(-step * (num_timesteps - 1 - i))
         times.append(_f32(_f32(s * u) / _f32(1.0 + _f32(s1 * u))))
     return times
 
 
 def guided_anywhere(settings: ImageSettings) -> bool:
-    """Whether the interval holds a time at which a step begins."""
+    """Whether a step begins within the guidance interval."""
     lo, hi = (_f32(end) for end in settings.cfg_interval)
     return any(lo < t <= hi for t in timesteps(settings.steps, settings.timestep_shift)[:-1])
 

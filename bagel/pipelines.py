@@ -1,7 +1,8 @@
 """The three frozen pipelines: which stages a deployment has, and how K/V passes between them. No torch, no I/O.
 
-The values are vllm-omni's. Code reads a stage's fields and never asks for a pipeline's name: which stage expands a
-prompt into its guidance branches, when K/V may leave, which stage collects it, what each stage gives out.
+The values are those of vllm-omni. Code reads a stage's fields and never asks for a pipeline's name. The fields say
+which stage expands a prompt into its guidance branches, when K/V may leave, which stage collects it, and what each stage
+returns.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ PREFILL_FINISHED = "prefill_finished"
 
 @dataclass(frozen=True)
 class KvTransferCriteria:
-    """When K/V may leave before the sequence ends. prefill_finished: each page as prefill computes it."""
+    """When K/V may leave before the sequence ends. prefill_finished: each page as soon as prefill has it."""
 
     type: str
 
 
 @dataclass(frozen=True)
 class OmniKvConfig:
-    """A stage's part in the K/V hand-over. A sender without criteria hands over after the end of the sequence."""
+    """A stage's part in the transfer of K/V. A sender without criteria sends after the end of the sequence."""
 
     need_send_cache: bool = False
     need_recv_cache: bool = False
@@ -63,7 +64,7 @@ class OmniKvConfig:
 
 @dataclass(frozen=True)
 class SamplingConstraints:
-    """Sampling settings that the topology fixes. detokenize: text leaves the stage as text, never as ids alone."""
+    """Sampling settings that the topology fixes. detokenize: the stage returns text, never ids alone."""
 
     detokenize: bool
 
@@ -72,10 +73,10 @@ class SamplingConstraints:
 class StageConfig:
     """One stage: a service, or (single stage) the whole model.
 
-    input_sources are the stage_ids that feed it; final_output is what it gives the user, "text" or "image".
-    The functions are named here and found by `prompt_expander` and `kv_collector`; None: the stage has none.
+    input_sources: the stage_ids that feed it; final_output: its output for the user, "text" or "image".
+    `prompt_expander` and `kv_collector` look up the functions by their names here; None: the stage has none.
 
-    Five fields are here for comparison with vllm-omni alone, and decide nothing: owns_tokenizer,
+    Five fields decide nothing and are here only for comparison with vllm-omni: owns_tokenizer,
     requires_multimodal_data, model_arch, engine_output_type, sampling_constraints. vllm-omni leaves them unset for its
     single stage, which tokenizes, reads images and detokenizes all the same.
     """
@@ -97,7 +98,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """A frozen topology; hf_architectures are the checkpoint architectures that choose it by themselves."""
+    """A frozen topology; hf_architectures: the checkpoint architectures that select it by default."""
 
     model_type: str
     model_arch: str
@@ -121,7 +122,7 @@ class PipelineConfig:
         return self.stages
 
     def stage(self, model_stage: str) -> StageConfig:
-        """The stage of that role, "thinker" or "dit"; ConfigError if this pipeline has none."""
+        """The stage with that role, "thinker" or "dit"; ConfigError if this pipeline has none."""
         for stage in self.stages:
             if stage.model_stage == model_stage:
                 return stage
@@ -130,7 +131,7 @@ class PipelineConfig:
 
 
 def _two_stages(model_type: str, architectures: tuple[str, ...], expand: str, send: OmniKvConfig) -> PipelineConfig:
-    """Thinker, then DiT. The two such pipelines differ in these arguments alone."""
+    """A pipeline of Thinker and DiT. The two pipelines of this kind differ only in these arguments."""
     model_arch = "OmniBagelForConditionalGeneration"
     thinker = StageConfig(
         stage_id=0,
@@ -192,14 +193,14 @@ _COLLECTORS: Mapping[str, KvCollector] = MappingProxyType({"collect_cfg_kv_cache
 
 
 def pipeline(name: str) -> PipelineConfig:
-    """The frozen pipeline of that name; ConfigError listing the known ones."""
+    """The frozen pipeline with that name; otherwise ConfigError, which lists the known ones."""
     if name not in PIPELINES:
         raise ConfigError(f"unknown pipeline {name!r}; known: {', '.join(PIPELINES)}")
     return PIPELINES[name]
 
 
 def pipeline_for_architecture(architectures: Iterable[str]) -> PipelineConfig:
-    """The pipeline that a checkpoint's `architectures` (its config.json) choose by themselves; else ConfigError."""
+    """The pipeline that a checkpoint's `architectures` (in its config.json) select; ConfigError if none does."""
     seen = tuple(architectures)
     for spec in PIPELINES.values():
         if not set(seen).isdisjoint(spec.hf_architectures):

@@ -1,8 +1,8 @@
 """Prompts and the branches that classifier-free guidance needs. Pure: no torch, no I/O.
 
-A prompt is an ordered list of parts. Guidance compares the whole prompt with two poorer ones:
-gen (everything), cfg_text (without the last text) and cfg_img (without the images). The rules are the
-reference's `InterleaveInferencer.interleave_inference` (ByteDance-Seed/Bagel).
+A prompt is an ordered list of parts. Guidance compares the whole prompt (gen) with two that say less: cfg_text lacks
+the last text, cfg_img lacks the images. The rules are those of the reference's
+`InterleaveInferencer.interleave_inference` (ByteDance-Seed/Bagel).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL.Image import Image
 from bagel.errors import IncompleteContext, InvalidImage, InvalidRequest
 from bagel.images import InputImage, plain
 
-# The space before each line break is the reference's.
+# To the letter the reference's prompts, with the space before each line break: the model was trained on them.
 THINK_IMAGE_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, i.e. "
@@ -34,15 +34,15 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class TextPart:
-    """One text; it becomes a segment of its own, <|im_start|> text <|im_end|>.
+    """One text, which becomes a segment of its own: <|im_start|> text <|im_end|>.
 
-    Raises InvalidRequest if it is no Unicode text (a lone surrogate, as bytes that are not UTF-8 become).
+    Raises InvalidRequest for a text that is not valid Unicode.
     """
 
     text: str
 
     def __post_init__(self) -> None:
-        try:
+        try:  # fails on lone surrogates, into which Python decodes arguments and file names that are not UTF-8
             self.text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
@@ -54,7 +54,7 @@ class TextPart:
 class ImagePart:
     """One image, entered as VAE tokens (for_generation), ViT tokens (for_understanding) or both, in that order.
 
-    A Pillow image becomes what a file of it is read as (`bagel.images.to_rgb`); InvalidImage if it cannot.
+    A Pillow image is converted as if it were read from a file (`bagel.images.to_rgb`), or refused with InvalidImage.
     """
 
     image: InputImage
@@ -71,7 +71,7 @@ class ImagePart:
 
     @property
     def pixels(self) -> Image:
-        """The image, of a part whose image is decoded in this process."""
+        """The decoded image; only for a part whose image was decoded in this process."""
         assert isinstance(self.image, Image)
         return self.image
 
@@ -81,7 +81,7 @@ Prompt = tuple[Part, ...]
 
 
 class BranchName(StrEnum):
-    """The three contexts that a picture is drawn from."""
+    """The three contexts from which a picture is drawn."""
 
     GEN = "gen"
     CFG_TEXT = "cfg_text"
@@ -92,9 +92,9 @@ class BranchName(StrEnum):
 class Branch:
     """A prompt to build K/V for.
 
-    max_tokens: visible tokens of text decoded after it. writes: that text is kept, and appended as a text part of its
-    own, as the think text is to gen. Companions stop after prefill: max_tokens 1, of which nothing is kept. A think
-    text may be limited to 1 token too, so the limit alone cannot say which of the two it is.
+    max_tokens: visible tokens of text to decode after it. writes: that text is kept and becomes the last text part, as
+    the think text does in gen. The companions stop after prefill: max_tokens is 1, and that token is dropped. A think
+    text may be limited to 1 token too, so `writes` tells the two apart.
     """
 
     name: BranchName
@@ -104,17 +104,17 @@ class Branch:
 
 
 def expand_cfg_prompts(prompt: Prompt, *, negative_prompt: str = "") -> tuple[Branch, ...]:
-    """The branches gen, cfg_text and cfg_img of a prompt for a picture, in this order.
+    """The branches gen, cfg_text and cfg_img of a picture's prompt, in this order.
 
-    cfg_text is gen before its last text, or with the image if one follows that text, plus the negative
-    prompt if there is one; cfg_img is the texts alone. Branches with equal parts have equal K/V.
+    cfg_text is gen up to its last text; if an image follows that text, it is all of gen. A negative prompt is appended
+    to it. cfg_img is the texts alone. Branches with equal parts have equal K/V.
     """
     gen: Prompt = ()
     cfg_text: Prompt = ()
     cfg_img: Prompt = ()
     for part in prompt:
         if isinstance(part, TextPart):
-            cfg_text = gen
+            cfg_text = gen  # what stood before this text, until the next part
             gen, cfg_img = (*gen, part), (*cfg_img, part)
         else:
             gen = (*gen, part)
@@ -131,9 +131,9 @@ def expand_cfg_prompts(prompt: Prompt, *, negative_prompt: str = "") -> tuple[Br
 def expand_cfg_prompts_think(
     prompt: Prompt, *, negative_prompt: str = "", max_think_tokens: int = 1000
 ) -> tuple[Branch, ...]:
-    """As expand_cfg_prompts, with the think system prompt first in every branch.
+    """Like expand_cfg_prompts, with the think system prompt first in every branch.
 
-    gen decodes up to max_think_tokens of think text; the companions decode nothing and never get that text.
+    gen decodes up to max_think_tokens of think text. The companions decode nothing and never include that text.
     """
     branches = expand_cfg_prompts((TextPart(THINK_IMAGE_PROMPT), *prompt), negative_prompt=negative_prompt)
     gen, *companions = branches
@@ -141,16 +141,16 @@ def expand_cfg_prompts_think(
 
 
 def text_prompt(prompt: Prompt, *, think: bool) -> Prompt:
-    """The parts that a text answer is decoded after."""
+    """The prompt of a text answer, with the think system prompt first if it thinks."""
     return (TextPart(THINK_TEXT_PROMPT), *prompt) if think else prompt
 
 
 def collect_cfg_kv_caches(
     branches: tuple[Branch, ...], contexts: Mapping[BranchName, C], needed: frozenset[BranchName]
 ) -> dict[BranchName, C]:
-    """The contexts a picture is drawn from, one per needed branch, once all of them are there.
+    """Collect the contexts from which a picture is drawn, one per needed branch.
 
-    Raises IncompleteContext if one is missing: a lost cache must never turn into a wrong picture.
+    Raises IncompleteContext if one is missing: a lost cache must never become a wrong picture.
     """
     expanded = {branch.name for branch in branches}
     names = [name for name in BranchName if name in needed]

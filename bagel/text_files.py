@@ -1,9 +1,9 @@
-"""Text files as people's editors write them: UTF-8, or what the byte-order mark at their beginning says."""
+"""Decode text files as editors write them: UTF-8, unless a byte-order mark at the start names another encoding."""
 
 from __future__ import annotations
 
 MARKS = (
-    (b"\xff\xfe\x00\x00", "utf-32-le"),  # before UTF-16's, which it begins with
+    (b"\xff\xfe\x00\x00", "utf-32-le"),  # first, since it begins with UTF-16's mark
     (b"\x00\x00\xfe\xff", "utf-32-be"),
     (b"\xff\xfe", "utf-16-le"),
     (b"\xfe\xff", "utf-16-be"),
@@ -13,7 +13,7 @@ MARKS = (
 
 
 def mark_of(data: bytes) -> tuple[bytes, str]:
-    """The mark that bytes begin with and its encoding; no mark is UTF-8."""
+    """The mark at the start of the bytes, and its encoding; without a mark, UTF-8."""
     return next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
 
 

@@ -1,1 +1,1 @@
-"""A checkpoint on disk: its files, its configuration, what names its content, and the limits it sets. No torch here."""
+"""A checkpoint on disk: its files, its configuration, its fingerprint, and the limits it sets. No torch here."""

@@ -8,7 +8,7 @@ from bagel.errors import CheckpointError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 
 NORM_GROUPS = 32
-"""Of the autoencoder's norms."""
+"""Groups of the autoencoder's group norms."""
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
@@ -42,7 +42,7 @@ class LlmConfig:
 
 @dataclass(frozen=True)
 class VitConfig:
-    """The SigLIP encoder. num_hidden_layers counts the layers that run: one less than the file says (reference)."""
+    """The SigLIP encoder. num_hidden_layers counts the layers that run, one less than the file says (reference)."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -69,7 +69,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The FLUX autoencoder; the defaults are what the reference hard-codes."""
+    """The FLUX autoencoder; the defaults are the values that the reference hard-codes."""
 
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -91,10 +91,10 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that shapes the network and what enters it.
+    """Everything that shapes the network and its inputs.
 
-    max_latent_size: rows (and columns) of the latent position table; a checkpoint's weight overrides what
-    config.json says, as the published file has carried a wrong one (`Checkpoint.config`).
+    max_latent_size: rows and columns of the latent position table. The weights override config.json here
+    (`Checkpoint.config`), since the published file had a wrong value.
     """
 
     llm: LlmConfig
@@ -118,12 +118,12 @@ class ModelConfig:
 
     @property
     def latent_stride(self) -> int:
-        """Pixels a side of one latent token."""
+        """Side of one latent token, in pixels."""
         return self.vae.downsample * self.latent_patch_size
 
     @property
     def max_image_size(self) -> int:
-        """The largest side that the latent position table has rows for, in pixels."""
+        """The longest side that the latent position table covers, in pixels."""
         return self.max_latent_size * self.latent_stride
 
 

@@ -1,4 +1,4 @@
-"""The model's shape as a checkpoint's JSON files state it. No torch here."""
+"""Read the model's shape from a checkpoint's JSON files. No torch here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bagel.checkpoint.tensors import PLAIN_WEIGHTS
 from bagel.errors import BagelError, CheckpointError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
 
+# Many times the public model's values, yet quick to check: a damaged layer count must not list billions of tensors.
 MOST: Mapping[str, float] = {
     "hidden_size": 2**16,
     "intermediate_size": 2**20,
@@ -38,33 +39,34 @@ MOST: Mapping[str, float] = {
     "max_latent_size": 4096,
     "vit_max_num_patch_per_side": 4096,
 }
-"""The largest value of each field that is believed: many times the public model's, and still quick to check."""
+"""The largest accepted value of each field."""
 FOLDER_HOLDS = "a BAGEL checkpoint folder holds ema.safetensors, ae.safetensors and their JSON files"
 RGB = 3
 MOST_LEVELS = 8
-"""Of the autoencoder."""
+"""Resolution levels of the autoencoder."""
 LARGEST_SIDE = 2**16
-"""Pixels, of the image transforms and the default size."""
+"""Largest side, in pixels, of the image transforms and of the default size."""
 QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where GPTQ, AWQ and ModelOpt say what they have done, if not in config.json."""
+"""Files in which GPTQ, AWQ and ModelOpt describe their quantisation, if not in config.json."""
 
 
 def read_model_config(folder: Path) -> ModelConfig:
     """Read config.json, llm_config.json and vit_config.json of a checkpoint folder.
 
-    Raises CheckpointError, naming the file and the field, on a missing file or field, a value that no model can have,
-    quantised weights, or a setting that this network does not have.
+    Raises CheckpointError, naming the file and the field, for a missing file or field, an impossible value, quantised
+    weights, or a setting that this network does not implement.
     """
     config = _read_json(folder / "config.json")
     llm = _read_json(folder / "llm_config.json")
     vit = _read_json(folder / "vit_config.json")
     _refuse_quantised(folder, {"config.json": config, "llm_config.json": llm, "vit_config.json": vit})
+    # The network hard-codes these; other values would silently compute another model.
     _require(folder / "config.json", config, "interpolate_pos", False)
     _require(folder / "config.json", config, "connector_act", "gelu_pytorch_tanh")
     _require(folder / "vit_config.json", vit, "hidden_act", "gelu_pytorch_tanh")
     _require(folder / "llm_config.json", llm, "hidden_act", "silu")
     _require(folder / "llm_config.json", llm, "use_sliding_window", False)
-    repeated = _section(folder, config, "llm_config")
+    repeated = _section(folder, config, "llm_config")  # config.json repeats the decoder's settings and adds these two
     _require(folder / "config.json", repeated, "qk_norm", True)
     _require(folder / "config.json", repeated, "layer_module", "Qwen2MoTDecoderLayer")
     transforms, main = _section(folder, config, "image_transforms"), folder / "config.json"
@@ -86,7 +88,7 @@ def read_model_config(folder: Path) -> ModelConfig:
 
 
 def table_side(name: str, shape: Sequence[int]) -> int:
-    """Side of a square position table of that shape; raises CheckpointError if it is not square."""
+    """Side of the square position table with this shape; raises CheckpointError if it is not square."""
     rows = shape[0] if shape else 0
     side = math.isqrt(rows)
     if side < 1 or side * side != rows:
@@ -96,12 +98,12 @@ def table_side(name: str, shape: Sequence[int]) -> int:
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Name the folder where values of several fields, or files, do not go together."""
+    """Add the folder to an error about values that contradict each other, which names no file."""
     try:
         yield
     except CheckpointError as error:
-        told = str(error)
-        raise CheckpointError(told if str(folder) in told else f"{folder}: {told}") from None
+        message = str(error)
+        raise CheckpointError(message if str(folder) in message else f"{folder}: {message}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_quantised(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Weights in another form than plain numbers say so in one of the configurations, or in a file of their own."""
+    """Refuse quantised weights, which one of the configurations or a file of their own announces."""
     sections = {f"{file}: {name}": part for file, data in files.items() for name, part in data.items()}
     nested = {
         f"{name}.{key}": part for name, data in sections.items() if isinstance(data, dict) for key, part in data.items()
@@ -128,7 +130,7 @@ def _refuse_quantised(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def _section(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object within config.json; empty where there is none."""
+    """An object within config.json; empty if it is absent."""
     section = config.get(name)
     if section is None:
         return {}
@@ -138,7 +140,7 @@ def _section(folder: Path, config: Mapping[str, Any], name: str) -> dict[str, An
 
 
 def _fields(path: Path, data: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """Values of the dataclass's fields that the file has; raises CheckpointError for a missing required one."""
+    """The file's values for the fields of a dataclass; raises CheckpointError if a required one is missing."""
     found = {}
     for name, spec in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
         if name in data:
@@ -204,7 +206,7 @@ def _transform(folder: Path, transforms: Mapping[str, Any], name: str, default: 
 
 
 def _size(folder: Path, value: Any) -> tuple[int, int]:
-    """default_image_size: one number (a square) or [height, width]."""
+    """Read default_image_size, which is one number (a square) or [height, width]."""
     pair = [value, value] if isinstance(value, int) else value
     whole = isinstance(pair, list) and len(pair) == 2 and all(type(side) is int for side in pair)
     if not whole or not all(16 <= side <= LARGEST_SIDE for side in pair):

@@ -1,7 +1,7 @@
-"""Digests of large files that were read before, in a folder of the user's: services of a host read each file once.
+"""Cache the digests of large files in a folder of the user, so that the services of a host read each file once.
 
-A digest is taken from here while the file's path, size, times and inode are those it was computed for. Nothing that
-another user could have written is believed, and a folder that cannot be used only costs the time to read again.
+An entry is valid while the file's path, size, times and inode are unchanged. The cache trusts nothing that another user
+could have written; an unusable folder costs only the time to read the files again.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 CACHE_FOLDER = "BAGEL_CACHE_DIR"
-"""Environment variable with the cache's folder; else XDG_CACHE_HOME's bagel-serving, else that in ~/.cache."""
+"""Environment variable with the cache's folder; by default bagel-serving in XDG_CACHE_HOME, else in ~/.cache."""
 NAME, DIGESTS = "bagel-serving", "digests"
 KEY_BYTES = 16
 VERSION = 1
-"""Of what is stored and of how digests are computed."""
+"""Version of the entries and of the digests' computation."""
 LARGEST_ENTRY = 2**16
 WAIT_S = 600.0
-"""For another process that reads the same file; after that, read it ourselves."""
+"""How long to wait for another process that reads the same file, before reading it too."""
 LOOK_S = 0.05
 FRESH_NS, FRESH_COARSE_NS = 100 * 10**6, 2 * 10**9
-"""A file changed so short a time ago could change again and keep its time: file systems count in ticks, or seconds."""
+"""Age below which a file could change again and keep its times: file systems count in ticks, some in seconds."""
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What changes when a file does. ctime: not even who sets a file's times back keeps that."""
+    """The properties that change whenever a file does. A user can set mtime back, but not ctime."""
 
     size: int
     mtime_ns: int
@@ -47,7 +47,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: Path) -> Stamp | None:
-        """A file's, links followed; None if there is none."""
+        """The stamp of a file, links followed; None if there is no file."""
         try:
             found = path.stat()
         except OSError:
@@ -56,25 +56,26 @@ class Stamp:
 
     @property
     def settled(self) -> bool:
-        """Whether any later change of the file gives another stamp."""
+        """Whether any later change of the file would give another stamp."""
         latest = max(self.mtime_ns, self.ctime_ns)
+        # A time in whole seconds suggests a file system that stores nothing finer.
         tick = FRESH_COARSE_NS if latest % 10**9 == 0 else FRESH_NS
         return time.time_ns() - latest > tick
 
 
 class DigestCache:
-    """The folder of one user. Every method does its best: what cannot be read or written is as if it were not there."""
+    """The cache of one user. Its methods never fail: an entry that cannot be read or written counts as absent."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     @classmethod
     def of_user(cls) -> DigestCache:
-        """The cache in the environment's folder, which is made if missing."""
+        """The cache in the folder that the environment names; makes the folder if it is missing."""
         return cls(_own_folder(_folder_named()))
 
     def get(self, path: Path, stamp: Stamp) -> bytes | None:
-        """The digest that a file with this stamp has, if it is known."""
+        """The digest of the file with this stamp; None if it is unknown."""
         if self._folder is None:
             return None
         key, about = _key(path), _about(path, stamp)
@@ -87,7 +88,7 @@ class DigestCache:
         return digest if known else None
 
     def put(self, path: Path, stamp: Stamp, digest: bytes) -> bool:
-        """Keep a digest; the entry appears whole or not at all. False if it is not kept."""
+        """Store a digest; the entry appears whole or not at all. Returns False if it was not stored."""
         if self._folder is None or not stamp.settled:
             return False
         about = _about(path, stamp)
@@ -98,7 +99,7 @@ class DigestCache:
             with tempfile.NamedTemporaryFile("w", dir=self._folder, prefix=".", suffix=".tmp", delete=False) as stream:
                 part = Path(stream.name)
                 json.dump(entry, stream)
-            part.replace(target)  # mkstemp's mode: nobody else's to read or write
+            part.replace(target)  # keeps the mode of the temporary file, which other users can neither read nor write
         except OSError as error:
             logger.warning(
                 "a digest could not be cached", extra={"fields": {"file": str(target), "why": error.strerror}}
@@ -111,7 +112,7 @@ class DigestCache:
 
     @contextlib.contextmanager
     def alone(self, path: Path) -> Iterator[None]:
-        """While another process of this user is in here for the same file, wait: it will leave the digest behind."""
+        """Let one process of this user at a time read a file: the others wait, then find its digest in the cache."""
         descriptor = None
         if self._folder is not None:
             with contextlib.suppress(OSError):
@@ -123,44 +124,43 @@ class DigestCache:
             yield
         finally:
             if descriptor is not None:
-                os.close(descriptor)  # the lock goes with it, as it does with a process that dies
+                os.close(descriptor)  # releases the lock, as the death of a process does
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    began, told = time.monotonic(), False
+    """Wait for the lock of a file, at most WAIT_S."""
+    began, logged = time.monotonic(), False
     while time.monotonic() - began < WAIT_S:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if not told:
+            if not logged:
                 logger.info("waiting for another process that reads the file", extra={"fields": {"file": str(path)}})
-                told = True
+                logged = True
             time.sleep(LOOK_S)
-        except OSError:  # a file system without locks
+        except OSError:  # a file system without locks: two processes may then read the file, which only costs time
             return
     logger.warning("the other process takes too long", extra={"fields": {"file": str(path), "seconds": WAIT_S}})
 
 
 def _folder_named() -> Path | None:
-    """Where the environment wants the digests; None where there is no place for them."""
+    """The folder that the environment names for the digests; None if there is no place for them."""
     if named := os.environ.get(CACHE_FOLDER, "").strip():
         return Path(os.path.abspath(os.path.expanduser(named)), DIGESTS)
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # another is to be ignored, says the standard
+    if os.path.isabs(shared):  # the XDG standard says to ignore a relative path
         return Path(shared, NAME, DIGESTS)
     home = os.path.expanduser("~")
     return Path(home, ".cache", NAME, DIGESTS) if os.path.isabs(home) else None
 
 
 def _own_folder(folder: Path | None) -> Path | None:
-    """The folder, made if missing; None, with a word in the log, if it cannot be used or is not ours alone.
-
-    It is one of our own making within what is named: a mounted volume's top often belongs to root.
-    """
+    """Make the folder if it is missing; None, with a warning in the log, if it is unusable or not ours alone."""
     if folder is None:
         return None
     try:
+        # Always a subfolder of the named one, since the top of a mounted volume often belongs to root.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         why = _not_ours(folder.stat())
     except OSError as error:
@@ -177,7 +177,7 @@ def _own_folder(folder: Path | None) -> Path | None:
 
 
 def _not_ours(found: os.stat_result) -> str:
-    """Why somebody else could have written there; empty if nobody could."""
+    """Why another user could have written there; empty if none could."""
     if found.st_uid != os.geteuid():
         return f"it belongs to user {found.st_uid}, and this is user {os.geteuid()}"
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -186,7 +186,8 @@ def _not_ours(found: os.stat_result) -> str:
 
 
 def _read_own(path: Path) -> bytes:
-    """A file's bytes; OSError unless it is a plain file that only we can have written."""
+    """A file's bytes; OSError unless it is a regular file that only we can have written."""
+    # NOFOLLOW and NONBLOCK: another user's link must lead nowhere, and a pipe must not hang us.
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as stream:
         found = os.fstat(descriptor)
@@ -196,7 +197,7 @@ def _read_own(path: Path) -> bytes:
 
 
 def _key(path: Path) -> str:
-    """The name of a file's entry: of where it really is, so that a hub's snapshots share it."""
+    """The name of a file's entry, by its resolved path: snapshots of the hub link to one file and share its entry."""
     return blake2b(os.fsencode(path.resolve()), digest_size=KEY_BYTES).hexdigest()
 
 
@@ -205,5 +206,5 @@ def _about(path: Path, stamp: Stamp) -> Mapping[str, Any]:
 
 
 def _check(about: Mapping[str, Any], digest: bytes) -> str:
-    """A checksum of an entry, against what a damaged disk makes of it."""
+    """The checksum of an entry, which reveals a damaged disk."""
     return blake2b(json.dumps(about, sort_keys=True).encode() + digest, digest_size=KEY_BYTES).hexdigest()

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: where it is, what its files hold, and the fingerprint of its content."""
+"""A checkpoint on disk: its place, its files, and the fingerprint of its content."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ FILES = ("*.json", "merges.txt", EMA, AE)
 CONFIG_FILES = ("config.json", "llm_config.json", "vit_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 TOKENIZER_EXTRAS = ("special_tokens_map.json", "added_tokens.json")
-"""Read by the tokenizers library where they are there; the public model has none."""
+"""Files that the tokenizers library reads if they exist; the public model has none."""
 TEXT_FILES = (*TOKENIZER_FILES, *TOKENIZER_EXTRAS)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder laid out as the public ByteDance-Seed/BAGEL-7B-MoT repository, as it is when it is first read."""
+    """A folder laid out like the public ByteDance-Seed/BAGEL-7B-MoT repository, in its state at the first read."""
 
     folder: Path
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The configuration, with the sizes of the position tables taken from the weights themselves."""
+        """The configuration; the sizes of the position tables come from the weights themselves."""
         self._remember()
         config = read_model_config(self.folder)
         shapes = {name: info.shape for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
@@ -58,14 +58,14 @@ class Checkpoint:
         return config
 
     def path(self, file: str) -> Path:
-        """Path of one of its files; raises CheckpointError if it is missing."""
+        """The path of one of its files; raises CheckpointError if the file is missing."""
         path = self.folder / file
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {self._instead(file)}")
         return path
 
     def _instead(self, file: str) -> str:
-        """What a folder without that file may be."""
+        """What to do about a missing file; notices weights that are sharded into other files."""
         if file == EMA and (self.folder / INDEX).is_file():
             listed = read_json_file(self.folder / INDEX).get("weight_map")
             parts = sorted({str(part) for part in listed.values()} - {EMA, AE}) if isinstance(listed, dict) else []
@@ -90,31 +90,31 @@ class Checkpoint:
     def fingerprint(self) -> bytes:
         """16 bytes that name this model's content: configuration, tokenizer, and every byte of every tensor.
 
-        Waits until the weights are read, once a host (`bagel.model.digest_cache`).
+        Waits until the weights have been read, once per host (`bagel.checkpoint.digest_cache`).
         """
         return self.identity.fingerprint
 
     @property
     def identity(self) -> Identity:
-        """The fingerprint with the digests of the files; raises CheckpointError if they cannot be read."""
+        """The fingerprint and the digests of the files; raises CheckpointError if they cannot be read."""
         return self._identity.result()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Around the reading of weights: the fingerprint is computed meanwhile.
+        """Compute the fingerprint while the block loads weights.
 
-        Raises CheckpointError at the end if a file is not what it was when this checkpoint was first read: what was
-        loaded would be another model than the fingerprint says, or half of one.
+        Raises CheckpointError at the end if a file has changed since this checkpoint was first read: the loaded weights
+        would not be those that the fingerprint names.
         """
-        _ = self._identity  # begins
+        _ = self._identity  # starts the thread
         try:
             yield
             self.identity  # noqa: B018
-        finally:  # half-written files fail in many ways: the cause comes before them
+        finally:  # a half-written file fails in many ways, so its change is reported instead of whatever it caused
             self.check_unchanged()
 
     def check_unchanged(self) -> None:
-        """Raise CheckpointError naming a file that has changed since this checkpoint was first read."""
+        """Raise CheckpointError, naming the file, if one has changed since this checkpoint was first read."""
         before = self._stamps
         for name, stamp in _stamps(self.folder).items():
             if stamp != before[name]:
@@ -140,12 +140,12 @@ class Checkpoint:
             except BaseException as error:
                 future.set_exception(error)
 
-        # No thread of a pool: an interrupted process would wait until all is read.
+        # A daemon thread, since an interrupted process would wait for a thread of a pool until everything is read.
         Thread(target=work, name="fingerprint", daemon=True).start()
         return future
 
     def _remember(self) -> None:
-        """Note what the files are before any is read."""
+        """Note the state of the files before any is read."""
         _ = self._stamps
 
     @cached_property
@@ -158,9 +158,9 @@ def _stamps(folder: Path) -> dict[str, Stamp | None]:
 
 
 def find_checkpoint(model: str, *, cached_only: bool = False) -> Checkpoint:
-    """A checkpoint from a folder, or from the Hugging Face hub by name (owner/name); only safe files are fetched.
+    """Find a checkpoint by its folder, or by its name (owner/name) on the Hugging Face hub.
 
-    cached_only: nothing is fetched. Raises CheckpointError if there is neither.
+    Fetches only files that cannot run code; cached_only: fetches nothing. Raises CheckpointError if there is none.
     """
     folder = Path(os.path.expanduser(model))
     if folder.is_dir():
@@ -173,7 +173,7 @@ def find_checkpoint(model: str, *, cached_only: bool = False) -> Checkpoint:
 
     try:
         return Checkpoint(Path(snapshot_download(model, allow_patterns=list(FILES), local_files_only=cached_only)))
-    except Exception as error:  # the hub's client raises many kinds; the user needs one line
+    except Exception as error:  # the hub's client raises many classes, and the user needs one line
         if cached_only:
             raise CheckpointError(
                 f"{model!r} is no folder here and not in the hub's cache, {_hub_cache()}; a service or bagel generate "

@@ -1,7 +1,7 @@
-"""The digest of a safetensors file's content: every byte of every tensor, read once, by several threads.
+"""The digest of a safetensors file's content: several threads read every byte of every tensor once.
 
-XXH3-128 keeps up with memory, so that a disk is what it waits for. It tells files apart that differ by accident or by
-training; it is no protection against somebody who makes two files of one digest on purpose.
+XXH3-128 is as fast as memory, so the disk sets the pace. It distinguishes files that differ by accident or training; it
+does not protect against somebody who constructs two files with one digest.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from bagel.errors import CheckpointError
 
 DIGEST_BYTES = 16
 PIECE_BYTES = 64 * 2**20
-"""A large tensor is hashed in pieces of so many bytes: part of the digest's definition."""
+"""Size of the pieces in which a large tensor is hashed. It is part of the digest's definition."""
 READ_BYTES = 2**18
-"""Of one read, which fits a core's cache."""
+"""Bytes of one read; they fit a core's cache."""
 MOST_THREADS = 8
 
 Piece = tuple[int, int]
@@ -30,13 +30,14 @@ Piece = tuple[int, int]
 
 
 def content_digest(path: Path) -> bytes:
-    """16 bytes that name a safetensors file's tensors: names, types, shapes and values, whatever their order in it.
+    """16 bytes that name a safetensors file's tensors: names, types, shapes and values, but not their order.
 
-    BLAKE2b over each name, type, shape and the XXH3-128 of each piece of its bytes. Raises CheckpointError for a
-    malformed file, or one that becomes shorter meanwhile.
+    BLAKE2b over each name, type and shape, and the XXH3-128 of each piece of the bytes. Raises CheckpointError for a
+    file that is malformed or becomes shorter meanwhile.
     """
     header = read_header(path)
     pieces = {name: _pieces(header, info) for name, info in header.tensors.items()}
+    # Read in the file's order, for the disk's sake; digested in the order of the names.
     in_order = sorted(piece for of_one in pieces.values() for piece in of_one)
     hashed = dict(zip(in_order, _hash_all(path, in_order), strict=True))
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"bagel-tensors")
@@ -52,14 +53,14 @@ def _pieces(header: Header, info: TensorInfo) -> list[Piece]:
 
 
 def _hash_all(path: Path, pieces: list[Piece]) -> list[bytes]:
-    """XXH3-128 of each piece, in their order."""
+    """The XXH3-128 of each piece, in the order given."""
     runs = list(_runs(pieces))
     found: list[list[bytes]] = [[] for _ in runs]
     numbers = itertools.count()
 
     def work() -> None:
         buffer = bytearray(READ_BYTES)
-        with path.open("rb", buffering=0) as stream:  # one each: the kernel reads ahead by descriptor
+        with path.open("rb", buffering=0) as stream:  # one per thread: the kernel reads ahead per descriptor
             while (number := next(numbers)) < len(runs):
                 found[number] = [_hash(stream.fileno(), *piece, buffer) for piece in runs[number]]
 
@@ -75,7 +76,7 @@ def _hash_all(path: Path, pieces: list[Piece]) -> list[bytes]:
 
 
 def _runs(pieces: list[Piece]) -> Iterator[list[Piece]]:
-    """Neighbouring pieces, so many together that a thread has something to do."""
+    """Group neighbouring pieces, so that even small tensors give a thread enough work."""
     run: list[Piece] = []
     for piece in pieces:
         run.append(piece)
@@ -92,7 +93,7 @@ def _hash(descriptor: int, offset: int, nbytes: int, buffer: bytearray) -> bytes
         count = os.preadv(descriptor, [view[: end - offset]], offset)
         if not count:
             raise EOFError
-        digest.update(view[:count])  # without Python's lock, as the reading
+        digest.update(view[:count])  # releases Python's lock, as preadv does
         offset += count
     return digest.digest()
 
@@ -102,7 +103,7 @@ def _cores() -> int:
 
 
 def in_threads(work: Callable[[], None], count: int) -> None:
-    """Run work in so many threads at once; raises the first error. An interrupted process does not wait for them."""
+    """Run work in `count` threads at once and raise the first error. An interrupted process does not wait for them."""
     errors: list[BaseException] = []
 
     def guarded() -> None:

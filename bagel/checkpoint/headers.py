@@ -1,7 +1,7 @@
-"""What a safetensors file says of itself, checked in full before anything of it is used. No torch here.
+"""Read a safetensors file's header and check it in full before using any of it. No torch here.
 
-The format: https://huggingface.co/docs/safetensors. The library checks most of this too, but later, and with errors of
-its own.
+The format: https://huggingface.co/docs/safetensors. The library checks most of this too, but later, and its errors do
+not say which tensor is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ITEM_BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-"""Bits of one element of each type that the format has."""
+"""Bits per element of each type in the format."""
 MOST_DIMENSIONS = 16
 
 
@@ -41,7 +41,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A file's tensors by name; data_start: where their bytes begin; nbytes: the file's length."""
+    """A file's tensors by name; data_start: the offset of their bytes; nbytes: the file's length."""
 
     tensors: Mapping[str, TensorInfo]
     data_start: int
@@ -49,7 +49,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file; raises CheckpointError, naming the file and the tensor, for a malformed one."""
+    """Read the header of a safetensors file; raises CheckpointError, naming file and tensor, if it is malformed."""
     try:
         with path.open("rb") as stream:
             nbytes = os.fstat(stream.fileno()).st_size
@@ -78,7 +78,7 @@ def _length(start: bytes, nbytes: int) -> int:
     if len(start) < 8:
         raise ValueError(f"it has {len(start)} bytes")
     (length,) = struct.unpack("<Q", start)
-    if length > nbytes - 8:
+    if length > nbytes - 8:  # before any of it is read: a damaged length could ask for exabytes
         raise ValueError(f"the header is longer than the file: {length} of {nbytes} bytes")
     if length > LARGEST_BYTES:
         raise ValueError(f"the header has {length} bytes; at most {LARGEST_BYTES} are read")
@@ -110,12 +110,12 @@ def _info(name: str, entry: Any) -> TensorInfo:
 
 
 def _naturals(value: Any) -> TypeGuard[list[int]]:
-    """Whether it is a list of whole numbers from 0 on; True and False are none."""
+    """Whether a value is a list of whole numbers of at least 0; True and False do not count as numbers."""
     return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo]) -> int:
-    """Check that the tensors' bytes follow one another without gap or overlap; where they end."""
+    """Check that the tensors' bytes follow one another without gap or overlap; returns the offset of their end."""
     end, before = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != end:

@@ -1,4 +1,4 @@
-"""What names a checkpoint's content: the digest of each file that shapes the result, and the fingerprint of all."""
+"""Name a checkpoint's content: one digest per file that shapes the result, and one fingerprint over all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileDigest:
-    """A file's digest and bytes; cached: it was read before. known: what the cache had, where it was read anew."""
+    """A file's digest and size. cached: the cache had the digest; known: the cached digest of a file read anew."""
 
     name: str
     nbytes: int
@@ -30,7 +30,7 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Identity:
-    """The fingerprint, and the digests that it covers."""
+    """The fingerprint, and the digests of the files that it covers."""
 
     fingerprint: bytes
     files: tuple[FileDigest, ...]
@@ -39,7 +39,7 @@ class Identity:
 def identify(folder: Path, config: ModelConfig, weights: Iterable[str], texts: Iterable[str]) -> Identity:
     """Name the content of a folder: its configuration, its tokenizer's files (texts) and every byte of its weights.
 
-    Raises CheckpointError for a file that cannot be read or changes meanwhile.
+    Raises CheckpointError for a file that cannot be read or that changes meanwhile.
     """
     began, cache = time.monotonic(), DigestCache.of_user()
     files = [text_digest(folder / name) for name in texts if (folder / name).is_file()]
@@ -57,8 +57,9 @@ def identify(folder: Path, config: ModelConfig, weights: Iterable[str], texts: I
 
 
 def fingerprint_of(config: ModelConfig, files: Iterable[FileDigest]) -> bytes:
-    """The name of a model: of its configuration, as read, and of its other files in the order of their names."""
+    """The fingerprint of a model: a digest over its configuration and its other files, ordered by name."""
     digest = blake2b(digest_size=DIGEST_BYTES, person=b"bagel-model")
+    # The configuration as read, not its files: a comment or a key that nothing reads makes no other model.
     digest.update(repr(config).encode())
     for file in sorted(files, key=lambda each: each.name):
         digest.update(f"{file.name}:".encode() + file.digest)
@@ -66,7 +67,7 @@ def fingerprint_of(config: ModelConfig, files: Iterable[FileDigest]) -> bytes:
 
 
 def text_digest(path: Path) -> FileDigest:
-    """Of a small file, as it is; raises CheckpointError if it cannot be read."""
+    """The digest of a small file's bytes; raises CheckpointError if it cannot be read."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -75,9 +76,9 @@ def text_digest(path: Path) -> FileDigest:
 
 
 def weights_digest(path: Path, cache: DigestCache, *, anew: bool = False) -> FileDigest:
-    """Of a safetensors file, from the cache or read now. anew: read in any case; what the cache had is told too.
+    """The digest of a safetensors file, from the cache or read now. anew: read it in any case, and note the cached one.
 
-    Raises CheckpointError for a file that cannot be read, or changes meanwhile.
+    Raises CheckpointError for a file that cannot be read or that changes meanwhile.
     """
     stamp = Stamp.of(path)
     if stamp is None:
@@ -86,10 +87,11 @@ def weights_digest(path: Path, cache: DigestCache, *, anew: bool = False) -> Fil
     if known is not None and not anew:
         return FileDigest(path.name, stamp.size, known, cached=True)
     with cache.alone(path):
-        if not anew and (left := cache.get(path, stamp)) is not None:  # by who was here before us
-            return FileDigest(path.name, stamp.size, left, cached=True)
+        # Another process may have stored the digest while this one waited for the lock.
+        if not anew and (stored := cache.get(path, stamp)) is not None:
+            return FileDigest(path.name, stamp.size, stored, cached=True)
         digest = content_digest(path)
-        if Stamp.of(path) != stamp:
+        if Stamp.of(path) != stamp:  # the digest would mix two versions of the file
             raise CheckpointError(f"{path} changed while it was read; let it be written whole, then start again")
         cache.put(path, stamp, digest)
     return FileDigest(path.name, stamp.size, digest, known=known)

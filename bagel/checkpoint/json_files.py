@@ -1,4 +1,4 @@
-"""JSON of a checkpoint, read strictly: what is odd in it is a CheckpointError that names the file. No torch here."""
+"""Read a checkpoint's JSON strictly: anything odd is a CheckpointError that names the file. No torch here."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any, NoReturn
 from bagel.errors import CheckpointError
 
 LARGEST_BYTES = 16 * 2**20
-"""Of a configuration file or a safetensors header. The public model's largest is a hundredth of it."""
+"""Largest configuration file or safetensors header. The public model's largest has a hundredth of this."""
 DEEPEST = 32
-"""Levels of lists and objects within one another. The public model's files have four."""
+"""Deepest nesting of lists and objects. The public model's files have four levels."""
 
 _repr = Repr()
 _repr.maxstring = _repr.maxother = _repr.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """A value of a file for an error message: short, whatever it is."""
+    """A value from a file, shortened for an error message."""
     return _repr.repr(value)
 
 
 def shown_name(name: str) -> str:
-    """A tensor's name for an error message: as it is, unless it is long or would not stay in one line."""
+    """A tensor's name for an error message, shortened or escaped if it is long or would not fit in one line."""
     return name if name.isprintable() and len(name) <= 160 else shown(name)
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises CheckpointError naming the file for anything else."""
+    """The JSON object in a file; raises CheckpointError, naming the file, for anything else."""
     try:
         with path.open("rb") as stream:
-            data = stream.read(LARGEST_BYTES + 1)
+            data = stream.read(LARGEST_BYTES + 1)  # one more than allowed shows that the file is too large
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > LARGEST_BYTES:
@@ -46,9 +46,9 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """A JSON object; raises ValueError for what is no strict, shallow JSON, and TypeError for another kind of value.
+    """Parse a JSON object; raises ValueError unless it is strict, shallow JSON, TypeError for another kind of value.
 
-    A key that is there twice, NaN and Infinity are refused: Python's reader would take them without a word.
+    Refuses repeated keys, NaN and Infinity, which Python's reader would silently accept.
     """
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_number)
@@ -76,8 +76,8 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _check_depth(value: dict[str, Any]) -> None:
-    """Refuse what is nested too deep: it has no meaning here, and whatever walks it later would have to beware."""
-    level: list[Any] = [value]
+    """Refuse deep nesting, which means nothing here and would make later recursive readers fail."""
+    level: list[Any] = [value]  # level by level instead of recursively, so that this check cannot fail that way
     for _ in range(DEEPEST):
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [each for items in inner for each in items if isinstance(each, dict | list)]

@@ -1,4 +1,4 @@
-"""Sizes that a model allows: of pictures, of prompts and texts. No torch here: checked before a model is loaded."""
+"""Limits that a model sets on pictures, prompts and texts. No torch here: they are checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALLEST_BUCKET = 16
 
 @dataclass(frozen=True)
 class PictureLimits:
-    """What a picture's size depends on. default_image_size: (height, width); the rest in pixels a side."""
+    """The settings that a picture's size depends on. default_image_size: (height, width); all in pixels per side."""
 
     default_image_size: tuple[int, int]
     max_image_size: int
@@ -25,9 +25,10 @@ class PictureLimits:
 
 
 def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple[int, int]:
-    """(height, width): the user's, an edit's resized input's, or the model's default; rounded down to the grid.
+    """(height, width) of a request's picture, rounded down to the latent grid.
 
-    Raises InvalidRequest for a side that the latent position table has no rows for.
+    The user's size comes first, then that of an edit's resized input, then the model's default. Raises InvalidRequest
+    for a side that the latent position table does not cover.
     """
     default = config.default_image_size
     images = [part.image for part in request.prompt if isinstance(part, ImagePart)]
@@ -42,7 +43,7 @@ def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple
 
 
 def check_side(name: str, pixels: int, config: ModelConfig | PictureLimits) -> int:
-    """A side of a picture, rounded down to the grid; InvalidRequest if the model has no positions for it."""
+    """Round a side down to the latent grid; raises InvalidRequest if the position table does not cover it."""
     stride, largest = config.latent_stride, config.max_image_size
     if not stride <= pixels < largest + stride:
         raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
@@ -50,19 +51,19 @@ def check_side(name: str, pixels: int, config: ModelConfig | PictureLimits) -> i
 
 
 def check_stop_ids(ids: Iterable[int], vocabulary: int) -> None:
-    """Refuse a stop token that the model does not have, and could never write; raises InvalidRequest."""
+    """Raise InvalidRequest for a stop token outside the vocabulary, which the model could never write."""
     if outside := [token for token in ids if token >= vocabulary]:
-        told = f"stop_token_ids has {outside[0]}; this model's tokens are 0 to {vocabulary - 1}"
-        raise InvalidRequest("stop_token_ids", told)
+        message = f"stop_token_ids has {outside[0]}; this model's tokens are 0 to {vocabulary - 1}"
+        raise InvalidRequest("stop_token_ids", message)
 
 
 def text_positions(request: Request) -> int:
-    """Positions that the request's text may take: that of an answer or a think text, 0 if there is none."""
+    """Positions that the request's answer or think text may take; 0 if it writes neither."""
     return text_settings(request).max_tokens if request.think or not request.modality.makes_image else 0
 
 
 def check_positions(prompt: int, text: int, limit: int) -> None:
-    """Refuse a prompt of so many positions with so much text after it; raises InvalidRequest naming the remedy."""
+    """Raise InvalidRequest, naming the remedy, if a prompt and the text after it take more positions than the limit."""
     if prompt + text <= limit:
         return
     raise InvalidRequest(
@@ -74,32 +75,33 @@ def check_positions(prompt: int, text: int, limit: int) -> None:
 
 
 def latent_bucket(tokens: int) -> int:
-    """Latents that a row is padded to, so that few shapes exist to compile or capture: eight to an octave."""
+    """The number of latents that a row is padded to, so that few shapes have to be compiled or captured."""
+    # Eight buckets per octave: a row grows by an eighth at most.
     granularity = max(SMALLEST_BUCKET, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // granularity) * granularity
 
 
 def padded_latents(tokens: int, device: str) -> int:
-    """Latents of a row on a device; on a CPU nothing is compiled or captured, so there nothing is padded."""
+    """Latents of a row on a device, padded only on a GPU: a CPU compiles and captures nothing."""
     return latent_bucket(tokens) if device.startswith("cuda") else tokens
 
 
 def row_kv_tokens(context: int, padded: int) -> int:
-    """Tokens of K/V of a picture's row: its context, its latents and their two delimiters."""
+    """Tokens of K/V that a picture's row takes: its context, its latents and their two delimiters."""
     return context + padded + 2
 
 
 def check_kv_room(needed: int, there: int) -> None:
-    """Refuse what can never fit the K/V of a DiT's device; raises InvalidRequest naming the remedy."""
+    """Raise InvalidRequest, naming the remedy, if a picture can never fit the K/V memory of a DiT's device."""
     if needed > there:
         raise InvalidRequest(
             "prompt",
-            f"the request takes {needed} tokens of K/V on the DiT's device, which holds {there} (--kv-device-bytes): "
-            "draw it smaller, shorten the prompt or the text, use fewer or smaller images, or give the DiT more",
+            f"the request takes {needed} tokens of K/V on the DiT's device, which holds {there} (kv_device_bytes): "
+            "draw it smaller, shorten the prompt or the text, use fewer or smaller images, or raise kv_device_bytes",
         )
 
 
 def position_limit(config: ModelConfig, max_model_len: int | None) -> int:
-    """Positions of prompt and text together."""
+    """The most positions that a prompt and its text may take together."""
     positions = config.llm.max_position_embeddings
     return min(max_model_len or positions, positions)

@@ -1,4 +1,4 @@
-"""What a process needs of the model. Each role loads its parts and nothing else."""
+"""Roles of processes. Each role loads the parts of the model that it needs and nothing else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from enum import StrEnum
 class Role(StrEnum):
     """A process's share of the work.
 
-    understand: reads text and images, writes text, builds K/V for text-to-image;
-    context: also images to edit (VAE encoder, generation expert);
-    denoise: draws pictures from K/V built elsewhere; full: everything.
+    understand: read text and images, write text, build K/V for text-to-image;
+    context: the same, and read images to edit (VAE encoder, generation expert);
+    denoise: draw pictures from K/V that another process built; full: everything.
     """
 
     UNDERSTAND = "understand"
@@ -26,10 +26,10 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Parts:
-    """Which parts of the network exist.
+    """The parts of the network that a role loads.
 
-    text: LM head, last norm and the whole embedding (else its two rows of the image delimiters);
-    vision: ViT and connector; generation: the generation expert and what embeds latents;
+    text: LM head, last norm and the whole embedding (without it, only the two rows of the image delimiters);
+    vision: ViT and connector; generation: the generation expert and the embedding of latents;
     encoder: the VAE's encoder; denoising: the generation expert's last norm, llm2vae and the VAE's decoder.
     """
 

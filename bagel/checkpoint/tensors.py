@@ -1,7 +1,7 @@
-"""Which tensors a checkpoint may hold: plain numbers, and no others than the network has. No torch here.
+"""Check a checkpoint's tensors: only plain number types, and only tensors that the network has. No torch here.
 
-A quantised weight without its scale is noise, and looks like a weight: so neither other types nor tensors that nothing
-would use are passed over.
+A quantised weight without its scale looks like a weight but is noise. So tensors of another type, or without a use,
+are refused instead of skipped.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from bagel.errors import CheckpointError
 PLAIN_TYPES = ("F32", "F16", "BF16")
 PLAIN_WEIGHTS = "only plain weights in F32, F16 or BF16 are supported; use the checkpoint that this was made from"
 NAMED = 5
-"""Tensors named in a message, of many."""
+"""How many tensors a message names when there are more."""
 
-# Constants that other programs save beside the weights, and the pooling head that BAGEL's ViT is without.
+# Constants that other programs save beside the weights, and the pooling head, which BAGEL's ViT lacks.
 _IDLE = re.compile(r".*\.rotary_emb\.inv_freq|.*\.position_ids|vit_model\.vision_model\.head\..+")
 _VIT_LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d{1,9})\..+")
 
@@ -27,10 +27,10 @@ _VIT_LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d{1,9})\..
 def check_plain(
     files: Mapping[str, Mapping[str, TensorInfo]], known: Collection[str], config: ModelConfig, where: str
 ) -> list[str]:
-    """The tensors that are there, known to be of no use, and left alone.
+    """Check all tensors of a checkpoint; returns the names of those that are known to have no use.
 
-    known: every name that the network has. Raises CheckpointError for weights that are not plain numbers, and for
-    tensors that nobody knows.
+    known: every name in the network. Raises CheckpointError for weights that are not plain numbers and for unknown
+    tensors.
     """
     listed = [(file, name, info) for file, tensors in files.items() for name, info in tensors.items()]
     idle = {name for _, name, _ in listed if name not in known and _is_idle(name, config)}
@@ -47,7 +47,7 @@ def check_plain(
 
 
 def few(items: Sequence[str]) -> str:
-    """The first few of many, as one text."""
+    """Join the first few of many items into one text."""
     more = f" (and {len(items) - NAMED} more)" if len(items) > NAMED else ""
     return "; ".join(items[:NAMED]) + more
 
@@ -57,6 +57,7 @@ def _is_odd(name: str, info: TensorInfo, idle: Collection[str]) -> bool:
 
 
 def _is_idle(name: str, config: ModelConfig) -> bool:
-    """Whether it is left out on purpose: the ViT's last layer, which the reference never runs, is."""
+    """Whether a tensor is skipped on purpose."""
+    # The ViT's last layer: the reference never runs it.
     layer = _VIT_LAYER.fullmatch(name)
     return _IDLE.fullmatch(name) is not None or (layer is not None and int(layer[1]) == config.vit.num_hidden_layers)

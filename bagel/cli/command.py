@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from bagel import __version__
-from bagel.arguments import Parser
+from bagel.arguments import Parser, for_command_line
 from bagel.cli.flags import (
     INTERRUPTED,
     add_eval_nano_flags,
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit:  # argparse's --help and --version
         return _flushed(int(exit.code or 0))
     except BagelError as error:
-        return _flushed(_fail(str(error), error.exit_code))
+        return _flushed(_fail(for_command_line(error), error.exit_code))
     except KeyboardInterrupt:
         return _flushed(_fail("interrupted", INTERRUPTED))
     except BrokenPipeError:

@@ -1,7 +1,7 @@
-"""A service as a child process: `python -m bagel.child MODULE ARGS...` runs MODULE until its parent has gone.
+"""`python -m bagel.deployment.child MODULE ARGS...` runs MODULE until the parent process ends.
 
-The parent holds the other end of standard input. However it ends, that end closes, and the service is told to stop:
-nothing stays behind, on any system and whichever thread of the parent started it.
+The parent holds the other end of standard input. However the parent ends, its end closes and the service stops. So no
+process is left behind, on any system and whichever of the parent's threads started it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from threading import Thread
 
 STOP_LIMIT_S = 60.0
-"""Seconds that an orphan has to drain."""
+"""Seconds that an orphaned service has to drain."""
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _stop_with_parent() -> None:
-    while os.read(0, 4096):
+    while os.read(0, 4096):  # returns nothing once the parent's end is closed
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(STOP_LIMIT_S)

@@ -1,7 +1,7 @@
-"""All services of a deploy file on this machine: started, watched, shut down in order. No torch here.
+"""Start, watch and stop all services of a deploy file on this machine. No torch here.
 
-Each service is a process of its own, `python -m bagel_thinker` and so on; this module knows their names and command
-lines, and imports none of them.
+Each service is a process of its own, `python -m bagel_thinker` and so on. This module knows their names and command
+lines but imports none of them.
 """
 
 from __future__ import annotations
@@ -30,26 +30,25 @@ from bagel.rpc.transport import PLAINTEXT, Security, sync_channel
 LOOPBACK = "127.0.0.1"
 GATEWAY = "gateway"
 MODULES = {"thinker": "bagel_thinker", "dit": "bagel_dit", GATEWAY: "bagel_gateway"}
-"""What runs each role, by name: nothing here imports a service."""
+"""The module that each role runs."""
 KILL_AFTER_S = 5.0
-"""Seconds beyond its drain time after which a service is killed."""
+"""Seconds after its drain time when a service that still runs is killed."""
 
 OnReady = Callable[[str, str, float], None]
-"""(name, address, seconds since the start) of a service that is ready."""
+"""Called with (name, address, seconds since the start) when a service is ready."""
 
 
 class Deployment:
-    """The services of a deploy file, from `with` to its end.
+    """The services of a deploy file, running from `with` to its end.
 
-    model: a checkpoint folder; name: what to call it in messages. host and gateway_port (0: any free one) are where the
-    gateway listens; the other services listen on loopback. device is auto, cpu, cuda (the deploy file's GPUs) or
-    cuda:N; dtype auto, bfloat16 or float32. profile: the DiT tells the durations of the diffusion stages; log_stats:
-    the gateway logs where the time of each request went. security is the gateway's TLS towards its callers; http: a
-    host:port where it speaks the OpenAI API too, guards and model_names: of that alone. api_keys: the file of the keys
-    that they need; None: none, whatever BAGEL_API_KEYS_FILE says.
-    more: further arguments of each role's services.
-    Entering raises InitTimeout naming the stage that is not ready after init_timeout_s seconds, or the BagelError that
-    a service ended with.
+    model: a checkpoint folder; name: its name in messages. The gateway listens on host and gateway_port (0: any free
+    one), the other services on loopback. device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N; dtype: auto,
+    bfloat16 or float32. profile: the DiT reports the durations of the diffusion stages; log_stats: the gateway logs the
+    timings of each request. security: the gateway's TLS towards its callers. http: the host:port of the OpenAI API;
+    guards and model_names apply to that alone. api_keys: the file of the keys that callers need; None: no keys, even if
+    BAGEL_API_KEYS_FILE is set. more: further arguments for each role's services.
+    Entering raises InitTimeout, naming the stage, if one is not ready after init_timeout_s seconds; if a service ends,
+    it raises that service's BagelError.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class Deployment:
         self.address = ""
         """The gateway's host:port, once entered."""
         self.http = ""
-        """Where it speaks HTTP, if it was asked to."""
+        """The host:port of the OpenAI API, if there is one."""
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
@@ -115,7 +114,7 @@ class Deployment:
             service.check()
 
     def stop(self) -> None:
-        """End the services, the gateway first: each drains, so that nothing is asked of one that has gone."""
+        """Stop the services, the gateway first. Each drains, so that no service calls one that has already ended."""
         try:
             while self.services:
                 self.services[-1].tell_to_stop()
@@ -156,7 +155,7 @@ class Deployment:
         self.address, self.http = addresses[GATEWAY], self.services[-1].http
 
     def _until_ready(self, waiting: dict[str, Service], addresses: Mapping[str, str], deadline: float) -> None:
-        """Take out of waiting what is ready until nothing is left."""
+        """Wait until every service is ready; removes the ready ones from `waiting`."""
         while waiting:
             self.check()
             for name in list(waiting):
@@ -169,7 +168,8 @@ class Deployment:
             time.sleep(POLL_S if waiting else 0)
 
     def _is_ready(self, service: Service, address: str) -> bool:
-        """Whether it says so; a gateway with TLS says it on stdout, as its certificate may be for another name."""
+        """Whether a service reports that it is ready."""
+        # A gateway with TLS prints it: its certificate may be for another name than the loopback address.
         if service.name == GATEWAY and self._security.serves_tls:
             return service.said_ready
         return is_serving(address)
@@ -179,8 +179,7 @@ class Deployment:
         names = " and ".join(stages or ["the gateway"])
         was = "were" if len(stages) > 1 else "was"
         raise InitTimeout(
-            f"{names} {was} not ready after {self._init_timeout_s:g} s of loading {self._name}; "
-            "give it longer with --init-timeout"
+            f"{names} {was} not ready after {self._init_timeout_s:g} s of loading {self._name}; raise init_timeout"
         ) from None
 
     def _launch(
@@ -211,7 +210,7 @@ class Deployment:
 
     @staticmethod
     def _thinker_arguments(stage: StageDeploy) -> list[str]:
-        """The engine, and what only vLLM has; the Thinker says what its engine makes of it."""
+        """The engine, and the settings that only vLLM has; the Thinker refuses those that its engine does not have."""
         arguments = [] if stage.engine is None else ["--engine", stage.engine]
         arguments += ["--tensor-parallel-size", str(stage.tp_size)] if stage.tp_size > 1 else []
         for key in ("max_num_batched_tokens", "gpu_memory_utilization", "quantization"):
@@ -239,12 +238,12 @@ class Deployment:
 
 
 def is_serving(address: str, timeout_s: float = 1.0, security: Security = PLAINTEXT) -> bool:
-    """Whether the service there says that it is ready (grpc.health.v1)."""
+    """Whether the service at an address reports that it is ready (grpc.health.v1)."""
     return health_of(address, timeout_s, security) == "SERVING"
 
 
 def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) -> str:
-    """What the service there says of itself (a ServingStatus of grpc.health.v1), or "unreachable"."""
+    """The state that the service at an address reports (a ServingStatus of grpc.health.v1), or "unreachable"."""
     with sync_channel(reachable(address), security) as channel:
         check: Any = health_pb2_grpc.HealthStub(channel).Check
         try:
@@ -262,7 +261,7 @@ def _tls_arguments(security: Security) -> list[str]:
 
 
 def reachable(address: str) -> str:
-    """Where a service of this machine is called that listens there: an address of all interfaces is none to call."""
+    """The address at which this machine calls a service: loopback, if the service listens on all interfaces."""
     for everywhere, here in (("0.0.0.0:", f"{LOOPBACK}:"), ("[::]:", "[::1]:")):
         if address.startswith(everywhere):
             return here + address.removeprefix(everywhere)
@@ -270,15 +269,16 @@ def reachable(address: str) -> str:
 
 
 def _visible_gpus(stage: StageDeploy, visible: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES for a stage; its numbers count the GPUs that are visible to us."""
+    """The value of CUDA_VISIBLE_DEVICES for a stage, whose device numbers count the GPUs that are visible to us."""
     if visible is None:
-        if (count := _gpus_here()) and max(stage.device_ids) >= count:  # torch would only see none, and take the CPU
+        # Checked here, since torch would see no GPU and take the CPU without a word.
+        if (count := _gpus_here()) and max(stage.device_ids) >= count:
             raise ConfigError(f"{stage.where}.devices is {stage.devices!r}; this machine's highest GPU is {count - 1}")
         return ",".join(map(str, stage.device_ids))
     if not visible.strip():
         return visible
     gpus = [gpu.strip() for gpu in visible.split(",")]
-    if "-1" in gpus:  # the way to say none
+    if "-1" in gpus:  # CUDA's way to hide all GPUs
         return visible
     if max(stage.device_ids) >= len(gpus):
         raise ConfigError(
@@ -289,7 +289,7 @@ def _visible_gpus(stage: StageDeploy, visible: str | None) -> str:
 
 
 def _gpus_here() -> int:
-    """NVIDIA GPUs of this machine; 0 if it has none or does not tell."""
+    """The number of NVIDIA GPUs in this machine; 0 if it has none or does not list them."""
     with suppress(OSError):
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     return 0

@@ -1,4 +1,4 @@
-"""One service as a child process: its address, its last words, its end. No torch here."""
+"""Run one service as a child process: find out its address, report its last words, end it. No torch here."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from bagel.telemetry.log_files import LogFolder
 
 POLL_S = 0.05
 GROUP_LIMIT_S = 0.5
-"""Seconds that the processes of a service have after its own end."""
+"""Seconds that the child processes of a service have to end after it."""
 TAIL_LINES = 40
 TOLD_LINES = 3
 ERROR = "error: "
 READY = json.dumps({"event": "ready"})
 
 Logs = LogFolder | Path | TextIO | None
-"""Where the services' output goes: a folder (files of each), a stream (lines with their names), or nowhere."""
+"""Where the services' output goes: a folder (one log each), a stream (lines with their names), or nowhere."""
 
 
 class Service:
-    """One child process. title: what it is called in messages, like "stage 0 (thinker)"."""
+    """One child process. title: its name in messages, like "stage 0 (thinker)"."""
 
     def __init__(
         self, name: str, title: str, module: str, arguments: Sequence[str], env: Mapping[str, str], logs: Logs
@@ -41,19 +41,19 @@ class Service:
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._listening: Future[str] = Future()
         self.http = ""
-        """Where it speaks HTTP, once it listens; empty if it does not."""
+        """Its HTTP address, once it listens; empty if it has none."""
         self.said_ready = False
-        """Whether it has said so on stdout, as the gateway does."""
+        """Whether it has printed that it is ready, as the gateway does."""
         self._write, self._close_log, self.log = _sink(logs, name)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bagel.deployment.child", module, *arguments],
-            stdin=subprocess.PIPE,  # never written to: bagel.child ends with it
+            stdin=subprocess.PIPE,  # never written to: bagel.deployment.child ends when it closes
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,
             encoding="utf-8",
             errors="replace",
-            process_group=0,  # a terminal's Ctrl-C is ours alone, so that the order of the shutdown is too
+            process_group=0,  # a terminal's Ctrl-C reaches only us, so that we decide the order of the shutdown
         )
         streams = (self.process.stdout, self.process.stderr)
         self._readers = [
@@ -63,7 +63,7 @@ class Service:
             reader.start()
 
     def address(self, deadline: float) -> str:
-        """Where it listens, once it does. Raises BagelError if it ends before; TimeoutError at the deadline."""
+        """Wait until it listens; returns its address. Raises BagelError if it ends, TimeoutError at the deadline."""
         while not self._listening.done():
             self.check()
             if time.monotonic() > deadline:
@@ -73,17 +73,17 @@ class Service:
         return self._listening.result()
 
     def check(self) -> None:
-        """Raise BagelError with its last words if it has ended."""
+        """Raise BagelError with its last words if the process has ended."""
         if self.process.poll() is not None:
             self._raise_ended(self.process.returncode)
 
     def tell_to_stop(self) -> None:
-        """Send SIGTERM: it drains and ends."""
+        """Send SIGTERM, upon which it drains and ends."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
     def end(self, limit_s: float) -> None:
-        """Wait for it to end, and kill it after limit_s; then the same for what it started."""
+        """Wait for it to end and kill it after limit_s; then end the processes that it started."""
         try:
             self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -95,8 +95,8 @@ class Service:
 
     def _end_group(self) -> None:
         deadline = time.monotonic() + GROUP_LIMIT_S
-        with suppress(ProcessLookupError, PermissionError):  # no such group: nothing is left
-            while time.monotonic() < deadline:  # its helpers tidy up after it, shared memory above all
+        with suppress(ProcessLookupError, PermissionError):  # no such group: all of its processes have ended
+            while time.monotonic() < deadline:  # gives its helpers time to tidy up, above all the shared memory
                 os.killpg(self.process.pid, 0)
                 time.sleep(POLL_S)
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -108,14 +108,14 @@ class Service:
 
     def _raise_ended(self, code: int) -> NoReturn:
         for reader in self._readers:
-            reader.join(1)  # what it said last may still be on its way
-        told = [line.removeprefix(ERROR) for line in self._tail if line.startswith(ERROR)]
-        if told:  # its one line for a user, whatever came after it
-            raise (ConfigError if code == 2 else BagelError)(f"{self.title}: {told[-1]}")
+            reader.join(1)  # its last lines may still be in the pipe
+        errors = [line.removeprefix(ERROR) for line in self._tail if line.startswith(ERROR)]
+        if errors:  # a service prints one line for the user; later lines matter less
+            raise (ConfigError if code == 2 else BagelError)(f"{self.title}: {errors[-1]}")
         said: list[str] = []
         for line in self._tail:
             if line.startswith("Traceback "):
-                said.clear()  # its last line tells
+                said.clear()  # a traceback's last line, which follows, explains the end better
             elif line and not line[0].isspace():
                 said.append(_plain(line))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -123,14 +123,13 @@ class Service:
         raise BagelError(f"{self.title} {how}" + (f": {last}" if last else ""))
 
     def _read(self, stream: IO[str], announces: bool) -> None:
-        """Hand a stream's lines on. announces: it is stdout, where a service says its address and that it is ready; its
-        log on stderr says the same, and the two are read at once.
-        """
+        """Pass a stream's lines to the log. announces: the stream is stdout, where a service prints its state."""
         with stream:
+            # Only stdout counts: the log on stderr has the same events, and both streams are read at once.
             for line in stream:
-                if announces and not self._listening.done() and (told := _listening(line)):
-                    self.http = told.get("http", "")
-                    self._listening.set_result(told["address"])
+                if announces and not self._listening.done() and (event := _listening(line)):
+                    self.http = event.get("http", "")
+                    self._listening.set_result(event["address"])
                     continue
                 if announces and not self.said_ready and line.strip() == READY:
                     self.said_ready = True
@@ -140,7 +139,7 @@ class Service:
 
 
 def _listening(line: str) -> dict[str, str] | None:
-    """The addresses in the line that a service prints when it listens; None for any other line."""
+    """The addresses in the line that a service prints once it listens; None for any other line."""
     with suppress(ValueError, AttributeError):
         event = json.loads(line)
         if event.get("event") == "listening":
@@ -149,7 +148,7 @@ def _listening(line: str) -> dict[str, str] | None:
 
 
 def _plain(line: str) -> str:
-    """A line of a service's output for an error message: of a JSON log line its event and error."""
+    """A line of a service's output for an error message; a JSON log line is reduced to its event and error."""
     try:
         fields = json.loads(line)
         error = str(fields.get("error", "")).strip().splitlines()
@@ -159,7 +158,7 @@ def _plain(line: str) -> str:
 
 
 def _sink(logs: Logs, name: str) -> tuple[Callable[[str], object], Callable[[], object], Path | None]:
-    """What a service's lines are given to, what is called when there are no more, and the file if it is one."""
+    """The function that takes a service's lines, the function to call after the last one, and the log file if any."""
     if logs is None:
         return lambda line: None, lambda: None, None
     if isinstance(logs, LogFolder | Path):
@@ -168,7 +167,7 @@ def _sink(logs: Logs, name: str) -> tuple[Callable[[str], object], Callable[[], 
     stream = logs
 
     def write(line: str) -> None:
-        with suppress(OSError, ValueError):  # a reader that has gone must not stop the service's own output
+        with suppress(OSError, ValueError):  # even if our own output is closed, the service's pipe must be read on
             stream.write(f"{name} | {line}")
             stream.flush()
 

@@ -1,4 +1,4 @@
-"""Reading YAML strictly, and laying one mapping over another."""
+"""Read YAML strictly, and merge one mapping into another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagel.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where a key that is there twice is an error: the last would win without a word."""
+    """A loader that refuses repeated keys; PyYAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds; ConfigError, which ends with the remedy, if it cannot be read."""
+    """Read the mapping in a YAML file; raises ConfigError, which ends with the remedy, if it cannot be read."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -40,7 +40,7 @@ def read_yaml(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, mapping by mapping; any other value replaces the base's."""
+    """Merge `over` into `base`: mappings are merged key by key, any other value replaces the base's."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

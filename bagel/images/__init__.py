@@ -1,10 +1,11 @@
 """Input images as the model sees them, and pictures as files. Pillow only: no torch here.
 
-reading.py      files: decoded, or described by their headers (jpeg.py and png.py know the two formats' structure)
-colour.py       what Pillow has opened as upright sRGB
+reading.py      decodes image files, or reads their size from the headers; jpeg.py and png.py parse the two formats
+colour.py       turns an opened image into upright sRGB
 transforms.py   the resize rule
-pool.py         decoding in processes of its own, worker.py what they run
-saving.py       pictures as files
+pool.py         decodes in worker processes, which run worker.py and talk in frames.py
+prompt.py       reads the images of a request with the pool
+saving.py       writes pictures
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One rule for pictures: whatever Pillow has opened becomes an upright, opaque sRGB image of 8 bits a channel.
+"""One rule for every input: whatever Pillow opens becomes an upright, opaque sRGB image with 8 bits per channel.
 
-The same picture is the same for the model whether it comes as a path, as bytes or as a Pillow image.
+So the model sees the same picture whether it arrives as a path, as bytes or as a Pillow image.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from PIL import ExifTags, Image, ImageChops, TiffImagePlugin
 from bagel.errors import InvalidImage
 
 MAX_PROFILE_BYTES = 16 * 2**20
-"""A larger colour profile is not read; those of printing presses have a few MB."""
+"""The largest colour profile that is read. Profiles of printing presses have a few MB."""
 
 _EIGHT_BIT_MODES = frozenset(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"])
 _SIXTEEN_BIT_MODES = frozenset(["I;16", "I;16L", "I;16B", "I;16N"])
 _GREY_MODES = frozenset(["1", "L", "LA", "La"])
+# The colour space that a profile must name to fit an image of each mode.
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-"""Colour spaces of profiles by the modes that they describe."""
+# The tables of an sRGB profile round, so it may move a colour by one step of 255.
 _SAME = 1
-"""Steps of 255 by which a profile may move a colour and still be sRGB: what its tables round."""
 _TAG_BITS, _TAG_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -37,15 +37,15 @@ _UPRIGHT = {
 
 
 def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """A new RGB image without metadata: upright, in sRGB, any transparency composed over white.
+    """Return a new RGB image without metadata: upright, in sRGB, with any transparency composed over white.
 
-    Its EXIF orientation and its colour profile are applied; one that cannot be read counts as absent. Of 16 bits a
-    channel the upper eight are kept, in grey as in colour. Raises InvalidImage for an image without pixels, and for
-    other pixel formats, which Pillow would clip to white without a word; name is what the message calls the image.
+    Applies the EXIF orientation and the colour profile; an unreadable one counts as absent. Keeps the upper 8 of 16
+    bits per channel. Raises InvalidImage for an image without pixels and for any other pixel format; `name` is what the
+    message calls the image.
     """
     if min(image.size) < 1:
         raise InvalidImage("image", f"{name} is {image.width}x{image.height} pixels; it must have at least one")
-    if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
+    if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:  # Pillow would clip these to white without a word
         raise InvalidImage(
             "image", f"{name} has the pixel format {image.mode}; save it with 8 bits per channel, RGB or greyscale"
         )
@@ -65,41 +65,41 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """The image itself if it is what `to_rgb` makes, else what `to_rgb` makes of it."""
+    """Return the image itself if it already looks like a result of `to_rgb`; otherwise convert it."""
     bare = type(image) is Image.Image and image.mode == "RGB" and not image.info and min(image.size) > 0
     return image if bare and orientation(image) == 1 else to_rgb(image)
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation that is still to be applied; 1 if there is none or it cannot be read.
+    """The EXIF orientation that is still to be applied; 1 if it is absent or unreadable.
 
-    The reference gets upright arrays from its web page, so it saw phone photos upright too. ImageOps.exif_transpose
-    would write the EXIF block anew and fail on odd ones, and a PNG's own getexif would decode the picture.
+    The reference gets upright arrays from its web page, so it saw phone photos upright too.
     """
+    # ImageOps.exif_transpose would rewrite the EXIF block and fail on odd ones; a PNG's own getexif would decode it.
     try:
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow's readers of metadata raise nearly everything, and nothing of it is needed
+    except Exception:  # Pillow's metadata readers raise almost any class, and odd metadata must not cost the picture
         found = _tags(image).get(ExifTags.Base.Orientation, 1)
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) that an image has once it is upright, before it is decoded."""
-    # Of a TIFF Pillow says the upright size from the beginning.
+    """(width, height) that an image will have once it is upright; nothing is decoded."""
+    # Pillow swaps the sides of a TIFF itself, as soon as it opens the file.
     turned = orientation(image) >= 5 and not isinstance(image, TiffImagePlugin.TiffImageFile)
     width, height = image.size
     return (height, width) if turned else (width, height)
 
 
 def pixel_digest(image: Image.Image) -> bytes:
-    """BLAKE2b, 16 bytes, of the image's size and RGB bytes; equal exactly for what looks equal to the model."""
+    """16 bytes of BLAKE2b over the size and the RGB bytes; two images share it only if the model sees no difference."""
     digest = hashlib.blake2b(struct.pack("<QQ", *image.size), digest_size=16)
     digest.update(to_rgb(image).tobytes())
     return digest.digest()
 
 
 def _colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours (L, RGB or CMYK), and the alpha channel of an image that is not opaque."""
+    """Split an image into its colours (L, RGB or CMYK) and its alpha channel; None if it is opaque."""
     if image.mode in _SIXTEEN_BIT_MODES:
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -112,11 +112,11 @@ def _colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8: the upper byte, as Pillow's decoders keep of 16-bit colours."""
+    """Reduce 16-bit grey to 8 bits by its upper byte, as Pillow's decoders do for 16-bit colours."""
     tags = _tags(image)
     data = image.tobytes("raw", "I;16B")
     grey = Image.frombytes("L", image.im.size, data[::2])
-    if tags.get(_TAG_BITS) == (12,):  # the value fills the lower twelve bits
+    if tags.get(_TAG_BITS) == (12,):  # Pillow leaves a 12-bit value in the lower twelve of the sixteen bits
         low = Image.frombytes("L", image.im.size, data[1::2])
         grey = ImageChops.add(grey.point([value * 16 % 256 for value in range(256)]), low.point(lambda low: low >> 4))
     if tags.get(_TAG_PHOTOMETRIC) == _WHITE_IS_ZERO:
@@ -127,11 +127,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
-    """Colours (L, RGB or CMYK) of a profile, in sRGB.
+    """Convert colours (L, RGB or CMYK) from their profile to sRGB.
 
-    They stay as they are where the profile is sRGB itself, of another colour space, or unreadable.
+    Colours stay as they are if the profile is sRGB itself, belongs to another colour space or cannot be read.
     """
-    from PIL import ImageCms  # here: few pictures need it
+    from PIL import ImageCms  # imported late, since few pictures have a profile
 
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
@@ -144,12 +144,12 @@ def _to_srgb(colours: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _tags(image: Image.Image) -> Any:
-    """The tags of a TIFF; of another image none."""
+    """The tags of a TIFF; an empty mapping for any other format."""
     return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
 
 
 def _is_srgb(transform: Any, mode: str) -> bool:
-    """Whether a transform leaves the colours of a lattice as they are: then it may not round any pixel either."""
+    """Whether a transform keeps a lattice of colours. An sRGB profile is then not applied, so it rounds no pixel."""
     if mode == "CMYK":
         return False
     steps = range(0, 256, 15)

@@ -1,4 +1,7 @@
-"""How a pool and its workers talk: frames of JSON and bytes. What a worker says is never unpickled."""
+"""Frames of JSON and bytes between a pool and its workers.
+
+No pickle: a worker decodes untrusted files, so the service must not run what a worker sends.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ import json
 import struct
 from typing import IO, Any
 
-_HEAD = struct.Struct("<IQ")
+_HEAD = struct.Struct("<IQ")  # bytes of the JSON, bytes of the data
 _PIECE = 2**20
 
 
 async def send(writer: asyncio.StreamWriter, fields: dict[str, Any], data: bytes) -> None:
-    """Send a frame piece by piece, so that its bytes are not copied into the stream's buffer as a whole."""
+    """Send one frame."""
     text = json.dumps(fields).encode()
     writer.write(_HEAD.pack(len(text), len(data)) + text)
+    # In pieces: asyncio copies what the pipe does not take at once, and a whole image would be held twice.
     for at in range(0, len(data), _PIECE):
         await writer.drain()
         writer.write(memoryview(data)[at : at + _PIECE])
@@ -22,14 +26,14 @@ async def send(writer: asyncio.StreamWriter, fields: dict[str, Any], data: bytes
 
 
 async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """The next frame; IncompleteReadError if the other side has ended."""
+    """Receive the next frame; IncompleteReadError if the other side has ended."""
     length, nbytes = _HEAD.unpack(await reader.readexactly(_HEAD.size))
     fields: dict[str, Any] = json.loads(await reader.readexactly(length))
     return fields, await reader.readexactly(nbytes)
 
 
 def read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """The next frame of a worker's input; None at its end."""
+    """Read the next frame of a worker's input; None at its end."""
     head = stream.read(_HEAD.size)
     if len(head) < _HEAD.size:
         return None
@@ -39,7 +43,7 @@ def read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
 
 
 def write(stream: IO[bytes], fields: dict[str, Any], *pieces: bytes) -> None:
-    """Answer with a frame."""
+    """Write a worker's answer as one frame."""
     text = json.dumps(fields).encode()
     stream.write(_HEAD.pack(len(text), sum(map(len, pieces))) + text)
     for piece in pieces:

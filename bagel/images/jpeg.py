@@ -1,4 +1,4 @@
-"""JPEG files by their markers, without decoding: how many scans there are, whether the end is there, what is needed."""
+"""Parse a JPEG's markers without decoding it: count its scans, see whether its end is there, drop needless metadata."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from dataclasses import dataclass, field
 from bagel.errors import InvalidImage
 
 MAX_SCANS = 100
-"""Of one JPEG. Cameras and encoders make up to about twenty; each takes the time of a whole picture to decode."""
+"""Scans of one JPEG. Encoders make up to about twenty, and each takes as long to decode as a whole picture."""
 MAX_SEGMENTS = 10_000
 END = b"\xff\xd9"
 _START = b"\xff\xd8"
+# Within coded data this skips stuffed bytes (ff 00) and restart markers (ff d0 to d7).
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])", re.DOTALL)
-"""Within coded data: neither a stuffed byte nor a restart."""
 _EOI, _SOS = 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
-_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})
-"""Markers without a length."""
+_ALONE = frozenset({0x01, *range(0xD0, 0xDA)})  # markers that no length follows
+# The application segments that Pillow reads: how each begins, and the fewest bytes that Pillow does not fail on.
 _KEPT_APPS: Mapping[int, tuple[tuple[bytes, int], ...]] = {
     0xE0: ((b"JFIF\0", 14),),
     0xE1: ((b"Exif\0\0", 6), (b"http://ns.adobe.com/xap/1.0/\0", 29)),
     0xE2: ((b"ICC_PROFILE\0", 15),),
     0xEE: ((b"Adobe", 12),),
 }
-"""What of the application segments is read: how it begins, and its least bytes, below which Pillow fails on it."""
 
 
 @dataclass
 class Jpeg:
     """What a JPEG's markers say.
 
-    header: all before the pixels, without metadata that nobody reads; data: the file with that header; scans: how many;
-    ended: the end marker is there; whole: every coefficient of every component comes in some scan, in full.
+    header: everything before the pixels, without needless metadata; data: the file with that header; scans: their
+    number; ended: whether the end marker is there.
     """
 
     data: bytes
@@ -41,18 +40,19 @@ class Jpeg:
     scans: int = 0
     ended: bool = False
     bits: dict[int, list[int]] = field(default_factory=dict, repr=False)
-    """Of each component's 64 coefficients, the lowest bit that has come; above 13: nothing has."""
+    """For each component's 64 coefficients, the lowest bit seen so far; 99 before any scan has one."""
 
     @property
     def whole(self) -> bool:
+        """Whether the scans hold every bit of every coefficient of every component."""
         return bool(self.bits) and not any(low for lows in self.bits.values() for low in lows)
 
     def take_frame(self, body: bytes) -> None:
-        """A frame header: its components."""
+        """Note the components that a frame header lists."""
         self.bits = {body[at]: [99] * 64 for at in range(6, len(body) - 2, 3)}
 
     def take_scan(self, body: bytes) -> None:
-        """A scan's header: which coefficients of which components it has."""
+        """Note which coefficients of which components a scan holds; progressive files split them by bits too."""
         self.scans += 1
         if not body or len(body) < 4 + 2 * body[0]:
             return
@@ -64,9 +64,9 @@ class Jpeg:
 
 
 def read_jpeg(data: bytes, name: str, *, pixels: bool = True) -> Jpeg:
-    """Walk through a JPEG's markers; InvalidImage for one of more scans or segments than are decoded.
+    """Walk through a JPEG's markers; InvalidImage if it has more scans or segments than MAX_SCANS and MAX_SEGMENTS.
 
-    pixels: whether `data` is wanted without needless metadata, which takes a copy.
+    pixels: whether the caller will decode `data`; stripping its metadata takes a copy.
     """
     found, kept, first_scan = Jpeg(data), [_START], 0
     for number, (marker, start, end) in enumerate(_segments(data)):
@@ -95,7 +95,7 @@ def read_jpeg(data: bytes, name: str, *, pixels: bool = True) -> Jpeg:
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, where it starts, where its segment ends) up to the end of the image; coded data lies between them."""
+    """Yield (marker, start, end of its segment) up to the end of the image; coded data lies between the segments."""
     at = 2
     while (match := _MARKER.search(data, at)) is not None:
         marker, start = match[1][0], match.end() - 2
@@ -111,8 +111,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _is_needed(marker: int, body: bytes) -> bool:
-    """Whether a segment before the first scan is read at all: comments and most of the applications' are not."""
+    """Whether decoding needs a segment before the first scan; comments and most application segments are dropped."""
     if 0xE0 <= marker <= 0xEF:
         kept = _KEPT_APPS.get(marker, ())
         return any(body.startswith(begins) and len(body) >= least for begins, least in kept)
-    return marker != 0xFE
+    return marker != 0xFE  # a comment

@@ -1,4 +1,4 @@
-"""PNG files by their chunks, without decoding: what is needed of them, and whether that has arrived intact."""
+"""Parse a PNG's chunks without decoding it: keep those that decoding needs, and check that they arrived intact."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from bagel.images.colour import MAX_PROFILE_BYTES
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _NO_PIXELS = b"\0\0\0\0IDAT5\xaf\x06\x1e"
 _END = b"\0\0\0\0IEND\xaeB`\x82"
-_NEEDED = frozenset([b"tRNS"])
-"""Beside the chunks that are critical by their names."""
+_NEEDED = frozenset([b"tRNS"])  # beside the chunks whose names mark them as critical
 _MAX_METADATA_BYTES = 2**20
+# Two text chunks give an orientation: an uncompressed XMP packet, and the EXIF block as ImageMagick writes it.
 _XMP, _RAW_EXIF = b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0"
-"""Texts that say which way up a picture is: an uncompressed XMP packet, and ImageMagick's EXIF block."""
 
 
 @dataclass
 class Png:
-    """What of a PNG is decoded: the file without metadata that nobody reads, and its colour profile, if it has one."""
+    """The part of a PNG to decode: the file without needless metadata, and its colour profile if it has one."""
 
     data: bytes
     profile: bytes | None = None
 
 
 def read_png(data: bytes, *, pixels: bool = True) -> Png:
-    """Walk through a PNG's chunks. ValueError for a needed one that is damaged; others are left out if they are.
+    """Walk through a PNG's chunks; ValueError if a needed one is damaged. Damaged metadata is left out.
 
-    pixels: whether they are wanted too, and not the header alone.
+    pixels: whether the caller wants the pixels too, not the header alone.
     """
     kept, turning, profile, view = [memoryview(SIGNATURE)], list[memoryview](), None, memoryview(data)
     for kind, start, end in _chunks(data):
@@ -38,7 +37,7 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
             break
         body = view[start + 8 : end - 4]
         if kind[0] & 32 == 0 or kind in _NEEDED:
-            # What is cut off by the file's end is told by the decoder, which knows whether pixels are missing.
+            # The decoder judges a chunk that the file's end cuts off: it knows whether pixels are missing.
             if end <= len(data) and not _is_intact(view, start, end):
                 raise ValueError(f"its chunk {kind.decode('latin-1')} has a wrong checksum")
             if kind != b"IDAT" or pixels:
@@ -47,12 +46,12 @@ def read_png(data: bytes, *, pixels: bool = True) -> Png:
             profile = profile or _profile(bytes(body))
         elif end <= len(data) and _turns(kind, body) and _is_intact(view, start, end):
             turning.append(view[start:end])
-    # What turns the picture comes before its pixels, wherever it was: it is to be known before they are decoded.
+    # The orientation moves in front of the pixels, wherever it stood: the size must be known before any is decoded.
     return Png(b"".join([*kept[:2], *turning, *kept[2:], *([] if pixels else [_NO_PIXELS]), _END]), profile)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, where it starts, where it ends) of each chunk: length, kind, body and checksum."""
+    """Yield (kind, start, end) of each chunk, which is a length, a kind, a body and a checksum."""
     at = len(SIGNATURE)
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -67,7 +66,7 @@ def _is_intact(view: memoryview, start: int, end: int) -> bool:
 
 
 def _turns(kind: bytes, body: memoryview) -> bool:
-    """Whether a chunk may say which way up the picture is, and is short enough to be read for it."""
+    """Whether a chunk may give the picture's orientation, and is short enough to be read for that."""
     if len(body) > _MAX_METADATA_BYTES:
         return False
     if kind == b"zTXt":

@@ -1,7 +1,7 @@
-"""Images are read in a bounded number of processes of their own, each image in a bounded time. No torch here.
+"""Read images in a bounded number of worker processes, each image within a time limit. No torch here.
 
-Pillow is quick with what people send, and takes minutes for what is made to take them. Nothing else waits for that:
-a worker whose time is up, or whose caller has left, is killed, and the next image gets a new one.
+Pillow is quick with ordinary files but can spend minutes on a hostile one. The pool kills a worker whose time is up or
+whose caller has left, and the next image gets a new one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bagel.telemetry.logs import Log
 
 WORKERS = 2
 TIMEOUT_S = 20.0
-"""Of one image. 64 megapixels take two or three seconds."""
+"""Time to read one image. 64 megapixels take two or three seconds."""
 _ATTEMPTS = 2
 _BUFFER_BYTES = 2**20
 
@@ -36,24 +36,26 @@ class _Died(Exception):
 class ImagePool:
     """At most `workers` processes that read images, started when they are needed.
 
-    timeout_s: for one image, else InvalidImage; wait_s: for a worker that is free, else Busy. Everything is called in
-    one event loop; a call that is cancelled ends its worker.
+    timeout_s: time for one image, then InvalidImage; wait_s: time to wait for a free worker, then Busy. All calls come
+    from one event loop; cancelling a call kills its worker.
     """
 
     def __init__(self, workers: int = WORKERS, timeout_s: float = TIMEOUT_S, wait_s: float = 5.0) -> None:
         if workers < 1:
-            raise ConfigError(f"--image-workers is {workers}; it must be at least 1")
+            raise ConfigError(f"image_workers is {workers}; it must be at least 1", "image_workers")
         if not 0 < timeout_s < math.inf:
-            raise ConfigError(f"--image-timeout is {timeout_s:g}; it must be a number of seconds above 0")
+            raise ConfigError(
+                f"image_timeout is {timeout_s:g}; it must be a number of seconds above 0", "image_timeout"
+            )
         self._timeout_s, self._wait_s, self._count = timeout_s, wait_s, workers
         self._places = asyncio.Semaphore(workers)
         self._idle: list[asyncio.subprocess.Process] = []
         self._closed = False
 
     async def size(self, data: bytes) -> tuple[int, int]:
-        """The upright (width, height) of an image file by its headers; no pixel is decoded."""
-        told, _ = await self._read({"work": "size"}, data)
-        width, height = told["size"]
+        """The upright (width, height) of an image file, from its headers; no pixel is decoded."""
+        answer, _ = await self._read({"work": "size"}, data)
+        width, height = answer["size"]
         return width, height
 
     async def resized(
@@ -65,59 +67,59 @@ class ImagePool:
         for_generation: bool,
         for_understanding: bool,
     ) -> ResizedImage:
-        """An image file, decoded and resized as `prepare` does it."""
-        asked = {
+        """Decode and resize an image file as `prepare` does."""
+        task = {
             "work": "resize",
             "vae_transform": _values(vae_transform),
             "vit_transform": _values(vit_transform),
             "for_generation": for_generation,
             "for_understanding": for_understanding,
         }
-        told, pixels = await self._read(asked, data)
+        answer, pixels = await self._read(task, data)
         images: list[Image.Image | None] = []
-        for size in (told["vae"], told["vit"]):
+        for size in (answer["vae"], answer["vit"]):  # their pixels follow one another in this order
             nbytes = 0 if size is None else size[0] * size[1] * 3
             images.append(None if size is None else Image.frombytes("RGB", tuple(size), pixels[:nbytes]))
             pixels = pixels[nbytes:]
-        width, height = told["size"]
-        return ResizedImage((width, height), PreparedImage(tuple(told["resized"]), *images))
+        width, height = answer["size"]
+        return ResizedImage((width, height), PreparedImage(tuple(answer["resized"]), *images))
 
     async def close(self) -> None:
-        """End the workers; images that are being read end with their calls."""
+        """Kill the idle workers; a worker that is reading is killed when its call ends."""
         self._closed = True
         while self._idle:
             await _kill(self._idle.pop())
 
-    async def _read(self, asked: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """A worker's answer; raises the InvalidImage that it refuses the image with."""
+    async def _read(self, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Give a task to a worker and return its answer; raises InvalidImage with the worker's reason if it refuses."""
         if not data:
             raise InvalidImage("image", "the image is empty (0 bytes); send the bytes of an image file")
         for attempt in range(_ATTEMPTS):
             try:
                 async with self._worker() as worker:
-                    told, answer = await self._answer(worker, {**asked, "seconds": self._timeout_s}, data)
+                    answer, pixels = await self._answer(worker, {**task, "seconds": self._timeout_s}, data)
                 break
-            except _Died:  # of itself, for want of memory, or by somebody's hand: only the first is the image's doing
+            except _Died:  # one retry: the host may have killed it for memory, so the image need not be the cause
                 log.warning("a process that reads images has died", attempt=attempt + 1)
         else:
             raise InvalidImage("image", "the image ends the process that reads it; save it anew as a PNG or JPEG")
-        if "refused" in told:
-            raise InvalidImage("image", str(told["refused"]))
-        return told, answer
+        if "refused" in answer:
+            raise InvalidImage("image", str(answer["refused"]))
+        return answer, pixels
 
     async def _answer(
-        self, worker: asyncio.subprocess.Process, asked: dict[str, Any], data: bytes
+        self, worker: asyncio.subprocess.Process, task: dict[str, Any], data: bytes
     ) -> tuple[dict[str, Any], bytes]:
         assert worker.stdin is not None and worker.stdout is not None
         try:
             async with asyncio.timeout(self._timeout_s):
-                await frames.send(worker.stdin, asked, data)
+                await frames.send(worker.stdin, task, data)
                 return await frames.receive(worker.stdout)
         except TimeoutError:
             log.warning("an image took too long", seconds=self._timeout_s, bytes=len(data))
             raise InvalidImage(
                 "image",
-                f"the image takes more than {self._timeout_s:g} s to read, the limit (--image-timeout); "
+                f"the image takes more than {self._timeout_s:g} s to read, the service's image_timeout; "
                 "save it anew as a plain PNG or JPEG, or scale it down",
             ) from None
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -125,13 +127,14 @@ class ImagePool:
 
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
-        """A worker for one image; it is killed unless the block ends well. Busy if none is free in time."""
+        """A worker for one image, killed unless the block ends without an error; Busy if none is free in time."""
         try:
             async with asyncio.timeout(self._wait_s):
                 await self._places.acquire()
         except TimeoutError:
             raise Busy(
-                f"all {self._count} processes that read images are busy; try again later, or raise --image-workers"
+                f"all {self._count} processes that read images are busy; try again later, or raise the service's "
+                "image_workers"
             ) from None
         worker = None
         try:
@@ -142,11 +145,11 @@ class ImagePool:
                 worker = None
         finally:
             self._places.release()
-            if worker is not None:
+            if worker is not None:  # shielded: a cancelled call must not leave its worker running
                 await asyncio.shield(_kill(worker))
 
     def _take(self) -> asyncio.subprocess.Process | None:
-        """An idle worker that lives."""
+        """An idle worker that is still alive; None if there is none."""
         while self._idle:
             if (worker := self._idle.pop()).returncode is None:
                 return worker
@@ -164,11 +167,11 @@ async def _start() -> asyncio.subprocess.Process:
             limit=_BUFFER_BYTES,
         )
     except OSError as error:
-        raise BagelError(f"no process can be started to read images in: {error.strerror}") from None
+        raise BagelError(f"no process that reads images can be started: {error.strerror}") from None
 
 
 async def _kill(worker: asyncio.subprocess.Process) -> None:
-    """End a worker at once, and wait until it has gone."""
+    """Kill a worker and wait until it has ended."""
     with suppress(ProcessLookupError):
         worker.kill()
     await worker.wait()

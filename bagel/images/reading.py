@@ -1,4 +1,4 @@
-"""Image files: read from a path or from bytes, decoded in full, or described by their headers alone."""
+"""Read image files, from a path or from bytes: decode them in full, or take their size from the headers alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bagel.images.png import SIGNATURE, read_png
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_INPUT_PIXELS = 64_000_000
 MAX_INPUT_SIDE = 65_535
-"""Longest side of an input; JPEG's own limit. Pillow's filter tables grow with it, whatever the area."""
+"""Longest side of an input, JPEG's own limit. Pillow's filter tables grow with a side, however small the area is."""
 MAX_INPUT_BYTES = 64 * 2**20
 
 StrPath = str | os.PathLike[str]
@@ -27,16 +27,14 @@ StrPath = str | os.PathLike[str]
 _ANY_FORMAT = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 _PATH_HINT = f"give the path of a {_ANY_FORMAT} file"
 _TIFF_BEGINS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_MAX_FILE_BYTES = 2**30
-"""Of a file given by its path: 64 megapixels without compression fit several times."""
-_CODES = (b"\x55" * 512, b"\xaa" * 512)
-"""What a JPEG's coded data is continued with, to see whether any of it was missing."""
+_MAX_FILE_BYTES = 2**30  # of a file given by its path; several times 64 uncompressed megapixels
+_CODES = (b"\x55" * 512, b"\xaa" * 512)  # two continuations of a JPEG's coded data, see _decode_unended
 
 
 def load_image(source: StrPath | bytes) -> Image.Image:
     """Read a path, or a file's bytes, into an upright sRGB image: decoded in full, without metadata.
 
-    Of an animation the first frame. Raises InvalidImage for whatever cannot be read, is damaged or too large.
+    An animation gives its first frame. Raises InvalidImage for a file that is unreadable, damaged or too large.
     """
     data, name = _read(source)
     with _told(data, name):
@@ -44,14 +42,14 @@ def load_image(source: StrPath | bytes) -> Image.Image:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """The upright (width, height) of an image file by its headers: no pixel is decoded; InvalidImage as load_image."""
+    """The upright (width, height) of an image file, from its headers. Raises InvalidImage as load_image does."""
     data, name = _read(data)
     with _told(data, name), _opened(data, name, pixels=False) as image:
         return upright_size(image)
 
 
 def check_file(path: StrPath) -> None:
-    """Refuse what would hang (a pipe) or fail obscurely (a folder) when it is read."""
+    """Refuse a path that would hang when read (a pipe) or fail obscurely (a folder)."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -82,13 +80,13 @@ def shown(path: StrPath) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line and without the path that a system error repeats."""
+    """An error's text in one line, without the path that a system error repeats."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
 def _read(source: StrPath | bytes) -> tuple[bytes, str]:
-    """A file's bytes, and what to call it."""
+    """A file's bytes, and its name for messages."""
     if isinstance(source, bytes):
         if not source:
             raise InvalidImage("image", f"the image is empty (0 bytes); send the bytes of a {_ANY_FORMAT} file")
@@ -105,10 +103,10 @@ def _read(source: StrPath | bytes) -> tuple[bytes, str]:
 
 @contextmanager
 def _told(data: bytes, name: str) -> Iterator[None]:
-    """Whatever Pillow raises, as an InvalidImage that says what is wrong."""
+    """Turn whatever Pillow raises into an InvalidImage that says what is wrong."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, of which nothing is needed
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which nothing here uses
             yield
     except InvalidImage:
         raise
@@ -120,14 +118,14 @@ def _told(data: bytes, name: str) -> Iterator[None]:
         ) from error
     except MemoryError:
         raise InvalidImage("image", f"{name} takes too much memory to decode; save it as a PNG or JPEG") from None
-    except Exception as error:  # on damaged data Pillow's decoders raise nearly everything: OSError, SyntaxError, ...
+    except Exception as error:  # Pillow's decoders raise almost any class on damaged data: OSError, SyntaxError, …
         raise InvalidImage(
             "image", f"{name} is damaged and cannot be decoded ({reason(error)}); save or send it again"
         ) from error
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
-    """The first frame of a file's bytes, upright, in sRGB."""
+    """Decode the first frame of a file's bytes, upright and in sRGB."""
     if data.startswith(b"\xff\xd8"):
         jpeg = read_jpeg(data, name)
         return _decode_unended(jpeg, name) if jpeg.scans and not jpeg.ended else _decode_open(jpeg.data, name)
@@ -140,14 +138,14 @@ def _decode_open(data: bytes, name: str) -> Image.Image:
 
 
 def _decode_unended(jpeg: Jpeg, name: str) -> Image.Image:
-    """A JPEG without its end marker: intact if it lacks that alone.
+    """Decode a JPEG that lacks its end marker; ValueError if it lacks coded data too.
 
-    Where coded data is missing the decoder invents it, and says nothing. So it is decoded again with other data behind
-    it: if that changes a pixel, something was missing. Zeros at the end are what fills an upload that broke off.
+    The decoder silently invents missing data. So the file is decoded again with other data appended: if a pixel
+    changes, something was missing.
     """
     image = _decode_open(jpeg.data + END, name)
     others = (_decode_open(jpeg.data + code + END, name) for code in _CODES)
-    cut = not jpeg.whole or jpeg.data.endswith(bytes(4))
+    cut = not jpeg.whole or jpeg.data.endswith(bytes(4))  # a broken upload is often filled up with zeros
     if cut or any(ImageChops.difference(image, other).getbbox() for other in others):
         raise ValueError("image file is truncated")
     return image
@@ -155,7 +153,7 @@ def _decode_unended(jpeg: Jpeg, name: str) -> Image.Image:
 
 @contextmanager
 def _opened(data: bytes, name: str, *, pixels: bool = True) -> Iterator[Image.Image]:
-    """An image whose header is read and whose size is checked; without pixels they cannot be decoded any more."""
+    """Open an image and check its size. With pixels=False the pixels are dropped first, so it cannot be decoded."""
     if data.startswith(SIGNATURE):
         png = read_png(data, pixels=pixels)
         with Image.open(io.BytesIO(png.data), formats=("PNG",)) as image:
@@ -174,10 +172,10 @@ def _opened(data: bytes, name: str, *, pixels: bool = True) -> Iterator[Image.Im
 
 
 class _Tiff(TiffImagePlugin.TiffImageFile):
-    """A TIFF that is not turned by Pillow, which first reads all its metadata and fails if any of it is odd."""
+    """A TIFF that Pillow does not turn upright: to do so it parses all metadata, and fails if any of it is odd."""
 
     def load_end(self) -> None:
-        """Leave the picture as it lies in the file; `to_rgb` turns it."""
+        """Leave the picture as the file has it; `to_rgb` turns it upright."""
 
 
 def _too_large(name: str, seen: str) -> InvalidImage:

@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs with their settings, and file names."""
+"""Save pictures as PNG files that carry their settings, and choose the files' names."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 def save_png(image: Image.Image, path: StrPath, settings: Mapping[str, str]) -> None:
     """Write a PNG with the settings as its text chunks; the file appears whole or not at all.
 
-    Raises InvalidRequest (field output) if it cannot be written, such as into a folder that is not there, OutputFailed
-    if the disk is full.
+    Raises InvalidRequest (field output) if the path cannot be written to, OutputFailed if the disk is full.
     """
     path = Path(path)
     texts = PngImagePlugin.PngInfo()
     for name, value in settings.items():
-        # Lone surrogates (a prompt in bytes that are no UTF-8) must not cost the user a finished picture.
+        # A prompt that was not UTF-8 has lone surrogates; they must not cost the user a finished picture.
         texts.add_text(name, value.encode("utf-8", "backslashreplace").decode("utf-8"))
     part = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -40,19 +39,19 @@ def save_png(image: Image.Image, path: StrPath, settings: Mapping[str, str]) -> 
     except OSError as error:
         raise write_error(f"cannot write {shown(path)}", error) from error
     finally:
-        with contextlib.suppress(OSError):  # gone already if all went well, never there if the folder is not
+        with contextlib.suppress(OSError):  # after a success it no longer exists; without a folder it never did
             part.unlink()
 
 
 def write_error(what: str, error: OSError) -> BagelError:
-    """The error of something that could not be written: its disk's, or that of who chose the place."""
+    """The error for a failed write: OutputFailed if the disk is at fault, InvalidRequest if the path is."""
     if error.errno in _DISK_ERRORS:
         return OutputFailed(f"{what}: {reason(error)}; make room, or choose another folder")
     return InvalidRequest("output", f"{what}: {reason(error)}; choose another folder")
 
 
 def read_settings(path: StrPath) -> dict[str, str]:
-    """The text chunks of a PNG, as save_png wrote them; raises InvalidImage if it is not a readable PNG."""
+    """The text chunks of a PNG as save_png wrote them; raises InvalidImage for anything but a readable PNG."""
     check_file(path)
     try:
         with Image.open(path, formats=("PNG",)) as image:
@@ -61,23 +60,23 @@ def read_settings(path: StrPath) -> dict[str, str]:
             return {str(name): str(value) for name, value in image.text.items()}
     except InvalidImage:
         raise
-    except Exception as error:  # as in reading.py
+    except Exception as error:  # as in reading.py: Pillow raises almost any class
         raise InvalidImage(
             "image", f"{shown(path)} is not a readable PNG ({reason(error)}); give a picture saved here"
         ) from error
 
 
 def picture_name(prompt: str, seed: int) -> str:
-    """A file name that tells what is in the picture: 'A red cube!', 42 -> 'a-red-cube_seed42.png'.
+    """A file name made from the prompt: 'A red cube!', 42 -> 'a-red-cube_seed42.png'.
 
-    Letters and digits of any script are kept (NFKC, lower-case), the rest becomes '-'; at most 60 characters and
-    200 bytes before '_seed'. The seed behind it also keeps the name clear of Windows' reserved ones (con, nul).
+    Keeps letters and digits of any script (NFKC, lower-case) and turns the rest into '-'; at most 60 characters and
+    200 bytes precede '_seed'. The suffix also avoids the names that Windows reserves (con, nul).
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).lower())
     kept: list[str] = []
     for char in text:
         kind = unicodedata.category(char)[0]
-        # Marks are vowels in many scripts; without a letter before them they are parts of emoji.
+        # A mark is a vowel in many scripts; without a letter before it, it is part of an emoji.
         kept.append(char if kind in "LN" or (kind == "M" and kept and kept[-1] != "-") else "-")
     slug = re.sub("-+", "-", "".join(kept)).strip("-")[:_NAME_CHARACTERS]
     slug = slug.encode("utf-8")[:_NAME_BYTES].decode("utf-8", "ignore").strip("-")
@@ -85,7 +84,7 @@ def picture_name(prompt: str, seed: int) -> str:
 
 
 def free_path(folder: StrPath, name: str) -> Path:
-    """folder/name, or name-2, name-3, … before its suffix if such a file is there already."""
+    """folder/name, or the first of name-2, name-3, … (before the suffix) that does not exist yet."""
     first = Path(folder) / name
     numbered = (first.with_name(f"{first.stem}-{number}{first.suffix}") for number in itertools.count(2))
     return next(path for path in itertools.chain([first], numbered) if not os.path.lexists(path))

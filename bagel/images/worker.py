@@ -1,7 +1,7 @@
-"""`python -m bagel.images.worker`: reads image files for a pool, one at a time, until its input ends.
+"""`python -m bagel.images.worker` reads image files for a pool, one at a time, until its input ends.
 
-It holds nothing but Pillow, may take only so much memory, gives way to the services beside it, and ends itself if an
-image takes longer than its time: also if the pool's process has been killed meanwhile.
+It loads nothing but Pillow, limits its memory and lowers its priority. A timer ends it if an image takes too long, even
+when the pool's process has been killed in the meantime.
 """
 
 from __future__ import annotations
@@ -13,52 +13,50 @@ import sys
 import warnings
 from typing import IO, Any
 
-from PIL import Image
-
 from bagel.errors import InvalidImage
 from bagel.images import frames
 from bagel.images.reading import image_size, load_image
 from bagel.images.transforms import ImageTransform, prepare
 
 MEMORY_BYTES = 4 * 2**30
-"""Of address space: several times what 64 megapixels take on their way to RGB."""
+"""Limit of the address space: several times what the decoding of 64 megapixels takes."""
 NICENESS = 10
 LATE_S = 5.0
-"""Beyond the pool's own limit, at which it kills the worker."""
+"""Seconds after the pool's own limit, at which the pool should have killed the worker."""
 
 
 def main() -> None:
     """Answer every frame of standard input on standard output."""
-    for name in (signal.SIGINT, signal.SIGTERM):  # those are for the pool's process, at whose end the input ends
+    for name in (signal.SIGINT, signal.SIGTERM):  # meant for the pool's process; its end closes our input
         signal.signal(name, signal.SIG_IGN)
     os.nice(NICENESS)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     bound = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))
-    warnings.simplefilter("ignore")  # of odd metadata
+    warnings.simplefilter("ignore")  # Pillow warns of odd metadata
     answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
-    while (asked := frames.read(sys.stdin.buffer)) is not None:
-        _answer(answers, *asked)
-        del asked  # before the next one comes
+    os.dup2(2, 1)  # a library that prints must not break the frames
+    while (frame := frames.read(sys.stdin.buffer)) is not None:
+        _answer(answers, *frame)
+        del frame  # frees its bytes while the worker waits for the next one
 
 
 def _answer(answers: IO[bytes], fields: dict[str, Any], data: bytes) -> None:
-    signal.setitimer(signal.ITIMER_REAL, fields["seconds"] + LATE_S)  # whose signal ends the process
+    signal.setitimer(signal.ITIMER_REAL, fields["seconds"] + LATE_S)  # SIGALRM ends the process
+    pieces: list[bytes] = []
     try:
-        told, pieces = _describe(data) if fields["work"] == "size" else _resized(fields, data)
+        if fields["work"] == "size":
+            answer: dict[str, Any] = {"size": image_size(data)}
+        else:
+            answer, pieces = _resized(fields, data)
     except InvalidImage as error:
-        told, pieces = {"refused": str(error)}, []
+        answer = {"refused": str(error)}
     signal.setitimer(signal.ITIMER_REAL, 0)
-    frames.write(answers, told, *pieces)
-
-
-def _describe(data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    return {"size": image_size(data)}, []
+    frames.write(answers, answer, *pieces)
 
 
 def _resized(fields: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """The image decoded and resized; what was decoded is let go at once."""
+    """Decode and resize an image; returns the sizes, and the pixels for the VAE and the ViT."""
     image = load_image(data)
     size = image.size
     prepared = prepare(
@@ -70,11 +68,7 @@ def _resized(fields: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[
     )
     made = {"vae": prepared.vae, "vit": prepared.vit}
     sizes = {name: None if image is None else image.size for name, image in made.items()}
-    return {"size": size, "resized": prepared.size, **sizes}, [_pixels(image) for image in made.values() if image]
-
-
-def _pixels(image: Image.Image) -> bytes:
-    return image.tobytes()
+    return {"size": size, "resized": prepared.size, **sizes}, [image.tobytes() for image in made.values() if image]
 
 
 if __name__ == "__main__":

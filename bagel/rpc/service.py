@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bagel.arguments import Parser
+from bagel.arguments import Parser, for_command_line
 from bagel.errors import BagelError, ConfigError
 from bagel.images.pool import TIMEOUT_S, WORKERS, ImagePool
 from bagel.rpc.limits import CONNECTIONS, DRAIN_S, MAX_UNREAD_BYTES, READER_TIMEOUT_S
@@ -223,7 +223,7 @@ def run(read: Callable[[], C], main: Callable[[C], Awaitable[None]], service: st
         set_up_metrics(service, instance)
         asyncio.run(_as_coroutine(main(config)))
     except BagelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_command_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

@@ -1,7 +1,7 @@
-"""OpenTelemetry metrics of a service: their export, and the instruments that several services have.
+"""OpenTelemetry metrics: their export, and the instruments that several services share. No torch here.
 
-Named after OpenTelemetry's semantic conventions where there are any, else `bagel.…` with UCUM units; docs/telemetry.md
-lists them all. Without an exporter every recording is a call of the API that does nothing. No torch here.
+Names follow OpenTelemetry's semantic conventions where they exist; the others are `bagel.…` with UCUM units.
+docs/telemetry.md lists them all. Without an exporter, recording a value does nothing.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 
 Attributes = Mapping[str, str | int]
 Reading = Callable[[], Iterable[tuple[float, Attributes]]]
-"""Values now, each with its attributes."""
+"""Returns the current values, each with its attributes."""
 
+# From one step of a small model on a GPU to a large picture that thinks first.
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
-"""From a step of a small model on a GPU to a large picture that thinks first."""
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 COUNTED_OF_A_STORE = {
     "computed": ("By", "K/V computed here"),
-    "reused": ("By", "K/V that were wanted and were there already, or were being made"),
+    "reused": ("By", "K/V that a request needed and that were already stored or being computed"),
     "sent": ("By", "K/V sent to peers"),
     "received": ("By", "K/V pulled from peers"),
 }
-"""Counters of a K/V store in bytes; `bagel.kv.segment.KvStats` has each as …_bytes."""
+"""Counters of a K/V store, in bytes; `bagel.kv.segment.KvStats` calls them …_bytes."""
 HELD_BY_A_STORE = {
     "held": ("By", "K/V that leases keep", "held_bytes"),
-    "stored": ("By", "K/V in the store, those without a lease included", "stored_bytes"),
-    "limit": ("By", "K/V that the store may take", "capacity_bytes"),
-    "leases": ("{lease}", "Leases that run", "leases"),
-    "pulls": ("{pull}", "Pulls under way, sent or received", "pulls"),
+    "stored": ("By", "K/V in the store, including those without a lease", "stored_bytes"),
+    "limit": ("By", "K/V that the store may hold", "capacity_bytes"),
+    "leases": ("{lease}", "Active leases", "leases"),
+    "pulls": ("{pull}", "Pulls in progress, sent or received", "pulls"),
 }
-"""What a K/V store holds now, by the fields of `bagel.kv.segment.KvStats`."""
+"""The current contents of a K/V store, with the fields of `bagel.kv.segment.KvStats` that give them."""
 
 meter = metrics.get_meter("bagel", bagel.__version__)
 _calls = meter.create_histogram(
@@ -61,33 +61,35 @@ _steps = meter.create_histogram(
 
 
 def set_up_metrics(service: str, instance: str) -> None:
-    """Export this process's metrics as the environment says; nothing if it says nothing. Raises ConfigError.
+    """Export this process's metrics as OpenTelemetry's environment variables say; by default, not at all.
 
-    service, instance: `bagel-dit` and `dit-0`; see `bagel.otlp.resource`.
+    service and instance are like `dit` and `dit-0`, see `bagel.telemetry.otlp.resource`. Raises ConfigError.
     """
     exporter = _exporter()
     if exporter is None:
         return
+    # Imported late: only a process that exports needs the SDK.
     from opentelemetry.sdk.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 
     times = (_milliseconds("OTEL_METRIC_EXPORT_INTERVAL"), _milliseconds("OTEL_METRIC_EXPORT_TIMEOUT"))
     reader = PeriodicExportingMetricReader(exporter, *times)
+    # Not at exit: `otlp.shut_down` does it, also in a process that skips Python's exit handlers.
     provider = MeterProvider([reader], resource=resource(service, instance), shutdown_on_exit=False)
     metrics.set_meter_provider(provider)
 
 
 class Call:
-    """A call that is served. status: how it ended, a member of grpc.StatusCode."""
+    """A call that is being served. status: its outcome, the name of a grpc.StatusCode."""
 
     status = "OK"
 
 
 @contextmanager
 def timed_call(method: str) -> Iterator[Call]:
-    """Count a call for the block; who turns errors into a status sets it.
+    """Record the duration and the status of a call; the code that turns an error into a status sets `Call.status`.
 
-    method: fully qualified, `bagel.v1.DitService/Generate`.
+    method: the full name, like `bagel.v1.DitService/Generate`.
     """
     call, began = Call(), time.perf_counter()
     try:
@@ -103,20 +105,20 @@ def timed_call(method: str) -> Iterator[Call]:
 
 
 def count_step(kind: str, requests: int, seconds: float) -> None:
-    """A step served so many requests, and took so long. kind: picture or text."""
+    """Record a step: the number of requests that it served and its duration. kind: picture or text."""
     attributes = {"bagel.step.kind": kind}
     _batches.record(requests, attributes)
     _steps.record(seconds, attributes)
 
 
 def watch_queue(waiting: Callable[[], int], active: Callable[[], int]) -> None:
-    """Show how many requests wait for a place in a service, and how many have one."""
+    """Export how many requests wait for a place in a service, and how many have one."""
     watch("bagel.queue.depth", "{request}", "Requests that wait for a place", lambda: [(waiting(), {})])
     watch("bagel.requests.active", "{request}", "Requests that have a place", lambda: [(active(), {})])
 
 
 def watch_store(stats: Callable[[], KvStats]) -> None:
-    """Show what a K/V store has moved, and what it holds."""
+    """Export what a K/V store has moved, and what it holds."""
 
     def read(field: str) -> Reading:
         return lambda: [(getattr(stats(), field), {})]
@@ -129,7 +131,7 @@ def watch_store(stats: Callable[[], KvStats]) -> None:
 
 
 def watch(name: str, unit: str, about: str, read: Reading, *, counts: bool = False) -> None:
-    """Show what `read` gives whenever metrics are exported: a sum that may go down, or one that counts up."""
+    """Export the values of `read`: with counts=True as a counter that only grows, else as a sum that may fall."""
 
     def observe(options: CallbackOptions) -> Iterable[Observation]:
         return [Observation(value, attributes) for value, attributes in read()]
@@ -153,7 +155,7 @@ def _exporter() -> MetricExporter | None:
 
 
 def _milliseconds(variable: str) -> float | None:
-    """What a variable says; None where it says nothing, for the SDK's default."""
+    """The value of a variable; None, which means the SDK's default, if it is not set."""
     text = os.environ.get(variable, "").strip()
     if not text:
         return None

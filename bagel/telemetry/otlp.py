@@ -1,4 +1,4 @@
-"""Where OpenTelemetry's traces and metrics go, as its own environment variables say. No torch here.
+"""Choose where traces and metrics go, by OpenTelemetry's own environment variables. No torch here.
 
 A signal is exported over OTLP once OTEL_EXPORTER_OTLP_ENDPOINT (or the signal's own, like
 OTEL_EXPORTER_OTLP_METRICS_ENDPOINT) is set, or its OTEL_…_EXPORTER is otlp or console.
@@ -21,9 +21,9 @@ Signal = Literal["traces", "metrics"]
 
 
 def exporter_name(signal: Signal) -> str:
-    """otlp, console or none: what OTEL_…_EXPORTER names; otlp where it names none and an endpoint is set.
+    """The exporter that OTEL_…_EXPORTER names: otlp, console or none. Without a name, otlp if an endpoint is set.
 
-    Raises ConfigError for another exporter, or another protocol than gRPC.
+    Raises ConfigError for any other exporter, and for any protocol but gRPC.
     """
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return "none"
@@ -38,28 +38,28 @@ def exporter_name(signal: Signal) -> str:
 
 
 def resource(service: str, instance: str) -> Resource:
-    """What this process is to a collector: `bagel-dit`, `dit-0`.
-
-    What OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES say comes first.
+    """How this process presents itself to a collector: `bagel-dit`, `dit-0`, unless OTEL_SERVICE_NAME or
+    OTEL_RESOURCE_ATTRIBUTES say otherwise.
     """
     from opentelemetry.sdk.resources import Resource
 
-    named = {"service.name": f"bagel-{service}", "service.instance.id": instance, "service.version": bagel.__version__}
-    said = Resource.create().attributes
+    ours = {"service.name": f"bagel-{service}", "service.instance.id": instance, "service.version": bagel.__version__}
+    # Arguments would override the user's variables; unknown_service is the SDK's own placeholder.
+    given = Resource.create().attributes
     return Resource.create(
-        {key: value for key, value in named.items() if key not in said or "unknown_service" in str(said[key])}
+        {key: value for key, value in ours.items() if key not in given or "unknown_service" in str(given[key])}
     )
 
 
 def shut_down() -> None:
-    """Send what waits for export; at the end of a process, also of one that leaves without Python's tidying up."""
+    """Export what is still waiting. Call it at the end of a process, also of one that skips Python's exit handlers."""
     for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
-        if (stop := getattr(provider, "shutdown", None)) is not None:  # the API's own, of no exporter, have none
+        if (stop := getattr(provider, "shutdown", None)) is not None:  # without an exporter the API's providers lack it
             stop()
 
 
 def _of_otlp(signal: Signal, what: str) -> str | None:
-    """A variable of the OTLP exporter: the signal's own, else that of all signals."""
+    """A variable of the OTLP exporter: the signal's own, else the one for all signals."""
     return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{what}")
 
 

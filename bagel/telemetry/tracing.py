@@ -1,6 +1,7 @@
-"""OpenTelemetry traces of a request through the services: W3C context in gRPC metadata, a span a call and a stage.
+"""OpenTelemetry traces of a request through the services. No torch here.
 
-Exported as OpenTelemetry's own environment variables say, which `bagel.otlp` reads. No torch here.
+gRPC metadata carries the W3C trace context; each call and each stage has a span. `bagel.telemetry.otlp` reads
+OpenTelemetry's environment variables, which say where spans go.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ tracer = trace.get_tracer("bagel", bagel.__version__)
 
 
 def set_up_tracing(service: str, instance: str) -> None:
-    """Export this process's spans as the environment says; nothing if it says nothing. Raises ConfigError.
+    """Export this process's spans as OpenTelemetry's environment variables say; by default, not at all.
 
-    service, instance: `bagel-dit` and `dit-0`; see `bagel.otlp.resource`.
+    service and instance are like `dit` and `dit-0`, see `bagel.telemetry.otlp.resource`. Raises ConfigError.
     """
     exporter = _exporter()
     if exporter is None:
         return
-    # Here, as clients pass contexts on without the SDK.
+    # Imported late: clients, which only pass contexts on, need not install the SDK.
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
@@ -59,7 +60,7 @@ def _exporter() -> SpanExporter | None:
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """Metadata that makes what a peer does part of the present span (W3C traceparent, tracestate, baggage)."""
+    """Metadata that makes a peer's spans children of the current one (W3C traceparent, tracestate, baggage)."""
     carrier: dict[str, str] = {}
     inject(carrier)
     return tuple(carrier.items())
@@ -67,10 +68,9 @@ def trace_metadata() -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iterator[Span]:
-    """The span of a call that is served, below its caller's; spans of this task are below it from now on.
+    """The span of a call that this service handles: a child of the caller's span, and the parent of this task's spans.
 
-    Failures are told by who turns them into a status. The context is not put back at the end: a call has its own task,
-    and a stream's generator may end in another context than it began in.
+    Only cancellation marks it as failed here. For an error, the code that turns it into a status calls `tell_failure`.
     """
     parent = extract(metadata)
     service, _, method = name.partition("/")
@@ -82,6 +82,7 @@ def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iter
         record_exception=False,
         set_status_on_exception=False,
     )
+    # Never detached: a call has its own task, and a stream's generator may end in another context than it began in.
     otel_context.attach(trace.set_span_in_context(span, parent))
     try:
         yield span
@@ -93,7 +94,7 @@ def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iter
 
 
 def tell_failure(span: Span, error: BaseException) -> None:
-    """Mark a span as failed; a caller that left is no failure of the service."""
+    """Mark a span as failed, or as cancelled: a caller that left is no failure of the service."""
     if isinstance(error, Exception):
         span.set_status(Status(StatusCode.ERROR, str(error)))
         span.set_attribute("error.type", type(error).__name__)
@@ -102,24 +103,21 @@ def tell_failure(span: Span, error: BaseException) -> None:
 
 
 def tell_request(**attributes: Value) -> None:
-    """Say something about the request that this task serves."""
+    """Add attributes to the span of the request that this task serves."""
     trace.get_current_span().set_attributes(attributes)
 
 
 def tell_request_failed(error: BaseException) -> None:
-    """Mark the request that this task serves as failed, for who lets a framework make its span.
-
-    With the error as an event too: the framework says of a status of 500 and above no more than the number.
-    """
-    present = trace.get_current_span()
-    if isinstance(error, Exception):
-        present.record_exception(error)
-    tell_failure(present, error)
+    """Mark the request that this task serves as failed, if a framework made its span."""
+    current = trace.get_current_span()
+    if isinstance(error, Exception):  # as an event too, since the framework records only the number of the status
+        current.record_exception(error)
+    tell_failure(current, error)
 
 
 @contextmanager
 def span(name: str, **attributes: Value) -> Iterator[Span]:
-    """A span below the present one, which is not made the present one."""
+    """A child of the current span for the block; the current span stays the same."""
     begun = tracer.start_span(name, attributes=attributes)
     try:
         yield begun
@@ -131,7 +129,8 @@ def span(name: str, **attributes: Value) -> Iterator[Span]:
 
 
 def record(name: str, begin: float, end: float | None = None, **attributes: Value) -> None:
-    """A span of something that is over, by readings of time.perf_counter; until now by default."""
+    """Record a span for something that is over. begin, end: readings of time.perf_counter; by default it ends now."""
+    # Spans have wall-clock times, so both ends are counted back from now.
     now, wall = time.perf_counter(), time.time_ns()
     at = [wall - int((now - moment) * 1e9) for moment in (begin, now if end is None else end)]
     tracer.start_span(name, attributes=attributes, start_time=at[0]).end(at[1])
