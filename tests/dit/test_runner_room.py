@@ -114,7 +114,7 @@ def test_what_can_never_fit_is_refused_before_anything_is_computed(modality: str
         with pytest.raises(AssertionError):
             server.begin(1, modality, **options)
         assert isinstance(server.replies[-1], Failed)
-        assert "which holds 100 (--kv-device-bytes)" in failures(server.replies)[1]
+        assert "which holds 100 (kv_device_bytes)" in failures(server.replies)[1]
 
 
 def test_pages_that_land_while_a_picture_waits_are_drawn_from(checkpoint: Checkpoint) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from bagel.arguments import for_command_line
 from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, load_image, prepare
 from bagel.images.jpeg import MAX_SCANS
@@ -94,7 +95,7 @@ def test_reads_as_this_process_does() -> None:
 def test_a_bomb_is_refused_in_time_and_the_next_image_is_read() -> None:
     async def test(pool: ImagePool) -> None:
         assert await pool.size(bomb()) == (6000, 6000)  # which takes no decoding
-        with pytest.raises(InvalidImage, match=r"more than 1 s to read, the limit \(--image-timeout\)"):
+        with pytest.raises(InvalidImage, match=r"more than 1 s to read, the service's image_timeout"):
             await resized(pool, bomb())
         assert (await resized(pool, SMALL)).size == (80, 50)
 
@@ -169,5 +170,7 @@ def test_a_worker_is_light_and_bounded() -> None:
 
 @pytest.mark.parametrize(("workers", "timeout_s"), [(0, 1.0), (1, 0.0), (1, float("inf")), (1, float("nan"))])
 def test_limits_are_checked(workers: int, timeout_s: float) -> None:
-    with pytest.raises(ConfigError, match="--image-"):
+    with pytest.raises(ConfigError, match=r"^image_") as refused:
         ImagePool(workers, timeout_s)
+    flag = "--image-workers" if workers < 1 else "--image-timeout"
+    assert for_command_line(refused.value).startswith(f"{flag} is ")

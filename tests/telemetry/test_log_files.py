@@ -46,7 +46,7 @@ def test_a_log_that_cannot_be_written_is_told_once_and_stops_no_service(
 
 def test_a_folder_whose_log_is_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "talks-0.log").mkdir()
-    with pytest.raises(ConfigError, match=r"talks-0.*cannot be written.*--log-dir"):
+    with pytest.raises(ConfigError, match=r"talks-0.*cannot be written.*log_dir"):
         LogFolder(tmp_path).open("talks-0")
 
 
