@@ -1,8 +1,8 @@
 """The three frozen pipelines: which stages a deployment has, and how K/V passes between them. No torch, no I/O.
 
 The values are those of vllm-omni. Code reads a stage's fields and never asks for a pipeline's name. The fields say
-which stage expands a prompt into its guidance branches, when K/V may leave, which stage collects it, and what each stage
-returns.
+which stage expands a prompt into its guidance branches, when K/V may leave, which stage collects it, and what each
+stage returns.
 """
 
 from __future__ import annotations
@@ -112,10 +112,8 @@ class PipelineConfig:
         return None if expand is None else expand == expand_cfg_prompts_think.__name__
 
     def path(self, output: str) -> tuple[StageConfig, ...]:
-        """The stages that a request for "text" or an "image" goes through: up to the one that gives that out.
-
-        All stages if none names that output: the single stage names pictures, and has the whole model for texts too.
-        """
+        """The stages that a request for "text" or an "image" passes: up to the one with that final output, or all."""
+        # None names it: a text from the single stage, which names only pictures but has the whole model.
         for number, stage in enumerate(self.stages, 1):
             if stage.final_output == output:
                 return self.stages[:number]
