@@ -1,6 +1,7 @@
-"""Text decoding as CUDA graphs: one token of several texts in one launch, as launches bind a step of small products.
+"""Text decoding as CUDA graphs: one launch computes one token of several texts.
 
-A graph is captured for a number of texts over one slab and replayed with other places, so texts come and go.
+Launched kernel by kernel, such a step waits for the host more than it computes. A graph is captured for a number of
+texts over one slab and replayed with other places, so that texts come and go.
 """
 
 from __future__ import annotations

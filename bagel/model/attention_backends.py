@@ -92,7 +92,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype, asked: str = AUTO
 
 
 def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What a backend lacks here; empty if it can run."""
+    """What a backend lacks here; an empty text if it can run."""
     if name == "sdpa":
         return ""
     if device.type != "cuda":

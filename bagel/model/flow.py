@@ -27,7 +27,7 @@ def timesteps(num_timesteps: int, shift: float) -> Tensor:
 
 
 def guided_steps(t: Tensor, interval: tuple[float, float]) -> list[bool]:
-    """For each step starting at t, whether guidance is on: lo < t <= hi, compared in float32."""
+    """Whether guidance is on in the step that starts at each t: lo < t <= hi, compared in float32."""
     lo, hi = torch.tensor(interval, dtype=torch.float32)
     return [bool(on) for on in (t > lo) & (t <= hi)]
 

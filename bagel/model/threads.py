@@ -13,10 +13,10 @@ SMALL = 256
 
 
 def settle_threads(config: ModelConfig, device: torch.device | str) -> None:
-    """Have this process compute a small model with one thread of its CPU, unless OMP_NUM_THREADS says how many.
+    """Let this process compute a small model with one CPU thread, unless OMP_NUM_THREADS says how many.
 
-    A layer of such a model is over before a sleeping thread is awake, and one that does not sleep keeps the processor
-    from the services beside it.
+    A layer of such a model ends before a sleeping thread wakes up. A thread that spins instead of sleeping takes the
+    processor from the services beside it.
     """
     if torch.device(device).type == "cpu" and config.llm.hidden_size <= SMALL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

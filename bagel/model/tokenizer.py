@@ -19,9 +19,9 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class BagelTokenizer:
-    """Encodes what a user writes as plain text: control tokens in it are characters, not tokens.
+    """Turns text into ids. A control word in a user's text is characters like any other, not a control token.
 
-    Attributes bos, eos, image_start and image_end are the ids that delimit text and image segments.
+    bos, eos, image_start and image_end are the ids that delimit text and image segments.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -44,7 +44,7 @@ class BagelTokenizer:
         return int(self._control.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, allow_control: bool = False) -> list[int]:
-        """Ids of a text, nothing added. allow_control lets control words become their tokens, as the reference does."""
+        """Ids of a text, with nothing added. allow_control: control words become their tokens, as in the reference."""
         tokenizer = self._control if allow_control else self._plain
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -57,10 +57,10 @@ class BagelTokenizer:
         return str(self._control.decode(list(ids), skip_special_tokens=False))
 
     def reply(self, ids: Sequence[int]) -> str:
-        """A generated reply as the reference reads it.
+        """The text of a generated reply, by the reference's rule.
 
-        Cut before the first <|im_end|>, then what lies after the first <|im_start|>, and before a second one. ids
-        begin with the start token that generation was begun with.
+        The text is cut before the first <|im_end|>. What lies between the first <|im_start|> and a second one is the
+        reply. ids begin with the start token that generation began with.
         """
         text = self.decode(ids).split(IM_END)[0]
         pieces = text.split(IM_START)
@@ -74,7 +74,7 @@ class BagelTokenizer:
 
 
 def _damaged(folder: Path) -> str:
-    """The file that is no JSON, which the library does not name; all of them if it is none."""
+    """The file that is not JSON, as the library does not name it; if all are, the files as a whole."""
     for path in sorted({*folder.glob("*token*.json"), *folder.glob("vocab.json")}):
         try:
             read_json_file(path)
@@ -84,20 +84,20 @@ def _damaged(folder: Path) -> str:
 
 
 class TextStream:
-    """Decodes a growing list of ids piece by piece; a character whose bytes are not all there yet is held back.
+    """Decodes a growing list of ids piece by piece. A character is held back until all of its bytes are there.
 
-    As in `BagelTokenizer.reply`, a start or end token among them ends the text.
+    A start or end token ends the text, as in `BagelTokenizer.reply`.
     """
 
     def __init__(self, tokenizer: BagelTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._ended = False
-        self._shown = 0  # ids before this one have been given out
-        self._window = 0  # decoding starts here: enough context to know how the next piece joins
+        self._shown = 0  # the text of ids before this one has been returned
+        self._window = 0  # decoding begins here, so that the next piece is decoded with what it joins
 
     def push(self, token: int) -> str:
-        """Add an id; the text that became certain."""
+        """Add an id; returns the text that it completes."""
         self._ended = self._ended or token in (self._tokenizer.bos, self._tokenizer.eos)
         if self._ended:
             return ""
@@ -105,7 +105,7 @@ class TextStream:
         return self._take(final=False)
 
     def end(self) -> str:
-        """What is left, incomplete characters included."""
+        """Returns the rest, incomplete characters included."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
@@ -118,7 +118,7 @@ class TextStream:
 
 
 def _without_added_tokens(tokenizer: FastTokenizer) -> FastTokenizer:
-    """The same BPE with no token that text could name: all added tokens are control words."""
+    """The same BPE without its added tokens. All of them are control words, which no text may become."""
     description = json.loads(tokenizer.to_str())
     description["added_tokens"] = []
     description["post_processor"] = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bagel.checkpoint.config import NORM_GROUPS, VaeConfig
 
 TILE_SIZE = 512
-"""Pixels a side of a tile, where tiling is on; a picture up to that size is decoded whole."""
+"""Pixels a side of a tile. With tiling on, a picture up to that size is still decoded whole."""
 
 # The checkpoint's (BFL) names on the left, diffusers' on the right.
 _RENAMES = (
@@ -61,7 +61,7 @@ class Vae(nn.Module):
             self.autoencoder.decoder = None
 
     def use_tiling(self) -> None:
-        """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not exactly the same picture."""
+        """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not quite the same picture."""
         self.autoencoder.enable_tiling()
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Which services would load a checkpoint: its tensors against its configuration, role by role. Nothing is allocated."""
+"""Which roles can load a checkpoint. Its tensors are compared with its configuration; nothing is allocated."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bagel.model.weights import check_role, empty_model
 
 
 def problems_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """For each role what keeps it from loading the checkpoint; empty if nothing does.
+    """What keeps each role from loading the checkpoint; an empty text if nothing does.
 
-    Names, shapes and types of the tensors and the tokenizer are checked, as a service checks them when it starts.
+    A service makes the same checks when it starts: of the tokenizer, and of the tensors' names, shapes and types.
     """
     try:
         BagelTokenizer(checkpoint.folder)

@@ -122,7 +122,7 @@ def check_known(files: Mapping[str, Mapping[str, TensorInfo]], config: ModelConf
 
 
 def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: str) -> None:
-    """Compare what a model needs with what the files hold; raises CheckpointError with every difference."""
+    """Compare what a model needs with what the files hold. Raises CheckpointError with every difference."""
     problems = []
     for file, name, shape in dict.fromkeys((slot.file, slot.name, slot.shape) for slot in needed):
         found = files[file].get(name)
@@ -155,7 +155,7 @@ def fill(checkpoint: Checkpoint, needed: Sequence[Slot]) -> None:
 
 
 def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor) -> Tensor:
-    """Fill a slot by way of a buffer, which is returned for the next one, and grows where it is too small.
+    """Fill a slot by way of a buffer, which is returned for the next slot. A larger one is made where it is too small.
 
     Memory that is used again is already mapped: that makes reading from the page cache about twice as fast.
     """
@@ -197,7 +197,7 @@ def _listed(path: Path) -> dict[str, Shapes]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the inventory of a checkpoint or of a list of tensors; the exit code."""
+    """Print the inventory of a checkpoint or of a list of tensors; returns the exit code."""
     parser = OnceParser(prog="python -m bagel.model.weights", description="What each role loads, and its bytes.")
     parser.add_argument("source", type=Path, help="a checkpoint folder, or tensors.json of BAGEL-7B-MoT")
     source: Path = parser.parse_args(argv).source
