@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, together
 from bagel.guidance import guided_anywhere
 from bagel.prompts import ImagePart
 
@@ -49,11 +49,18 @@ class Rule:
     holds: Callable[[Facts], bool]
     instead: str = _LEAVE
 
-    def refuse(self, options: Mapping[str, Any]) -> None:
-        """Raise InvalidRequest for the first of the rule's settings that these options ask for."""
-        for name in self.settings:
-            if asks_for_something(name, options.get(name)):
-                raise InvalidRequest(name, f"{name} has no effect {self.when}; {self.instead}")
+    def refused(self, options: Mapping[str, Any], instead: str | None = None) -> list[InvalidRequest]:
+        """An error for each of the rule's settings that asks for something; instead: a front's own remedy."""
+        return [
+            InvalidRequest(name, f"{name} has no effect {self.when}; {instead or self.instead}")
+            for name in self.settings
+            if asks_for_something(name, options.get(name))
+        ]
+
+    def refuse(self, options: Mapping[str, Any], instead: str | None = None) -> None:
+        """Raise InvalidRequest if any of the rule's settings asks for something in these options."""
+        if problems := self.refused(options, instead):
+            raise together(problems)
 
 
 def _draws(facts: Facts) -> bool:
@@ -87,8 +94,11 @@ UNHEARD = Rule(("partial_images", "progress"), "without a stream", lambda facts:
                "leave it out, or ask for a stream (Python: give on_event)")  # fmt: skip
 """Progress and previews, for a caller who receives nothing before the result."""
 
+UNDRAWN = Rule((*_DRAWN, *_GIVEN_OUT), "on a text answer", lambda facts: not _draws(facts),
+               "leave it out, or ask for a picture")  # fmt: skip
+
 RULES: tuple[Rule, ...] = (
-    Rule((*_DRAWN, *_GIVEN_OUT), "on a text answer", lambda facts: not _draws(facts)),
+    UNDRAWN,
     Rule(("max_tokens",), "on a picture", _draws,
          "leave it out: max_think_tokens bounds the text before one"),
     Rule(_WRITTEN, "on a picture without think", lambda facts: not _writes(facts), "leave it out, or turn think on"),
@@ -146,12 +156,16 @@ def asks_for_something(name: str, value: Any) -> bool:
 
 
 def check_effect(facts: Facts, options: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest for the first of the user's options that would have no effect."""
+    """Raise InvalidRequest with all of the user's options that would have no effect."""
     facts = replace(facts, given=facts.given | {name for name, value in options.items() if value is not None})
-    wanted = {name for name, value in options.items() if asks_for_something(name, value)}
+    wanted = {name: value for name, value in options.items() if asks_for_something(name, value)}
+    problems: list[InvalidRequest] = []
     for rule in RULES:
-        if not wanted.isdisjoint(rule.settings) and rule.holds(facts):
-            rule.refuse(options)
+        if not wanted.keys().isdisjoint(rule.settings) and rule.holds(facts):
+            problems += rule.refused(wanted)
+            wanted = {name: value for name, value in wanted.items() if name not in rule.settings}
+    if problems:
+        raise together(problems)
 
 
 def effective(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,13 @@ setting as its field (image_workers); each front replaces the field with its own
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Self
+
+MOST_TOLD = 15
+"""Further problems of one request that are told by name."""
+SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+"""gRPC statuses that are errors of the server, by OpenTelemetry's conventions; the others are its caller's."""
 
 
 class BagelError(Exception):
@@ -60,21 +66,34 @@ class InvalidRequest(BagelError):
     """The request cannot be served as written; `field` is the name of the wrong field.
 
     index: the request's place, from 0, among several that were sent together; None if it is unknown.
+    also: what else is wrong, told after `message`.
     """
 
     grpc_status = "INVALID_ARGUMENT"
     http_status = 400
     exit_code = 2
 
-    def __init__(self, field: str, message: str, index: int | None = None) -> None:
-        super().__init__(message)
-        self.field, self.index = field, index
+    def __init__(self, field: str, message: str, index: int | None = None, also: Sequence[InvalidRequest] = ()) -> None:
+        super().__init__("; ".join([message, *map(str, also)]))
+        self.field, self.message, self.index, self.also = field, message, index, tuple(also)
 
-    def named(self, name: str) -> Self:
-        """The same error with the front's name for the field, also at the start of the message."""
-        message = str(self)
-        told = name + message.removeprefix(self.field) if message.startswith(f"{self.field} ") else message
-        return type(self)(name, told, self.index)
+    def named(self, names: Mapping[str, str]) -> Self:
+        """The same error with the front's names for the fields, also at the start of a message."""
+        name = names.get(self.field, self.field)
+        told = self.message
+        if told.startswith(f"{self.field} "):
+            told = name + told.removeprefix(self.field)
+        return type(self)(name, told, self.index, [each.named(names) for each in self.also])
+
+
+def together(problems: Sequence[InvalidRequest]) -> InvalidRequest:
+    """All of them as one error, of the first one's class and field."""
+    first, *others = problems
+    more = len(others) - MOST_TOLD
+    also = [*first.also, *others[:MOST_TOLD]]
+    if more > 0:
+        also.append(InvalidRequest(first.field, f"and {more} more"))
+    return type(first)(first.field, first.message, first.index, also)
 
 
 class InvalidImage(InvalidRequest):

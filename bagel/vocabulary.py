@@ -85,7 +85,10 @@ REST_INSTEAD = _named(
         "output_type format image_format": "send output_format",
         "max_new_tokens max_length": "send max_tokens; before a picture max_think_tokens",
         "enable_thinking thinking chat_template_kwargs reasoning": "send think",
-        "modality task": "send modalities, to /v1/chat/completions",
+        "modalities modality task": "/v1/chat/completions has modalities; leave it out",
+        "max_tokens max_completion_tokens": "send max_think_tokens, which bounds the text before a picture",
+        "temperature": "send text_temperature, with think and do_sample",
+        "stop": "send stop_token_ids, with think",
         "bot_task": "modalities and the messages say what is wanted; leave it out",
         "system_prompt use_system_prompt system": "write it into the prompt; of a chat, into a system message",
         "text query input inputs": "send prompt; of a chat, messages",
@@ -102,13 +105,12 @@ REST_INSTEAD = _named(
 )
 """Parameters of a body: what to do instead."""
 
-PART_INSTEAD: Mapping[str, str] = {
-    "image": '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}',
-    "image_base64": '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}',
-    "input_image": '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}',
-    "input_text": '{"type": "text", "text": "…"}',
-    "text": '{"type": "text", "text": "…"}',
-}
+PART_INSTEAD = _named(
+    {
+        "image image_base64 input_image": '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}',
+        "text input_text": '{"type": "text", "text": "…"}',
+    }
+)
 """Parts of a message's content, by their type or, where they have none, by their key: how they are written here."""
 
 FLAG_INSTEAD = _named(

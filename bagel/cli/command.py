@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bagel import __version__
 from bagel.arguments import Parser, for_command_line
@@ -102,11 +102,10 @@ def _run(argv: Sequence[str] | None) -> None:
     add_keys_flags(keys)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        elsewhere: Mapping[str, str] = {}
         if args.command == "serve":
-            from bagel.cli.passing import refuse_not_passed
-
-            refuse_not_passed(unknown)
-        complain_of_unknown(unknown, commands.choices.get(args.command, parser))
+            from bagel.cli.passing import NOT_PASSED as elsewhere
+        complain_of_unknown(unknown, commands.choices.get(args.command, parser), elsewhere)
     if args.command is None:
         raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
     if args.command == "serve":

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import re
-from difflib import get_close_matches
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bagel.deployment.http_front import add_http_flags
 from bagel.errors import ConfigError
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES
+from bagel.vocabulary import FLAG_INSTEAD, instead_of
 
 MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "text_channel", "channel")
@@ -91,17 +93,34 @@ def flag_name(flag: str) -> str:
     return "--" + flag.replace("_", "-")
 
 
-def complain_of_unknown(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
-    """Raise ConfigError for arguments that no flag takes, with what may have been meant."""
-    first = unknown[0]
+def complain_of_unknown(
+    unknown: list[str], parser: argparse.ArgumentParser, elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> NoReturn:
+    """Raise ConfigError for arguments that no flag takes, with what to do instead of each.
+
+    elsewhere: flags that are none of this command's, and where what they set is set.
+    """
     known = [name for action in parser._actions for name in action.option_strings]
-    if not first.startswith("-"):
-        hint = "a prompt goes behind --prompts" if "--prompts" in known else f"see {parser.prog} --help"
-        raise ConfigError(f"{first!r} belongs to no flag; {hint}")
-    close = get_close_matches(first.split("=")[0], known, n=1)
-    dash = "" if first.startswith("--") else "a value that begins with a dash goes behind =, as in --prompts=-x; "
-    hint = f"did you mean {close[0]}? " if close else dash
-    raise ConfigError(f"unknown flag {first!r}; {hint}see {parser.prog} --help")
+    problems: list[str] = []
+    if not unknown[0].startswith("-"):
+        places = {"--prompts": "a prompt goes behind --prompts", "--model": "a model goes behind --model"}
+        hint = next((told for flag, told in places.items() if flag in known), "leave it out")
+        problems.append(f"{unknown[0]!r} belongs to no flag; {hint}")
+    flags = dict.fromkeys(argument for argument in unknown if argument.startswith("-"))
+    problems += [_of_unknown(flag, parser.prog, known, elsewhere) for flag in flags]
+    raise ConfigError(f"{'; '.join(problems)}; see {parser.prog} --help")
+
+
+def _of_unknown(argument: str, command: str, known: list[str], elsewhere: Mapping[str, str]) -> str:
+    flag = argument.partition("=")[0]
+    plain = flag.replace("--no-", "--", 1)
+    if plain in elsewhere:
+        return f"{plain} is no flag of {command}: {elsewhere[plain]}"
+    remedies = {name: told for name, told in FLAG_INSTEAD.items() if set(re.findall(r"--[a-z-]+", told)) <= {*known}}
+    if instead := instead_of(flag, remedies, known):
+        return f"unknown flag {argument!r}; {instead}"
+    dash = "" if flag.startswith("--") else "; a value that begins with a dash goes behind =, as in --prompts=-x"
+    return f"unknown flag {argument!r}{dash}"
 
 
 def add_generate_flags(parser: argparse.ArgumentParser) -> None:

@@ -59,8 +59,7 @@ def flags_named() -> Iterator[None]:
     try:
         yield
     except InvalidRequest as error:
-        told = error.named(_FLAGS[error.field]) if error.field in _FLAGS else error
-        message = _IN_WORDS.sub(lambda match: _FLAGS[match[0]], str(told))
+        message = _IN_WORDS.sub(lambda match: _FLAGS[match[0]], str(error.named(_FLAGS)))
         raise type(error)(error.field, message, error.index) from None
 
 

@@ -7,7 +7,7 @@ new one needs no line here. What the gateway has is its alone, but what every pr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -73,14 +73,6 @@ def passed_arguments(args: argparse.Namespace, started: Collection[str]) -> dict
         for role in roles:
             arguments[role] += [name] if value is True else [f"{name}={each}" for each in several]
     return arguments
-
-
-def refuse_not_passed(unknown: Sequence[str]) -> None:
-    """Raise ConfigError for a flag of a service that is set in another way."""
-    for argument in unknown:
-        name = argument.partition("=")[0].replace("--no-", "--", 1)
-        if name in NOT_PASSED:
-            raise ConfigError(f"{name} is no flag of bagel serve: {NOT_PASSED[name]}")
 
 
 def _flags() -> list[tuple[str, argparse.Action]]:

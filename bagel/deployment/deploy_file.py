@@ -6,9 +6,8 @@ value and what would be right. Settings that exist but are not built yet are ref
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic_core import ErrorDetails
 
 from bagel.deployment.yaml_files import merge, read_yaml
-from bagel.errors import ConfigError, InvalidRequest, NotSupported
+from bagel.errors import MOST_TOLD, ConfigError, InvalidRequest, NotSupported
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType, pipeline
 from bagel.ranges import in_words
 from bagel.request import MAX_SEED, TextSettings
+from bagel.vocabulary import DEPLOY_INSTEAD, instead_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of `bagel`, in an installed wheel or a checkout."""
@@ -288,18 +288,21 @@ def effective_settings(stage: StageDeploy) -> str:
 
 
 def refuse_unbuilt(config: DeployConfig) -> None:
-    """Raise NotSupported for the first setting whose effect is not built yet; it names the value that works."""
+    """Raise NotSupported for the settings whose effect is not built yet; it names the values that work."""
     owners: list[tuple[str, object, Mapping[str, object]]] = [("", config, UNBUILT_TOP)]
     thinkers = [spec.stage_id for spec in config.spec.stages if spec.model_stage == "thinker"]
     for stage in config.stages:
         built = VLLM_SIZES if stage.stage_id in thinkers else ()
         owners.append((f"{stage.where}.", stage, {key: works for key, works in UNBUILT.items() if key not in built}))
+    problems: list[str] = []
     for prefix, owner, rows in owners:
         for key, works in rows.items():
             value = attrgetter(key)(owner)
             if value not in (None, works):
                 remedy = "leave it out" if works is None else f"only {str(works).lower()} works"
-                raise NotSupported(f"{config.source}: {prefix}{key} is {value!r}, which is not built yet; {remedy}")
+                problems.append(f"{prefix}{key} is {value!r}, which is not built yet; {remedy}")
+    if problems:
+        raise NotSupported(f"{config.source}: {'; '.join(problems)}")
 
 
 def check(config: DeployConfig) -> None:
@@ -412,14 +415,15 @@ _WANTED: Mapping[str, str] = {
 
 
 def _validate(data: Mapping[str, Any], source: str) -> DeployConfig:
-    """Keys, types and ranges; ConfigError with the first problem in one line."""
+    """Keys, types and ranges; ConfigError with all problems in one line."""
     try:
         config = DeployConfig.model_validate(data)
     except ValidationError as error:
-        # An unknown key first: a key that is missing is often one that is misspelt.
-        first, *others = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(f"{source}: {_describe(first, data)}{more}") from None
+        # Unknown keys first: a key that is missing is often one that is misspelt.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        told = [_describe(problem, data) for problem in problems[:MOST_TOLD]]
+        more = [f"and {len(problems) - MOST_TOLD} more"] * (len(problems) > MOST_TOLD)
+        raise ConfigError(f"{source}: {'; '.join([*told, *more])}") from None
     config._source = source
     return config
 
@@ -458,14 +462,12 @@ def _range(loc: tuple[int | str, ...]) -> str | None:
     return in_words(above=numbers.get("gt"), at_least=numbers.get("ge"), at_most=numbers.get("le"))
 
 
-def _suggest(key: str, known: Iterable[str]) -> str:
+def _suggest(key: str, known: Collection[str]) -> str:
     """What an unknown key may have been meant to be."""
     for section, model in _SECTIONS.items():
         if key in model.model_fields:
             return f"it belongs in {section}"
-    names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+    return instead_of(key, DEPLOY_INSTEAD, known) or f"known: {', '.join(sorted(known))}"
 
 
 def _inherit(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from grpc.aio import AioRpcError, Metadata, ServicerContext
 from grpc_status import rpc_status
 
 from bagel import errors
-from bagel.errors import BagelError, Busy, InvalidRequest, RemoteError
+from bagel.errors import SERVER_FAULTS, BagelError, Busy, InvalidRequest, RemoteError
 from bagel.rpc.structure import MAX_FIELDS, check_fields
 from bagel.telemetry.logs import Log, adopt_request_id
 from bagel.telemetry.metrics import timed_call
 from bagel.telemetry.tracing import serving, tell_failure
 
 DOMAIN = "bagel-serving"
+_Violation = error_details_pb2.BadRequest.FieldViolation
 _DETAILS = "grpc-status-details-bin"
 _LOG = "the log of the service that called it has the details"
 _INSIDE = {
@@ -50,8 +51,7 @@ def rpc_status_of(error: BagelError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
     details: list[Any] = [info]
     if isinstance(error, InvalidRequest):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        details.append(error_details_pb2.BadRequest(field_violations=_violations(error)))
     if isinstance(error, Busy):
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(math.ceil(error.retry_after_s * 1000))
@@ -61,6 +61,12 @@ def rpc_status_of(error: BagelError) -> status_pb2.Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _violations(error: InvalidRequest) -> list[Any]:
+    """One for each of the request's fields that is wrong."""
+    first = _Violation(field=error.field, description=error.message)
+    return [first, *(violation for each in error.also for violation in _violations(each))]
 
 
 async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
@@ -103,7 +109,8 @@ def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -
     if not (isinstance(kind, type) and issubclass(kind, BagelError)):
         return _unnamed(peer, code.name, status.message, inside=inside)
     if issubclass(kind, InvalidRequest):
-        return kind(bad.field_violations[0].field if bad.field_violations else "request", status.message)
+        first, *others = bad.field_violations or [_Violation(field="request", description=status.message)]
+        return kind(first.field, first.description, also=[InvalidRequest(o.field, o.description) for o in others])
     if issubclass(kind, Busy):
         return kind(status.message, retry.retry_delay.ToMilliseconds() / 1000)
     return RemoteError(status.message, code.name) if kind is RemoteError else kind(status.message)
@@ -170,7 +177,8 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
             except Exception as error:
                 failed = _told(error)
                 call.status = failed.grpc_status
-                tell_failure(span, failed)
+                span.set_attribute("rpc.response.status_code", failed.grpc_status)
+                tell_failure(span, failed, fault=failed.grpc_status in SERVER_FAULTS)
             finally:
                 await responses.aclose()  # type: ignore[attr-defined]
         if failed is not None:  # last: a client that reads nothing does not take this either

@@ -84,7 +84,7 @@ class Guard(aio.ServerInterceptor):
             request = await self._next(context)
             if request is None:
                 return
-            if isinstance(request, Undecodable) and method in HEALTH_METHODS:  # ours tell by themselves
+            if isinstance(request, Undecodable) and method.startswith(f"/{HEALTH}/"):  # ours tell by themselves
                 await abort(context, InvalidRequest("request", f"the request cannot be read: {request.why}"))
             if not handler.response_streaming:
                 await context.write(await handler.unary_unary(request, context))

@@ -32,6 +32,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # that pack
             await context.abort(grpc.StatusCode.NOT_FOUND, "no service of that name is here")
         return health_pb2.HealthCheckResponse(status=self._status[request.service])
 
+    async def List(self, request: health_pb2.HealthListRequest, context: Any) -> health_pb2.HealthListResponse:
+        """The state of every service."""
+        statuses = {name: health_pb2.HealthCheckResponse(status=status) for name, status in self._status.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:

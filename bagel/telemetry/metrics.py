@@ -17,7 +17,7 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
 import bagel
-from bagel.errors import ConfigError
+from bagel.errors import SERVER_FAULTS, ConfigError
 from bagel.telemetry.otlp import exporter_name, resource
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def timed_call(method: str) -> Iterator[Call]:
         raise
     finally:
         attributes = {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": call.status}
-        if call.status != "OK":
+        if call.status in SERVER_FAULTS:
             attributes["error.type"] = call.status
         _calls.record(time.perf_counter() - began, attributes)
 

@@ -93,13 +93,19 @@ def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iter
         span.end()
 
 
-def tell_failure(span: Span, error: BaseException) -> None:
-    """Mark a span as failed, or as cancelled: a caller that left is no failure of the service."""
-    if isinstance(error, Exception):
+def tell_failure(span: Span, error: BaseException, *, fault: bool = True) -> None:
+    """Mark a span as failed, as refused, or as cancelled.
+
+    fault: the failure is the service's own. By OpenTelemetry's conventions a caller's mistake is no error of a server's
+    span, nor is a caller that left.
+    """
+    if not isinstance(error, Exception):
+        span.set_attribute("bagel.cancelled", True)
+    elif fault:
         span.set_status(Status(StatusCode.ERROR, str(error)))
         span.set_attribute("error.type", type(error).__name__)
     else:
-        span.set_attribute("bagel.cancelled", True)
+        span.set_attribute("bagel.refused", str(error))
 
 
 def tell_request(**attributes: Value) -> None:
@@ -107,12 +113,12 @@ def tell_request(**attributes: Value) -> None:
     trace.get_current_span().set_attributes(attributes)
 
 
-def tell_request_failed(error: BaseException) -> None:
-    """Mark the request that this task serves as failed, if a framework made its span."""
+def tell_request_failed(error: BaseException, *, fault: bool = True) -> None:
+    """As `tell_failure`, for the request that this task serves, if a framework made its span."""
     current = trace.get_current_span()
-    if isinstance(error, Exception):  # as an event too, since the framework records only the number of the status
+    if isinstance(error, Exception) and fault:  # as an event too: the framework records only the number of the status
         current.record_exception(error)
-    tell_failure(current, error)
+    tell_failure(current, error, fault=fault)
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from bagel.images.pool import ImagePool
 from bagel.prompts import ImagePart, Prompt
 from bagel.v1 import common_pb2
 
-MAX_IMAGES = 4
-"""More at the model's full size have more tokens than it has positions for."""
+MAX_IMAGES = 7
+"""As many as questions of MMMU have. At the model's full size their tokens may be more than it has positions for, which
+the stage that reads them refuses."""
 MOST_IMAGES = 8
 """What the setting may be: as many files as a form may have."""
 MAX_IMAGE_PIXELS = 4 * 64_000_000

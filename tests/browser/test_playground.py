@@ -171,7 +171,7 @@ def test_a_dropped_image_turns_drawing_into_an_edit(page: Page) -> None:
     assert page.get_by_role("radio", name="Edit").is_checked()
     assert (
         "Switched to Image edit" in page.locator("#announce").inner_text()
-        or "1 of 4" in page.locator("#announce").inner_text()
+        or "1 of 7" in page.locator("#announce").inner_text()
     )
 
 

@@ -83,6 +83,13 @@ WRONG: list[tuple[list[str], str]] = [
     ([*P, "--quantization", "fp8"], "--quantization 'fp8' is not built yet; leave it out"),
     ([*P, "--endpoint", "localhost"], "'localhost' is no HOST:PORT"),
     (
+        [*P, "--stage-configs-path", "x.yaml", "--num-inference-steps=20", "--omni", "--stesp", "9"],
+        "unknown flag '--stage-configs-path'; give --deploy-config; unknown flag '--num-inference-steps=20'; "
+        "give --steps; unknown flag '--omni'; bagel serve serves all stages by itself; leave it out; "
+        "unknown flag '--stesp'; did you mean --steps?; see bagel generate --help",
+    ),
+    ([*P, "--vae-use-tiling"], "it is a key of the deploy file of --deploy-config"),
+    (
         [*P, "--endpoint", "localhost:1", "--device", "cpu"],
         "a gateway that runs as it is; leave out --device",
     ),

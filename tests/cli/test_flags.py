@@ -212,7 +212,11 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
     ("arguments", "said"),
     [
         ("--max-num-seqs 3", "--max-num-seqs is no flag of bagel serve: a setting of a stage"),
-        ("--no-enforce-eager", "--enforce-eager is no flag of bagel serve"),
+        (
+            "--no-enforce-eager --stage-id 1",
+            "--enforce-eager is no flag of bagel serve: a setting of a stage; write it into the deploy file of "
+            "--deploy-config; unknown flag '--stage-id'; start one stage with python -m",
+        ),
         ("--served-model-nam x", "did you mean --served-model-name?"),
         ("--max-requests many", "--max-requests: invalid int value: 'many'"),
         ("--served-model-name x", "--served-model-name has no effect without --http"),

@@ -136,7 +136,7 @@ def test_service_that_dies_ends_it_with_its_name() -> None:
 
 WRONG = [
     (["--port", "70000"], 2, "'70000' is no port"),
-    (["--prompts", "x"], 2, "unknown flag '--prompts'; "),
+    (["M", "--prompts", "x"], 2, "'M' belongs to no flag; a model goes behind --model; unknown flag '--prompts'"),
     (["--model", "/no/such"], 2, "no checkpoint folder '/no/such'"),
     (["--deploy-config", "none.yaml"], 2, "none.yaml cannot be read"),
     (["--log-files", "3"], 2, "--log-files has no effect without --log-dir"),

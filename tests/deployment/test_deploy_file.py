@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -204,8 +205,14 @@ def test_an_unknown_or_missing_key_is_named(data: dict[str, Any], message: str) 
     assert message in problem_of(data)
 
 
-def test_further_problems_are_counted() -> None:
-    assert problem_of(two_stages({"max_num_seqs": 0}, {"max_num_seqs": 0})).endswith("(and 1 more)")
+def test_all_problems_of_a_file_are_told_at_once() -> None:
+    told = problem_of(two_stages({"max_num_seqs": 0, "engine_args": {}}, {"runtime": {}, "devicse": "0"}))
+    assert re.search(r"engine_args is .*; write its keys beside stage_id; .*runtime is .*; write devices beside", told)
+    assert re.search(r"devicse is .*; did you mean devices\?; stages\[stage_id=0\]\.max_num_seqs is 0", told)
+    unbuilt = two_stages(dit={"quantization": "fp8"}, async_chunk=True)
+    with pytest.raises(NotSupported, match=r"async_chunk is True, .*; stages\[stage_id=1\]\.quantization is 'fp8'"):
+        refuse_unbuilt(parse_deploy_config(unbuilt))
+    assert problem_of({f"key{n}": 0 for n in range(20)}).endswith("more")
 
 
 # What must fit together

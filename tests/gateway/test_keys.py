@@ -75,6 +75,7 @@ def methods() -> Iterator[str]:
     for proto in (gateway_pb2, health_pb2, reflection_pb2):
         for service in proto.DESCRIPTOR.services_by_name.values():
             yield from (f"/{service.full_name}/{method.name}" for method in service.methods)
+    yield "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 
 
 # gRPC

@@ -29,6 +29,7 @@ from bagel.v1 import common_pb2
 from bagel_gateway.images import MAX_IMAGES
 from bagel_gateway.rest import parameters as rest_parameters
 from bagel_gateway.rest.parameters import (
+    QUALITY,
     REFUSED_CHAT,
     REFUSED_EDIT,
     REFUSED_GENERATION,
@@ -49,7 +50,8 @@ def through(work: Work, topology: str = "bagel", **settings: Any) -> None:
         async with asyncio.timeout(60), deployment(topology, http="127.0.0.1:0", **settings) as made:
             assert made.gateway.rest is not None
             url = f"http://{made.gateway.rest.address}/v1"
-            async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+            options: dict[str, Any] = {"max_retries": 0, "timeout": 30, "_strict_response_validation": True}
+            async with AsyncOpenAI(base_url=url, api_key="none", **options) as client:
                 await work(made, client)
 
     asyncio.run(run())
@@ -236,16 +238,75 @@ def test_texts_and_images_of_messages_become_parts_in_their_order() -> None:
     through(work)
 
 
+@pytest.mark.parametrize("interleave", [None, False, True])
+def test_images_of_a_users_message_come_before_its_texts_unless_interleaved(
+    interleave: bool | None,
+) -> None:
+    def text(words: str) -> dict[str, Any]:
+        return {"type": "text", "text": words}
+
+    given: Any = [
+        {"role": "user", "content": [text("First."), data_url(photo()), text("What is it?"), data_url(photo(40, 40))]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [text("And this?"), data_url(photo(60, 60))]},
+    ]
+
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        await client.chat.completions.create(model="tiny", messages=given, extra_body={"interleave": interleave})
+        kept = ["First.", "look", "What is it?", "look", "A cat.", "And this?", "look"]
+        sorted_ = ["look", "look", "First.", "What is it?", "A cat.", "look", "And this?"]
+        assert parts(at) == (kept if interleave else sorted_)
+        [build] = at.thinkers[0].asked
+        files = [Image.open(BytesIO(part.image.data)).width for part in build.parts if part.HasField("image")]
+        assert files == [80, 40, 60]
+
+    through(work)
+
+
+QUALITIES = [
+    ({}, 50, None),
+    ({"quality": "auto"}, 50, None),
+    ({"quality": "standard"}, 50, "high"),
+    ({"quality": "hd"}, 75, "xhigh"),
+    *(({"quality": name}, QUALITY[name], name) for name in ("low", "medium", "high", "xhigh", "max")),
+    ({"quality": "low", "extra_body": {"num_inference_steps": 9}}, 9, None),
+]
+
+
+@pytest.mark.parametrize(("asked", "steps", "told"), QUALITIES)
+def test_a_quality_is_timesteps_unless_they_are_given(asked: dict[str, Any], steps: int, told: str | None) -> None:
+    async def work(at: Deployment, client: AsyncOpenAI) -> None:
+        answer = await client.images.generate(prompt="a cat", **asked)
+        assert (drawn(at).steps, answer.quality) == (steps, told)
+        *_, last = [event async for event in await client.images.edit(image=photo(), prompt="x", stream=True, **asked)]
+        assert (drawn(at, 1).steps, last.quality) == (steps, told or "auto")
+        docs = (Path(__file__).parents[2] / "docs" / "rest.md").read_text()
+        if told is not None:
+            assert f"| `{asked['quality']}` | {steps} |" in docs
+
+    through(work)
+
+
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 ASK = {"messages": [{"role": "user", "content": "hello"}]}
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     (IMAGES, {}, "prompt", "missing"),
     (IMAGES, {"prompt": "x", "nonsense": 1}, "nonsense", "no parameter"),
+    (IMAGES, {"prompt": "x", "height": 64, "width": 64}, "height", "height .*: send size: .*; width .*: send size"),
+    (IMAGES, {"prompt": "x", "guidance_scale": 4}, "guidance_scale", "send cfg_text_scale"),
+    (IMAGES, {"prompt": "x", "extra_body": {"seed": 1}}, "extra_body", "top level"),
+    (IMAGES, {"prompt": "x", "negative_promt": "y"}, "negative_promt", "did you mean negative_prompt"),
+    (
+        IMAGES,
+        {"prompt": "x", "true_cfg_scale": 4, "style": "vivid", "n": 11, "num_outputs_per_prompt": 2, "mask": None},
+        "true_cfg_scale",
+        "cfg_text_scale; num_outputs_per_prompt .*send n; mask .*; style .*prompt; leave it out; n is 11",
+    ),
     (IMAGES, {"prompt": "x", "n": 11}, "n", "10"),
     (IMAGES, {"prompt": "x", "n": "2"}, "n", "integer"),
     (IMAGES, {"prompt": "x", "size": "big"}, "size", "WIDTHxHEIGHT"),
     (IMAGES, {"prompt": "x", "size": "99999x64"}, "size", "1024"),
-    (IMAGES, {"prompt": "x", "quality": "high"}, "quality", "num_inference_steps"),
+    (IMAGES, {"prompt": "x", "quality": "best"}, "quality", "'low', 'medium'"),
     (IMAGES, {"prompt": "x", "background": "transparent"}, "background", "opaque"),
     (IMAGES, {"prompt": "x", "response_format": "url"}, "response_format", "b64_json"),
     (IMAGES, {"prompt": "x", "style": "vivid"}, "style", "prompt"),
@@ -285,12 +346,21 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     (CHAT, {"messages": []}, "messages", "at least 1"),
     (CHAT, ASK | {"tools": [{"type": "function"}]}, "tools", "no tools"),
-    (CHAT, ASK | {"stop": "x"}, "stop", "stop_token_ids"),
     (CHAT, ASK | {"logprobs": True}, "logprobs", "not given out"),
     (CHAT, ASK | {"response_format": {"type": "json_object"}}, "response_format", "plain text"),
     (CHAT, ASK | {"frequency_penalty": 1}, "frequency_penalty", "repetition_penalty"),
-    (CHAT, ASK | {"size": "64x64"}, "size", "no effect"),
-    (CHAT, ASK | {"num_inference_steps": 5}, "num_inference_steps", "no effect"),
+    (
+        CHAT,
+        ASK | {"size": "64x64"},
+        "size",
+        r'^size has no effect on a text answer; send modalities: \["image"\] [^;]*$',
+    ),
+    (
+        CHAT,
+        ASK | {"num_inference_steps": 5, "cfg_text_scale": 3, "output_format": "webp"},
+        "num_inference_steps",
+        r'steps has .* send modalities: \["image"\].*; cfg_text_scale has .*; output_format has',
+    ),
     (CHAT, ASK | {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "one limit"),
     (CHAT, ASK | {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     (CHAT, ASK | {"temperature": -1}, "temperature", "from 0 to 100"),
@@ -310,10 +380,16 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         r"messages\[0\]\.content\[0\]: ",
     ),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "role"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"image": "iVBOR"}, {"text": "x"}, {"type": "input_text"}]}]},
+        "messages",
+        r'content\[0\].*"image_url": \{"url".*content\[1\].*write \{"type": "text".*content\[2\].*"text"',
+    ),
     (CHAT, {"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages", "name"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "type"),
     (CHAT, {"messages": [{"role": "user", "content": [data_url(b"nothing")]}]}, "messages", "text"),
-    (CHAT, {"messages": [{"role": "user", "content": [data_url(photo())] * 5}]}, "messages", "5 images"),
+    (CHAT, {"messages": [{"role": "user", "content": [data_url(photo())] * 8}]}, "messages", "8 images; .* 7"),
 ]
 
 
@@ -341,8 +417,11 @@ def test_images_are_checked_before_they_are_decoded() -> None:
             with pytest.raises(openai.BadRequestError, match=said) as caught:
                 await client.images.edit(image=data, prompt="x")
             assert caught.value.param == "image"
-        with pytest.raises(openai.BadRequestError, match="5 images"):
-            await client.images.edit(image=[photo()] * 5, prompt="x")
+        with pytest.raises(openai.BadRequestError, match="8 images; one request may have 7"):
+            await client.images.edit(image=[photo()] * 8, prompt="x")
+        wrong_names = {"url": [1, 2], "n": 99}  # a name is checked before its count
+        with pytest.raises(openai.BadRequestError, match=r"url\[\] is no parameter .*: send files.*; n is '99'"):
+            await client.images.edit(image=photo(), prompt="x", extra_body=wrong_names)
         with pytest.raises(openai.BadRequestError, match="mask is not supported"):
             await client.images.edit(image=photo(), mask=photo(), prompt="x")
         status, answer = await post(at, "/v1/images/edits", {"prompt": "x"})

@@ -215,7 +215,7 @@ def test_a_watcher_that_takes_nothing_holds_up_no_other_and_no_change() -> None:
     bounded(work, Limits())
 
 
-@pytest.mark.parametrize("method", ["Check", "Watch"])
+@pytest.mark.parametrize("method", ["Check", "List", "Watch"])
 def test_bytes_that_are_no_message_are_the_callers_fault(method: str) -> None:
     async def work(host: Host) -> None:
         async with channel(f"127.0.0.1:{host.port}") as one:

@@ -13,6 +13,7 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from bagel import errors
 from bagel.errors import BagelError, Busy, ConfigError, InvalidImage, InvalidRequest, Loading, RemoteError, StoreFull
@@ -134,9 +135,25 @@ def test_while_it_loads_calls_are_told_so() -> None:
             add_stats(host)
             await host.ready()
             assert (await health.Check(request)).status == SERVING
+            told = (await health.List(health_pb2.HealthListRequest())).statuses
+            assert {name: each.status for name, each in told.items()} == {"": SERVING, SERVICE: SERVING}
             assert await leases(host) == 7
 
     through(work, ready=False)
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+def test_reflection_answers_both_versions_of_its_protocol(version: str) -> None:
+    async def work(host: Host) -> None:
+        ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE)
+        async with channel(f"127.0.0.1:{host.port}") as one:
+            name = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
+            answer = reflection_pb2.ServerReflectionResponse.FromString
+            call: Any = one.stream_stream(name, reflection_pb2.ServerReflectionRequest.SerializeToString, answer)
+            [told] = [each async for each in call(iter([ask]))]
+            assert told.file_descriptor_response.file_descriptor_proto
+
+    through(work)
 
 
 def test_a_call_that_the_peer_cancels_is_told_as_its_going_and_our_own_as_cancelled() -> None:

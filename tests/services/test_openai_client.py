@@ -49,7 +49,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture
 def client(services: Deployment) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"http://{services.http}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    options: dict[str, Any] = {"max_retries": 0, "timeout": 120, "_strict_response_validation": True}
+    with OpenAI(base_url=f"http://{services.http}/v1", api_key="none", **options) as client:
         yield client
 
 

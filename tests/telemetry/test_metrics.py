@@ -83,7 +83,7 @@ def test_two_stages_tell_what_they_did() -> None:
     assert got.total(GATEWAY, "bagel.requests", rpc_response_status_code="OK") == 5
     assert got.total(GATEWAY, "bagel.requests", rpc_response_status_code="INVALID_ARGUMENT") == 1
     calls = {"rpc_method": "bagel.v1.GatewayService/Generate"}
-    assert got.count(GATEWAY, "rpc.server.call.duration", error_type="INVALID_ARGUMENT", **calls) == 1
+    assert got.count(GATEWAY, "rpc.server.call.duration", rpc_response_status_code="INVALID_ARGUMENT", **calls) == 1
     assert got.count(GATEWAY, "rpc.server.call.duration", rpc_response_status_code="OK", **calls) == 5
     drawn = {"rpc_method": "bagel.v1.DitService/Generate", "rpc_response_status_code": "OK"}
     assert got.count(DIT, "rpc.server.call.duration", **drawn) == 5

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from bagel.errors import BagelError
 from bagel.telemetry.logs import Log
 from bagel.telemetry.tracing import tell_request_failed
-from bagel_gateway.rest.errors import ClientGone, error_body
+from bagel_gateway.rest.errors import ClientGone, error_body, status_of
 
 T = TypeVar("T")
 Payload = Mapping[str, Any] | str
@@ -85,7 +85,7 @@ class EventStream(Response):
                     await _send_event(send, payload)
             except BagelError as error:
                 log.info("failed", **error.for_log())
-                tell_request_failed(error)
+                tell_request_failed(error, fault=status_of(error) >= 500)
                 await _send_event(send, {**error_body(error), "type": "error"})
             except Exception as error:
                 log.error("internal error", exc_info=True)

@@ -21,7 +21,7 @@ from bagel_gateway.playground import GrpcFront, add_playground
 from bagel_gateway.rest.bodies import Bodies
 from bagel_gateway.rest.chat import Chat
 from bagel_gateway.rest.docs import add_docs, form_body, json_body, path_parameter
-from bagel_gateway.rest.errors import ClientGone, error_response
+from bagel_gateway.rest.errors import ClientGone, error_response, status_of
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import Images
 from bagel_gateway.rest.parameters import (
@@ -135,8 +135,9 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
     try:
         return await endpoint(request)
     except BagelError as error:
-        log.info("refused" if error.http_status < 500 else "failed", **error.for_log())
-        tell_request_failed(error)
+        fault = status_of(error) >= 500
+        log.info("failed" if fault else "refused", **error.for_log())
+        tell_request_failed(error, fault=fault)
         return error_response(error)
     except (ClientGone, ClientDisconnect):  # the second while its body was read
         log.info("the client left")

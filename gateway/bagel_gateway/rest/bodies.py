@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,11 +44,12 @@ class Bodies:
         return await asyncio.get_running_loop().run_in_executor(self._parser, _object, body, most)
 
     async def read_form(
-        self, request: Request, files: Sequence[str], ignored_files: Sequence[str]
+        self, request: Request, files: Sequence[str], known: Collection[str], ignored_files: Collection[str]
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Fields of a form, and the contents of its files called `files` in their order.
 
-        ignored_files: fields that may be files too, given as their names alone, for who refuses them.
+        known: names of fields. A field of another name is refused later, by its name, so nothing else of it is checked.
+        ignored_files: fields that may be files too, of which the file's name is given; they are refused later as well.
         """
         _check_type(request, "multipart/form-data")
         reader = FormReader(request.headers["content-type"])
@@ -60,6 +61,8 @@ class Bodies:
             name = part.name.removesuffix("[]")
             if part.filename is not None and name in files:
                 contents.append(bytes(part.data))
+            elif name not in known and name not in files:
+                fields.setdefault(part.name, part.text() if part.filename is None else part.filename)
             elif name in files or (part.filename is not None and name not in ignored_files):
                 wanted = "a file" if name in files else "a value, not a file"
                 raise InvalidRequest(name, f"{name} must be {wanted}")

@@ -21,6 +21,7 @@ from bagel_gateway.rest.images import usage as picture_usage
 from bagel_gateway.rest.messages import parts_of
 from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, options_of, read
 from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, outcomes
+from bagel_gateway.rest.stops import Stop, stopped
 
 DONE = "[DONE]"
 _NAMES = {"prompt": "messages", "image": "messages", "modality": "modalities"}
@@ -33,7 +34,7 @@ class Chat:
         self._front, self._bodies, self._fetcher = front, bodies, fetcher
 
     async def complete(self, request: Request) -> Response:
-        """Answer, or draw; roles are not rendered, each text and image becomes a segment in order."""
+        """Answer, or draw; roles are not rendered, each text and image becomes a segment, images of a message first."""
         given = read(ChatParameters, REFUSED_CHAT, await self._bodies.read_json(request), typed=True)
         if given.stream_options is not None and not given.stream:
             raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
@@ -41,11 +42,14 @@ class Chat:
         return await self._answer(request, given, model)
 
     async def _answer(self, request: Request, given: ChatParameters, model: str) -> Response:
-        parts = await unless_gone(request, parts_of(given.messages, self._fetcher, self._front.max_images))
+        reading = parts_of(given.messages, self._fetcher, self._front.max_images, interleave=bool(given.interleave))
+        parts = await unless_gone(request, reading)
         given.messages.clear()  # they hold the images once more, as text
         images = sum(part.HasField("image") for part in parts)
         reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
         events = self._front.events(given, _modality(given, images), parts, options_of(given), _names(given))
+        if given.stop:
+            events = stopped(events, reply.stops)
         if given.stream:
             return await event_stream(request, reply.stream(events))
         return JSONResponse(reply.whole(await unless_gone(request, outcomes(events, given.count))))
@@ -59,12 +63,18 @@ class _Reply:
 
     def __init__(self, given: ChatParameters, model: str, stride: int) -> None:
         self._given, self._stride = given, stride
+        self.stops = [Stop(given.stop or ()) for _ in range(given.count)]
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, results: list[Outcome]) -> dict[str, Any]:
         """A chat.completion."""
         choices = [
-            {"index": number, "message": self._message(result), "logprobs": None, "finish_reason": _reason(result)}
+            {
+                "index": number,
+                "message": self._message(result),
+                "logprobs": None,
+                "finish_reason": self._reason(number, result),
+            }
             for number, result in enumerate(results)
         ]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage(results)}
@@ -85,7 +95,7 @@ class _Reply:
                 if delta is not None:
                     yield self._chunk(number, delta)
                 else:
-                    yield self._chunk(number, {}, _reason(results[number]))
+                    yield self._chunk(number, {}, self._reason(number, results[number]))
         if self._given.stream_options is not None and self._given.stream_options.include_usage:
             yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": self._usage(results)}
         yield DONE
@@ -114,6 +124,11 @@ class _Reply:
     def _image(self, picture: common_pb2.Picture, index: int = 0) -> dict[str, Any]:
         url = f"data:image/{self._given.output_format or 'png'};base64,{base64_of(picture.data)}"
         return {"type": "image_url", "index": index, "image_url": {"url": url}}
+
+    def _reason(self, number: int, result: Outcome) -> str:
+        limit = result.accepted.resolved.text.max_tokens
+        cut = not self.stops[number].stopped and 0 < limit <= result.usage.completion_tokens
+        return "length" if cut else "stop"
 
     def _usage(self, results: Sequence[Outcome]) -> dict[str, Any]:
         """True token counts: the prompt once, as it is read once."""
@@ -148,8 +163,3 @@ def _names(given: ChatParameters) -> Mapping[str, str]:
     if given.temperature is not None:
         names["temperature"] = "temperature"
     return names
-
-
-def _reason(result: Outcome) -> str:
-    text = result.accepted.resolved.text
-    return "length" if 0 < text.max_tokens <= result.usage.completion_tokens else "stop"

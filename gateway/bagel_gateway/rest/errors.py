@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite, Unauthenticated
+from bagel.errors import BagelError, Busy, InvalidRequest, NotFinite, Unauthenticated, together
 
 _LONGEST = 4000
 _TYPES = {404: "not_found_error", 429: "rate_limit_error"}
@@ -86,11 +86,15 @@ def status_of(error: BagelError) -> int:
 
 
 def renamed(error: InvalidRequest, names: Mapping[str, str], size: str | None = None) -> InvalidRequest:
-    """The error with its field as the client calls it; size: the client's, of which height and width are sides."""
-    name = names.get(error.field, error.field)
-    if name == "size" and str(error).startswith(f"{error.field} is "):
-        return type(error)(name, f"size is {size}: its {error}")
-    return error.named(name)
+    """The error with its fields as the client calls them, each once; size: the client's, of height and width."""
+    problems: dict[tuple[str, str], InvalidRequest] = {}
+    for each in (error, *error.also):
+        name = names.get(each.field, each.field)
+        told = type(each)(each.field, each.message, each.index).named(names)
+        if name == "size" and each.message.startswith(f"{each.field} is "):
+            told = type(each)(name, f"size is {size}: its {each.message}")
+        problems.setdefault((name, told.message), told)
+    return together([*problems.values()])
 
 
 def _unicode(text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""/v1/images: pictures from a prompt, and edits of one to four images as one context."""
+"""/v1/images: pictures from a prompt, and edits of one to seven images as one context."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ class Images:
 
     async def edit(self, request: Request) -> Response:
         """Edit images: those of one request are one interleaved context, before the prompt."""
-        fields, images = await self._bodies.read_form(request, ("image",), (*REFUSED_EDIT,))
+        known = (*ImageParameters.model_fields, *REFUSED_EDIT)
+        fields, images = await self._bodies.read_form(request, ("image",), known, REFUSED_EDIT)
         given = read(ImageParameters, REFUSED_EDIT, fields, typed=False)
         if not images:
-            raise InvalidRequest("image", "image is missing; send one to four image files")
+            raise InvalidRequest("image", "image is missing; send one or several image files")
         check_images(len(images), "image", self._front.max_images)
         return await self._answer(request, given, images)
 
@@ -80,6 +81,7 @@ def _response(given: ImageParameters, results: list[Outcome], stride: int) -> di
     return {
         "created": int(time.time()),
         **_about(given, results[0]),
+        **({"quality": given.told_quality} if given.told_quality else {}),  # no answer's type has "auto"
         **_identified(given),
         "data": data,
         "usage": usage(results, stride),
@@ -143,16 +145,12 @@ def _told(type_: str, given: ImageParameters, result: Outcome, picture: common_p
         "b64_json": base64_of(picture.data),
         "created_at": int(time.time()),
         **_about(given, result),
+        "quality": given.told_quality or "auto",
     }
 
 
 def _about(given: ImageParameters, result: Outcome) -> Mapping[str, str]:
-    return {
-        "background": "opaque",
-        "output_format": given.output_format or "png",
-        "quality": "auto",
-        "size": result.size,
-    }
+    return {"background": "opaque", "output_format": given.output_format or "png", "size": result.size}
 
 
 def _identified(given: ImageParameters) -> Mapping[str, str]:

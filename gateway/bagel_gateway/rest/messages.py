@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, together
 from bagel.v1 import common_pb2
-from bagel.vocabulary import refuse_control_marks
+from bagel.vocabulary import PART_INSTEAD, refuse_control_marks
 from bagel_gateway.rest.data_urls import data_of
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.serve import check_images, image_part, text_part
@@ -41,12 +41,20 @@ MESSAGE: Mapping[str, Any] = {
 """One message, for the OpenAPI document."""
 
 
-async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher, max_images: int) -> list[common_pb2.Part]:
-    """Each text and image in order; roles are checked, not rendered. Raises InvalidRequest for anything else."""
-    contents = [content for number, message in enumerate(messages) for content in _contents(number, message)]
-    check_images(sum("url" in content for content in contents), FIELD, max_images)
+async def parts_of(
+    messages: Sequence[Mapping[str, Any]], fetcher: Fetcher, max_images: int, *, interleave: bool = False
+) -> list[common_pb2.Part]:
+    """Each text and image; roles are checked, not rendered. Raises InvalidRequest for anything else.
+
+    A user's message has its images before its texts, as the model was made for; interleave: in the order given.
+    """
+    reading = _Reading(interleave)
+    for number, message in enumerate(messages):
+        reading.message(f"{FIELD}[{number}]", message)
+    reading.check()
+    check_images(sum("url" in content for content in reading.contents), FIELD, max_images)
     parts = []
-    for content in contents:
+    for content in reading.contents:
         if "url" in content:
             try:
                 parts.append(image_part(await _image(content["url"], fetcher)))
@@ -57,25 +65,50 @@ async def parts_of(messages: Sequence[Mapping[str, Any]], fetcher: Fetcher, max_
     return parts
 
 
-def _contents(number: int, message: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A message's texts and URLs of images, in order. Answers of ours are read as they were given."""
-    where = f"{FIELD}[{number}]"
-    if message.get("role") not in ROLES:
-        raise _wrong(f"{where}.role is {message.get('role')!r:.80}; it must be one of {', '.join(ROLES)}")
-    known = {"role", "content"} | ({"images"} if message["role"] == "assistant" else set())
-    for key, value in message.items():
-        if key not in known and value not in (None, [], ""):
-            raise _wrong(f"{where}.{key:.200} is not supported; leave it out")
-    found: list[dict[str, str]] = []
-    for key in ("content", "images"):
-        value = message.get(key)
-        if isinstance(value, str):
-            found += [_text(f"{where}.{key}", value)] if value or message["role"] != "assistant" else []
-        elif isinstance(value, list):
-            found += [_content(f"{where}.{key}[{at}]", part) for at, part in enumerate(value)]
-        elif value is not None or (key == "content" and message["role"] != "assistant"):
-            raise _wrong(f"{where}.{key} is {value!r:.80}; it must be a text or a list of parts")
-    return found
+class _Reading:
+    """Messages' texts and URLs of images, and all that is wrong with them."""
+
+    def __init__(self, interleave: bool) -> None:
+        self._interleave = interleave
+        self.contents: list[dict[str, str]] = []
+        self._problems: list[InvalidRequest] = []
+
+    def check(self) -> None:
+        """Raise InvalidRequest if anything was wrong."""
+        if self._problems:
+            raise together(self._problems)
+
+    def message(self, where: str, message: Mapping[str, Any]) -> None:
+        """Take one in. Answers of ours are read as they were given."""
+        role = message.get("role")
+        if role not in ROLES:
+            self._wrong(f"{where}.role is {role!r:.80}; it must be one of {', '.join(ROLES)}")
+        known = {"role", "content"} | ({"images"} if role == "assistant" else set())
+        for key, value in message.items():
+            if key not in known and value not in (None, [], ""):
+                self._wrong(f"{where}.{key:.200} is not supported; leave it out")
+        before = len(self.contents)
+        for key in ("content", "images"):
+            value = message.get(key)
+            if isinstance(value, str):
+                if value or role != "assistant":
+                    self._take(_text, f"{where}.{key}", value)
+            elif isinstance(value, list):
+                for at, part in enumerate(value):
+                    self._take(_content, f"{where}.{key}[{at}]", part)
+            elif value is not None or (key == "content" and role != "assistant"):
+                self._wrong(f"{where}.{key} is {value!r:.80}; it must be a text or a list of parts")
+        if role == "user" and not self._interleave:
+            self.contents[before:] = sorted(self.contents[before:], key=lambda content: "url" not in content)
+
+    def _take(self, read: Callable[[str, Any], dict[str, str]], where: str, given: object) -> None:
+        try:
+            self.contents.append(read(where, given))
+        except InvalidRequest as error:
+            self._problems.append(error)
+
+    def _wrong(self, message: str) -> None:
+        self._problems.append(_wrong(message))
 
 
 def _content(where: str, part: object) -> dict[str, str]:
@@ -84,7 +117,9 @@ def _content(where: str, part: object) -> dict[str, str]:
     kind, value = part.get("type"), None
     known = {"text": {"type", "text"}, "image_url": {"type", "image_url", "index"}}.get(str(kind))
     if known is None:
-        raise _wrong(f"{where}.type is {kind!r:.80}; it must be text or image_url")
+        word = str(kind) if kind is not None else next((key for key in part if key in PART_INSTEAD), "")
+        instead = f"write {PART_INSTEAD[word]}" if word in PART_INSTEAD else "it must be text or image_url"
+        raise _wrong(f"{where}.type is {kind!r:.80}; {instead}")
     if extra := set(part) - known:
         raise _wrong(f"{where}.{min(map(str, extra)):.200} is not supported; leave it out")
     if kind == "text":
@@ -95,7 +130,8 @@ def _content(where: str, part: object) -> dict[str, str]:
         if image.get("detail") not in (None, "auto") or set(image) - {"url", "detail"}:
             raise _wrong(f"{where}.image_url may have a url alone, and detail auto: the model sees every image alike")
     if not isinstance(value, str):
-        raise _wrong(f"{where} has no {'text' if kind == 'text' else 'image_url.url'}")
+        instead = f"write {PART_INSTEAD['input_text' if kind == 'text' else 'image']}"
+        raise _wrong(f"{where} has no {'text' if kind == 'text' else 'image_url.url'}; {instead}")
     return _text(where, value) if kind == "text" else {"url": value, "where": where}
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
 
-from bagel.effect import UNHEARD
-from bagel.errors import InvalidRequest
+from bagel.effect import UNDRAWN, UNHEARD
+from bagel.errors import InvalidRequest, together
 from bagel.ranges import in_words
 from bagel.request import MAX_STOP_TOKENS, RenormType
 from bagel.v1 import common_pb2, gateway_pb2
-from bagel_gateway.rest.errors import UnknownParameter
+from bagel.vocabulary import REST_INSTEAD, instead_of
+from bagel_gateway.rest.errors import UnknownParameter, renamed
 
 MAX_N = 10
 
@@ -33,12 +35,13 @@ class Only:
     values: tuple[object, ...]
     why: str
 
-    def check(self, name: str, value: object) -> None:
-        """Raise InvalidRequest for another value; null is none."""
-        if value is not None and value not in self.values:
-            allowed = ", ".join(map(repr, self.values))
-            instead = f"; leave it out, or send {allowed}" if self.values else "; leave it out"
-            raise InvalidRequest(name, f"{name} is not supported: {self.why}{instead}")
+    def refused(self, name: str, value: object) -> list[InvalidRequest]:
+        """An error for another value; null is none."""
+        if value is None or value in self.values:
+            return []
+        allowed = ", ".join(map(repr, self.values))
+        instead = f"; leave it out, or send {allowed}" if self.values else "; leave it out"
+        return [InvalidRequest(name, f"{name} is not supported: {self.why}{instead}")]
 
 
 _NO_TOOLS = Only(([], "none", "auto"), "the model calls no tools")
@@ -47,7 +50,6 @@ _OF_IMAGES = {
     "complexity": Only(("auto",), "num_inference_steps says how much work a picture is"),
     "frame_count": Only((1,), "pictures do not move"),
     "frame_duration_ms": Only((), "pictures do not move"),
-    "quality": Only(("auto",), "num_inference_steps says how much work a picture is"),
     "response_format": Only(("b64_json",), "pictures come in the answer, none is stored under a URL"),
     "style": Only((), "say it in the prompt"),
     "svg": Only((), "pictures are made of pixels"),
@@ -80,7 +82,6 @@ REFUSED_CHAT: Mapping[str, Only] = {
     "reasoning_effort": Only((), "think says whether the model thinks first"),
     "response_format": Only(({"type": "text"},), "answers are plain text"),
     "service_tier": Only(("auto", "default"), "all requests are served alike"),
-    "stop": Only(([],), "stop_token_ids ends an answer"),
     "store": Only((False,), "nothing is stored"),
     "tool_choice": _NO_TOOLS,
     "tools": _NO_TOOLS,
@@ -88,6 +89,26 @@ REFUSED_CHAT: Mapping[str, Only] = {
     "verbosity": Only(("medium",), "max_tokens bounds an answer"),
     "web_search_options": Only((), "the model searches nothing"),
 }
+
+
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+QUALITY: Mapping[str, int] = {
+    "low": 20,
+    "medium": 35,
+    "high": 50,
+    "standard": 50,
+    "xhigh": 75,
+    "hd": 75,
+    "max": 100,
+}
+"""Timesteps of a quality, in which high is the model's own default."""
+MAX_STOPS, LONGEST_STOP = 4, 256
+_ONE_STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema({"anyOf": [_ONE_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _ONE_STOP}]}),
+]
 
 
 class Parameters(BaseModel):
@@ -138,6 +159,14 @@ class ImageParameters(Parameters):
 
     prompt: str = Field(description="what to draw, or what to change")
     progress: bool | None = Field(None, description="steps and think text in a stream, as events of our own")
+    quality: Quality | None = Field(None, description="timesteps by a name; num_inference_steps goes before it")
+
+    @property
+    def told_quality(self) -> str | None:
+        """The quality by one of the names that OpenAI's clients know in an answer; None if none was used."""
+        if self.num_inference_steps is not None or self.quality is None:
+            return None
+        return {"auto": None, "standard": "high", "hd": "xhigh"}.get(self.quality, self.quality)
 
 
 class StreamOptions(BaseModel):
@@ -159,6 +188,10 @@ class ChatParameters(Parameters):
     max_tokens: int | None = Field(None, description="limit of an answer (1000)")
     max_completion_tokens: int | None = Field(None, description="the same")
     temperature: float | None = Field(None, description="0 is greedy; above 0 samples")
+    stop: Stops | None = Field(None, max_length=MAX_STOPS, description="a text that ends an answer, or up to four")
+    interleave: bool | None = Field(
+        None, description="images and texts of a user's message in the order given (images first)"
+    )
     stream_options: StreamOptions | None = None
 
     @property
@@ -196,28 +229,38 @@ FIELD_NAMES = {"steps": "num_inference_steps", "temperature": "text_temperature"
 def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *, typed: bool) -> P:
     """Parameters from a body. typed: the body has types, as JSON does and a form does not.
 
-    Raises InvalidRequest with the name of the first that is wrong, UnknownParameter for one that there is not.
+    Raises InvalidRequest that tells of everything that is wrong, UnknownParameter if a name is.
     """
     given = dict(data)
-    for name, only in refused.items():
-        if name in given:
-            only.check(name, given.pop(name))
+    refusals = [error for name, only in refused.items() for error in only.refused(name, given.pop(name, None))]
     try:
-        return model.model_validate(given, strict=typed)
+        read = model.model_validate(given, strict=typed)
     except ValidationError as error:
-        # An unknown name first: what is missing is often misspelt.
-        first = min(error.errors(include_url=False), key=lambda each: each["type"] != "extra_forbidden")
-        name = ".".join(str(key) for key in first["loc"])[:_LONGEST_NAME]
-        if first["type"] == "extra_forbidden":
-            raise UnknownParameter(name, f"{name} is no parameter of this endpoint; docs/rest.md lists them") from None
-        if first["type"] == "missing":
-            raise InvalidRequest(name, f"{name} is missing; it is required") from None
-        if first["type"] in ("too_long", "too_short"):
-            bound, end = ("at most", "max_length") if first["type"] == "too_long" else ("at least", "min_length")
-            length = f"{name} has {len(first['input'])} entries; it must have {bound} {first['ctx'][end]}"
-            raise InvalidRequest(name, length) from None
-        wanted = f"; it must be {_range(model, name)}" if first["type"] in _BOUNDS else f": {first['msg']}"
-        raise InvalidRequest(name, f"{name} is {first['input']!r:.80}{wanted}") from None
+        found = [_problem(model, each) for each in error.errors(include_url=False)]
+        # Unknown names first: what is missing is often misspelt.
+        unknown = [each for each in found if isinstance(each, UnknownParameter)]
+        others = [each for each in found if not isinstance(each, UnknownParameter)]
+        raise together([*unknown, *refusals, *others]) from None
+    if refusals:
+        raise together(refusals)
+    return read
+
+
+def _problem(model: type[BaseModel], error: ErrorDetails) -> InvalidRequest:
+    """One of pydantic's errors in our words."""
+    name = ".".join(str(key) for key in error["loc"])[:_LONGEST_NAME]
+    if error["type"] == "extra_forbidden":
+        instead = instead_of(name, REST_INSTEAD, model.model_fields)
+        told = f": {instead}" if instead else "; docs/rest.md lists them"
+        return UnknownParameter(name, f"{name} is no parameter of this endpoint{told}")
+    if error["type"] == "missing":
+        return InvalidRequest(name, f"{name} is missing; it is required")
+    if error["type"] in ("too_long", "too_short"):
+        bound, end = ("at most", "max_length") if error["type"] == "too_long" else ("at least", "min_length")
+        length = f"{name} has {len(error['input'])} entries; it must have {bound} {error['ctx'][end]}"
+        return InvalidRequest(name, length)
+    wanted = f"; it must be {_range(model, name)}" if error["type"] in _BOUNDS else f": {error['msg']}"
+    return InvalidRequest(name, f"{name} is {error['input']!r:.80}{wanted}")
 
 
 _BOUNDS = ("greater_than_equal", "less_than_equal")
@@ -253,13 +296,28 @@ def options_of(given: Parameters) -> dict[str, Any]:
     if given.cfg_renorm_type is not None:
         options["cfg_renorm_type"] = RenormType(given.cfg_renorm_type)
     options["width"], options["height"] = _size(given.size)
+    if isinstance(given, ImageParameters) and options["steps"] is None:
+        options["steps"] = QUALITY.get(given.quality or "auto")
     if isinstance(given, ChatParameters):
+        if not given.makes_image:
+            _refuse_undrawn(given, options)
+        elif given.stop:
+            raise InvalidRequest("stop", "stop has no effect on a picture; leave it out")
         options["max_tokens"] = _limit(given)
         options |= _temperature(given)
     if given.do_sample is None and options.get("do_sample") is None and options["temperature"] != 0:
         # OpenAI's clients have no do_sample: a limit that leaves something to choose from says it.
         options["do_sample"] = True if _chooses(given) else None
     return options
+
+
+def _refuse_undrawn(given: ChatParameters, options: Mapping[str, Any]) -> None:
+    """Refuse what says how to draw in a chat that does not ask for a picture."""
+    output = {"output_format": (given.output_format or "png").upper(), "output_compression": given.output_compression}
+    try:
+        UNDRAWN.refuse({**options, **output}, 'send modalities: ["image"] to draw, or leave it out')
+    except InvalidRequest as error:
+        raise renamed(error, FIELD_NAMES) from None
 
 
 def _chooses(given: Parameters) -> bool:

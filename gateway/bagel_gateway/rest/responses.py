@@ -60,7 +60,9 @@ class ImagesAnswer(Answer):
     created: int
     background: Literal["opaque"]
     output_format: Literal["png", "jpeg", "webp"]
-    quality: Literal["auto"]
+    quality: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="absent where the timesteps are the default or were given"
+    )
     size: str = Field(pattern="^[0-9]+x[0-9]+$")
     safety_identifier: str = ""
     data: list[ImageData]

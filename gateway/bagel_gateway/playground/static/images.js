@@ -1,7 +1,7 @@
 // Input images: chosen, dropped or pasted, checked before they are sent.
 import { announce, byId, element } from "./dom.js";
 
-export const MAX_IMAGES = 4;
+export const MAX_IMAGES = 7;
 const MAX_PIXELS = 64e6;
 const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff"];
 const READABLE_HERE = new Set(TYPES.slice(0, 5)); // browsers show no TIFF
