@@ -19,7 +19,7 @@ from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.ranges import in_words
-from bagel.vocabulary import refuse_control_marks
+from bagel.vocabulary import refuse_control_marks, refuse_unknown_options
 
 MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
@@ -193,9 +193,7 @@ def resolve(
     given = {**defaults, **options}
     given.pop("detokenize", None)  # text is always given back as text; the deploy parser accepts nothing else
     known = _names(TextSettings) | _names(ImageSettings) | (_names(Request) - {"modality", "prompt", "text", "image"})
-    for name in given:
-        if name not in known:
-            raise InvalidRequest(name, f"unknown option {name!r}; known: {', '.join(sorted(known))}")
+    refuse_unknown_options(given, known)
     image_defaults = REFERENCE_EDIT if modality is Modality.IMG2IMG else {}
     image = {**image_defaults, **_pick(given, ImageSettings)}
     image["cfg_renorm_type"] = _choice("cfg_renorm_type", image.get("cfg_renorm_type", RenormType.GLOBAL), RenormType)

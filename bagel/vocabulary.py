@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, together
 
 CONTROL_MARKS = (
     "<|endoftext|>",
@@ -136,6 +136,24 @@ FLAG_INSTEAD = _named(
 )
 """Flags: what to do instead."""
 
+OPTION_INSTEAD = _named(
+    {
+        "num_inference_steps num_steps num_timesteps": "give steps",
+        "guidance_scale true_cfg_scale cfg_scale": "give cfg_text_scale",
+        "image_guidance_scale guidance_scale_2": "give cfg_img_scale",
+        "size resolution": "give width and height",
+        "n num_outputs_per_prompt num_images_per_prompt": "give the prompt several times, without a seed",
+        "generator manual_seed": "give seed",
+        "text_temperature": "give temperature",
+        "max_new_tokens": "give max_tokens",
+        "flow_shift shift": "give timestep_shift",
+        "modalities": "give modality",
+        "images": "give image",
+        "extra_args extra_body sampling_params sampling_params_list": "give its settings as options of their own",
+    }
+)
+"""Options in Python: what to do instead."""
+
 DEPLOY_INSTEAD: Mapping[str, str] = {
     "stage_args": "write its stages under stages, each with a stage_id",
     "engine_args": "write its keys beside stage_id",
@@ -147,6 +165,17 @@ DEPLOY_INSTEAD: Mapping[str, str] = {
     "platforms": "one file is for one platform; leave it out",
 }
 """Keys of a deploy file: what to do instead."""
+
+
+def refuse_unknown_options(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise InvalidRequest for options in Python that there are not."""
+    problems = []
+    for name in given:
+        if name not in known:
+            instead = instead_of(name, OPTION_INSTEAD, known) or f"known: {', '.join(sorted(known))}"
+            problems.append(InvalidRequest(name, f"unknown option {name!r}; {instead}"))
+    if problems:
+        raise together(problems)
 
 
 def instead_of(name: str, table: Mapping[str, str], known: Collection[str] = ()) -> str | None:

@@ -27,6 +27,7 @@ from bagel.request import (
     check_stop_tokens,
 )
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2
+from bagel.vocabulary import refuse_unknown_options
 
 Timings = Mapping[str, float]
 OutputMessage = gateway_pb2.GenerateRequest | dit_pb2.DitServiceGenerateRequest
@@ -63,6 +64,16 @@ QUALITY = 95
 MAX_PREVIEWS = 3
 _TEXT_FIELDS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
 _IMAGE_FIELDS = ("steps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "height", "width")
+_OF_REQUEST = ("seed", "think", "max_think_tokens", "negative_prompt")
+_OPTIONS = (
+    *_TEXT_FIELDS,
+    *_IMAGE_FIELDS,
+    *_OF_REQUEST,
+    "cfg_interval",
+    "cfg_renorm_type",
+    "posterior",
+    "stop_token_ids",
+)
 
 
 def part_to_wire(part: Part) -> common_pb2.Part:
@@ -147,9 +158,9 @@ def options_to_wire(
 ) -> common_pb2.Request:
     """A user's options as a message; None means not given. InvalidRequest for what no field can hold."""
     message = common_pb2.Request(modality=_MODALITIES[modality], prompt=parts)
-    for name, value in options.items():
-        if value is None:
-            continue
+    given = {name: value for name, value in options.items() if value is not None}
+    refuse_unknown_options(given, _OPTIONS)
+    for name, value in given.items():
         try:
             _set_option(message, name, value)
         except (TypeError, ValueError):
@@ -347,10 +358,8 @@ def _set_option(message: common_pb2.Request, name: str, value: Any) -> None:
         setattr(message.text, name, value)
     elif name in _IMAGE_FIELDS:
         setattr(message.image, name, value)
-    elif name in ("seed", "think", "max_think_tokens", "negative_prompt"):
-        setattr(message, name, value)
     else:
-        raise InvalidRequest(name, f"unknown option {name!r}")
+        setattr(message, name, value)
 
 
 def _set_fields(message: Any, names: Iterable[str]) -> dict[str, Any]:
