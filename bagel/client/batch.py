@@ -19,6 +19,8 @@ from bagel.events import Result, ServiceEvent
 from bagel.request import Request
 from bagel.rpc.transport import PLAINTEXT, Security
 
+ENDING_S = 1.0
+"""Seconds that a call has to end after it was left."""
 AT_ONCE = 8
 """Requests of one call that are under way together: more would only wait elsewhere, until they are refused as busy."""
 OnServiceEvent = Callable[[ServiceEvent], None]
@@ -97,6 +99,8 @@ def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
     with suppress(asyncio.CancelledError):
         loop.run_until_complete(task)
     loop.run_until_complete(loop.shutdown_asyncgens())
+    if left := asyncio.all_tasks(loop):  # gRPC's own, of a cancelled call: cut short, it leaves the connection open
+        loop.run_until_complete(asyncio.wait(left, timeout=ENDING_S))
 
 
 def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
