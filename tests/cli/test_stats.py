@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ from PIL import Image
 import bagel
 from bagel.cli import main
 from bagel.cli.stats import Firsts, stats_table
-from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.events import Accepted, Result, StepDone, TextDelta
 from bagel.telemetry.stages import window_stages
-from tests.conftest import GOLDEN
 from tests.helpers import request
+from tests.shared import Borrow
 
-MODEL = GOLDEN / "checkpoint"
 SERVED = {"queue": 0.1, "context": 0.2, "text": 0.5, "transfer": 0.3, "denoise": 2.0, "decode": 0.4, "total": 3.5}
 
 
@@ -100,19 +97,13 @@ def test_an_engine_profiles_only_if_asked(engine: BagelEngine) -> None:
     assert engine.generate([request("text2img")])[0].profile == {}
 
 
-@pytest.fixture(scope="module", params=["bagel", "bagel_single_stage"])
-def omni(request: pytest.FixtureRequest) -> Iterator[bagel.Omni]:
-    """Services that profile."""
-    deploy = shipped_deploy_config(request.param)
-    with bagel.Omni(
-        MODEL, deploy_config=deploy, device="cpu", log_stats=True, enable_diffusion_pipeline_profiler=True
-    ) as omni:
-        yield omni
-
-
 @pytest.mark.slow
-def test_services_tell_both_tables(omni: bagel.Omni, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    two_stages = omni.config.pipeline == "bagel"
+@pytest.mark.xdist_group("golden")
+@pytest.mark.parametrize("topology", ["bagel", "bagel_single_stage"])
+def test_services_tell_both_tables(
+    borrow: Borrow, topology: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    omni, two_stages = borrow(topology).omni, topology == "bagel"
     options: dict[str, Any] = {"steps": 13, "height": 64, "width": 64, "max_think_tokens": 6, "think": True}
     [drawn] = omni.generate("a red circle", seed=3, **options)
     assert list(drawn.profile) == [

@@ -21,7 +21,7 @@ from bagel.cli import main
 from bagel.deployment.launcher import is_serving
 from bagel.rpc.transport import Host, Security, sync_channel
 from bagel_gateway.settings import parser, settings_of
-from tests.cli.test_serve import serving
+from tests.cli.test_serve import SINGLE_STAGE, serving
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def test_a_gateway_can_ask_services_for_certificates_and_callers_for_none(ca: Pa
 
 @pytest.mark.slow
 def test_serve_with_mutual_tls_answers_generate_and_nobody_without_certificate(ca: Path, tmp_path: Path) -> None:
-    with serving("--log-dir", str(tmp_path), *flags(ca, "gateway")) as (process, address):
+    with serving(*SINGLE_STAGE, "--log-dir", str(tmp_path), *flags(ca, "gateway")) as (process, address):
         asked = [sys.executable, "-m", "bagel.cli", "generate", "--endpoint", address, "--prompts", "a"]
         asked += ["--modality", "text2text", "--max-tokens", "3"]
         env = os.environ | {"BAGEL_MODEL": ""}

@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from bagel.client import AsyncClient, Client, PromptPart
-from bagel.client.batch import Ask, generate_all
+from bagel.client.batch import Ask, events_of, generate_all
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, Result, ServiceEvent
 from bagel.images import load_image
 from bagel.prompts import ImagePart, TextPart
 from tests.gateway_stages import Deployment, deployment
+from tests.shared import SOCKETS, connections, still
 
 
 @pytest.fixture
@@ -101,6 +102,15 @@ def test_an_iterator_that_is_closed_cancels(at: Deployment, client: Client) -> N
     events.close()
     asyncio.run(at.settled())
     assert "draw ends" not in at.journal.events
+
+
+@pytest.mark.skipif(not SOCKETS[0].exists(), reason="no /proc here")
+def test_requests_that_are_left_leave_no_connection(at: Deployment) -> None:
+    at.dits[0].go.clear()
+    for _ in range(3):
+        with events_of(at.target, [Ask("a red cube", "text2img")]) as events:
+            assert isinstance(next(events), Accepted)
+        assert not still(lambda: [at.target] * connections(at.target))
 
 
 def test_on_event_may_raise(at: Deployment, client: Client) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,27 @@ import bagel
 from bagel.cli import main
 from bagel.client.batch import ask_of
 from bagel.client.omni import describe
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.engine.engine import BagelEngine
 from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.images import read_settings
 from bagel.prompts import ImagePart, TextPart
 from bagel.request import Modality
-from tests.conftest import GOLDEN
+from bagel.rpc.transport import sync_channel
+from bagel.v1 import thinker_pb2
+from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.helpers import agree, request, sketch
+from tests.shared import MODEL, Borrow
 
-pytestmark = pytest.mark.slow  # each start of services takes seconds
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("golden")]  # each start of services takes seconds
 
-MODEL = GOLDEN / "checkpoint"
 SMALL = "--height 64 --width 96 --steps 4 --seed 3".split()
 
 
-@pytest.fixture(scope="module", params=["bagel", "bagel_single_stage"])
-def omni(request: pytest.FixtureRequest) -> Iterator[bagel.Omni]:
-    """The services of each topology, started once."""
-    deploy = Path(__file__).parents[2] / "deploy" / f"{request.param}.yaml"
-    with bagel.Omni(MODEL, deploy_config=deploy, device="cpu", init_timeout=120) as omni:
-        yield omni
+@pytest.fixture(params=["bagel", "bagel_single_stage"])
+def omni(request: pytest.FixtureRequest, borrow: Borrow) -> bagel.Omni:
+    return borrow(request.param).omni
 
 
 def same(one: Result, other: Result) -> bool:
@@ -128,12 +127,16 @@ def test_command_at_an_endpoint(
     assert "height is 1040" in capsys.readouterr().err
 
 
-def test_service_that_died_is_named(omni: bagel.Omni) -> None:
-    """The last of the tests that share these services."""
-    service = omni._engine.deployment.services[0]
-    service.process.kill()
-    with pytest.raises(BagelError, match=f"{re.escape(service.title)} was killed by SIGKILL"):
-        omni.generate("x", height=64, width=64, steps=3)
+def test_engine_is_the_keywords_and_a_service_that_died_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAGEL_ENGINE", "vllm")
+    with bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel"), device="cpu", engine="torch") as omni:
+        thinker = omni._engine.deployment.services[0]
+        with sync_channel(thinker.address(0)) as channel:
+            told = ThinkerServiceStub(channel).Describe(thinker_pb2.ThinkerServiceDescribeRequest())
+        assert told.engine == "torch"
+        thinker.process.kill()
+        with pytest.raises(BagelError, match=f"{re.escape(thinker.title)} was killed by SIGKILL"):
+            omni.generate("x", height=64, width=64, steps=3)
 
 
 def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,8 +175,8 @@ def test_command_with_services_of_its_own(
     tmp_path: Path, engine: BagelEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With bagel_think.yaml, which inherits bagel.yaml, a picture is thought about without --think."""
-    deploy = Path(__file__).parents[2] / "deploy" / "bagel_think.yaml"
-    where = ["--model", str(MODEL), "--deploy-config", str(deploy), "--device", "cpu", "--output", str(tmp_path)]
+    deploy = str(shipped_deploy_config("bagel_think"))
+    where = ["--model", str(MODEL), "--deploy-config", deploy, "--device", "cpu", "--output", str(tmp_path)]
     assert main(["generate", *where, "--prompts", "a cube", *SMALL, "--max-think-tokens", "6"]) == 0
     out, err = capsys.readouterr()
     assert "thinker-0 is ready at 127.0.0.1:" in err

@@ -355,7 +355,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), WRONG)
+@pytest.mark.parametrize(("text", "told"), WRONG, ids=range(len(WRONG)))  # keys are new in every process
 def test_a_file_that_cannot_be_used_is_told_without_what_may_be_a_key(text: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(text)

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import bagel
+from bagel.client.batch import ask_of, generate_all
 from bagel.deployment.defaults import NANO_NAME
-from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.events import Result
 from tests.helpers import agree
+from tests.shared import Borrow
 from training.nano.checker import Seen, read
 from training.nano.rows import ROWS, Case, cases, judge, picture_of
 from training.nano.world import CELLS, Item, Scene
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]
 STEPS = 20
 SEED = 20261
 
 
-@pytest.fixture(scope="module")
-def omni() -> Iterator[bagel.Omni]:
-    with bagel.Omni(NANO_NAME, device="cpu") as omni:
-        yield omni
+@pytest.fixture
+def omni(borrow: Borrow) -> bagel.Omni:
+    return borrow("bagel", NANO_NAME).omni
 
 
 def asked(row: str, count: int) -> list[Case]:
@@ -123,11 +123,14 @@ def test_descriptions_name_the_objects_and_questions_are_answered(omni: bagel.Om
 
 
 @pytest.mark.parametrize("topology", ["bagel_think", "bagel_single_stage"])
-def test_every_topology_gives_the_same(omni: bagel.Omni, topology: str) -> None:
+def test_every_topology_gives_the_same(borrow: Borrow, topology: str) -> None:
     chosen = [case for row in ("two objects", "think: count to four", "edits", "questions") for case in asked(row, 1)]
     requests = [case.request for case in chosen]
-    with bagel.Omni(NANO_NAME, deploy_config=shipped_deploy_config(topology), device="cpu") as other:
-        pairs = list(zip(omni.generate(requests), other.generate(requests), strict=True))
+    two = borrow("bagel", NANO_NAME)
+    single = topology == "bagel_single_stage"
+    other = borrow(topology, NANO_NAME).address if single else two.gateway(pipeline=topology).address(0)
+    others = generate_all(other, [ask_of(each) for each in requests])
+    pairs = list(zip(two.omni.generate(requests), others, strict=True))
     for one, same in pairs:
         assert one.text == same.text
         if one.image is not None and same.image is not None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bagel.parity.__main__ import main
+from tests.parity.copies import copied
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+WRITTEN, DRAWN = "text2text", "t2i_64x64_nocfg"
 WHOLE_SET = os.environ.get("BAGEL_GOLDEN")
 
 
@@ -29,10 +34,10 @@ def few(tmp_path: Path) -> Path:
     for name in ("checkpoint", "tables", "inputs"):
         shutil.copytree(GOLDEN / name, tmp_path / name)
     (tmp_path / "fp32").mkdir()
-    for case in ("text2text", "t2i_64x64_nocfg"):
+    for case in (WRITTEN, DRAWN):
         for path in (GOLDEN / "fp32").glob(f"{case}.*"):
             shutil.copy(path, tmp_path / "fp32")
-    rows = "\n".join(f"| `{case}` | | | |" for case in ("text2text", "t2i_64x64_nocfg"))
+    rows = "\n".join(f"| `{case}` | | | |" for case in (WRITTEN, DRAWN))
     (tmp_path / "README.md").write_text(f"## 3. Cases\n\n{rows}\n\n## 4. Else\n| `other` |\n")
     return tmp_path
 
@@ -61,29 +66,48 @@ def test_one_changed_weight_is_found(few: Path, capsys: pytest.CaptureFixture[st
     assert cases["text2text"]["ok"]
 
 
-def test_a_recorded_tensor_that_nothing_compares_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = few / "fp32" / "text2text.safetensors"
-    save_file({**load_file(path), "new.family": torch.zeros(1)}, path)
-    code, cases, _ = run(few, capsys)
-    assert code == 1
-    assert cases["text2text"]["failures"] == ["not compared: new.family"]
-
-
-def test_a_listed_case_that_is_not_there_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (few / "fp32").glob("text2text.*"):
-        path.unlink()
-    code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["fp32/text2text.json (listed but not there)"])
-
-
-def test_an_unknown_table_and_a_changed_id_are_failures(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_fault_of_a_recording_is_a_failure_and_the_rest_goes_on(
+    few: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every fault is in a copy of its own of a case that is right; what is listed in vain comes last."""
+    for key in ("call_order", "result", "tensors", "images", "settings", "inputs"):
+        with changed(few, DRAWN, f"lacks_{key}") as data:
+            del data[key]
+    for field in ("n_past", "first_position"):
+        with changed(few, DRAWN, f"other_{field}") as data:
+            next(call for call in data["call_order"] if call["call"].endswith("forward_inference"))[field] += 1
+    with changed(few, WRITTEN, "other_id") as data:
+        data["result"]["ids_with_bos"][3] += 1
+    more = copied(few / "fp32", WRITTEN, "more_tensors").with_suffix(".safetensors")
+    save_file({**load_file(more), "new.family": torch.zeros(1)}, more)
+    fewer = copied(few / "fp32", WRITTEN, "fewer_tensors").with_suffix(".safetensors")
+    save_file({"gen.ids": load_file(fewer)["gen.ids"]}, fewer)
+    copied(few / "fp32", DRAWN, "no_tensors").with_suffix(".safetensors").write_bytes(b"no")
     (few / "tables" / "colours.json").write_text("[]")
-    path = few / "fp32" / "text2text.json"
+    (few / "tables" / "timesteps.json").write_text("[]")
+    (few / "tables" / "resize.json").unlink()
+    (few / "README.md").write_text(f"## 3. Cases\n\n| `{WRITTEN}` | | | |\n| `gone` | |\n\n## 4. Else\n| `other` |\n")
+    (few / "manifest.json").write_text(json.dumps({"files": {"inputs/gone.png": {}}}))
+
+    code, cases, failed = run(few, capsys)
+    spoilt = {name for name in cases if name.startswith(("lacks_", "other_", "more_", "fewer_", "no_"))}
+    listed = [f"{name} (listed but not there)" for name in ("fp32/gone.json", "inputs/gone.png", "tables/resize.json")]
+    assert code == 1 and len(spoilt) == 12
+    assert set(failed) == {"tables/colours", "tables/timesteps", *spoilt, *listed} and failed[-3:] == listed
+    assert cases[DRAWN]["ok"] and cases[WRITTEN]["ok"]
+    for field in ("n_past", "first_position"):
+        assert "call_order.forwards" in str(cases[f"other_{field}"]["failures"])
+    assert cases["more_tensors"]["failures"] == ["not compared: new.family"]
+    assert "gen.logits: not recorded" in str(cases["fewer_tensors"]["failures"])
+
+
+@contextmanager
+def changed(folder: Path, case: str, name: str) -> Iterator[Any]:
+    """The JSON of a copy of a case, for a change."""
+    path = copied(folder / "fp32", case, name)
     data = json.loads(path.read_text())
-    data["result"]["ids_with_bos"][3] += 1
+    yield data
     path.write_text(json.dumps(data))
-    code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["tables/colours", "text2text"])
 
 
 def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,77 +115,26 @@ def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: py
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_listed_tensors_that_are_gone_are_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = few / "fp32" / "text2text.safetensors"
-    save_file({"gen.ids": load_file(path)["gen.ids"]}, path)
-    code, cases, failed = run(few, capsys)
-    assert (code, failed) == (1, ["text2text"])
-    assert "gen.logits: not recorded" in str(cases["text2text"]["failures"])
-
-
-def test_a_file_of_the_manifest_that_is_gone_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (few / "manifest.json").write_text(json.dumps({"files": {"tables/gone.json": {}}}))
-    code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["tables/gone.json (listed but not there)"])
-
-
-def test_a_table_that_is_gone_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (few / "tables" / "resize.json").unlink()
-    code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["tables/resize.json (listed but not there)"])
-
-
-@pytest.mark.parametrize("key", ["call_order", "result", "tensors", "images", "settings", "inputs"])
-def test_a_case_without_one_of_its_parts_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
-    path = few / "fp32" / "t2i_64x64_nocfg.json"
-    data = json.loads(path.read_text())
-    del data[key]
-    path.write_text(json.dumps(data))
-    code, _cases, failed = run(few, capsys)
-    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
-
-
-@pytest.mark.parametrize("field", ["n_past", "first_position"])
-def test_a_length_or_position_of_a_call_that_differs_is_a_failure(
-    few: Path, capsys: pytest.CaptureFixture[str], field: str
-) -> None:
-    path = few / "fp32" / "t2i_64x64_nocfg.json"
-    data = json.loads(path.read_text())
-    next(call for call in data["call_order"] if call["call"].endswith("forward_inference"))[field] += 1
-    path.write_text(json.dumps(data))
-    code, cases, failed = run(few, capsys)
-    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
-    assert "call_order.forwards" in str(cases["t2i_64x64_nocfg"]["failures"])
-
-
-@pytest.mark.parametrize("damage", ["case", "comparison", "twin", "distance"])
-def test_a_bfloat16_set_with_a_hole_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+def test_a_bfloat16_set_with_holes_has_as_many_failures(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(GOLDEN / "bf16", few / "bf16")
     comparison = few / "bf16" / "comparison.json"
     data = json.loads(comparison.read_text())
-    if damage == "case":
-        (few / "bf16" / "t2i_64x64_nocfg.safetensors").unlink()
-    elif damage == "comparison":
-        comparison.unlink()
-    elif damage == "twin":
-        (few / "fp32" / "t2i_64x64_nocfg.safetensors").unlink()
-    else:
-        data["cases"]["t2i_64x64_nocfg"].pop("v_guided")
-        comparison.write_text(json.dumps(data))
+    for name in ("no_case", "no_twin", "no_distance"):
+        copied(few / "bf16", DRAWN, name)
+        copied(few / "fp32", DRAWN, name)
+        data["cases"][name] = dict(data["cases"][DRAWN])
+    (few / "bf16" / "no_case.safetensors").unlink()
+    (few / "fp32" / "no_twin.safetensors").unlink()
+    data["cases"]["no_distance"].pop("v_guided")
+    comparison.write_text(json.dumps(data))
     code, cases, failed = run(few, capsys)
-    assert code == 1
-    assert "bf16/t2i_64x64_nocfg" in failed
-    assert cases["text2text"]["ok"]
+    assert (code, failed) == (1, ["no_twin", "bf16/no_case", "bf16/no_distance", "bf16/no_twin"])
+    assert cases[f"bf16/{DRAWN}"]["ok"]
 
 
-def test_an_empty_table_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (few / "tables" / "timesteps.json").write_text("[]")
-    code, _, failed = run(few, capsys)
-    assert (code, failed) == (1, ["tables/timesteps"])
-
-
-def test_a_damaged_file_is_one_failure_and_the_rest_goes_on(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (few / "fp32" / "t2i_64x64_nocfg.safetensors").write_bytes(b"no")
+def test_a_bfloat16_set_without_distances_is_a_failure(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(GOLDEN / "bf16", few / "bf16")
+    (few / "bf16" / "comparison.json").unlink()
     code, cases, failed = run(few, capsys)
-    assert (code, failed) == (1, ["t2i_64x64_nocfg"])
-    assert cases["text2text"]["ok"]
+    assert (code, failed) == (1, [f"bf16/{DRAWN}"])
+    assert cases[WRITTEN]["ok"]

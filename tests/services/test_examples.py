@@ -7,48 +7,29 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
 from PIL import Image
 
-from bagel.deployment.defaults import NANO_NAME, find_model
-from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
-from bagel.deployment.launcher import Deployment
+from bagel.deployment.defaults import NANO_NAME
 from bagel.rpc.transport import sync_channel
 from bagel.v1 import gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
-from tests.services.test_services import address, released
+from tests.shared import Borrow, Stages
 
-pytestmark = pytest.mark.slow  # the services' start takes seconds, and so does each example
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]  # each example takes seconds
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240
 
 
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    _, checkpoint = find_model(NANO_NAME)
-    config = load_deploy_config(shipped_deploy_config("bagel"))
-    with Deployment(
-        config,
-        checkpoint.folder,
-        name=NANO_NAME,
-        device="cpu",
-        init_timeout_s=120,
-        logs=tmp_path_factory.mktemp("logs"),
-        http="127.0.0.1:0",
-    ) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_held(services: Deployment) -> Iterator[None]:
-    """What an example gives up, or leaves, stops in every service."""
-    yield
-    assert released(address(services, "thinker-0"), address(services, "dit-0"))
+@pytest.fixture
+def services(borrow: Borrow) -> Stages:
+    """Those of bagel-nano; what an example gives up, or leaves, stops in each of them."""
+    return borrow("bagel", NANO_NAME)
 
 
 def run(*command: str | Path, folder: Path = ROOT, environment: Mapping[str, str] = os.environ) -> str:
@@ -80,7 +61,7 @@ def red(path: Path) -> bool:
     return r > 2 * max(g, b)
 
 
-def test_python_sync(services: Deployment, tmp_path: Path) -> None:
+def test_python_sync(services: Stages, tmp_path: Path) -> None:
     said = run(sys.executable, "-m", "examples.sync_client", services.address, tmp_path)
     assert pictures(tmp_path) == ["drawn.png", "edited.png"]
     assert red(tmp_path / "drawn.png") and not red(tmp_path / "edited.png")
@@ -88,13 +69,13 @@ def test_python_sync(services: Deployment, tmp_path: Path) -> None:
     assert "refused: steps: steps is 1" in said
 
 
-def test_python_asyncio(services: Deployment, tmp_path: Path) -> None:
+def test_python_asyncio(services: Stages, tmp_path: Path) -> None:
     said = run(sys.executable, "-m", "examples.async_client", services.address, tmp_path)
     assert pictures(tmp_path) == ["picture.png", *(f"preview-{number}.png" for number in range(3))]
     assert "step 23 of 23" in said and "<think>" in said and "given up after step 3" in said
 
 
-def test_reflection_needs_no_code_of_ours(services: Deployment, tmp_path: Path) -> None:
+def test_reflection_needs_no_code_of_ours(services: Stages, tmp_path: Path) -> None:
     """bagel cannot be imported in that process."""
     without = (
         "import runpy, sys; sys.modules['bagel'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], None, '__main__')"
@@ -106,7 +87,7 @@ def test_reflection_needs_no_code_of_ours(services: Deployment, tmp_path: Path) 
     assert pictures(tmp_path) == ["reflected.png"] and red(tmp_path / "reflected.png")
 
 
-def test_curl(services: Deployment, tmp_path: Path) -> None:
+def test_curl(services: Stages, tmp_path: Path) -> None:
     missing = [program for program in ("bash", "curl", "jq", "base64") if shutil.which(program) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} is not installed")
@@ -119,7 +100,7 @@ def test_curl(services: Deployment, tmp_path: Path) -> None:
     assert all(path in said for path in ("/v1/images/edits", "/v1/chat/completions", "/readyz", "/metrics"))
 
 
-def test_node(services: Deployment, tmp_path: Path) -> None:
+def test_node(services: Stages, tmp_path: Path) -> None:
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     shutil.copytree(ROOT / "protos", tmp_path / "protos")
@@ -132,16 +113,16 @@ def test_node(services: Deployment, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", ["grpc.md", "rest.md"])
-def test_the_python_of_a_page(services: Deployment, tmp_path: Path, page: str) -> None:
+def test_the_python_of_a_page(services: Stages, tmp_path: Path, page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     code = "".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    code = code.replace("127.0.0.1:50051", services.address).replace("127.0.0.1:8000", services.http or "")
-    assert services.address in code or str(services.http) in code
+    code = code.replace("127.0.0.1:50051", services.address).replace("127.0.0.1:8000", services.http)
+    assert services.address in code or services.http in code
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     run(sys.executable, "-c", code, folder=tmp_path, environment=environment)
 
 
-def test_what_grpcurl_sends_on_the_page(services: Deployment) -> None:
+def test_what_grpcurl_sends_on_the_page(services: Stages) -> None:
     """Its JSON becomes messages as it makes them; the tool itself is not needed."""
     text = (ROOT / "docs" / "grpc.md").read_text()
     [(body, method)] = re.findall(r"-d '(\{.*?\})' 127\.0\.0\.1:50051 bagel\.v1\.GatewayService/(\w+)", text, re.DOTALL)

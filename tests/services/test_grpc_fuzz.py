@@ -20,13 +20,11 @@ from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.services.grpc_messages import DIGESTS, image_file, messages, near
-from tests.services.test_services import MODEL, Stage, released, until_serving
+from tests.shared import Borrow
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tight")]
 
 LIMIT_S = 60
-START_S = 180
-"""Three models are loaded at once."""
 SMALL = '{"steps": 3, "height": 32, "width": 32, "max_tokens": 3, "max_think_tokens": 3}'
 ALLOWED = {
     grpc.StatusCode.OK,
@@ -53,25 +51,17 @@ SMALL_IMAGE = common_pb2.ImageSettings(steps=3, height=32, width=32)
 SMALL_TEXT = common_pb2.TextSettings(max_tokens=3)
 
 
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+@pytest.fixture
+def services(borrow: Borrow) -> dict[str, str]:
     """Addresses of a gateway, its Thinker and DiT, and dit-1, which serves whole requests."""
-    stage = Stage(tmp_path_factory.mktemp("logs"))
-    try:
-        thinker = stage.thinker("127.0.0.1:0", "--batch-timeout", "1")
-        dit = stage.dit(thinker, "--batch-timeout", "1")
-        single = stage.start("dit-1", "bagel_dit", "--model", str(MODEL), "--name", "dit-1", "--single-stage")
-        gateway = stage.gateway(thinker, dit, "--sampling-defaults", SMALL)
-        until_serving(thinker, dit, single, gateway, limit_s=START_S)
-        yield {service.name: service.address(0) for service in stage.running}
-    finally:
-        for service in reversed(stage.running):
-            service.tell_to_stop()
-        for service in reversed(stage.running):
-            service.end(10)
+    two = borrow("bagel", max_num_seqs=1, batch_timeout=1)
+    gateway = two.gateway("--sampling-defaults", SMALL)
+    single = borrow("bagel_single_stage", max_num_seqs=1, batch_timeout=1)
+    two_stages = {name: two.stage(name) for name in ("thinker-0", "dit-0")}
+    return {"gateway": gateway.address(0), "dit-1": single.stage("dit-0"), **two_stages}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def channels(services: dict[str, str]) -> Iterator[dict[str, grpc.Channel]]:
     made = {name: sync_channel(address) for name, address in services.items()}
     yield made
@@ -89,7 +79,6 @@ def served_afterwards(services: dict[str, str]) -> Iterator[None]:
     whole.text.CopyFrom(SMALL_TEXT)
     with sync_channel(services["dit-1"]) as channel:
         assert list(DitServiceStub(channel).Generate(dit_pb2.DitServiceGenerateRequest(request=whole), timeout=LIMIT_S))
-    assert released(services["thinker-0"], services["dit-0"])
 
 
 def status(call: Any, message: Message | bytes) -> grpc.StatusCode:
@@ -192,7 +181,7 @@ def contexts(fingerprint: bytes) -> dict[str, st.SearchStrategy[Any]]:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fingerprint(channels: dict[str, grpc.Channel]) -> bytes:
     told = DitServiceStub(channels["dit-0"]).Describe(dit_pb2.DitServiceDescribeRequest(), timeout=LIMIT_S)
     return told.model.kv_fingerprint

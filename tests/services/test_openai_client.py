@@ -21,34 +21,26 @@ from openai import AsyncOpenAI, OpenAI
 from PIL import Image
 
 from bagel.client import Client
-from bagel.deployment.defaults import NANO_NAME, find_model
-from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
-from bagel.deployment.launcher import Deployment
+from bagel.deployment.defaults import NANO_NAME
 from bagel.events import Preview, StepDone
 from examples import openai_client
 from tests.helpers import agree, sketch
-from tests.services.test_services import address, released, stats
+from tests.shared import Borrow, Stages, released, stats
 
-pytestmark = pytest.mark.slow  # each start of services takes seconds
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]  # each start of services takes seconds
 
 LEAVERS = 200
 STEPS: dict[str, Any] = {"num_inference_steps": 8, "seed": 5}
 
 
-@pytest.fixture(scope="module")
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Thinker, DiT and gateway with bagel-nano, started once."""
-    _, checkpoint = find_model(NANO_NAME)
-    config = load_deploy_config(shipped_deploy_config("bagel"))
-    logs = tmp_path_factory.mktemp("logs")
-    with Deployment(
-        config, checkpoint.folder, name=NANO_NAME, device="cpu", init_timeout_s=120, logs=logs, http="127.0.0.1:0"
-    ) as running:
-        yield running
+@pytest.fixture
+def services(borrow: Borrow) -> Stages:
+    """Thinker, DiT and gateway with bagel-nano."""
+    return borrow("bagel", NANO_NAME)
 
 
 @pytest.fixture
-def client(services: Deployment) -> Iterator[OpenAI]:
+def client(services: Stages) -> Iterator[OpenAI]:
     options: dict[str, Any] = {"max_retries": 0, "timeout": 120, "_strict_response_validation": True}
     with OpenAI(base_url=f"http://{services.http}/v1", api_key="none", **options) as client:
         yield client
@@ -75,8 +67,8 @@ def image_part(image: Image.Image) -> dict[str, Any]:
     }
 
 
-def test_pictures_of_one_call_are_those_of_grpc_and_share_one_prefill(services: Deployment, client: OpenAI) -> None:
-    thinker = address(services, "thinker-0")
+def test_pictures_of_one_call_are_those_of_grpc_and_share_one_prefill(services: Stages, client: OpenAI) -> None:
+    thinker = services.stage("thinker-0")
     before = stats(thinker)
     answer = client.images.generate(prompt="three of these", n=3, size="64x96", extra_body=STEPS)
     assert stats(thinker).computed_segments - before.computed_segments == 1
@@ -106,7 +98,7 @@ def test_compression_makes_smaller_files(client: OpenAI) -> None:
     assert sizes[0] < sizes[1] / 2
 
 
-def test_previews_come_on_the_way_near_the_picture_and_do_not_change_it(services: Deployment, client: OpenAI) -> None:
+def test_previews_come_on_the_way_near_the_picture_and_do_not_change_it(services: Stages, client: OpenAI) -> None:
     asked: dict[str, Any] = {"prompt": "a large red circle", "size": "128x128"}
     options = {"num_inference_steps": 20, "seed": 3}
     plain = client.images.generate(**asked, extra_body=options)
@@ -140,7 +132,7 @@ def test_an_edit_of_several_images_in_both_ways(client: OpenAI) -> None:
     assert details.image_tokens > 0 and whole.usage.input_tokens == details.image_tokens + details.text_tokens
 
 
-def test_chats_stream_what_they_answer_whole(services: Deployment, client: OpenAI) -> None:
+def test_chats_stream_what_they_answer_whole(services: Stages, client: OpenAI) -> None:
     content = [{"type": "text", "text": "describe the image"}, image_part(sketch(128, 128))]
     asked: dict[str, Any] = {"model": NANO_NAME, "messages": [{"role": "user", "content": content}], "n": 2}
     whole = client.chat.completions.create(**asked)
@@ -194,7 +186,7 @@ def test_a_prompt_longer_than_the_model_is_refused_by_name(client: OpenAI) -> No
     assert caught.value.param == "max_completion_tokens"
 
 
-def test_a_client_that_leaves_frees_everything(services: Deployment, client: OpenAI) -> None:
+def test_a_client_that_leaves_frees_everything(services: Stages, client: OpenAI) -> None:
     for stream in (False, True):
         connection = http.client.HTTPConnection(services.http, timeout=30)
         body = {"prompt": "a long one", "num_inference_steps": 900, "n": 3, "stream": stream}
@@ -207,14 +199,14 @@ def test_a_client_that_leaves_frees_everything(services: Deployment, client: Ope
             time.sleep(1)
         connection.close()
         assert client.images.generate(prompt="the next", size="64x64", extra_body=STEPS).data
-        assert released(address(services, "thinker-0"), address(services, "dit-0"))
+        assert released(services.stage("thinker-0"), services.stage("dit-0"))
         deadline = time.monotonic() + 10
         while "bagel_requests_under_way 0.0" not in metrics(services):
             assert time.monotonic() < deadline
             time.sleep(0.1)
 
 
-def metrics(services: Deployment) -> str:
+def metrics(services: Stages) -> str:
     connection = http.client.HTTPConnection(services.http, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
@@ -223,12 +215,12 @@ def metrics(services: Deployment) -> str:
 
 
 def test_two_hundred_callers_who_leave_at_random_change_nothing_for_the_others(
-    services: Deployment, client: OpenAI
+    services: Stages, client: OpenAI
 ) -> None:
     alone = [_told(call(client)) for call in CALLS * 2]
     survivors = asyncio.run(_amid_callers_who_leave(services.http, LEAVERS))
     assert [_alike(*pair) for pair in zip(alone, survivors, strict=True)] == [True] * len(alone)
-    assert released(address(services, "thinker-0"), address(services, "dit-0"))
+    assert released(services.stage("thinker-0"), services.stage("dit-0"))
     assert "\nbagel_requests_under_way 0.0\n" in metrics(services)
     assert "\nbagel_requests_waiting 0.0\n" in metrics(services)
 
@@ -283,7 +275,7 @@ async def _amid_callers_who_leave(http: str, leavers: int) -> list[str | Image.I
     return list(map(_told, answers))
 
 
-def test_the_example_runs(services: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(services: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     openai_client.main(f"http://{services.http}/v1", tmp_path)
     assert "answer: " in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
-import bagel
+from bagel.client import Client
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.launcher import Deployment
 from bagel.errors import BagelError, ConfigError, InvalidRequest, KvTimeout
@@ -27,66 +27,79 @@ from tests.otlp import Traces, attributes, receiving
 
 MODEL = GOLDEN / "checkpoint"
 DRAWN = "bagel.v1.DitService/Generate"
+CALLER, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 LONG = {"num_inference_steps": 900, "progress": True}
 
 
-@pytest.fixture
-def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Traces]:
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Traces]:
+    """The spans of requests over gRPC and then over HTTP, told by services that have ended."""
+    config = load_deploy_config(shipped_deploy_config("bagel"))
     with receiving() as (endpoint, traces, _):
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+        env = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        with Deployment(config, MODEL, device="cpu", env=env, http="127.0.0.1:0") as running:
+            ask_over_grpc(running.address)
+            ask_over_http(f"http://{running.http}/v1")
         yield traces
+
+
+def ask_over_grpc(address: str) -> None:
+    with Client(address) as client:
+        drawn = client.generate("a red circle", steps=12, height=64, width=64, think=True, max_think_tokens=4)
+        assert drawn.image is not None
+        with pytest.raises(BagelError):
+            client.generate("a red circle", steps=4, height=100_000, width=64)
+
+
+def ask_over_http(url: str) -> None:
+    asked: dict[str, Any] = {"prompt": "a red circle", "size": "64x64", "extra_body": {"num_inference_steps": 4}}
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        client.models.list()
+        headers = {"traceparent": f"00-{CALLER}-{PARENT}-01", "x-request-id": "mine"}
+        client.images.generate(**asked, extra_headers=headers)
+        list(client.images.generate(**asked, stream=True, partial_images=1))
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(**asked | {"size": "99999x64"})
+        with client.images.generate(**asked | {"extra_body": LONG}, stream=True) as stream:
+            next(iter(stream))  # and leave
+        with pytest.raises(openai.NotFoundError):
+            client.post("/nothing/42", cast_to=object)
 
 
 @pytest.mark.slow
 def test_a_picture_is_one_trace_through_all_services_and_a_refused_request_no_failed_span(receiver: Traces) -> None:
-    with bagel.Omni(MODEL, deploy_config=shipped_deploy_config("bagel_think"), device="cpu") as omni:
-        [result] = omni.generate("a red circle", steps=12, height=64, width=64, max_think_tokens=4)
-        assert result.image is not None
-        with pytest.raises(bagel.errors.BagelError):
-            omni.generate("a red circle", steps=4, height=100_000, width=64)
     roots = receiver.named("bagel-gateway", "bagel.v1.GatewayService/Generate")
     root, refused = sorted(roots, key=lambda span: span.start_time_unix_nano)
-    spans = [span for _, span in receiver.spans if span is not refused]
+    of_http = {span.trace_id for _, span in receiver.spans if span.name.startswith("POST")}
+    told = [(said, span) for said, span in receiver.spans if span is not refused and span.trace_id not in of_http]
+    spans = [span for _, span in told]
     assert {span.trace_id for span in spans} == {root.trace_id} != {refused.trace_id}
     ids = {span.span_id for span in spans}
     assert all(span.parent_span_id in ids for span in spans if span is not root)
-    prefilled = receiver.named("bagel-thinker", "prefill")
+
+    def named(service: str, name: str) -> list[Span]:
+        return [span for said, span in told if (said, span.name) == (service, name)]
+
+    prefilled = named("bagel-thinker", "prefill")
     assert len(prefilled) >= 2
     assert all(span.end_time_unix_nano >= span.start_time_unix_nano > root.start_time_unix_nano for span in prefilled)
-    pulled = [attributes(span.attributes) for span in receiver.named("bagel-dit", "kv pull")]
+    pulled = [attributes(span.attributes) for span in named("bagel-dit", "kv pull")]
     assert sum(int(each["bytes"]) for each in pulled) > 0
-    windows = [attributes(span.attributes) for span in receiver.named("bagel-dit", "denoise")]
+    windows = [attributes(span.attributes) for span in named("bagel-dit", "denoise")]
     assert [(each["first_step"], each["last_step"]) for each in windows] == [(1, 10), (11, 11)]
-    assert len(receiver.named("bagel-dit", "decode")) == 1
+    assert len(named("bagel-dit", "decode")) == 1
     assert refused.status.code == Status.STATUS_CODE_UNSET
-    told = attributes(refused.attributes)
-    assert told["rpc.response.status_code"] == "INVALID_ARGUMENT" and "100000" in str(told["bagel.refused"])
+    described = attributes(refused.attributes)
+    assert described["rpc.response.status_code"] == "INVALID_ARGUMENT" and "100000" in str(described["bagel.refused"])
 
 
 @pytest.mark.slow
 def test_requests_over_http_are_traces_too_below_the_callers_span(receiver: Traces) -> None:
-    caller, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    config = load_deploy_config(shipped_deploy_config("bagel"))
-    asked: dict[str, Any] = {"prompt": "a red circle", "size": "64x64", "extra_body": {"num_inference_steps": 4}}
-    with Deployment(config, MODEL, device="cpu", http="127.0.0.1:0") as running:
-        url = f"http://{running.http}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            client.models.list()
-            headers = {"traceparent": f"00-{caller}-{parent}-01", "x-request-id": "mine"}
-            client.images.generate(**asked, extra_headers=headers)
-            list(client.images.generate(**asked, stream=True, partial_images=1))
-            with pytest.raises(openai.BadRequestError):
-                client.images.generate(**asked | {"size": "99999x64"})
-            with client.images.generate(**asked | {"extra_body": LONG}, stream=True) as stream:
-                next(iter(stream))  # and leave
-            with pytest.raises(openai.NotFoundError):
-                client.post("/nothing/42", cast_to=object)
-    roots = [span for said, span in receiver.spans if said == "bagel-gateway" and span.kind == Span.SPAN_KIND_SERVER]
+    roots = [span for said, span in receiver.spans if said == "bagel-gateway" and span.name.startswith("POST")]
     roots.sort(key=lambda span: span.start_time_unix_nano)  # who left is over later than who came after
     assert [span.name for span in roots] == ["POST /v1/images/generations"] * 4 + ["POST"]
     whole, streamed, refused, left, unknown = roots
-    assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (caller, parent)
+    assert (whole.trace_id.hex(), whole.parent_span_id.hex()) == (CALLER, PARENT)
     told = attributes(whole.attributes)
     assert (told["http.response.status_code"], told["request_id"]) == (200, "mine")
     assert (told["http.request.method"], told["http.route"]) == ("POST", "/v1/images/generations")
