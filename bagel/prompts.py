@@ -140,6 +140,11 @@ def expand_cfg_prompts_think(
     return (Branch(gen.name, gen.parts, max_think_tokens, writes=True), *companions)
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """The texts of a prompt as one."""
+    return " ".join(part.text for part in prompt if isinstance(part, TextPart))
+
+
 def text_prompt(prompt: Prompt, *, think: bool) -> Prompt:
     """The prompt of a text answer, with the think system prompt first if it thinks."""
     return (TextPart(THINK_TEXT_PROMPT), *prompt) if think else prompt

@@ -30,18 +30,18 @@ from bagel.cli.flags import (
     flag_name,
     request_option,
 )
-from bagel.cli.inputs import flags_named, located, make_requests, notes_on_flags, prompt_text, prompts_of
+from bagel.cli.inputs import flags_named, located, make_requests, notes_on_flags, prompts_of
 from bagel.cli.outputs import Output, make_folder
 from bagel.cli.progress import say, shown
 from bagel.cli.prompts import GivenPrompt
-from bagel.cli.stats import Firsts, stats_table
-from bagel.cli.tables import profile_table
+from bagel.client.stats import Firsts, stats_table
+from bagel.client.tables import profile_table
 from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.deployment.deploy_file import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
 from bagel.events import Result, ServiceEvent
 from bagel.pipelines import BAGEL_SINGLE_STAGE
-from bagel.prompts import ImagePart, TextPart
+from bagel.prompts import ImagePart, TextPart, prompt_text
 from bagel.request import Request
 
 T = TypeVar("T")
@@ -116,7 +116,10 @@ def _generate_there(args: argparse.Namespace) -> None:
         say(f"note: {note}")
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
     images = (next((part.pixels for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
-    asks = [Ask(prompt_text(each), each.modality, image, options) for each, image in zip(requests, images, strict=True)]
+    asks = [
+        Ask(prompt_text(each.prompt), each.modality, image, options)
+        for each, image in zip(requests, images, strict=True)
+    ]
 
     def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:
         return generate_all(args.endpoint, asks, on_event, security=security, api_key=api_key)
@@ -134,7 +137,7 @@ def _produce(
 ) -> None:
     """Run the requests, give the user what comes, then the tables."""
     firsts = Firsts()
-    with shown([prompt_text(request) for request in requests]) as progress:
+    with shown([prompt_text(request.prompt) for request in requests]) as progress:
         output = Output(requests, folder, about, progress)
 
         def on_event(event: ServiceEvent) -> None:

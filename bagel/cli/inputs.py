@@ -48,11 +48,6 @@ def prompts_of(args: argparse.Namespace) -> list[GivenPrompt]:
     return read_prompts(args.prompts, args.txt_prompts)
 
 
-def prompt_text(request: Request) -> str:
-    """The text of a request's prompt."""
-    return " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
-
-
 @contextmanager
 def flags_named() -> Iterator[None]:
     """An InvalidRequest names its settings as flags."""

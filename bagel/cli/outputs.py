@@ -12,11 +12,11 @@ from pathlib import Path
 from PIL.Image import Image
 
 from bagel import __version__
-from bagel.cli.inputs import prompt_text
 from bagel.cli.progress import Progress
 from bagel.errors import InvalidRequest
 from bagel.events import Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import free_path, picture_name, save_png, write_error
+from bagel.prompts import prompt_text
 from bagel.request import Request, with_settings
 
 
@@ -58,7 +58,7 @@ class Output:
         else:
             self._answers[result.index] = result
             while (answer := self._answers.pop(self._written, None)) is not None:  # in the prompts' order
-                write_answer(prompt_text(self._requests[self._written]), answer)
+                write_answer(prompt_text(self._requests[self._written].prompt), answer)
                 self._written += 1
 
 
@@ -90,7 +90,7 @@ def picture_settings(request: Request, result: Result, engine: Mapping[str, str]
     drawing = asdict(request.image) | {"width": result.image.width, "height": result.image.height}
     drawing["cfg_interval"] = " ".join(map(str, request.image.cfg_interval))
     settings: dict[str, object] = {
-        "prompt": prompt_text(request),
+        "prompt": prompt_text(request.prompt),
         "negative_prompt": request.negative_prompt,
         "modality": request.modality,
         "seed": request.seed,

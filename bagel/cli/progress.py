@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from bagel.client.tables import LABEL_CHARACTERS, short
 from bagel.events import Result, StepDone, TextDelta
 
 if TYPE_CHECKING:
@@ -14,18 +15,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-LABEL_CHARACTERS = 40
-
 
 def say(message: str) -> None:
     """One line of the command's own on stderr."""
     print(f"bagel: {message}", file=sys.stderr, flush=True)
-
-
-def short(text: str, characters: int) -> str:
-    """A text as one line of at most so many characters, without anything that moves a terminal's cursor."""
-    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
-    return line if len(line) <= characters else line[: characters - 1] + "…"
 
 
 class Progress:

@@ -17,10 +17,10 @@ from typing import Any, Self, cast
 
 from PIL.Image import Image
 
-from bagel.cli.stats import Firsts, stats_table
-from bagel.cli.tables import profile_table
 from bagel.client.batch import AT_ONCE, OnServiceEvent, ask_of, events_of, generate_all
+from bagel.client.stats import Firsts, stats_table
 from bagel.client.sync_client import Client
+from bagel.client.tables import profile_table
 from bagel.deployment.defaults import deployment_for, find_model, request_defaults
 from bagel.deployment.deploy_file import DeployConfig
 from bagel.deployment.launcher import Deployment, OnReady, reachable

@@ -191,14 +191,15 @@ class KvPuller:
             for page in self.store.ready_pages(digest):  # of a pull that was cancelled
                 wanted.ends.pop(PageKey(digest, *page), None)
         pages, nbytes = len(wanted.ends), sum(self.store.layout.segment_bytes(length) for length in lengths.values())
-        with self.store.pulling(), span("kv pull", source=ref.source, segments=len(lengths), pages=pages, bytes=nbytes):
+        pull = span("kv pull", source=ref.source, segments=len(lengths), pages=pages, bytes=nbytes)
+        with self.store.counters.pulling(), pull:
             try:
                 await self._receive(ref, wanted)
             except SourceUnavailable as error:
                 log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), **error.for_log())
                 await asyncio.sleep(RECONNECT_S)
             if wanted.ends:
-                self.store.count_retried(len(wanted.ends))
+                self.store.counters.retried(len(wanted.ends))
                 await self._receive(ref, wanted)
         if wanted.ends:
             key = next(iter(wanted.ends))

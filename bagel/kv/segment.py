@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bagel.errors import BagelError
@@ -97,27 +97,3 @@ class Lease:
     ttl_s: float
     deadline: float
     segments: dict[bytes, Segment] = field(default_factory=dict)
-
-
-@dataclass
-class KvStats:
-    """Counters of a store; the fields of `GetStatsResponse`."""
-
-    computed_segments: int = 0
-    computed_pages: int = 0
-    computed_bytes: int = 0
-    reused_segments: int = 0
-    reused_bytes: int = 0
-    sent_pages: int = 0
-    sent_bytes: int = 0
-    received_pages: int = 0
-    received_bytes: int = 0
-    retried_pages: int = 0
-    held_bytes: int = 0
-    stored_bytes: int = 0
-    capacity_bytes: int = 0
-    leases: int = 0
-    pulls: int = 0
-
-    def as_dict(self) -> dict[str, int]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -34,7 +34,7 @@ class KvBlocksServicer:
     @streaming
     async def Pull(self, request: kv_pb2.PullRequest, context: Context) -> AsyncIterator[bytes]:
         """Serialized `PullResponse` messages, page by page as the pages become ready, signs of life between."""
-        with self.store.pulling():
+        with self.store.counters.pulling():
             async with aclosing(self._pages(request)) as pages:
                 async for page in pages:
                     yield page
@@ -83,7 +83,7 @@ class KvBlocksServicer:
         payload: Parts = (page.k, page.v)
         if heads != (0, layout.kv_heads):
             payload = tuple(_pick_heads(part, heads, layout.kv_heads, layout.row_bytes) for part in (page.k, page.v))
-        self.store.count_sent(sum(len(part) for part in payload))
+        self.store.counters.sent(sum(len(part) for part in payload))
         return encode_page(page.key, page.token_end, heads, layout.head_dim, layout.dtype, payload)
 
 

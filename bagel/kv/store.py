@@ -11,14 +11,15 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from bagel.errors import BagelError, ConfigError, IncompleteContext, StoreFull
 from bagel.kv.arena import ALIGNMENT, Arena
+from bagel.kv.counters import Counters, KvStats
 from bagel.kv.ledger import Ledger
 from bagel.kv.pages import KvLayout, PageKey
-from bagel.kv.segment import KvStats, OpenPages, ReadyPage, Segment, Waiter, name
+from bagel.kv.segment import OpenPages, ReadyPage, Segment, Waiter, name
+from bagel.kv.tensors import segment_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ class KvStore:
         self._ledger = Ledger(layout, self.capacity_bytes, clock, flag)
         self._lock = threading.Lock()
         self._subscribers: list[OnPage] = []
-        self._counts = KvStats(capacity_bytes=self.capacity_bytes)
+        self.counters = Counters()
 
     # Leases
 
@@ -310,36 +311,14 @@ class KvStore:
         """Counters since the start, and what is held now."""
         with self._entered():
             segments = self._ledger.segments.values()
-            return replace(
-                self._counts,
+            return self.counters.stats(
+                capacity_bytes=self.capacity_bytes,
                 held_bytes=sum(segment.nbytes for segment in segments if segment.leases),
                 stored_bytes=sum(segment.nbytes for segment in segments),
                 leases=len(self._ledger.leases),
                 reused_segments=self._ledger.reused_segments,
                 reused_bytes=self._ledger.reused_bytes,
             )
-
-    def count_sent(self, nbytes: int) -> None:
-        """A page was sent."""
-        with self._lock:
-            self._counts.sent_pages += 1
-            self._counts.sent_bytes += nbytes
-
-    def count_retried(self, pages: int) -> None:
-        """Pages were asked for once more."""
-        with self._lock:
-            self._counts.retried_pages += pages
-
-    @contextmanager
-    def pulling(self) -> Iterator[None]:
-        """Counts a pull while it runs."""
-        with self._lock:
-            self._counts.pulls += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._counts.pulls -= 1
 
     # Below here the lock is held, unless said otherwise
 
@@ -400,15 +379,12 @@ class KvStore:
                 callback(segment.digest, layer, begin, end)
 
     def _count_ready(self, segment: Segment, new: Sequence[tuple[int, int]], computed: bool) -> None:
-        counts, step = self._counts, self.layout.page_tokens
+        step = self.layout.page_tokens
         nbytes = sum(self.layout.layer_bytes(min(step, segment.length - begin)) for _, begin in new)
         if computed:
-            counts.computed_pages += len(new)
-            counts.computed_bytes += nbytes
-            counts.computed_segments += bool(new) and segment.complete
+            self.counters.computed(len(new), nbytes, int(bool(new) and segment.complete))
         else:
-            counts.received_pages += len(new)
-            counts.received_bytes += nbytes
+            self.counters.received(len(new), nbytes)
 
     async def _until(self, segments: Sequence[Segment], probe: Callable[[], T | None], limit_s: float = math.inf) -> T:
         """The first result of probe (called under the lock) that is not None, asked again when a segment changes.
@@ -454,9 +430,5 @@ class KvStore:
         return ReadyPage(PageKey(segment.digest, layer, begin), end, k, v)
 
     def _tensor(self, segment: Segment) -> Tensor:
-        """A segment as [layers, 2, length, kv_heads, head_dim], without a copy."""
-        import torch
-
         memory = self.arena.slice(segment.offset, segment.nbytes)
-        flat = torch.frombuffer(memory, dtype=getattr(torch, self.layout.dtype))
-        return flat.view(self.layout.layers, 2, segment.length, self.layout.kv_heads, self.layout.head_dim)
+        return segment_tensor(self.layout, memory, segment.length)

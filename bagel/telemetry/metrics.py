@@ -23,8 +23,6 @@ from bagel.telemetry.otlp import exporter_name, resource
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricExporter
 
-    from bagel.kv.segment import KvStats
-
 Attributes = Mapping[str, str | int]
 Reading = Callable[[], Iterable[tuple[float, Attributes]]]
 """Returns the current values, each with its attributes."""
@@ -38,7 +36,7 @@ COUNTED_OF_A_STORE = {
     "sent": ("By", "K/V sent to peers"),
     "received": ("By", "K/V pulled from peers"),
 }
-"""Counters of a K/V store, in bytes; `bagel.kv.segment.KvStats` calls them …_bytes."""
+"""Counters of a K/V store, in bytes; `bagel.kv.counters.KvStats` calls them …_bytes."""
 HELD_BY_A_STORE = {
     "held": ("By", "K/V that leases keep", "held_bytes"),
     "stored": ("By", "K/V in the store, including those without a lease", "stored_bytes"),
@@ -46,7 +44,7 @@ HELD_BY_A_STORE = {
     "leases": ("{lease}", "Active leases", "leases"),
     "pulls": ("{pull}", "Pulls in progress, sent or received", "pulls"),
 }
-"""The current contents of a K/V store, with the fields of `bagel.kv.segment.KvStats` that give them."""
+"""The current contents of a K/V store, with the fields of `bagel.kv.counters.KvStats` that give them."""
 
 meter = metrics.get_meter("bagel", bagel.__version__)
 _calls = meter.create_histogram(
@@ -117,11 +115,11 @@ def watch_queue(waiting: Callable[[], int], active: Callable[[], int]) -> None:
     watch("bagel.requests.active", "{request}", "Requests that have a place", lambda: [(active(), {})])
 
 
-def watch_store(stats: Callable[[], KvStats]) -> None:
+def watch_store(stats: Callable[[], Mapping[str, int]]) -> None:
     """Export what a K/V store has moved, and what it holds."""
 
     def read(field: str) -> Reading:
-        return lambda: [(getattr(stats(), field), {})]
+        return lambda: [(stats()[field], {})]
 
     for name, (unit, about) in COUNTED_OF_A_STORE.items():
         watch(f"bagel.kv.{name}", unit, about, read(f"{name}_bytes"), counts=True)

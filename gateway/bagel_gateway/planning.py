@@ -12,6 +12,7 @@ from typing import Any
 from bagel.checkpoint.limits import check_stop_ids, picture_size
 from bagel.effect import Facts, check_effect
 from bagel.errors import InvalidRequest
+from bagel.images.output import OutputFormat
 from bagel.pipelines import PipelineConfig, StageConfig, pipeline_for_request
 from bagel.prompts import ImagePart, Part, TextPart
 from bagel.request import Modality, Request, check_prompt_size, resolve
@@ -21,21 +22,12 @@ from bagel_gateway.images import ImageFile, InputImages
 
 
 @dataclass(frozen=True)
-class Output:
-    """How a picture is given out. quality: of a JPEG or WebP; None is the default; previews: how many of it."""
-
-    format: common_pb2.ImageFormat.ValueType = common_pb2.IMAGE_FORMAT_UNSPECIFIED
-    quality: int | None = None
-    previews: int = 0
-
-
-@dataclass(frozen=True)
 class Asked:
     """A request that is valid whatever the model is, and the pipeline that serves it."""
 
     request: Request
     pipeline: PipelineConfig
-    output: Output
+    output: OutputFormat
 
     @property
     def path(self) -> tuple[StageConfig, ...]:
@@ -61,7 +53,7 @@ async def read_request(
     images: InputImages,
 ) -> Asked:
     """Check a request as far as it goes without the model; raises InvalidRequest or InvalidImage."""
-    asked, output = message.request, _output(message)
+    asked, output = message.request, convert.output_from_wire(message)
     modality = convert.modality_from_wire(asked.modality)
     _check_parts(modality, asked.prompt)
     options = convert.options_from_wire(asked)
@@ -70,7 +62,8 @@ async def read_request(
     options["think"] = bool(pipeline.thinks) if think is None else think
     prompt = tuple(_part(part, modality) for part in asked.prompt)
     request = resolve(modality, prompt, options, defaults)
-    _check_output(request, message)
+    # Refuses an output setting that has no effect on this request.
+    check_effect(Facts(request, output_format=output.format), output.settings())
     # Last, as it takes time: a request with a wrong setting is refused without a look at its images.
     return Asked(replace(request, prompt=await images.measured(prompt)), pipeline, output)
 
@@ -92,21 +85,6 @@ def _part(part: common_pb2.Part, modality: Modality) -> Part:
         return TextPart(part.text.text)
     purposes = convert.image_purposes(part.image, for_generation=modality is Modality.IMG2IMG)
     return ImagePart(ImageFile((0, 0), part.image), **purposes)
-
-
-def _output(message: gateway_pb2.GenerateRequest) -> Output:
-    quality = message.output_compression if message.HasField("output_compression") else None
-    convert.check_output(message.output_format, quality, message.partial_images)
-    return Output(message.output_format, quality, message.partial_images)
-
-
-def _check_output(request: Request, message: gateway_pb2.GenerateRequest) -> None:
-    """Refuse an output setting that has no effect on this request."""
-    name = convert.format_name(message.output_format)
-    output = {"output_format": name, "partial_images": message.partial_images}
-    if message.HasField("output_compression"):
-        output["output_compression"] = message.output_compression
-    check_effect(Facts(request, output_format=name), output)
 
 
 def _check_parts(modality: Modality, parts: Sequence[common_pb2.Part]) -> None:

@@ -14,11 +14,12 @@ from PIL import Image
 from bagel.client import PromptPart
 from bagel.errors import BagelError, IncompleteContext, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Result, ServiceEvent, StepDone, TextDelta
+from bagel.images.output import OutputFormat
 from bagel.pipelines import BAGEL, pipeline
 from bagel.prompts import THINK_IMAGE_PROMPT, THINK_TEXT_PROMPT, ImagePart, TextPart
 from bagel.request import Modality, resolve, with_settings
 from bagel.v1 import common_pb2, dit_pb2, thinker_pb2
-from bagel_gateway.planning import Asked, Output, plan
+from bagel_gateway.planning import Asked, plan
 from bagel_gateway.routes import route_of
 from bagel_gateway.routes.base import Route
 from bagel_gateway.routes.staged import Staged, picture_of
@@ -388,7 +389,7 @@ def test_what_rest_bounds_or_refuses_grpc_does_too(field: str, change: dict[str,
 )
 def test_the_fields_of_the_stages_choose_the_route(topology: str, modality: Modality, route: type[Route]) -> None:
     unknown = replace(pipeline(topology), model_type="a name that no code knows")
-    asked = Asked(resolve(modality, (TextPart("a red cube"),), {}), unknown, Output())
+    asked = Asked(resolve(modality, (TextPart("a red cube"),), {}), unknown, OutputFormat())
     assert route_of(plan(asked, model())) is route
 
 
@@ -398,5 +399,5 @@ def test_the_thinker_keeps_kv_if_its_stage_sends_them() -> None:
     keeps = replace(thinker, omni_kv_config=replace(thinker.omni_kv_config, need_send_cache=False))
     for stage, sends in ((thinker, True), (keeps, False)):
         spec = replace(BAGEL, stages=(stage, BAGEL.stage("dit")))
-        [context] = picture_of(plan(Asked(request, spec, Output()), model())).contexts
+        [context] = picture_of(plan(Asked(request, spec, OutputFormat()), model())).contexts
         assert context.settings.send_kv is sends

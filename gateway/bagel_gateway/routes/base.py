@@ -163,10 +163,7 @@ class Route(ABC):
 
         settings: of a whole request, whose prompt goes with them.
         """
-        output = self._plan.output
-        request.output_format, request.partial_images = output.format, output.previews
-        if output.quality is not None:
-            request.output_compression = output.quality
+        convert.output_to_wire(self._plan.output, request)
         moves = 0
         while True:
             dit = await self._services.dit()

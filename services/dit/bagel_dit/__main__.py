@@ -61,7 +61,7 @@ async def _serve(config: DitConfig) -> None:
         checkpoint.check_unchanged()
         if arena is not None:
             puller = _puller(config, arena, checkpoint, driver.info)
-            watch_store(puller.store.stats)
+            watch_store(lambda: puller.store.stats().as_dict())
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
         servicer = _servicer(config, driver, puller, images, host.draining)
         add_DitServiceServicer_to_server(servicer, host.methods)

@@ -18,7 +18,6 @@ from bagel.checkpoint.limits import check_kv_room, check_side, padded_latents, r
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images.pool import ImagePool
-from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.held import HeldContexts
 from bagel.kv.puller import KvPuller
@@ -35,6 +34,7 @@ from bagel.rpc.convert import (
     timings_to_wire,
 )
 from bagel.rpc.errors import from_status, streaming, unary
+from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import watch_queue
 from bagel.telemetry.stages import WINDOW, stages_before

@@ -109,7 +109,7 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, args: argparse
     add_ThinkerServiceServicer_to_server(servicer, host.methods)
     add_kv_blocks(KvBlocksServicer(engine.store), host.methods)
     watch_queue(lambda: admission.waiting, lambda: admission.under_way)
-    watch_store(engine.store.stats)
+    watch_store(lambda: engine.store.stats().as_dict())
     return servicer
 
 

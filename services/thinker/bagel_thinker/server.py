@@ -18,7 +18,6 @@ from bagel.engine.text_scheduler import Reading, Written
 from bagel.errors import Draining
 from bagel.images import ResizedImage
 from bagel.images.pool import ImagePool
-from bagel.images.prompt import resized_images
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.digests import SegmentKind
 from bagel.kv.lease_keeper import LeaseKeeper, LocalLessor
@@ -27,6 +26,7 @@ from bagel.rpc.admission import Admission
 from bagel.rpc.coalescing_queue import CoalescingQueue
 from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel.rpc.errors import streaming, unary
+from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
 from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2

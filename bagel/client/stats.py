@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, quantiles
 
-from bagel.cli.inputs import prompt_text
-from bagel.cli.progress import LABEL_CHARACTERS, short
-from bagel.cli.tables import NOTHING, aligned
+from bagel.client.tables import LABEL_CHARACTERS, NOTHING, aligned, short
 from bagel.events import Accepted, Result, ServiceEvent, StepDone, TextDelta
+from bagel.prompts import prompt_text
 from bagel.request import Request
 
 
@@ -101,7 +100,7 @@ def stats_table(requests: Sequence[Request], results: Sequence[Result], firsts: 
     lines = [["request", *(column.title for column in columns), "prompt"]]
     for number, row in enumerate(rows, 1):
         cells = (_cell(column, column.value(row)) for column in columns)
-        lines.append([str(number), *cells, short(prompt_text(row.request), LABEL_CHARACTERS)])
+        lines.append([str(number), *cells, short(prompt_text(row.request.prompt), LABEL_CHARACTERS)])
     if len(rows) > 1:
         lines += [[name, *(_summary(column, rows, of) for column in columns), ""] for name, of in _SUMMARIES.items()]
     return aligned(lines, left=(len(columns) + 1,))

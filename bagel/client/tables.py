@@ -8,6 +8,8 @@ from bagel.events import Result
 from bagel.telemetry.stages import steps_of
 
 NOTHING = "-"
+LABEL_CHARACTERS = 40
+"""Of a prompt, where it names a request."""
 
 
 def profile_table(results: Sequence[Result]) -> str:
@@ -25,6 +27,12 @@ def profile_table(results: Sequence[Result]) -> str:
             each = NOTHING if steps is None else f"{1e3 * seconds / steps:.1f}"
             rows.append([str(number), size, stage, f"{seconds:.3f}", each, f"{seconds / total:.0%}"])
     return aligned(rows, left=(1, 2))
+
+
+def short(text: str, characters: int) -> str:
+    """A text as one line of at most so many characters, without anything that moves a terminal's cursor."""
+    line = "".join(char if char.isprintable() else " " for char in " ".join(text.split()))
+    return line if len(line) <= characters else line[: characters - 1] + "…"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
