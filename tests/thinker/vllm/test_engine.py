@@ -185,7 +185,7 @@ def settled(vllm: Any) -> bool:
     while time.monotonic() < deadline:
         stats = vllm.store.stats()
         blocks = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-        if blocks and not (vllm._requests or vllm._busy or vllm._waiting or stats.leases or stats.held_bytes):
+        if blocks and not (vllm._requests or vllm._claims or vllm._waiting or stats.leases or stats.held_bytes):
             segments = vllm.store._ledger.segments.values()
             return not any(segment.pins or segment.claimed for segment in segments)
         time.sleep(0.05)
@@ -426,7 +426,7 @@ def test_prompts_that_do_not_fit_are_refused(vllm: Any) -> None:
 def test_a_thinker_without_the_generation_expert_refuses_edits(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "_settings", replace(vllm._settings, role=Role.UNDERSTAND))
     edit = ask(vllm, Ask((image(64, edit=True), TextPart("snow"))))
-    with pytest.raises(NotSupported, match="--role understand and reads no images to edit"):
+    with pytest.raises(NotSupported, match="role understand and reads no images to edit"):
         edit.written  # noqa: B018
     vllm.store.release([edit.lease])
 

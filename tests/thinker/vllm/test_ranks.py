@@ -40,7 +40,7 @@ class Core:
         self.exports: dict[str, list[tuple[str, int, int, int]]] = {}
         self.aborted: list[str] = []
         self._new: list[str] = []
-        self.token, self.overflown = 1, 0
+        self.token, self.overflowed = 1, 0
 
     @property
     def busy(self) -> bool:
@@ -55,7 +55,7 @@ class Core:
         return [SimpleNamespace(request_id=name, new_token_ids=[self.token], finish_reason="length") for name in ended]
 
     def overflows(self) -> int:
-        return self.overflown
+        return self.overflowed
 
     def abort(self, names: Sequence[str]) -> None:
         self.aborted += names
@@ -70,14 +70,14 @@ class Stand:
     def __init__(self, checkpoint: Checkpoint, kv_store_bytes: int = 2**18) -> None:
         settings = VllmSettings("cpu", "float32", max_num_seqs=4, max_model_len=600, tensor_parallel_size=RANKS)
         self.engine = VllmEngine(checkpoint, settings, model_name="tiny", kv_store_bytes=kv_store_bytes)
-        self.heard, hear = 0, self.engine._sink.hear
+        self.received, on_notice = 0, self.engine._sink.on_notice
 
         def count(notice: Notice) -> None:
-            hear(notice)
-            self.heard += 1
+            on_notice(notice)
+            self.received += 1
 
-        self.engine._sink.hear = count
-        self.told = 0
+        self.engine._sink.on_notice = count
+        self.sent = 0
         self.came: list[Written | Exception] = []
 
     @property
@@ -107,18 +107,18 @@ class Stand:
                 memory = outlet.arena.slice(offset + layer * nbytes, nbytes)
                 rows = torch.frombuffer(memory, dtype=torch.float32).view(2, length, layout.kv_heads, layout.head_dim)
                 rows[:, :, rank * half : (rank + 1) * half] = rank + 1
-                self.tell(Notice(name, rank=rank, digest=digest, layer=layer))
+                self.send(Notice(name, rank=rank, digest=digest, layer=layer))
 
-    def tell(self, notice: Notice) -> None:
-        self.core.ranks[notice.rank].tell(notice)
-        self.told += 1
+    def send(self, notice: Notice) -> None:
+        self.core.ranks[notice.rank].send(notice)
+        self.sent += 1
 
     def settle(self) -> None:
-        """Until the engine has heeded all that was told."""
-        until(lambda: self.heard == self.told)
-        heeded = threading.Event()
-        self.engine._commands.put(heeded.set)
-        assert heeded.wait(LIMIT_S)
+        """Wait until the engine has handled every notice sent so far."""
+        until(lambda: self.received == self.sent)
+        handled = threading.Event()
+        self.engine._commands.put(handled.set)
+        assert handled.wait(LIMIT_S)
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -141,11 +141,11 @@ def test_a_reading_waits_for_the_rank_that_is_last(stand: Stand, first: int) -> 
     reading, _ = stand.read("a red cube")
     (name,) = stand.core.exports
     stand.write(first, name)
-    stand.tell(Notice(name, rank=first, over=True))
+    stand.send(Notice(name, rank=first, over=True))
     stand.settle()
     assert not stand.came and name in stand.engine._requests
     stand.write(1 - first, name)
-    stand.tell(Notice(name, rank=1 - first, over=True))
+    stand.send(Notice(name, rank=1 - first, over=True))
     stand.settle()
     (came,) = stand.came
     assert isinstance(came, Written) and not stand.engine._requests
@@ -163,12 +163,12 @@ def test_memory_is_given_away_only_when_no_rank_writes(stand: Stand) -> None:
     stand.write(0, name, layers=1)
     stand.engine.cancel(reading)
     store.release([lease])
-    stand.tell(Notice(name, rank=0, over=True))
+    stand.send(Notice(name, rank=0, over=True))
     stand.settle()
     with pytest.raises(StoreFull):
         store.lease([(b"o" * 16, most)], 9)
     stand.write(1, name, layers=1)
-    stand.tell(Notice(name, rank=1, over=True))
+    stand.send(Notice(name, rank=1, over=True))
     stand.settle()
     store.lease([(b"o" * 16, most)], 9)
     assert not stand.came
@@ -180,7 +180,7 @@ def test_a_rank_that_leaves_something_out_fails_the_reading(stand: Stand) -> Non
     stand.write(0, name)
     stand.write(1, name, layers=1)
     for rank in range(RANKS):
-        stand.tell(Notice(name, rank=rank, over=True))
+        stand.send(Notice(name, rank=rank, over=True))
     stand.settle()
     (came,) = stand.came
     assert isinstance(came, IncompleteContext) and not stand.engine._requests
@@ -196,12 +196,12 @@ def test_an_overflow_is_told_where_texts_use_all_of_the_vocabulary(monkeypatch: 
 
         def came(words: str, settings: TextSettings | None, overflown: int) -> Written | Exception:
             stand.came.clear()
-            core.overflown += overflown
+            core.overflowed += overflown
             stand.read(words, settings)
             name = list(core.exports)[-1]
             for rank in range(RANKS):
                 stand.write(rank, name)
-                stand.tell(Notice(name, rank=rank, over=True))
+                stand.send(Notice(name, rank=rank, over=True))
             stand.settle()
             (ended,) = stand.came
             return ended

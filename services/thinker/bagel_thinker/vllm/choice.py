@@ -1,4 +1,4 @@
-"""The exact engine's choice of tokens, as a vLLM request carries it. Nothing of vLLM here."""
+"""The torch engine's rule for choosing tokens, carried in a vLLM request. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ KEY = "bagel_choice"
 
 
 def choice(settings: TextSettings, seed: int, seen: Sequence[int]) -> dict[str, Any]:
-    """`extra_args` of a request whose tokens are not simply the likeliest; empty for greedy text.
+    """The `extra_args` of a request that samples or penalises; empty for greedy text, which vLLM chooses itself.
 
-    seen: the prompt's text, which the repetition penalty looks at.
+    seen: the ids of the prompt's text, to which the repetition penalty applies.
     """
     if not settings.do_sample and settings.repetition_penalty == 1.0:
         return {}
@@ -29,10 +29,10 @@ def choice(settings: TextSettings, seed: int, seen: Sequence[int]) -> dict[str, 
 
 @dataclass
 class Text:
-    """A text that chooses by our rule.
+    """A text whose tokens are chosen by the torch engine's rule.
 
-    output: vLLM's own list of its tokens, of which only the length is relied on: on a GPU the last of them may not be
-    known there yet. chosen: the same tokens, known where they were chosen.
+    output: vLLM's list of its tokens. Only its length is used: on a GPU the host may not know the last token yet.
+    chosen: the same tokens, as tensors on the device that chose them.
     """
 
     settings: TextSettings
@@ -43,15 +43,15 @@ class Text:
 
     @classmethod
     def of(cls, given: dict[str, Any], output: list[int]) -> Text:
-        """From what `choice` made."""
+        """Make a text from the values of `choice`."""
         values = given["settings"] | {"stop_token_ids": tuple(given["settings"]["stop_token_ids"])}
         settings = TextSettings(**values)
         uniforms = text_uniforms(given["seed"], settings.max_tokens).tolist()
         return cls(settings, uniforms, given["seen"], output, [torch.tensor(token) for token in output])
 
     def next(self, logits: Tensor) -> Tensor:
-        """The next token from logits [vocab]. A prompt that is split over steps asks several times for its first."""
-        at = len(self.output)
+        """Choose the next token from logits [vocab]."""
+        at = len(self.output)  # not a counter: a prompt that is split over steps asks several times for its first token
         penalised = self.settings.repetition_penalty != 1.0
         seen = [*self.seen, *(int(token) for token in self.chosen[:at])] if penalised else ()
         token = choose(logits, self.settings, seen, self.uniforms[at])

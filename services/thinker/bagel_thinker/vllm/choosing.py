@@ -1,4 +1,4 @@
-"""A logits processor for vLLM: sampled and penalised texts are those of the torch engine."""
+"""A logits processor for vLLM, with which sampled and penalised texts equal those of the torch engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bagel_thinker.vllm.choice import KEY, Text
 
 
 class Chooser(LogitsProcessor):
-    """Leaves only the chosen token possible in the rows of requests that have a `choice`."""
+    """Rules out all tokens but the chosen one, in the rows of requests that carry a `choice`."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._texts: dict[int, Text] = {}
@@ -21,13 +21,13 @@ class Chooser(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow the batch: removed rows, then added, then moved."""
+        """Follow the changes of vLLM's batch, in vLLM's order: removed rows, then added, then moved."""
         if batch_update is None:
             return
         for row in batch_update.removed:
             self._texts.pop(row, None)
         for row, params, _, output in batch_update.added:
-            self._texts.pop(row, None)
+            self._texts.pop(row, None)  # a new request may take the row of one that has ended
             if given := (params.extra_args or {}).get(KEY):
                 self._texts[row] = Text.of(given, output)
         for one, other, way in batch_update.moved:

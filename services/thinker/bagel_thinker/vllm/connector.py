@@ -1,7 +1,7 @@
-"""vLLM's KV connector of the Thinker: the K/V of finished segments, copied layer by layer into the store's memory.
+"""The Thinker's KV connector for vLLM: it copies the K/V of finished segments, layer by layer, to the store's memory.
 
-The scheduler's half says which segments a step completes; the worker's half copies their rows out of the paged cache as
-each layer is computed. A segment that a prefix-cache hit covers is copied like any other: its blocks hold it.
+The scheduler's half determines which segments a step completes. The worker's half copies their rows out of the paged
+cache as each layer is computed. A segment found in the prefix cache is copied in the same way: its blocks hold it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.sink import Notice, Outlet
 
-PARAMETERS = "kv_transfer_params"
 log = Log("bagel.thinker")
 
 
@@ -46,13 +45,13 @@ class Export:
 
 @dataclass
 class Exports(KVConnectorMetadata):
-    """What one step completes."""
+    """The segments that one step completes."""
 
     parts: list[Export] = field(default_factory=list)
 
 
 class KvExport(KVConnectorBase_V1):
-    """Producer only: nothing is ever loaded."""
+    """A connector that only produces K/V and never loads any."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
@@ -66,7 +65,7 @@ class KvExport(KVConnectorBase_V1):
     # Scheduler's half
 
     def on_new_request(self, request: Any) -> None:
-        """Note what a request exports."""
+        """Note the segments that a request exports."""
         given = (request.kv_transfer_params or {}).get("exports", [])
         self._open[request.request_id] = [Export(request.request_id, *values) for values in given]
 
@@ -77,7 +76,7 @@ class KvExport(KVConnectorBase_V1):
         pass
 
     def build_connector_meta(self, scheduler_output: Any) -> Exports:
-        """The segments whose last row this step computes or finds in the cache."""
+        """Collect the segments whose last row this step computes or finds in the cache."""
         meta, cached = Exports(), scheduler_output.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -94,18 +93,18 @@ class KvExport(KVConnectorBase_V1):
         return meta
 
     def _blocks(self, request: str) -> tuple[int, ...]:
-        """The blocks of a request, in order."""
+        """The request's blocks, in order."""
         return tuple(self._kv_cache_manager.get_block_ids(request)[0])
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        """Forget a request. Its blocks may be given away at once: copies are ordered before what comes after."""
+        """Forget a request."""
         self._open.pop(request.request_id, None)
-        return False, None
+        return False, None  # False frees its blocks now; the copies are ordered before any later step
 
     # Worker's half
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Learn the layers, in order."""
+        """Note the layers' caches, in order."""
         assert self._worker is not None
         self._worker.use(kv_caches)
 
@@ -116,37 +115,35 @@ class KvExport(KVConnectorBase_V1):
         pass
 
     def save_kv_layer(self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Copy what the step completes of one layer. Never raises: an error here would end every request."""
+        """Copy one layer of the segments that the step completes. Never raises, since that would end every request."""
         meta = self._get_connector_metadata()
         assert self._worker is not None
         if isinstance(meta, Exports) and meta.parts:
             self._worker.save(meta, layer_name)
 
     def wait_for_save(self) -> None:
-        """Copy the layers that no one called for (a captured graph calls nobody); order copies before the next step.
-
-        vLLM calls this also on the way out of a forward that failed, whose rows were never computed.
-        """
+        """Copy the layers that save_kv_layer was not called for, and order all copies before the next step."""
+        # A captured graph makes no calls per layer. A failed forward ends here too, without having computed its rows.
         meta = self._get_connector_metadata()
         assert self._worker is not None
         if isinstance(meta, Exports) and meta.parts:
             self._worker.finish(meta, failed=sys.exc_info()[0] is not None)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Tell, behind all copies, which requests nothing more is written for."""
+        """Send a notice, after all copies, for each request that no more copies follow for."""
         assert self._worker is not None
         for request in sorted(finished_req_ids):
-            self._worker.tell(Notice(request, over=True))
+            self._worker.send(Notice(request, over=True))
         return None, None
 
     def shutdown(self) -> None:
-        """End the thread that tells of copies."""
+        """End the thread that sends notices."""
         if self._worker is not None:
             self._worker.close()
 
 
 class _Worker:
-    """Copies layers out of one worker's paged cache."""
+    """Copies layers out of the paged cache of one rank."""
 
     def __init__(self, outlet: Outlet, size: int) -> None:
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -176,7 +173,7 @@ class _Worker:
                     self._save(part, name)
 
     def finish(self, meta: Exports, *, failed: bool) -> None:
-        """Copy what was not saved, at the end of a step; or nothing more if the step failed."""
+        """End a step: copy the layers that were not saved, or nothing more if the step failed."""
         for name in [] if failed else self._layers:
             if name not in self._saved:
                 self.save(meta, name)
@@ -185,14 +182,11 @@ class _Worker:
         if self._copies:
             self._copies.before_next_step()
 
-    def tell(self, notice: Notice) -> None:
+    def send(self, notice: Notice) -> None:
+        """Send a notice to the engine once the copies so far are done."""
         if notice.over:
             self._failed.discard(notice.request)
-        notice = replace(notice, rank=self._rank)
-        if self._copies:
-            self._copies.tell(notice)
-        else:
-            self._outlet.tell(notice)
+        (self._copies or self._outlet).send(replace(notice, rank=self._rank))
 
     def close(self) -> None:
         if self._copies:
@@ -209,20 +203,20 @@ class _Worker:
                 k, v = read_rows(cache, self._wanted[part], part.begin, part.end)
                 target[0].copy_(k, non_blocking=True)
                 target[1].copy_(v, non_blocking=True)
-            self.tell(Notice(part.request, digest=part.digest, layer=layer))
-        except Exception as error:  # this request fails; the others go on
+            self.send(Notice(part.request, digest=part.digest, layer=layer))
+        except Exception as error:  # only this request fails
             self._failed.add(part.request)
             log.error("an export failed", request=part.request, error=repr(error))
-            self.tell(Notice(part.request, failure=f"its K/V could not be copied: {error}"))
+            self.send(Notice(part.request, failure=f"its K/V could not be copied: {error}"))
 
     def _target(self, part: Export, layer: int) -> Tensor | None:
-        """Where this rank's heads of a segment's layer go, [2, length, heads, head_dim]; None: another rank's copy."""
+        """The place of this rank's heads in a segment's layer, [2, length, heads, head_dim]; None if it copies none."""
         layout = self._outlet.layout
         nbytes = layout.layer_bytes(part.length)
         memory = self._outlet.arena.slice(part.offset + layer * nbytes, nbytes)
         rows = torch.frombuffer(memory, dtype=getattr(torch, layout.dtype))
         rows = rows.view(2, part.length, layout.kv_heads, layout.head_dim)
-        copies = max(1, self._size // layout.kv_heads)
+        copies = max(1, self._size // layout.kv_heads)  # vLLM replicates heads if there are more ranks than heads
         if self._rank % copies:
             return None
         heads = max(1, layout.kv_heads // self._size)
@@ -231,9 +225,9 @@ class _Worker:
 
 
 class _DeviceCopies:
-    """Copies on a GPU beside its computation: a stream that follows each layer, and a thread that tells of the end.
+    """Copies on a GPU, parallel to its computation: a stream that follows each layer, and a thread that sends notices.
 
-    The store's memory is pinned where the driver lets us, so that the computation never waits for a copy.
+    The store's memory is pinned if the driver allows it, so that the computation never waits for a copy.
     """
 
     def __init__(self, device: torch.device, outlet: Outlet) -> None:
@@ -241,21 +235,21 @@ class _DeviceCopies:
         self._stream = torch.cuda.Stream(device)
         self._queue: queue.SimpleQueue[tuple[Any, Notice] | None] = queue.SimpleQueue()
         self._pin()
-        self._thread = threading.Thread(target=self._tell_all, name="kv-copies", daemon=True)
+        self._thread = threading.Thread(target=self._send_all, name="kv-copies", daemon=True)
         self._thread.start()
 
     def after_layer(self) -> AbstractContextManager[Any]:
-        """Work in this context runs beside the computation, after what was launched so far."""
+        """A context whose work runs parallel to the computation, after everything launched so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         context: AbstractContextManager[Any] = torch.cuda.stream(self._stream)
         return context
 
     def before_next_step(self) -> None:
-        """What is launched from now on waits, on the device, for the copies so far."""
+        """Make later launches wait, on the device, for the copies so far: they may overwrite the copied blocks."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def tell(self, notice: Notice) -> None:
-        """Tell once the copies so far are done."""
+    def send(self, notice: Notice) -> None:
+        """Send a notice once the copies so far are done."""
         event = torch.cuda.Event()
         event.record(self._stream)
         self._queue.put((event, notice))
@@ -270,17 +264,17 @@ class _DeviceCopies:
         if int(result) != 0:
             log.warning("the store's memory could not be pinned; copies will hold up prefill", error=str(result))
 
-    def _tell_all(self) -> None:
+    def _send_all(self) -> None:
         while (entry := self._queue.get()) is not None:
             event, notice = entry
             event.synchronize()
-            self._outlet.tell(notice)
+            self._outlet.send(notice)
 
 
 def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
     """K and V of rows [begin, end) of a request, each [rows, kv heads, head_dim].
 
-    cache: one layer, [blocks, kv heads, block size, K | V]; wanted: the blocks that these rows lie in, in order.
+    cache: one layer, [blocks, kv heads, block size, K | V]; wanted: the blocks of these rows, in order.
     """
     size = cache.shape[2]
     rows = cache[wanted].transpose(1, 2).flatten(0, 1)
@@ -291,6 +285,6 @@ def read_rows(cache: Tensor, wanted: Tensor, begin: int, end: int) -> tuple[Tens
 
 
 def _index(part: Export, size: int, device: torch.device) -> Tensor:
-    """The blocks, of `size` rows, that a segment lies in; the same in all layers."""
+    """The blocks, of `size` rows each, that hold a segment. They are the same in all layers."""
     wanted = torch.tensor(part.blocks[part.begin // size : -(-part.end // size)])
     return wanted.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else wanted

@@ -1,4 +1,4 @@
-"""vLLM's engine core in this process: it takes requests whose images are prepared, and is stepped by its caller."""
+"""Run vLLM's engine core in this process: the caller adds requests with prepared images, and calls each step."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from bagel_thinker.vllm.settings import VllmSettings, engine_arguments
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine's thread; workers of tp > 1 are processes
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # gRPC survives no fork
-    "VLLM_CONFIGURE_LOGGING": "0",  # it would write to stdout, where a service announces its address
+    "VLLM_CONFIGURE_LOGGING": "0",  # its logs would go to stdout, where a service announces its address
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else ranks on a CPU need a NUMA node each
-    "TRITON_F32_DEFAULT": "ieee",  # float32 attention is float32: Triton's products would be TF32
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the connector's calls by layer are tested with the first one
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise each rank on a CPU needs a NUMA node of its own
+    "TRITON_F32_DEFAULT": "ieee",  # otherwise Triton computes float32 attention in TF32
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the connector's calls per layer are tested with the first runner only
 }
 
 
 class Core:
-    """One model on vLLM. Not thread-safe: built and stepped in one thread."""
+    """One model on vLLM. Not thread-safe: one thread builds it and calls everything."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Core:
         sink: Any,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
-        """sink: of `Sink.open`; on_broken: called, from a thread of its own, when a worker process has died.
+        """Load the model. sink: the result of `Sink.open`; on_broken: called in another thread if a worker dies.
 
         Raises ConfigError for settings that vLLM refuses.
         """
@@ -79,7 +79,7 @@ class Core:
             self._client.collective_rpc(_leave_tokens_on_device)
 
     def _check_quantised(self, name: str) -> None:
-        """vLLM takes ways to quantise that leave some layers, or all, as they are, and says nothing."""
+        """Raise ConfigError if a layer is not quantised: some of vLLM's methods silently skip layers, or all."""
         left = self._client.collective_rpc(_left_whole)[0]
         if left:
             self._client.shutdown()
@@ -90,7 +90,7 @@ class Core:
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do: requests, or workers that have not heard of finished ones."""
+        """Whether a step has work: requests, or finished ones that the workers must be told about."""
         return bool(self._client.engine_core.scheduler.has_requests())
 
     def add(
@@ -103,7 +103,10 @@ class Core:
         stops: Sequence[int] = (),
         extra: Mapping[str, Any],
     ) -> None:
-        """Compute a chain's K/V, then write up to max_tokens after the ids `then`; extra: the request's extra_args."""
+        """Add a request: compute a chain's K/V, then write up to max_tokens tokens after the ids `then`.
+
+        extra: the request's extra_args.
+        """
         from vllm import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
@@ -130,20 +133,20 @@ class Core:
         )
 
     def step(self) -> list[Any]:
-        """One step; vLLM's outputs of requests that got a token or ended."""
+        """Run one step; returns vLLM's outputs for the requests that got a token or ended."""
         outputs: list[Any] = self._client.get_output().outputs
         return outputs
 
     def overflows(self) -> int:
-        """Rows of logits that were not finite so far."""
+        """How many rows of logits have not been finite so far."""
         return max(int(count) for count in self._client.collective_rpc(_overflows))
 
     def abort(self, requests: Sequence[str]) -> None:
-        """End requests; unknown ones have ended already."""
+        """Abort requests; it ignores unknown ones, which have already ended."""
         self._client.abort_requests(list(requests))
 
     def forget(self) -> bool:
-        """Drop what is cached, after a step that failed: its K/V are not right. False if blocks are still in use."""
+        """Drop vLLM's caches, whose K/V may be wrong after a failed step; False if requests still use blocks."""
         self._client.reset_encoder_cache()
         return bool(self._client.reset_prefix_cache())
 
@@ -151,7 +154,7 @@ class Core:
         self._client.shutdown()
 
     def _features(self, chain: Chain) -> list[Any]:
-        """Image blocks as vLLM takes them; its caches know each by the digest of its segment."""
+        """The image blocks in vLLM's form. The segment's digest is the key in vLLM's caches."""
         from vllm.multimodal.inputs import (
             MultiModalBatchedField,
             MultiModalFeatureSpec,
@@ -183,7 +186,7 @@ class Core:
 
 
 def _left_whole(worker: Any) -> list[str]:
-    """Linear layers of both experts that are not quantised."""
+    """The names of both experts' linear layers that are not quantised."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     modules = worker.model_runner.model.named_modules()
@@ -196,19 +199,19 @@ def _overflows(worker: Any) -> int:
 
 
 def _leave_tokens_on_device(worker: Any) -> None:
-    """Not to wait for each step's tokens because there is a logits processor: ours does without them."""
+    """Stop vLLM from waiting for each step's tokens on behalf of a logits processor; ours does not need them."""
     worker.model_runner.input_batch.logitsprocs_need_output_token_ids = False
 
 
 def cached_tokens(output: Any) -> int:
-    """Prompt tokens that a request's first output found computed before."""
+    """The number of prompt tokens that vLLM's cache had, from a request's first output."""
     stats = getattr(output, "prefill_stats", None)
     count = stats.num_cached_tokens if stats is not None else getattr(output, "num_cached_tokens", 0)
     return int(count or 0)
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):  # its own first line only counts
+    if isinstance(error, ValidationError):  # the first line of its text only counts the errors
         return str(error.errors()[0]["msg"]).removeprefix("Value error, ").splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

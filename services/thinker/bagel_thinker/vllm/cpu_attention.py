@@ -1,6 +1,7 @@
-"""Attention on a CPU for vLLM: exact where images are bidirectional, any head size, K and V plain in their blocks.
+"""CPU attention for vLLM: exact for images, whose rows attend in both directions, and for any head size.
 
-It is the exact engine's attention over vLLM's paged cache, a request at a time: right rather than fast.
+It runs the torch engine's attention over vLLM's paged cache, one request at a time: correct rather than fast. K and V
+lie unpacked in their blocks, so that the connector can copy them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bagel_thinker.vllm.spans import Piece, pieces
 
 @dataclass
 class Row:
-    """One request of a step: where its queries begin, its blocks, and what each of its queries sees."""
+    """One request of a step: the place of its queries, its blocks, and the rows that each query sees."""
 
     query: int
     begin: int
@@ -30,7 +31,7 @@ class Row:
 
 @dataclass
 class SpanMetadata:
-    """What the layers of one step share."""
+    """The metadata that all layers of a step share."""
 
     num_actual_tokens: int
     slot_mapping: Tensor
@@ -47,14 +48,14 @@ class SpanMetadataBuilder(AttentionMetadataBuilder[SpanMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> SpanMetadata:
-        """common_prefix_len and fast_build change nothing here."""
+        """Build the metadata of a step; common_prefix_len and fast_build have no effect."""
         common = common_attn_metadata
         starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
         ranges = common.mm_req_doc_ranges or {}
         rows = []
         for i, end in enumerate(lengths):
             begin = end - (starts[i + 1] - starts[i])
-            if begin == end:
+            if begin == end:  # no queries in this step
                 continue
             spans = [(first, last - first + 1) for first, last in ranges.get(i, ())]
             blocks = common.block_table_tensor[i, : -(-end // self._block)].long()
@@ -69,7 +70,7 @@ class SpanAttention(CPUAttentionBackendImpl):
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Write a step's K and V, [tokens, kv heads, head size], to their slots."""
-        slots = slot_mapping[slot_mapping >= 0]
+        slots = slot_mapping[slot_mapping >= 0]  # padding has the slot -1
         block = kv_cache.shape[2]
         kv_cache[slots // block, :, slots % block] = torch.cat((key, value), dim=-1)[: len(slots)]
 
@@ -86,7 +87,7 @@ class SpanAttention(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """query [tokens, heads, head size] -> output, of that shape or flat."""
-        if attn_metadata is None:  # a dummy run
+        if attn_metadata is None:  # vLLM's dummy run, which only measures memory
             return output
         out = output.view(-1, self.num_heads, self.head_size)
         for row in attn_metadata.rows:
@@ -119,7 +120,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tens
 
 
 class SpanAttentionBackend(CPUAttentionBackend):
-    """Takes the place of vLLM's CPU_ATTN."""
+    """Replaces vLLM's CPU_ATTN."""
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -1,11 +1,10 @@
-"""The vLLM engine: readings as vLLM requests, stepped in a thread of its own, their K/V exported to the store."""
+"""The vLLM engine turns readings into vLLM requests, steps them in its thread and exports their K/V to the store."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -37,6 +36,7 @@ from bagel.rpc.convert import model_info
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
 from bagel_thinker.vllm.choice import choice
+from bagel_thinker.vllm.claims import Claims
 from bagel_thinker.vllm.core import Core, cached_tokens
 from bagel_thinker.vllm.jobs import Filling, Job, Request
 from bagel_thinker.vllm.requests import Placeholders, segment_starts
@@ -45,9 +45,7 @@ from bagel_thinker.vllm.sink import Notice, Sink
 from bagel_thinker.watchdog import Pulse
 
 MOST_FAILURES = 2
-"""Steps in a row that may fail before the engine is given up."""
-KNOWN_SEGMENTS = 65_536
-"""Digests remembered as computed before, so that who shares them need not wait for one another."""
+"""Consecutive steps that may fail before the engine gives up."""
 
 log = Log("bagel.thinker")
 
@@ -65,7 +63,7 @@ class VllmEngine:
         model_name: str,
         kv_store_bytes: int,
     ) -> None:
-        """Load a checkpoint; settings name device and type outright. Raises ConfigError for what vLLM refuses."""
+        """Load a checkpoint; settings must name the device and the type. Raises ConfigError for what vLLM refuses."""
         config = checkpoint.config
         self.tokenizer = BagelTokenizer(checkpoint.folder)
         kv_fingerprint = fingerprint(checkpoint.fingerprint, settings.dtype)
@@ -92,22 +90,21 @@ class VllmEngine:
         self._names = itertools.count()
         self._waiting: list[Job] = []
         self._requests: dict[str, Request] = {}
-        self._busy: dict[bytes, Request] = {}
-        self._known: OrderedDict[bytes, None] = OrderedDict()
-        self._sink = Sink(self.store.arena, self.store.layout, self._hear)
+        self._claims = Claims(self.store)
+        self._sink = Sink(self.store.arena, self.store.layout, self._on_notice)
         started: Future[None] = Future()
         make = partial(self._make_core, checkpoint)
         self._thread = threading.Thread(target=self._run, args=(make, started), name="vllm-engine", daemon=True)
         self._thread.start()
         started.result()
-        try:
+        try:  # a file that changed while vLLM read it would not be the model that the fingerprint names
             checkpoint.check_unchanged()
         except BaseException:
             self.close()
             raise
 
     def submit(self, reading: Reading) -> None:
-        """Take a reading on."""
+        """Start a reading; its callbacks run in the engine's thread."""
         self._commands.put(lambda: self._take(reading))
 
     def cancel(self, reading: Reading) -> None:
@@ -115,7 +112,7 @@ class VllmEngine:
         self._commands.put(lambda: self._cancel(reading))
 
     def close(self) -> None:
-        """Stop after the step under way."""
+        """Stop after the current step."""
         self._commands.put(None)
         self._thread.join()
 
@@ -146,10 +143,10 @@ class VllmEngine:
         self._sink.close()
 
     def _take_commands(self) -> bool:
-        """Run what waits; blocks while there is nothing else to do. False: stop."""
+        """Run the waiting commands; blocks while there is nothing to compute. Returns False on the command to stop."""
         while True:
             if idle := self.failed.done() or not self._core.busy:
-                self.pulse.rest()
+                self.pulse.rest()  # an idle engine must not look like a hanging one
             try:
                 command = self._commands.get(block=idle)
             except Empty:
@@ -168,7 +165,7 @@ class VllmEngine:
             count_step("text", writing, time.perf_counter() - began)
         self._failures, self._overflowed = 0, None
         if any(self._ids.overflow in output.new_token_ids for output in outputs):
-            self._overflown()  # counted with this step, whether or not anybody still waits for the text
+            self._has_overflowed()  # reads the count now, even for an abandoned text: the next step must not inherit it
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is not None:
@@ -176,7 +173,7 @@ class VllmEngine:
         self._admit()
 
     def _writes(self, name: str) -> bool:
-        """Whether a request that is under way writes text."""
+        """Whether the request with this name is still wanted and writes text."""
         request = self._requests.get(name)
         return request is not None and request.job is not None and request.job.writes
 
@@ -196,7 +193,7 @@ class VllmEngine:
         self._admit()
 
     def _check(self, job: Job) -> None:
-        """Refuse what cannot be computed here."""
+        """Refuse a job that this engine cannot compute."""
         written = job.reading.settings.max_tokens + 1 if job.reading.settings else 0
         if job.chain.length + written > self._rows:
             raise InvalidRequest(
@@ -208,8 +205,8 @@ class VllmEngine:
         generates = any(segment.kind is SegmentKind.VAE for segment in job.chain.segments)
         if generates and not self._settings.role.parts.generation:
             raise NotSupported(
-                "this Thinker was started with --role understand and reads no images to edit; send the request to one "
-                "of --role context"
+                "this Thinker has the role understand and reads no images to edit; send the request to one of the role "
+                "context"
             )
 
     def _cancel(self, reading: Reading) -> None:
@@ -219,9 +216,9 @@ class VllmEngine:
                 self._abandon(request)
 
     def _admit(self) -> None:
-        """Start what waits for nobody: of readings with a segment in common, one computes it, the others find it."""
+        """Start the waiting jobs, except those that share a segment with a request which is still computing it."""
         for job in list(self._waiting):
-            if any(segment.digest in self._busy for segment in job.chain.segments):
+            if self._claims.blocks(job.chain):  # once it is computed, this job finds it in vLLM's cache
                 continue
             self._waiting.remove(job)
             try:
@@ -235,21 +232,16 @@ class VllmEngine:
         if not job.writes and all(self.store.is_complete(segment.digest) for segment in segments):
             self._done(job)
             return
-        name = f"r{next(self._names)}"
-        fillings = {each.digest: Filling(each.digest) for each in segments if self._claim(each.digest)}
-        fresh = frozenset(each.digest for each in segments) - self._known.keys()
-        request = job.request = Request(name, job, fresh, fillings)
-        for digest in fresh | fillings.keys():
-            self._busy[digest] = request
-        self._requests[name] = request
+        request = self._claims.take(f"r{next(self._names)}", job)
+        self._requests[request.name] = request
         try:
-            self._core.add(name, job.chain, **self._arguments(job, fillings))
+            self._core.add(request.name, job.chain, **self._arguments(job, request.fillings))
         except BaseException:
             self._end(request)
             raise
 
     def _arguments(self, job: Job, fillings: dict[bytes, Filling]) -> dict[str, Any]:
-        """What vLLM is told beside the chain."""
+        """The arguments of `Core.add` beside the chain."""
         rows = zip(job.chain.segments, segment_starts(job.chain), strict=True)
         exports = [
             (segment.digest.hex(), start, segment.length, self.store.offsets(segment.digest, 0)[0])
@@ -271,26 +263,16 @@ class VllmEngine:
     def _stops(self, settings: TextSettings) -> list[int]:
         return [self.tokenizer.eos, *settings.stop_token_ids]
 
-    def _claim(self, digest: bytes) -> bool:
-        """Claim and pin a segment that a lease has reserved and nobody has filled."""
-        try:
-            if not self.store.claim(digest):
-                return False
-            self.store.pin(digest)
-        except UnknownSegment:
-            return False
-        return True
-
     # Outputs
 
     def _advance(self, request: Request, output: Any) -> None:
-        """Take in what a step gave a request."""
+        """Process the output that a step has for a request."""
         job = request.job
-        if not request.begun:
+        if not request.begun:  # its first token shows that the whole prompt is computed
             request.begun = True
             self._computed(request, output)
         if job is not None and job.writes:
-            if self._ids.overflow in output.new_token_ids and self._overflown():
+            if self._ids.overflow in output.new_token_ids and self._has_overflowed():
                 self._fail(request, NotFinite("the text overflowed: its logits are not finite; use float32"))
                 return
             self._show(job, output.new_token_ids)
@@ -306,26 +288,20 @@ class VllmEngine:
         else:
             self._finish(request)
 
-    def _overflown(self) -> bool:
-        """Whether logits of this step were not finite; the id that stands for it may also have been sampled."""
+    def _has_overflowed(self) -> bool:
+        """Whether logits of this step were not finite. The overflow id alone proves nothing: it may be sampled."""
         if self._overflowed is None:
             before, self._overflows = self._overflows, self._core.overflows()
             self._overflowed = self._overflows > before
         return self._overflowed
 
     def _computed(self, request: Request, output: Any) -> None:
-        """The prompt's K/V are there: who waited for its segments finds them in vLLM's cache."""
+        """The K/V of the prompt are computed."""
         if request.job is not None:
             _count(request, request.job, cached_tokens(output), self._core.block_size)
             if request.job.writes:
                 request.job.reading.on_read()
-        for digest in request.fresh:
-            self._known[digest] = None
-            if digest not in request.fillings:
-                self._busy.pop(digest, None)
-        request.fresh = frozenset()
-        while len(self._known) > KNOWN_SEGMENTS:
-            self._known.popitem(last=False)
+        self._claims.computed(request)
 
     def _show(self, job: Job, tokens: list[int]) -> None:
         assert job.reading.settings is not None
@@ -344,7 +320,7 @@ class VllmEngine:
         self._finish(request)
 
     def _finish(self, request: Request) -> None:
-        """Go on with a reading once its request has ended and all its K/V are in the store."""
+        """Continue a reading once its request has ended and all its K/V are in the store."""
         job = request.job
         if job is None or not request.over or not request.filled(self._marks):
             return
@@ -355,7 +331,7 @@ class VllmEngine:
             self._done(job)
 
     def _append(self, job: Job) -> None:
-        """The text becomes the last segment of the context."""
+        """Append the text to the context as its last segment, which another request then computes."""
         try:
             job.chain = self.planner.append_text(job.chain, job.reply(self.tokenizer))
             check_positions(job.chain.rope, 0, self._settings.max_model_len)
@@ -377,20 +353,21 @@ class VllmEngine:
 
     # Exports
 
-    def _hear(self, notice: Notice) -> None:
-        """A worker's notice, in whichever thread: pages are given out at once, the rest is the engine's."""
+    def _on_notice(self, notice: Notice) -> None:
+        """Receive a worker's notice, in any thread."""
         error: BagelError | None = None
-        if notice.digest:
+        if notice.digest:  # marked at once, so that pages leave without waiting for the engine's step to end
             error = self._mark(notice)
-        self._commands.put(lambda: self._heed(notice, error))
+        self._commands.put(lambda: self._handle(notice, error))
 
     def _mark(self, notice: Notice) -> BagelError | None:
+        """Mark a layer of a segment as written once every rank has written its heads; returns the store's error."""
         request = self._requests.get(notice.request)
         filling = request.fillings.get(bytes.fromhex(notice.digest)) if request else None
         if request is None or filling is None:
             return None
-        filling.told.add((notice.layer, notice.rank))
-        ranks = sum((notice.layer, rank) in filling.told for rank in range(self._settings.tensor_parallel_size))
+        filling.written.add((notice.layer, notice.rank))
+        ranks = sum((notice.layer, rank) in filling.written for rank in range(self._settings.tensor_parallel_size))
         if ranks < self._settings.tensor_parallel_size:
             return None
         if (job := request.job) is not None:
@@ -401,7 +378,8 @@ class VllmEngine:
             return gone
         return None
 
-    def _heed(self, notice: Notice, error: BagelError | None) -> None:
+    def _handle(self, notice: Notice, error: BagelError | None) -> None:
+        """Handle a notice in the engine's thread. error: the result of `_mark`."""
         request = self._requests.get(notice.request)
         if request is None:
             return
@@ -412,21 +390,15 @@ class VllmEngine:
         elif error is not None:
             self._fail(request, error)
         else:
-            self._release_filled(request)
+            self._claims.exported(request, self._marks)
             self._finish(request)
             self._admit()
 
-    def _release_filled(self, request: Request) -> None:
-        """Segments that are complete hold nobody up."""
-        for digest, filling in request.fillings.items():
-            if len(filling.told) == self._marks and digest not in request.fresh:
-                self._busy.pop(digest, None)
-
     def _over(self, request: Request, rank: int) -> None:
-        """A worker writes for a request no more. Its memory may be another's only when none does."""
-        request.quiet.add(rank)
-        if len(request.quiet) < self._settings.tensor_parallel_size:
-            return
+        """A rank has finished its copies for a request."""
+        request.ended_ranks.add(rank)
+        if len(request.ended_ranks) < self._settings.tensor_parallel_size:
+            return  # the others may still write, so the segments' memory must not be reused yet
         job = request.job
         if job is not None and request.over and not request.filled(self._marks):
             self._fail(request, IncompleteContext("vLLM ended the request before all its K/V were copied; try again"))
@@ -435,19 +407,14 @@ class VllmEngine:
         self._admit()
 
     def _end(self, request: Request) -> None:
-        """Let go of all that a request held."""
+        """Release everything that a request held."""
         self._requests.pop(request.name, None)
-        for digest in (*request.fresh, *request.fillings):
-            if self._busy.get(digest) is request:
-                del self._busy[digest]
-        for digest in request.fillings:
-            self.store.unclaim(digest)
-            self.store.unpin(digest)
+        self._claims.release(request)
 
     # Failures
 
     def _abandon(self, request: Request) -> None:
-        """Nobody wants a request any more; it is over when its worker says so."""
+        """Abort a request whose result is no longer wanted; it ends when every rank has finished its copies."""
         request.job = None
         if not request.over:
             request.over = True
@@ -467,13 +434,13 @@ class VllmEngine:
             self._fail(request, error)
 
     def _recover(self, error: Exception) -> None:
-        """A step failed: whose fault it was cannot be told, and what vLLM has cached may be wrong."""
+        """Recover from a failed step: fail every request, since any may be the cause, and drop vLLM's caches."""
         log.error("the engine failed", exc_info=True)
         self._failures += 1
         self._fail_all(
             BagelError(f"internal error of the engine: {type(error).__name__}; the log of this service has the details")
         )
-        self._known.clear()
+        self._claims.forget()
         if self._failures <= MOST_FAILURES and not self._broken.is_set() and self._core.forget():
             log.warning("the engine goes on")
         elif not self.failed.done():
@@ -481,7 +448,7 @@ class VllmEngine:
             self.failed.set_exception(_died())
 
     def _break(self) -> None:
-        """A worker process has died; told from another thread, perhaps while nothing runs."""
+        """React to the death of a worker process, in another thread; the engine may be idle and needs the command."""
         self._broken.set()
         self._commands.put(lambda: self._recover(_died()))
 
@@ -491,15 +458,16 @@ def _died() -> EngineDied:
 
 
 def _count(request: Request, job: Job, cached: int, block: int) -> None:
-    """Which tokens of a chain were computed: of new segments all, of others what vLLM's cache of `cached` had lost.
+    """Count the computed tokens of a chain: all of a new segment, and of a known one those that vLLM had evicted.
 
-    vLLM keeps whole blocks; what it computes again of the last one is no loss.
+    cached: tokens of the prompt that vLLM's cache still had; block: tokens per block of that cache.
     """
     at = 0
     for segment in job.chain.segments:
         end = at + segment.length
         if segment.digest in request.fresh:
             job.reading.computed[segment.digest] = segment.length
+        # vLLM caches whole blocks and always computes the last one again, so a shortfall of one block is no eviction.
         elif cached < end // block * block - block:
             job.reading.computed.setdefault(segment.digest, min(segment.length, end - cached))
         at = end

@@ -1,7 +1,7 @@
-"""Both experts of a decoder layer over one paged attention, for steps that hold latents of an image.
+"""Both experts of a decoder layer over one paged attention, for steps that include an image's latents.
 
-Types are the torch engine's (bagel.model.layers): products in the model's type; norms, rotation and what is added up
-between layers in float32.
+Types are those of the torch engine (bagel.model.layers): matrix products in the model's type; norms, rotation and the
+residual stream in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bagel.model.kernels import Rope, norm_and_rotate, rope_factors
 
 
 class GenerationLayer(nn.Module):
-    """One layer of the generation expert: all but the attention, which is the understanding expert's."""
+    """One layer of the generation expert, without the attention: that is the understanding expert's."""
 
     def __init__(self, config: LlmConfig, quant_config: Any, prefix: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class GenerationLayer(nn.Module):
 
 @dataclass(frozen=True)
 class _Expert:
-    """The weights that some rows of a step take, and which rows those are."""
+    """One expert's weights in a layer, and the rows of a step that take them."""
 
     rows: Tensor
     layer: Any
@@ -58,6 +58,7 @@ class _Expert:
         heads = qkv.shape[-1] // dim - 2 * kv_heads
         qk, v = qkv.split(((heads + kv_heads) * dim, kv_heads * dim), dim=-1)
         weight = torch.cat((of_q.weight.expand(heads, -1), of_k.weight.expand(kv_heads, -1))).float()
+        # Queries and keys share one kernel: each head brings the norm's weight of its kind.
         mine = rope[0][self.rows], rope[1][self.rows]
         qk = norm_and_rotate(qk.unflatten(-1, (-1, dim)).float(), weight, of_q.variance_epsilon, mine)
         q, k = qk.to(v.dtype).split((heads, kv_heads), dim=-2)
@@ -79,10 +80,10 @@ class _Expert:
 def run_both(
     understanding: Any, generation: nn.ModuleList, x: Tensor, rope: tuple[Tensor, Tensor], latents: Tensor
 ) -> Tensor:
-    """All layers on x [rows, hidden], whose rows `latents` (int64) take the generation expert.
+    """Run all layers on x [rows, hidden]; the rows `latents` (int64) take the generation expert.
 
     understanding: vLLM's Qwen2Model; rope: cos and sin of the rows' positions, each [rows, head_dim] float32. Returns
-    hidden states after its last norm, in x's type; a latent's are never used.
+    the hidden states after its last norm, in x's type; nothing uses those of latents.
     """
     mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     mask[latents] = True
@@ -95,18 +96,18 @@ def run_both(
         experts = (_Expert(others, layer, attention), _Expert(latents, gen_layer, gen_layer))
         parts = [expert.project(added, factors) for expert in experts]
         q, k, v = (_merge(experts, pieces) for pieces in zip(*parts, strict=True))
-        attended = attention.attn(q, k, v)
+        attended = attention.attn(q, k, v)  # writes K/V of all rows to the paged cache first
         added = _merge(experts, [expert.finish(added, attended) for expert in experts])
     return _normed(added, understanding.norm, x.dtype)
 
 
 def _normed(x: Tensor, norm: RMSNorm, dtype: torch.dtype) -> Tensor:
-    """RMS norm of float32 in float32, then rounded."""
+    """RMS norm of float32 values, computed in float32, then rounded to dtype."""
     return F.rms_norm(x, norm.weight.shape, norm.weight.float(), norm.variance_epsilon).to(dtype)
 
 
 def _merge(experts: tuple[_Expert, ...], pieces: Sequence[Tensor]) -> Tensor:
-    """Rows of both experts at their places again."""
+    """Put the rows of both experts back at their places."""
     rows = sum(len(expert.rows) for expert in experts)
     out = pieces[0].new_empty(rows, pieces[0].shape[-1])
     for expert, piece in zip(experts, pieces, strict=True):

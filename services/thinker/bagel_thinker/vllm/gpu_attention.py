@@ -1,7 +1,7 @@
-"""Attention on a GPU for vLLM: FlashAttention, in which an image's rows see all of the image.
+"""GPU attention for vLLM: FlashAttention in which the rows of an image see all of the image.
 
-Steps without an image are vLLM's own FlashAttention, graphs included. In the others, queries are split where images
-begin and end: pieces of text are one causal call, pieces of images one full call, over the same paged cache.
+Steps without an image run vLLM's own FlashAttention, graphs included. In other steps the queries are split where images
+begin and end: one causal call attends for all text, one full call for all images, over the same paged cache.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from vllm.v1.attention.backends.flash_attn import (
 from bagel_thinker.vllm.spans import Piece, pieces
 
 Ranges = Mapping[int, Sequence[tuple[int, int]]]
-"""The first and the last row of each image, by a request's place in the step."""
+"""The first and the last row of each image, by the request's place in the step."""
 
 
 @dataclass
 class Call:
-    """Queries of a step (their places among its rows) that one call attends for, and how."""
+    """One call of the attention: the rows of a step whose queries it takes, and its metadata."""
 
     rows: Tensor
     metadata: FlashAttentionMetadata
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass
 class Step:
-    """What the host knows of a step. calls: once the first layer has asked; empty if vLLM's own one is right."""
+    """The host's description of a step. calls: None until the first layer runs; empty if vLLM's own call is right."""
 
     starts: Tensor
     ends: Tensor
@@ -46,13 +46,14 @@ class Step:
 
 
 class SpanFlashBuilder(FlashAttentionMetadataBuilder):
-    """Keeps, beside vLLM's description of a step, where its images lie."""
+    """Adds the places of images to vLLM's description of a step."""
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        """As vLLM's; its own way with images, which needs FlashAttention 4, stays off."""
+        """Build vLLM's metadata, and add the step."""
         common = common_attn_metadata
+        # Without the ranges: vLLM's own handling of images needs FlashAttention 4.
         plain = replace(common, mm_req_doc_ranges=None)
         metadata: Any = super().build(common_prefix_len, plain, fast_build)
         metadata.step = step_of(common, common.mm_req_doc_ranges)
@@ -60,7 +61,8 @@ class SpanFlashBuilder(FlashAttentionMetadataBuilder):
 
 
 def step_of(common: Any, ranges: Ranges | None) -> Step:
-    """A step from vLLM's description. A request that computes several rows has computed all before them for sure."""
+    """A step from vLLM's description."""
+    # The upper bound is exact wherever it matters: a request that computes several rows has computed all before them.
     return Step(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, ranges or {})
 
 
@@ -94,9 +96,10 @@ class SpanFlashAttention(FlashAttentionImpl):
 
 
 def _calls(metadata: Any) -> list[Call]:
-    """The calls of a step, made once for all layers; none if it has no image."""
+    """The calls of a step, made once for all layers; empty if the step has no image."""
     step: Step = metadata.step
     if step.calls is None:
+        # A single query is the request's last row, which sees all rows in either way.
         step.calls = [] if metadata.max_query_len == 1 else _split(metadata, step)
     return step.calls
 
@@ -115,7 +118,7 @@ def _split(metadata: FlashAttentionMetadata, step: Step) -> list[Call]:
 
 
 def _call(metadata: FlashAttentionMetadata, some: Sequence[tuple[int, int, Piece]], causal: bool) -> Call:
-    """One call for pieces: (request's place in the step, from rows of the request to rows of the step, piece)."""
+    """One call for pieces: (the request's place in the step, the offset from its rows to the step's, the piece)."""
     device = metadata.block_table.device
     lengths = [piece.end - piece.begin for _, _, piece in some]
     visible = [piece.visible for _, _, piece in some]
@@ -138,12 +141,12 @@ def _call(metadata: FlashAttentionMetadata, some: Sequence[tuple[int, int, Piece
 
 
 def _on(device: torch.device, values: Tensor) -> Tensor:
-    """On a GPU, without waiting for it."""
+    """Copy values to a device; on a GPU the host does not wait, since the memory is pinned."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 class SpanFlashBackend(FlashAttentionBackend):
-    """Takes the place of vLLM's FLASH_ATTN."""
+    """Replaces vLLM's FLASH_ATTN."""
 
     @classmethod
     def supports_mm_prefix(cls) -> bool:
@@ -162,7 +165,7 @@ class SpanFlashBackend(FlashAttentionBackend):
         use_mm_prefix: bool,
         device_capability: Any,
     ) -> str | None:
-        """As vLLM's, which asks for FlashAttention 4 where images are seen in full."""
+        """Answer as vLLM does for text: with images it would demand FlashAttention 4."""
         reason: str | None = super().supports_combination(
             head_size, dtype, kv_cache_dtype, block_size, use_mla, has_sink, use_sparse, False, device_capability
         )

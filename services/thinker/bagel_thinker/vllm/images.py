@@ -1,4 +1,4 @@
-"""Images inside vLLM: what a request carries of one, and the embeddings that the model makes of it."""
+"""Images inside vLLM: the tensors that a request carries, and the embeddings that the model computes from them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from bagel.model.vit import vit_patchify
 from bagel.model.weights import check_tensors, fill, shapes
 
 VIT, VAE = SegmentKind.VIT.value, SegmentKind.VAE.value
-"""vLLM's modalities: each kind of block is one of its own."""
+"""vLLM's modalities, one for each kind of image block."""
 
 Item = dict[str, Tensor]
 
 
 def image_item(segment: Segment, config: ModelConfig) -> Item:
-    """What the model needs of an image block: its grid, and patches (ViT) or pixels and posterior noise (VAE)."""
+    """The tensors of an image block: its grid, and the patches (ViT) or the pixels and the posterior noise (VAE)."""
     assert segment.image is not None
     grid = torch.tensor(segment.grid)
     pixels = to_pixels(segment.image)
@@ -38,6 +38,7 @@ def image_item(segment: Segment, config: ModelConfig) -> Item:
     assert segment.posterior is not None
     down = config.vae.downsample
     shape = (1, config.vae.z_channels, segment.image.height // down, segment.image.width // down)
+    # Drawn here on the CPU, as in the torch engine: the noise depends on the request, not on the device.
     noise = segment.posterior.draw(shape, pixel_digest(segment.image))
     return {"vae_grid": grid, "vae_pixels": pixels, "vae_noise": noise}
 
@@ -47,7 +48,7 @@ class ImageEncoder(Bagel):
 
     def __init__(self, config: ModelConfig, role: Role, linears: LinearFactory) -> None:
         super().__init__(config, role, linears=linears)
-        del self.language_model
+        del self.language_model  # never allocated: the encoder is built on the meta device
 
     @property
     def device(self) -> torch.device:
@@ -70,14 +71,14 @@ class ImageEncoder(Bagel):
 
 
 def empty_encoder(config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device) -> ImageEncoder:
-    """An encoder without values; types as in the exact engine: products in dtype, norms and latents in float32."""
+    """An encoder without values. Types are the torch engine's: products in dtype, norms and latents in float32."""
     with torch.device("meta"):
         encoder = ImageEncoder(config, role, LinearFactory(dtype))
     return encoder.requires_grad_(False).to_empty(device=device).eval()
 
 
 def load_encoder(encoder: ImageEncoder, checkpoint: Checkpoint) -> None:
-    """Fill an encoder from the checkpoint; raises CheckpointError naming what is missing."""
+    """Fill an encoder from the checkpoint; raises CheckpointError, naming the tensors, if any are missing."""
     needed = list(slots(encoder))
     check_tensors({file: shapes(checkpoint, file) for file in (EMA, AE)}, needed, str(checkpoint.folder))
     fill(checkpoint, needed)
@@ -86,7 +87,7 @@ def load_encoder(encoder: ImageEncoder, checkpoint: Checkpoint) -> None:
 def embed_all(
     encoder: ImageEncoder, delimiters: Tensor, dtype: torch.dtype, **fields: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Blocks of one kind, delimiters [2, hidden] included: each [n + 2, hidden] of a type, in order."""
+    """Embed image blocks of one kind with the delimiters [2, hidden] around each: [n + 2, hidden] in dtype."""
     start, end = delimiters.to(dtype)[:, None]
     blocks: Iterable[Tensor]
     if "vit_patches" in fields:

@@ -1,4 +1,4 @@
-"""What the vLLM engine knows of one reading: its chain, its text so far, and the segments it fills."""
+"""The state of one reading in the vLLM engine: its chain, its text so far, and the segments it exports."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 @dataclass(eq=False)
 class Filling:
-    """A segment that a request fills in the store: claimed and pinned until all workers are done with the request.
+    """A segment that a request writes to the store; it is claimed and pinned until no worker writes for the request.
 
-    told: (layer, rank) pairs that are written.
+    written: the (layer, rank) pairs that are written.
     """
 
     digest: bytes
-    told: set[tuple[int, int]] = field(default_factory=set)
+    written: set[tuple[int, int]] = field(default_factory=set)
 
 
 @dataclass(eq=False)
 class Request:
-    """One request at vLLM; `job` is None once its reading is no longer wanted.
+    """One request to vLLM; `job` is None once its reading is no longer wanted.
 
-    fresh: segments that this request is the first to compute. begun: it has a token, so its prompt
-    is computed; over: vLLM has ended it; quiet: ranks that write nothing more for it.
+    fresh: the segments that no earlier request has computed. begun: it has a token, so its prompt is computed;
+    over: vLLM has ended it; ended_ranks: the ranks that have finished their copies for it.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Request:
     fillings: dict[bytes, Filling]
     begun: bool = False
     over: bool = False
-    quiet: set[int] = field(default_factory=set)
+    ended_ranks: set[int] = field(default_factory=set)
 
     def filled(self, marks: int) -> bool:
-        """Whether every segment has all its marks: layers times ranks."""
-        return all(len(each.told) == marks for each in self.fillings.values())
+        """Whether every segment has all its marks, one per layer and rank."""
+        return all(len(each.written) == marks for each in self.fillings.values())
 
 
 @dataclass(eq=False)
 class Job:
-    """A reading on its way. chain grows by the text where that is to be appended; writes: the request writes text."""
+    """A reading in progress. The text is appended to `chain` if the reading wants that."""
 
     reading: Reading
     chain: Chain
@@ -55,12 +55,13 @@ class Job:
 
     @property
     def writes(self) -> bool:
+        """Whether its current request writes text; the one that computes an appended text does not."""
         return self.reading.settings is not None and not self.written
 
     def reply(self, tokenizer: BagelTokenizer) -> str:
-        """The text so far, as the reference reads it."""
+        """The text so far, trimmed as the reference trims it."""
         return "" if self.reading.settings is None else tokenizer.reply([tokenizer.bos, *self.tokens])
 
     def result(self, tokenizer: BagelTokenizer) -> Written:
-        """What the reading came to; its K/V are in the store, not here."""
+        """The result of the reading. Its context has no tensors, since the K/V are in the store."""
         return Written(Context(self.chain), self.reply(tokenizer), tuple(self.tokens))

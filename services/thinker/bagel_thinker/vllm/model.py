@@ -1,4 +1,4 @@
-"""BAGEL as vLLM runs it: vLLM's Qwen2 for the understanding expert, our image encoders, and the generation expert."""
+"""BAGEL for vLLM: vLLM's Qwen2 as the understanding expert, our image encoders, and the generation expert."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from bagel_thinker.vllm.images import VAE, VIT, embed_all, empty_encoder, load_e
 from bagel_thinker.vllm.settings import largest_blocks, read_hf_config
 from bagel_thinker.vllm.spans import placed_positions
 
+# vLLM fuses these projections: (part of the checkpoint's name, of the parameter's name, the shard within it).
 _STACKED = (
     (".q_proj.", ".qkv_proj.", "q"),
     (".k_proj.", ".qkv_proj.", "k"),
@@ -35,7 +36,7 @@ _LAYERS = "language_model.model.layers."
 
 
 class Info(BaseProcessingInfo):
-    """What vLLM plans memory with. Requests come to its core with their images prepared (`requests`)."""
+    """The sizes of images, with which vLLM plans its memory."""
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {VIT: None, VAE: None}
@@ -47,7 +48,7 @@ class Info(BaseProcessingInfo):
 
 
 class Dummies(BaseDummyInputsBuilder[Info]):
-    """None: the image encoders are not profiled."""
+    """No dummy inputs, since vLLM does not profile the image encoders."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return ""
@@ -57,7 +58,7 @@ class Dummies(BaseDummyInputsBuilder[Info]):
 
 
 class Processor(BaseMultiModalProcessor[Info]):
-    """Never asked: vLLM's front, which would call it, is not used."""
+    """A processor that vLLM requires but never calls: requests reach its core with their images prepared."""
 
     requires_tokenizer = False
 
@@ -73,11 +74,11 @@ class Processor(BaseMultiModalProcessor[Info]):
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Dummies)
 class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
-    """Reads text and images, writes text, and leaves the K/V of all of it in vLLM's paged cache.
+    """Reads text and images, writes text, and leaves the K/V of both in vLLM's paged cache.
 
-    An image block is one span of its delimiters and tokens, on one rope position, attended in full by the backend.
-    Rows that are latents of a VAE block take the generation expert, in a forward of its own that is never compiled
-    or captured; all other steps are vLLM's Qwen2 as it is.
+    An image block is one span of delimiters and tokens on one rope position, which the attention backend attends in
+    full. The latents of a VAE block take the generation expert; a step with latents has a forward of its own, which is
+    never compiled or captured. All other steps run vLLM's Qwen2 unchanged.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -111,7 +112,7 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
     # Positions and embeddings
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Positions [3, tokens], the same three times, and what to add to a later token's place."""
+        """Positions [3, tokens], three equal rows, and the offset from a later token's place to its position."""
         spans = [(f.mm_position.offset, f.mm_position.length) for f in mm_features]
         positions = placed_positions(len(input_tokens), spans)
         following = positions[-1] + 1 if positions else 0
@@ -130,7 +131,7 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings [tokens, hidden] of a step, image tokens put in; `forward`, next, takes where its latents lie."""
+        """Embeddings [tokens, hidden] of a step, image tokens included; notes the places of latents for `forward`."""
         embedded: Tensor = self.language_model.model.embed_tokens(input_ids)
         self._latents = None
         if multimodal_embeddings is None or len(multimodal_embeddings) == 0:
@@ -161,24 +162,23 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return run_both(self.language_model.model, self.generation, inputs_embeds, self.rotary(rope), latents)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """hidden_states [rows, hidden] -> logits [rows, vocab].
-
-        A row that is not finite leaves only `overflow_id`, and is counted: nobody waits for the device to say so.
-        """
+        """hidden_states [rows, hidden] -> logits [rows, vocab]; a row that is not finite allows only `overflow_id`."""
         logits: Tensor | None = self.language_model.compute_logits(hidden_states)
         if logits is None or self.overflow_id < 0:
             return logits
-        # A NaN is both the largest and the smallest: two reductions, without a mask as large as the logits.
-        overflown = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
-        self.overflows += overflown.sum()
-        logits.masked_fill_(overflown[:, None], float("-inf"))
-        logits[:, self.overflow_id].masked_fill_(overflown, 0.0)
+        # amax and amin propagate a NaN, so two reductions suffice and no mask as large as the logits is needed. The
+        # count stays on the device: reading it here would make the host wait in every step.
+        overflowed = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
+        self.overflows += overflowed.sum()
+        logits.masked_fill_(overflowed[:, None], float("-inf"))
+        logits[:, self.overflow_id].masked_fill_(overflowed, 0.0)
         return logits
 
     # Weights
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Read what is needed from BAGEL's own files; vLLM's reader, which would read all of them, stays unused."""
+        """Load the weights that the role needs from BAGEL's own files."""
+        # `weights` stays unused: vLLM's reader would read every tensor.
         checkpoint = Checkpoint(self.folder)
         check_known({file: checkpoint.tensors(file) for file in (EMA, AE)}, checkpoint.config, str(self.folder))
         parameters = dict(self.named_parameters())
@@ -195,19 +195,19 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         return set(parameters)
 
     def _tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-        """The decoder's tensors by their names in the checkpoint, as far as the role needs them."""
+        """Yield the decoder's tensors that the role needs, with their names in the checkpoint."""
         with safe_open(checkpoint.path(EMA), framework="pt") as file:
             for name in checkpoint.tensors(EMA):
                 if name.startswith("language_model.") and self._needs(name):
                     yield name, file.get_tensor(name)
 
     def _needs(self, name: str) -> bool:
-        """Of the generation expert, the layers; the norm behind them only draws pictures."""
+        # Of the generation expert only the layers: its last norm serves only to draw pictures.
         return "_moe_gen" not in name or (self.role.parts.generation and name.startswith(_LAYERS))
 
 
 def _target(name: str) -> tuple[str, str | int | None]:
-    """A checkpoint's name -> the parameter's, and its shard where several tensors share one parameter."""
+    """Map a name in the checkpoint to the parameter's name, and to the shard if several tensors share the parameter."""
     if "_moe_gen" in name:
         name = name.replace("_moe_gen", "").replace(_LAYERS, "generation.").replace(".self_attn.", ".")
     for part, whole, shard in _STACKED:

@@ -1,4 +1,4 @@
-"""vLLM's plugin entry point (`vllm.general_plugins`), which runs in every process of an engine."""
+"""The entry point for vLLM's plugins (`vllm.general_plugins`); vLLM runs it in every process of an engine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ ARCHITECTURE = "BagelThinker"
 
 
 def register() -> None:
-    """Make the model and its attention known to vLLM. Cheap, and the same however often it is called."""
+    """Register the model and its attention with vLLM. It is cheap, and calling it again changes nothing."""
     from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     ModelRegistry.register_model(ARCHITECTURE, "bagel_thinker.vllm.model:BagelThinker")
-    # vLLM's own CPU attention ignores bidirectional images without a word, and takes no head of 16 or 40.
+    # vLLM's own CPU attention silently treats images as causal, and does not support heads of 16 or 40.
     register_backend(AttentionBackendEnum.CPU_ATTN, "bagel_thinker.vllm.cpu_attention.SpanAttentionBackend")
-    # vLLM's FlashAttention sees images in full only from version 4 on; without it, GPUs up to Hopper would take Triton.
+    # vLLM attends images in full only with FlashAttention 4; without ours, GPUs up to Hopper would fall back to Triton.
     register_backend(AttentionBackendEnum.FLASH_ATTN, "bagel_thinker.vllm.gpu_attention.SpanFlashBackend")

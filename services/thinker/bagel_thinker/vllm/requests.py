@@ -1,4 +1,4 @@
-"""A chain of segments as a vLLM request: token ids with placeholders for images, and where each segment lies."""
+"""Turn a chain of segments into a vLLM request: token ids with placeholders for images, and each segment's place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bagel.model.tokenizer import BagelTokenizer
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Ids that stand for what has none.
+    """Ids for tokens that have none of their own.
 
-    start, end, vit, latent: tokens of image blocks; they only tell latents apart within a block. overflow: what a text
-    whose logits are not finite goes on with, the last row of the vocabulary, which most models have for no text.
+    start, end, vit, latent: tokens of image blocks; they only distinguish latents from the rest of a block. overflow:
+    the token that follows logits which are not finite, the vocabulary's last row, which most models never use for text.
     """
 
     start: int
@@ -25,12 +25,12 @@ class Placeholders:
 
     @classmethod
     def of(cls, tokenizer: BagelTokenizer, vocab_size: int) -> Placeholders:
-        """Ids that every BAGEL tokenizer has; vocab_size: rows of the model's vocabulary."""
+        """Choose ids that every BAGEL tokenizer has; vocab_size: rows of the model's embedding."""
         return cls(tokenizer.image_start, tokenizer.image_end, tokenizer.eos, tokenizer.bos, vocab_size - 1)
 
 
 def token_ids(chain: Chain, ids: Placeholders) -> list[int]:
-    """One id for each K/V row of a chain."""
+    """The ids of a chain, one for each K/V row."""
     tokens: list[int] = []
     for segment in chain.segments:
         tokens += segment.token_ids if segment.kind is SegmentKind.TEXT else _block(segment, ids)

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, which never splits an image block over two steps."""
+"""vLLM's schedulers, changed so that they never split an image block over two steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from bagel_thinker.vllm.spans import whole_images
 
 
 class _WholeImages:
-    """Tokens of an image attend to all of it, so all of it must be computed, or cached, by the end of a step.
-
-    disable_chunked_mm_input alone does not hold that: it is passed over for an image whose embeddings are cached and
-    for one that a prefix-cache hit ends in.
-    """
+    """Ends every step outside image blocks, since each token of an image attends to all of it."""
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
+        # disable_chunked_mm_input does not ensure that: vLLM ignores it for an image whose embeddings are cached, and
+        # for one in whose middle a prefix-cache hit ends.
         spans = [(f.mm_position.offset, f.mm_position.length) for f in request.mm_features]
         num_new_tokens = whole_images(spans, num_computed_tokens, num_new_tokens)
         return super()._try_schedule_encoder_inputs(  # type: ignore[misc]
@@ -29,8 +27,8 @@ class _WholeImages:
 
 
 class WholeImageScheduler(_WholeImages, Scheduler):
-    """Schedules a step after the one before it has ended."""
+    """Schedules a step after the previous one has ended."""
 
 
 class WholeImageAsyncScheduler(_WholeImages, AsyncScheduler):
-    """Schedules a step while the one before it runs, as vLLM does on GPUs."""
+    """Schedules a step while the previous one runs, as vLLM does on GPUs."""

@@ -1,4 +1,4 @@
-"""What a Thinker on vLLM is started with, and the vLLM configuration that comes of it."""
+"""The settings of a Thinker on vLLM, and the vLLM configuration that they become."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from bagel.images import ImageTransform
 from bagel_thinker.vllm.plugin import ARCHITECTURE
 from bagel_thinker.vllm.requests import Placeholders
 
-TEXT_DTYPES = ("bfloat16", "float16", "float32")
 BATCHED_TOKENS = 8192
 CONTEXT_PLACES = 16
-"""Requests that only build a context may run beside max_num_seqs texts, so that texts never hold them up."""
+"""Places for requests that only build a context, beside max_num_seqs texts, so that texts never delay them."""
 FULL_IMAGES = 3
-"""Images of the largest size that a prompt has room for beside max_model_len positions."""
+"""Images of the largest size for which a prompt has room beside its max_model_len positions."""
 CPU_KV_BYTES = 2**32
 CPU_BLOCK = 32
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """Options of the vLLM engine; None leaves a choice to vLLM.
+    """Options of the vLLM engine; None leaves the choice to vLLM.
 
-    max_num_seqs: texts written at once; max_model_len: positions of prompt and text (an image takes one);
+    max_num_seqs: the number of texts written at once; max_model_len: positions of prompt and text (an image takes one);
     role: `understand` loads no generation expert and refuses images to edit.
     """
 
@@ -55,12 +54,13 @@ def largest_blocks(config: ModelConfig) -> tuple[int, int]:
 
 
 def row_limit(config: ModelConfig, settings: VllmSettings) -> int:
-    """K/V rows of one request: its positions, and room for images, which have many rows on one position."""
+    """The most K/V rows of one request: its positions, and room for images, which have many rows on one position."""
     return settings.max_model_len + FULL_IMAGES * sum(largest_blocks(config))
 
 
 def batched_tokens(config: ModelConfig, settings: VllmSettings) -> int:
-    """Tokens of one step. Raises ConfigError if the largest image would never find room: it is never split."""
+    """Tokens of one step; raises ConfigError if the largest image would not fit."""
+    # An image is never split over steps, so one that does not fit would wait forever.
     needed = max(largest_blocks(config)) + settings.max_num_seqs + CONTEXT_PLACES
     if settings.max_num_batched_tokens is None:
         return max(BATCHED_TOKENS, needed)
@@ -74,13 +74,13 @@ def batched_tokens(config: ModelConfig, settings: VllmSettings) -> int:
 
 
 def hf_config(config: ModelConfig, settings: VllmSettings, ids: Placeholders) -> dict[str, Any]:
-    """The model as vLLM's BagelConfig reads it, with all of our own configuration under `bagel`."""
+    """The model's configuration in the form of vLLM's BagelConfig, with our own under `bagel`."""
     llm, rows = config.llm, row_limit(config, settings)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "bagel",
         "is_mm_prefix_lm": True,
-        # Not what rotates: it makes vLLM keep positions apart from places in the sequence.
+        # Only makes vLLM keep positions apart from places in the sequence; the rotation does not use it.
         "mrope_section": [llm.head_dim // 2, 0, 0],
         "llm_config": {
             "model_type": "qwen2",
@@ -98,7 +98,7 @@ def hf_config(config: ModelConfig, settings: VllmSettings, ids: Placeholders) ->
             "max_position_embeddings": rows,
             "tie_word_embeddings": False,
             "use_sliding_window": False,
-            "sliding_window": None,  # vLLM passes over images longer than a window
+            "sliding_window": None,  # with a window, vLLM would ignore longer images
         },
         "tie_word_embeddings": False,
         "bagel": {**asdict(config), "role": settings.role.value},
@@ -109,7 +109,7 @@ def hf_config(config: ModelConfig, settings: VllmSettings, ids: Placeholders) ->
 
 
 def read_hf_config(values: Mapping[str, Any]) -> tuple[ModelConfig, Role]:
-    """Our configuration and the role, from what `hf_config` put under `bagel`."""
+    """Read back our configuration and the role, which `hf_config` put under `bagel`."""
     fields = dict(values)
     role = Role(fields.pop("role"))
     fields["llm"], fields["vit"] = LlmConfig(**fields["llm"]), VitConfig(**fields["vit"])
@@ -130,16 +130,16 @@ def engine_arguments(
     config_folder: Path,
     sink: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Keyword arguments of vLLM's EngineArgs.
+    """Keyword arguments for vLLM's EngineArgs.
 
-    model: the checkpoint; config_folder: where config.json is written; sink: where K/V go (`Sink.open`).
+    model: the checkpoint; config_folder: the folder to write config.json to; sink: the result of `Sink.open`.
     """
     (config_folder / "config.json").write_text(json.dumps(hf_config(config, settings, ids)), encoding="utf-8")
     cpu = settings.device == "cpu"
     arguments: dict[str, Any] = {
         "model": str(model),
         "hf_config_path": str(config_folder),
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": True,  # requests arrive as token ids with prepared images
         "generation_config": "vllm",
         "dtype": settings.dtype,
         "load_format": settings.load_format,
@@ -174,7 +174,7 @@ def engine_arguments(
 
 
 def _cpu_kv_bytes(config: ModelConfig, settings: VllmSettings) -> int:
-    """Memory for four of the longest requests, at most CPU_KV_BYTES unless a single one needs more."""
+    """Memory for four of the longest requests, but at most CPU_KV_BYTES unless one alone needs more."""
     llm = config.llm
     itemsize = 4 if settings.dtype == "float32" else 2
     row = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim * itemsize

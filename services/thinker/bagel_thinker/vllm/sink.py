@@ -1,8 +1,8 @@
-"""The way from vLLM's workers to the store: its shared memory, and notices of what has been written there.
+"""Connects vLLM's workers to the store: shared memory for the K/V, and notices about what has been written.
 
-A worker in the engine's own process finds the store's memory and the ear for its notices here by name; one in another
-process opens the memory, and a pipe for its notices, through the engine's file descriptors. Neither has a path of its
-own: whoever is killed, nothing stays behind.
+A worker in the engine's process finds the sink here by its name. A worker in another process opens the store's memory,
+and a pipe for its notices, through the engine's file descriptors under /proc. No file has a path of its own, so a
+killed process leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
 
-MOST_WORDS = PIPE_BUF // 16
-"""Characters of a failure that are told: a notice, however encoded, must be one write of a pipe."""
-_HERE: dict[str, Sink] = {}
+MOST_CHARACTERS = PIPE_BUF // 16
+"""Characters of a failure's text. A notice must fit into one atomic write to a pipe, however JSON escapes it."""
+_HERE: dict[str, Sink] = {}  # the sinks of this process, by name
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What a worker tells: a layer of a segment is written, a request's export failed, or a request is over.
+    """A worker's notice: a layer of a segment is written, a request's export failed, or a request is over.
 
-    request: its id; digest: hexadecimal; rank: the tensor-parallel rank that tells.
+    request: its id; digest: hexadecimal; rank: the sender's tensor-parallel rank.
     """
 
     request: str
@@ -41,16 +41,16 @@ class Notice:
 
 @dataclass
 class Sink:
-    """The engine's end. `hear` is called with each notice, from a thread of its own or the worker's."""
+    """The engine's end. It calls on_notice with each notice, in a thread of its own or in the worker's."""
 
     arena: Arena
     layout: KvLayout
-    hear: Callable[[Notice], None]
+    on_notice: Callable[[Notice], None]
     name: str = field(default_factory=lambda: secrets.token_hex(8))
-    _mouth: int = -1
+    _pipe: int = -1
 
     def open(self, *, other_processes: bool) -> dict[str, Any]:
-        """Make it known to workers; what they need to find it (`Outlet.find`)."""
+        """Register the sink; returns the fields with which a worker finds it (`Outlet.find`)."""
         _HERE[self.name] = self
         return {
             "name": self.name,
@@ -61,47 +61,47 @@ class Sink:
         }
 
     def close(self) -> None:
-        """Hear nothing more."""
+        """Stop receiving notices."""
         _HERE.pop(self.name, None)
-        if self._mouth >= 0:
-            os.write(self._mouth, b"\n")
-            os.close(self._mouth)
-            self._mouth = -1
+        if self._pipe >= 0:
+            os.write(self._pipe, b"\n")  # ends the thread, even if a worker still holds its end of the pipe open
+            os.close(self._pipe)
+            self._pipe = -1
 
     def _listen(self) -> str:
-        ear, self._mouth = os.pipe()
-        threading.Thread(target=self._receive, args=(ear,), name="kv-notices", daemon=True).start()
-        return _path(self._mouth)
+        reading_end, self._pipe = os.pipe()
+        threading.Thread(target=self._receive, args=(reading_end,), name="kv-notices", daemon=True).start()
+        return _path(self._pipe)
 
-    def _receive(self, ear: int) -> None:
-        with os.fdopen(ear, "rb") as lines:
+    def _receive(self, reading_end: int) -> None:
+        with os.fdopen(reading_end, "rb") as lines:
             for line in lines:
-                if not line.strip():  # closed
+                if not line.strip():  # written by `close`
                     return
-                self.hear(Notice(**json.loads(line)))
+                self.on_notice(Notice(**json.loads(line)))
 
 
 class Outlet:
-    """A worker's end: where it writes, and how it tells."""
+    """A worker's end: the memory that it writes to, and the function that sends its notices."""
 
-    def __init__(self, arena: Arena, layout: KvLayout, tell: Callable[[Notice], None]) -> None:
-        self.arena, self.layout, self.tell = arena, layout, tell
+    def __init__(self, arena: Arena, layout: KvLayout, send: Callable[[Notice], None]) -> None:
+        self.arena, self.layout, self.send = arena, layout, send
 
     @classmethod
     def find(cls, given: dict[str, Any]) -> Outlet:
-        """From what `Sink.open` gave."""
+        """Find the sink by the fields that `Sink.open` returned."""
         if (sink := _HERE.get(given["name"])) is not None:
-            return cls(sink.arena, sink.layout, sink.hear)
+            return cls(sink.arena, sink.layout, sink.on_notice)
         arena = Arena.attach(os.open(given["memory"], os.O_RDWR), given["nbytes"])
-        mouth = os.open(given["notices"], os.O_WRONLY)
-        return cls(arena, KvLayout(**given["layout"]), lambda notice: _send(mouth, notice))
+        pipe = os.open(given["notices"], os.O_WRONLY)
+        return cls(arena, KvLayout(**given["layout"]), lambda notice: _send(pipe, notice))
 
 
 def _path(fd: int) -> str:
-    """Where other processes of this user open a file of this one."""
+    """The path by which other processes of this user can open a file descriptor of this one."""
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
-def _send(mouth: int, notice: Notice) -> None:
-    short = replace(notice, failure=notice.failure[:MOST_WORDS])
-    os.write(mouth, json.dumps(asdict(short)).encode() + b"\n")
+def _send(pipe: int, notice: Notice) -> None:
+    short = replace(notice, failure=notice.failure[:MOST_CHARACTERS])
+    os.write(pipe, json.dumps(asdict(short)).encode() + b"\n")

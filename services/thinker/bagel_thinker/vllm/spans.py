@@ -1,4 +1,4 @@
-"""Where images lie in a prompt, and what that means for positions, attention and steps. Plain Python."""
+"""The places of images in a prompt, and their effect on positions, attention and steps. Plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Span = tuple[int, int]
 
 
 def placed_positions(tokens: int, spans: Sequence[Span]) -> list[int]:
-    """Rope positions of a prompt: text counts on, all of a span shares one, the next token is one after it."""
+    """Rope positions of a prompt: text counts up, and all tokens of a span share one position."""
     positions: list[int] = []
     following = 0
     for start, length in sorted(spans):
@@ -23,7 +23,7 @@ def placed_positions(tokens: int, spans: Sequence[Span]) -> list[int]:
 
 
 def whole_images(spans: Sequence[Span], computed: int, new: int) -> int:
-    """How many of `new` tokens after `computed` may be scheduled so that no span is left in its middle."""
+    """How many of `new` tokens after `computed` a step may take so that it does not end within a span."""
     end = computed + new
     for start, length in spans:
         if start < end < start + length:
@@ -32,7 +32,7 @@ def whole_images(spans: Sequence[Span], computed: int, new: int) -> int:
 
 
 class Piece(NamedTuple):
-    """Queries [begin, end) of a request that see its first `visible` rows, the last of them causally or all."""
+    """Queries [begin, end) of a request. They see its first `visible` rows, all of them or causally."""
 
     begin: int
     end: int
@@ -43,12 +43,12 @@ class Piece(NamedTuple):
 def pieces(begin: int, end: int, spans: Sequence[Span]) -> Iterator[Piece]:
     """Split queries [begin, end) of a request where its bidirectional spans begin and end.
 
-    Raises RuntimeError for a span that reaches past the end: its last rows are not there yet.
+    Raises RuntimeError for a span that reaches past the end, since its last rows are not computed yet.
     """
     at = begin
     for start, length in sorted(spans):
         stop = start + length
-        if stop <= at or start >= end:
+        if stop <= at or start >= end:  # outside this step
             continue
         if stop > end:
             raise RuntimeError(f"an image at rows {start} to {stop} was scheduled only up to row {end}")
