@@ -1,4 +1,4 @@
-"""Examples as integers, one array a group, made by worker processes; everything large is made on the GPU from them."""
+"""Examples as integers, one array per group: worker processes make them, and the GPU makes the pictures from them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from training.nano.world import Scene
 Array = NDArray[np.int16]
 Packed = dict[str, Array]
 ABSENT = 99
-"""The segment of padding and of blocks that are not there: nothing sees it."""
+"""The segment number of padding and of absent blocks, larger than any other, so that no token attends to it."""
 IGNORED = -100
 CODE = 21
-"""Integers of an encoded scene."""
+"""Integers per encoded scene."""
 EMPTY = Scene(())
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sequences of one shape: room for `text` tokens, which blocks they may have, and whether an answer is learned."""
+    """Sequences of one shape: room for `text` tokens, the blocks they may have, and whether they learn an answer."""
 
     name: str
     text: int
@@ -43,10 +43,11 @@ class Group:
 
     @property
     def width(self) -> int:
+        """Integers per example: four for each text token, two for each of the three blocks, and two scenes."""
         return 4 * self.text + 6 + 2 * CODE
 
 
-# Texts are as long as to make whole sequences a multiple of 16 tokens, which suits the attention kernels.
+# These lengths make whole sequences a multiple of 16 tokens, which suits the attention kernels.
 LAYOUTS = {
     "draw": Group("draw", 46, draws=True),
     "plan": Group("plan", 142, draws=True, answers=True),
@@ -58,9 +59,9 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """A group's sequences: ids, segments, rope positions and labels [b, text], and where the blocks are [b].
+    """A group's sequences: ids, segments, rope positions and labels [b, text]; each block's segment and position [b].
 
-    Labels are of the next token, IGNORED where nothing is learned. source and target are encoded scenes.
+    A label is the next token, or IGNORED where nothing is learned. source and target are encoded scenes.
     """
 
     group: Group
@@ -76,7 +77,7 @@ class Batch:
 
 
 def unpack(group: Group, packed: Tensor, device: torch.device | str) -> Batch:
-    """The batch of an array [b, group.width] int16, on a device."""
+    """Make a batch on a device from an array [b, group.width] int16."""
     moved = packed.to(device).long()
     n = group.text
     ids, segments, ropes, labels, blocks, source, target = moved.split((n, n, n, n, 6, CODE, CODE), dim=1)
@@ -96,9 +97,9 @@ def unpack(group: Group, packed: Tensor, device: torch.device | str) -> Batch:
 
 
 def encode_example(tokenizer: BagelTokenizer, group: Group, example: Example) -> list[int] | None:
-    """One example as integers, without its scenes; None if its texts are too long.
+    """Encode one example as integers, without its scenes; None if its texts are too long.
 
-    Order: the system prompt of a think run (all texts but the last), the image blocks, the last text, the answer, then
+    The order: the system prompt of a think run (all texts but the last), the image blocks, the last text, the answer,
     the latents.
     """
     ids: list[int] = []
@@ -120,7 +121,7 @@ def encode_example(tokenizer: BagelTokenizer, group: Group, example: Example) ->
     def block(name: str) -> None:
         nonlocal rope, segment
         blocks[name] = (segment, rope)
-        rope, segment = rope + 1, segment + 1
+        rope, segment = rope + 1, segment + 1  # a whole block shares one position
 
     system = example.texts[:-1] if group.name in ("plan", "reason") and len(example.texts) > 1 else ()
     for each in system:
@@ -144,7 +145,7 @@ def encode_example(tokenizer: BagelTokenizer, group: Group, example: Example) ->
 
 
 def pack(tokenizer: BagelTokenizer, group: Group, examples: list[Example]) -> Tensor:
-    """Examples whose texts fit -> [n, group.width] int16."""
+    """Encode those examples whose texts fit -> [n, group.width] int16."""
     rows, sources, targets = [], [], []
     for example in examples:
         row = encode_example(tokenizer, group, example)
@@ -156,13 +157,13 @@ def pack(tokenizer: BagelTokenizer, group: Group, examples: list[Example]) -> Te
 
 
 class Stream(IterableDataset[Packed]):
-    """Endless batches of all groups, conditions dropped at random; workers draw from different seeds."""
+    """An endless stream of batches of all groups, with conditions dropped at random. Each worker has its own seed."""
 
     def __init__(self, folder: Path, counts: dict[str, int], seed: int) -> None:
         self.folder, self.counts, self.seed = folder, counts, seed
 
     def __iter__(self) -> Iterator[Packed]:
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the workers together already use the cores
         worker = get_worker_info()
         rng = Random(f"{self.seed}-{worker.id if worker else 0}")
         tokenizer = BagelTokenizer(self.folder)
@@ -172,6 +173,7 @@ class Stream(IterableDataset[Packed]):
     def _batch(self, tokenizer: BagelTokenizer, rng: Random, name: str, count: int) -> Array:
         group = LAYOUTS[name]
         packed: list[Array] = []
+        # pack leaves out examples that are too long, so it may take several rounds.
         while (wanted := count - sum(len(each) for each in packed)) > 0:
             examples = [drop(rng, GROUPS[name](rng)) for _ in range(wanted)]
             packed.append(pack(tokenizer, group, examples).numpy())
@@ -179,10 +181,8 @@ class Stream(IterableDataset[Packed]):
 
 
 def batches(folder: Path, counts: dict[str, int], seed: int, workers: int) -> Iterator[dict[str, Tensor]]:
-    """Batches by group name, from so many processes (none: in this one), which start at once.
-
-    Arrays come through pipes: shared memory may be small, and so may the number of open files.
-    """
+    """Batches by group name, made by `workers` processes, which start at once; 0: made in this process."""
+    # As numpy arrays, which travel through pipes: tensors would take shared memory and open files, both often limited.
     stream = Stream(folder, counts, seed)
     loader: DataLoader[Packed] = DataLoader(
         stream, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=6 if workers else None

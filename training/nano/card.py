@@ -1,7 +1,7 @@
-"""The model card from a run: python -m training.nano.card RUN EVALUATION ... [--out models/nano].
+"""Write the model card of a run: python -m training.nano.card RUN EVALUATION ... [--out models/nano].
 
-Reads RUN/log.jsonl and each EVALUATION/results.json, writes README.md and training.png. The figures of the card are
-those of the files; nothing is trained or evaluated here.
+Reads RUN/log.jsonl and each EVALUATION/results.json, writes README.md and training.png. It takes all figures from these
+files and neither trains nor evaluates.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def merged(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The results of several calls as of one; ValueError if they were not asked alike."""
+    """Merge the results of several evaluations; ValueError if their settings differ."""
     rows: dict[str, Any] = {}
     for results in several:
         if any(results.get(key) != several[0].get(key) for key in ("seed", "steps", "fingerprint", "topology")):
@@ -107,7 +107,7 @@ def merged(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
-    """Points (minutes of training, loss) of every curve, and the minutes at which stages begin after the first."""
+    """The points (minutes of training, loss) of each curve, and the minutes at which later stages begin."""
     curves: Series = {name: [] for name in CURVES}
     starts, before = [], 0.0
     for run in stages(entries):
@@ -115,16 +115,17 @@ def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
             starts.append(before)
         for entry in run:
             for name in CURVES:
-                if isinstance(entry.get(name), float) and entry[name] > 0:
+                if isinstance(entry.get(name), float) and entry[name] > 0:  # the axis is logarithmic
                     curves[name].append((before + entry["s"] / 60, entry[name]))
         before += max(entry["s"] for entry in run) / 60
     return {name: points for name, points in curves.items() if points}, starts
 
 
 def stages(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """The entries of each call of the training command: its clock starts again, or the stage is another."""
+    """Group the entries by call of the training command."""
     runs: list[list[Entry]] = []
     for entry in entries:
+        # A new call shows by another stage, or by a clock that starts again.
         if not runs or entry["stage"] != runs[-1][-1]["stage"] or entry["s"] < runs[-1][-1]["s"]:
             runs.append([])
         runs[-1].append(entry)
@@ -132,7 +133,7 @@ def stages(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def plot(curves: Series, starts: Sequence[float]) -> Image.Image:
-    """Losses on a logarithmic axis over minutes; a line where a stage begins."""
+    """Plot the losses on a logarithmic axis over minutes, with a vertical line where a stage begins."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, small = ImageDraw.Draw(image), ImageFont.load_default(12)
     values = [value for points in curves.values() for _, value in points]
@@ -173,35 +174,35 @@ def card(entries: Sequence[Entry], results: Mapping[str, Any], checkpoint: Path)
         training=training(entries),
         table=table(results["rows"]),
         seed=results["seed"],
-        how=how(results),
+        how=evaluated(results),
         steps=results["steps"],
     )
 
 
-def how(results: Mapping[str, Any]) -> str:
-    """What was asked, and on which devices it ran."""
-    asked = "through gateway, Thinker and DiT" if "topology" in results else "in one process"
-    return " ".join((asked, *(["on", " and ".join(results["devices"])] if results["devices"] else ())))
+def evaluated(results: Mapping[str, Any]) -> str:
+    """How and on which devices the evaluation ran, in words."""
+    through = "through gateway, Thinker and DiT" if "topology" in results else "in one process"
+    return " ".join((through, *(["on", " and ".join(results["devices"])] if results["devices"] else ())))
 
 
 def training(entries: Sequence[Entry]) -> str:
-    """What each stage took."""
+    """The training's stages as a Markdown table: their devices, minutes, steps and last losses."""
     lines = ["| stage | on | minutes | steps | parameters | last losses |", "|---|---|--:|--:|--:|---|"]
     for run in stages(entries):
         steps = [entry["step"] for entry in run if "step" in entry]
         losses: dict[str, float] = {}
         for entry in run:
             losses |= {name: entry[name] for name in CURVES if isinstance(entry.get(name), float)}
-        told = ", ".join(f"{NAMES[name]} {value:.3g}" for name, value in losses.items())
+        last = ", ".join(f"{NAMES[name]} {value:.3g}" for name, value in losses.items())
         device = next((entry["device"] for entry in run if "device" in entry), "")
         learned = next((f"{entry['learned'] / 1e6:.1f} M" for entry in run if "learned" in entry), "")
         minutes = f"{run[-1]['s'] / 60:.1f}"
-        lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} | {told} |")
+        lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} | {last} |")
     return "\n".join(lines)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The evaluation as Markdown."""
+    """The evaluation as a Markdown table."""
     lines = ["| row | right | share | 95% interval | goal |", "|---|--:|--:|---|--:|"]
     for name, row in rows.items():
         low, high = row["interval"]

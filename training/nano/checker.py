@@ -1,7 +1,7 @@
-"""What a picture shows, by its pixels alone: connected components, their colours and their shapes.
+"""Determine what a picture shows from its pixels alone: connected components, their colours and their shapes.
 
-Nothing of the renderer is used but the names and RGB values of colours. Shapes are told apart by how well a component,
-stretched to a square, covers each of a few outlines.
+To stay independent it shares nothing with the renderer but the names and RGB values of colours. It recognises a shape
+by how well a component, stretched to a square, covers each of a few outlines.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from training.nano.world import BACKGROUNDS, CELLS, COLOURS
 Mask = NDArray[np.bool_]
 OUTLINE = 48
 LARGE = 33
-"""Pixels of the longest side from which an object is large."""
+"""An object whose longest side has at least this many pixels is large."""
+# Distances in RGB: to a colour's name, to a background's name, and of an object's pixels from the background.
 COLOUR_REACH, BACKGROUND_REACH, FOREGROUND = 60.0, 40.0, 70.0
-SMALLEST = 60
+SMALLEST = 60  # pixels; smaller components are noise of the autoencoder
 THIRDS = (48, 80)
 OVERLAP = 0.75
-BLURS = (2.0, 3.0)
-"""Of an outline of 48 pixels: half as much on a small object."""
-SAME = 40
+BLURS = (2.0, 3.0)  # on an outline of 48 pixels; that is half as much on a small object
+SAME = 40  # steps of 255 that the autoencoder may move an untouched pixel
 
 
 @dataclass(frozen=True)
 class Found:
-    """One object in a picture; shape or colour "?" if it is none of the known ones. reach: half its longest side."""
+    """One object in a picture; its shape or colour is "?" if it is unknown. reach: half its longest side."""
 
     shape: str
     colour: str
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture read: its background ("?" if unknown) and its objects."""
+    """The content of a picture: its background ("?" if unknown) and its objects."""
 
     background: str
     objects: tuple[Found, ...]
@@ -63,7 +63,7 @@ class Seen:
 
 
 def read(picture: Image.Image) -> Seen:
-    """Read a picture of 128 x 128."""
+    """Determine the content of a picture of 128 x 128 pixels."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
     ground = np.median(border, axis=0)
@@ -104,7 +104,7 @@ def _nearest(colour: NDArray[np.float32], names: dict[str, tuple[int, int, int]]
 
 
 def _shape(component: Mask) -> str:
-    """The outline that overlaps most (intersection over union)."""
+    """The shape whose outline overlaps most (intersection over union); "?" if none overlaps enough."""
     height, width = component.shape
     if max(height, width) > 1.35 * min(height, width):
         return "?"
@@ -118,13 +118,14 @@ def _shape(component: Mask) -> str:
 
 
 def _stretched(mask: Mask) -> Mask:
-    """A mask stretched to the outlines' square."""
+    """Stretch a mask to the square of the outlines."""
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((OUTLINE, OUTLINE), Image.Resampling.BILINEAR)
     return np.asarray(image) > 127
 
 
 def _softened(outline: Mask, blur: float) -> Mask:
-    """An outline as it is with soft edges, whose tips are lost: what the blur (of OUTLINE) leaves more than half of."""
+    """Blur an outline and keep what stays above half."""
+    # The autoencoder's soft edges lose the tips of stars and hearts in the same way.
     soft: Mask = ndimage.gaussian_filter(np.pad(outline, OUTLINE // 4).astype(np.float32), blur) > 0.5
     (rows, columns) = ndimage.find_objects(soft.astype(np.int8))[0]
     return _stretched(soft[rows, columns])
@@ -153,7 +154,7 @@ def _outlines() -> dict[str, Mask]:
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Mask:
-    """A polygon stretched to its square."""
+    """Draw a polygon, stretched to the square."""
     array = np.array(points)
     low, high = array.min(axis=0), array.max(axis=0)
     scaled = (array - low) / (high - low) * (OUTLINE - 1)
@@ -169,7 +170,7 @@ OUTLINES = {
 
 
 def satisfies(seen: Seen, wanted: Wanted) -> bool:
-    """Whether a picture shows exactly what was wanted, in some order of its objects."""
+    """Whether a picture shows exactly what was wanted, for some assignment of its objects."""
     if wanted.background is not None and seen.background != wanted.background:
         return False
     if len(seen.objects) != len(wanted.things):
@@ -193,11 +194,11 @@ def _is(found: Found, thing: Thing) -> bool:
 def _related(a: Found, kind: str, b: Found) -> bool:
     dx, dy = b.x - a.x, b.y - a.y
     along, across = {"left": (dx, dy), "right": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[kind]
-    return along > 8 and along > abs(across)
+    return along > 8 and along > abs(across)  # clearly so, and more to that side than across
 
 
 def unchanged(before: Image.Image, after: Image.Image, allowed: Mask) -> float:
-    """Share of the pixels outside `allowed` that an edit left as they were (within SAME of 255 in every channel)."""
+    """The share of pixels outside `allowed` that an edit left unchanged, within SAME of 255 in every channel."""
     one, other = (np.asarray(each.convert("RGB"), dtype=np.int16) for each in (before, after))
     same = np.abs(one - other).max(axis=-1) <= SAME
     kept = ~allowed

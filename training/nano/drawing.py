@@ -1,4 +1,4 @@
-"""Tasks of drawing: a text, perhaps a plan in words, and the picture."""
+"""Drawing tasks: a text, perhaps a plan in words, and the picture."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ from training.nano.world import (
 
 
 def _drawn(rng: Random, what: str, phrase: str, world: Scene, wanted: Wanted, *, named: bool) -> Example:
-    """An example of drawing; an order, a background and a style are added to the phrase."""
+    """An example of drawing. It turns the phrase into an order, names the background if wanted, and adds a style."""
     text = on_background(rng, phrase, world.background) if named else phrase
     return Example(what, (styled(rng, ordered(rng, text)),), target=world, wanted=wanted)
 
 
 def _ground(rng: Random) -> tuple[str, bool]:
-    """A background and whether it is named; it is white unless named."""
+    """A background, and whether the text names it."""
+    # Unnamed it is always white, so that the model learns a default.
     return (rng.choice(tuple(BACKGROUNDS)), True) if rng.random() < 0.6 else ("white", False)
 
 
 def one(rng: Random) -> Example:
-    """One object, in the centre unless a place is named."""
+    """One object, in the centre unless the text names a place."""
     thing, (background, named) = look(rng), _ground(rng)
     size, placed = rng.random() < 0.6, rng.random() < 0.5
     cell = rng.randrange(9) if placed else CENTRE
@@ -63,7 +64,7 @@ def one(rng: Random) -> Example:
 
 
 def two(rng: Random, *, anywhere: bool = False) -> Example:
-    """Two objects and where one is from the other: on opposite sides, or `anywhere` that makes it true."""
+    """Two objects and a relation between them: on opposite sides, or `anywhere` that makes the relation true."""
     background, named = _ground(rng)
     while True:
         looks, vertical = distinct_looks(rng, 2), rng.random() < 0.5
@@ -91,6 +92,7 @@ def count(rng: Random) -> Example:
     """The same object several times, spread over the picture."""
     background, named = _ground(rng)
     number, thing, size = rng.choice((2, 3, 3, 4, 4)), look(rng), rng.random() < 0.4
+    # Four large objects nearly fill the picture, so half of the large groups become small.
     if number > 2 and thing.size == "large" and rng.random() < 0.5:
         thing = replace(thing, size="small")
     world = make_scene(spread(rng, [thing] * number), background)
@@ -103,7 +105,7 @@ def count(rng: Random) -> Example:
 
 
 def three(rng: Random) -> Example:
-    """Two or three objects at named places, or spread over the picture in the order of the words."""
+    """Two or three objects at named places, or spread over the picture in the order of the text."""
     background, named = _ground(rng)
     looks = distinct_looks(rng, rng.choice((2, 3, 3, 3)))
     size, placed = rng.random() < 0.3, rng.random() < 0.3
@@ -128,7 +130,7 @@ def draw(rng: Random) -> Example:
 
 
 def planned(rng: Random) -> Example:
-    """As `draw`, with a plan in words first."""
+    """Like `draw`, with a plan in words before the picture."""
     made = draw(rng)
     assert made.target is not None
     return replace(made, texts=(THINK_IMAGE_PROMPT, *made.texts), answer=plan(made.target))

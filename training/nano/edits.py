@@ -1,4 +1,4 @@
-"""Tasks of editing: a picture, what to change in words, and the picture changed."""
+"""Editing tasks: a picture, a change in words, and the changed picture."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from training.nano.world import (
 
 
 def _refer(rng: Random, item: Item, world: Scene) -> str:
-    """Words that single out an object of a scene."""
+    """Words that refer to exactly one object of a scene."""
     others = [other for other in world.items if other is not item]
     forms = [f"the {item.colour} {word(rng, item.shape)}"] * 3
     if all(other.shape != item.shape for other in others):
@@ -52,9 +52,10 @@ def _edited(rng: Random, what: str, text: str, source: Scene, target: Scene) -> 
 
 
 def recolour(rng: Random) -> Example:
-    """Another colour for one object."""
+    """Give one object another colour."""
     source = random_scene(rng)
     item = rng.choice(source.items)
+    # A second object of the same shape and colour could no longer be referred to.
     taken = {other.colour for other in source.items if other.shape == item.shape}
     colour = rng.choice([name for name in COLOURS if name not in taken])
     who = _refer(rng, item, source)
@@ -69,7 +70,7 @@ def recolour(rng: Random) -> Example:
 
 
 def add(rng: Random) -> Example:
-    """One more object, at a named place."""
+    """Add an object at a named place."""
     while True:
         source = random_scene(rng, (1, 2))
         new = look(rng)
@@ -92,7 +93,7 @@ def add(rng: Random) -> Example:
 
 
 def remove(rng: Random) -> Example:
-    """One object less."""
+    """Remove an object."""
     source = random_scene(rng, (1, 2, 2, 3, 3))
     item = rng.choice(source.items)
     who = _refer(rng, item, source)
@@ -108,12 +109,13 @@ def remove(rng: Random) -> Example:
 
 
 def move(rng: Random) -> Example:
-    """One object to another cell."""
+    """Move an object to another cell."""
     while True:
         source = random_scene(rng)
         item = rng.choice(source.items)
         others = [other for other in source.items if other is not item]
         cell = rng.choice([c for c in range(9) if all(other.cell != c for other in source.items)])
+        # It keeps its radius: a move must not change the size, even within the same name.
         moved = replace(place(rng, Look(item.shape, item.colour, item.size), cell), radius=item.radius)
         if fits(moved, others):
             break
@@ -130,7 +132,7 @@ def move(rng: Random) -> Example:
 
 
 def background(rng: Random) -> Example:
-    """Another background."""
+    """Change the background."""
     source = random_scene(rng)
     name = rng.choice([each for each in BACKGROUNDS if each != source.background])
     said = word(rng, name)
@@ -152,5 +154,5 @@ EDIT = ((recolour, 0.22), (add, 0.22), (remove, 0.2), (move, 0.22), (background,
 
 
 def edit(rng: Random) -> Example:
-    """A picture, what to change, and the picture changed."""
+    """A picture, a change in words, and the changed picture."""
     return pick(rng, EDIT)(rng)

@@ -1,8 +1,8 @@
-"""Score a bagel-nano: prompts from a seed, pictures read by an independent checker, a table and a contact sheet.
+"""Score a bagel-nano: prompts from a seed, an independent checker for pictures, a table and a contact sheet.
 
-bagel eval-nano --seed 7                                                 through services of its own
-python -m training.nano.evaluate --endpoint HOST:PORT --seed 7           through a gateway that runs
-python -m training.nano.evaluate --model RUN/checkpoint --seed 7         in this process
+bagel eval-nano --seed 7                                                 starts its own services
+python -m training.nano.evaluate --endpoint HOST:PORT --seed 7           uses a running gateway
+python -m training.nano.evaluate --model RUN/checkpoint --seed 7         runs in this process
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from training.nano.rows import ROWS, Case, Row, cases, judge, picture_of, rows_n
 from training.nano.sheet import Cell, Section, contact_sheet
 
 COLUMNS = 8
-"""Cases of a row on the contact sheet: its first ones, right or wrong."""
+"""Cases per row on the contact sheet: the first ones, right or wrong."""
 MISTAKES = 40
-"""Most mistakes of a row in results.json."""
+"""The most mistakes per row in results.json."""
 HEADER = f"{'row':<26} {'right':>9} {'share':>7}  {'95% interval':<15}  {'goal':>4}"
 
 
 class Generate(Protocol):
-    """Something that serves requests, in their order."""
+    """A function that serves requests and returns the results in the same order."""
 
     def __call__(self, requests: Sequence[Request]) -> list[Result]: ...
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One case with what came back."""
+    """One case, its result, and the verdict; seen: what the checker saw, in words."""
 
     case: Case
     result: Result
@@ -48,7 +48,7 @@ class Judged:
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% Wilson interval of a share."""
+    """The Wilson interval of a share, which stays within 0 and 1; 95% by default."""
     if not count:
         return 0.0, 1.0
     share, square = right / count, z * z / count
@@ -58,8 +58,8 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def through(endpoint: str, at_once: int) -> Generate:
-    """A gateway."""
-    from bagel.client.batch import ask_of, generate_all  # gRPC is not needed otherwise
+    """Serve requests through a running gateway."""
+    from bagel.client.batch import ask_of, generate_all  # imported late: the other way needs no gRPC
 
     def generate(requests: Sequence[Request]) -> list[Result]:
         return generate_all(endpoint, [ask_of(request) for request in requests], at_once=at_once)
@@ -68,7 +68,7 @@ def through(endpoint: str, at_once: int) -> Generate:
 
 
 def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
-    """An engine of this process."""
+    """Serve requests with an engine in this process."""
     import torch
 
     from bagel.checkpoint.files import Checkpoint
@@ -90,7 +90,7 @@ def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
 def evaluate(
     generate: Generate, rows: Sequence[Row], seed: int, count: int, steps: int, until: float = math.inf
 ) -> dict[str, list[Judged]]:
-    """All rows, each printed as it is done; one that fails, or comes after `until` (monotonic), is left out."""
+    """Evaluate and print all rows; leaves out rows that fail, and rows after the monotonic time `until`."""
     judged: dict[str, list[Judged]] = {}
     print(HEADER, flush=True)
     for row in rows:
@@ -101,7 +101,7 @@ def evaluate(
         try:
             asked = cases(row, seed, count, steps)
             results = generate([case.request for case in asked])
-        except Exception as error:  # one row less is better than none
+        except Exception as error:  # the other rows are still worth having
             print(f"{row.name}: {type(error).__name__}: {error}", flush=True)
             continue
         judged[row.name] = [
@@ -112,7 +112,7 @@ def evaluate(
 
 
 def line(row: Row, judged: Sequence[Judged]) -> str:
-    """A row of the table."""
+    """One row of the table."""
     right, count = sum(each.right for each in judged), len(judged)
     low, high = wilson(right, count)
     goal = f"{row.goal:.0%}" if row.goal is not None else ""
@@ -121,7 +121,7 @@ def line(row: Row, judged: Sequence[Judged]) -> str:
 
 
 def section(row: Row, judged: Sequence[Judged]) -> Section | None:
-    """A row's first cases: the input of what reads one, above what was drawn; prompts and answers in words."""
+    """A row's first cases: the input picture, if any, above the drawn one; prompts and answers as captions."""
     cells = []
     for item in judged[:COLUMNS]:
         source, drawn = item.case.example.source, item.result.image
@@ -137,7 +137,7 @@ def section(row: Row, judged: Sequence[Judged]) -> Section | None:
 
 
 def write(judged: dict[str, list[Judged]], folder: Path, about: Mapping[str, Any]) -> None:
-    """table.txt, results.json (with what was wrong, in words) and sheet.png; about: what was run, like the seed."""
+    """Write table.txt, results.json (which describes the mistakes) and sheet.png; about: the evaluation's settings."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {row.name: row for row in ROWS}
     table = [line(named[name], each) for name, each in judged.items()]
@@ -162,14 +162,14 @@ def _content(row: Row, judged: Sequence[Judged]) -> dict[str, Any]:
 def _mistake(item: Judged) -> dict[str, str | int]:
     example, request = item.case.example, item.case.request
     prompt = " ".join(part.text for part in request.prompt if isinstance(part, TextPart))
-    told = {"prompt": prompt, "answer": example.answer or "", "seen": item.seen, "text": item.result.text}
-    return {**told, "seed": item.result.seed}
+    texts = {"prompt": prompt, "answer": example.answer or "", "seen": item.seen, "text": item.result.text}
+    return {**texts, "seed": item.result.seed}
 
 
 def score(
     generate: Generate, rows: Sequence[Row], folder: Path, *, seed: int, count: int, steps: int = 50, **about: Any
 ) -> None:
-    """Evaluate, write everything to a folder, and say where; BagelError if a row failed."""
+    """Evaluate, write everything to a folder and print its path; BagelError if a row failed."""
     judged = evaluate(generate, rows, seed, count, steps)
     write(judged, folder, {"seed": seed, "steps": steps, **about})
     print(f"table.txt, results.json and sheet.png are in {folder}", flush=True)
@@ -178,7 +178,7 @@ def score(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate and print the table; 1 if a row failed or had no time."""
+    """Evaluate and print the table; returns 1 if a row failed or had no time."""
     parser = OnceParser(prog="python -m training.nano.evaluate", description="Score a bagel-nano.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--endpoint", help="a running gateway's HOST:PORT")

@@ -1,4 +1,4 @@
-"""What a task makes: a sequence of texts and scenes, and what a picture of it must show."""
+"""The examples that tasks make: texts and scenes, and what a picture must show to be right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence. texts come before `answer`, which is learned; source is read, target is drawn.
+    """One sequence. The model reads `texts` and `source`, and learns to write `answer` and to draw `target`.
 
-    vae, vit: how the source enters. what: the kind of task, of which there may be a row in the evaluation. wanted: what
-    the picture must show.
+    what: the kind of task; vae, vit: how the source enters; wanted: what the picture must show.
     """
 
     what: str
@@ -31,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Thing:
-    """An object asked for; None where anything goes."""
+    """An object that a text asks for; None where the text leaves it open."""
 
     shape: str
     colour: str
@@ -41,7 +40,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a drawn picture must show: exactly these objects, and relations (index, left/right/above/below, index)."""
+    """What a picture must show: exactly these objects, in the relations (index, left/right/above/below, index)."""
 
     things: tuple[Thing, ...]
     background: str | None = None
@@ -49,17 +48,17 @@ class Wanted:
 
 
 def things(items: tuple[Item, ...] | list[Item], *, size: bool, cell: bool) -> tuple[Thing, ...]:
-    """Objects as they are asked for; size, cell: whether those are said."""
+    """Turn objects into things to ask for; size, cell: whether the text states them."""
     return tuple(
         Thing(item.shape, item.colour, item.size if size else None, item.cell if cell else None) for item in items
     )
 
 
 def pick(rng: Random, weighted: tuple[tuple[T, float], ...]) -> T:
-    """One of several, by their weights."""
+    """Choose one of several by their weights."""
     chance = rng.random() * sum(weight for _, weight in weighted)
     for each, weight in weighted:
         chance -= weight
         if chance < 0:
             return each
-    return weighted[-1][0]
+    return weighted[-1][0]  # rounding may leave a remainder

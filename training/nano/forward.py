@@ -1,7 +1,7 @@
-"""The forward pass of training: whole sequences at once, on the parameters of the model that serves.
+"""The forward pass of training: whole sequences at once, with the parameters of the serving model.
 
-The modules of bagel.model work in place on a K/V slab; here the same formulas run over padded batches, with one mask
-from every token's segment. A sequence is laid out as its expert's tokens, not in reading order:
+The modules of bagel.model work in place on a K/V slab. Here the same formulas run over padded batches, with a mask made
+from the tokens' segments. A sequence is laid out by expert, not in reading order:
 understanding [text | ViT block | VAE delimiters | latent delimiters], generation [clean latents | noisy latents].
 """
 
@@ -25,13 +25,14 @@ Weights = tuple[Tensor, ...]
 Rope = tuple[Tensor, Tensor]
 LayerFn = Callable[..., tuple[Tensor, Tensor]]
 Size = tuple[int, int, int]
-"""Sequences of a batch, and how many tokens of either expert each has."""
+"""(sequences in a batch, understanding tokens per sequence, generation tokens per sequence)."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a batch needs beside its integers: ViT patches [b, n, features]; clean and noisy latent tokens
-    [b, n, features] with their times [b], where the group has them.
+    """The tensors of a batch beside its integers, as far as its group has them.
+
+    ViT patches, clean and noisy latent tokens, each [b, n, features], and the noisy tokens' times [b].
     """
 
     patches: Tensor | None = None
@@ -42,16 +43,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outputs:
-    """logits [b, text, vocabulary] of a group that answers; velocity of the noisy latents [b, n, features] of one that
-    draws.
-    """
+    """logits [b, text, vocabulary] if the group answers; velocity [b, n, features] of its noisy latents if it draws."""
 
     logits: Tensor | None
     velocity: Tensor | None
 
 
 def expert_weights(first: Any, second: Any) -> Weights:
-    """Parameters of an expert's two halves (bagel.model.mot) as the layer takes them."""
+    """The parameters of an expert's two halves (bagel.model.mot), in the order in which `layer` takes them."""
     return (
         first.input_layernorm.weight,
         first.qkv_proj.weight,
@@ -100,8 +99,10 @@ def layer(
     kv_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """One decoder layer over all batches at once: und [rows, hidden], gen [rows, hidden], of which each batch has b * u
-    and b * g rows in turn; masks [b, 1, u + g, u + g], added to its scores.
+    """One decoder layer over all batches at once.
+
+    und, gen: [rows, hidden], to which each batch contributes b * u and b * g rows in turn; masks: one per batch,
+    [b, 1, u + g, u + g], added to the scores. Only the attention runs batch by batch.
     """
     und_heads = _project(und, und_weights, ropes[0], kv_heads, eps)
     gen_heads = _project(gen, gen_weights, ropes[1], kv_heads, eps)
@@ -124,9 +125,9 @@ def layer(
 
 
 def visible(segments: Tensor, text: int) -> Tensor:
-    """Mask [b, 1, n, n]: 0 where the second token is seen by the first (every token by itself), else minus infinity.
+    """Mask [b, 1, n, n]: 0 where the first token sees the second, else minus infinity.
 
-    The first `text` tokens are causal.
+    A token sees all earlier segments and its own, of which the first `text` tokens are causal.
     """
     n = segments.shape[1]
     index = torch.arange(n, device=segments.device)
@@ -137,7 +138,7 @@ def visible(segments: Tensor, text: int) -> Tensor:
 
 
 def encode_vit(vit: Vit, connector: Mlp, patches: Tensor) -> Tensor:
-    """patches [b, n, features] of square images -> [b, n, hidden] of the decoder, without the position table."""
+    """patches [b, n, features] of square images -> [b, n, hidden] for the decoder, without the position table."""
     side = vit.embeddings.position_embedding.num_embeddings**0.5
     count = patches.shape[1]
     ids = _square_ids(count, int(side), patches.device)
@@ -160,7 +161,7 @@ def vit_layer(block: Any, x: Tensor) -> Tensor:
 
 
 def forward(model: Bagel, parts: Sequence[tuple[Batch, Inputs]], layer_fn: LayerFn = layer) -> list[Outputs]:
-    """Logits and velocities of several batches, which share every product but those of attention."""
+    """Logits and velocities of several batches, which share all matrix products but those of attention."""
     decoder, llm = model.language_model, model.config.llm
     laid = _lay_out(model, parts)
     sizes = tuple((len(each.und), each.und.shape[1], each.gen.shape[1]) for each in laid)
@@ -169,7 +170,7 @@ def forward(model: Bagel, parts: Sequence[tuple[Batch, Inputs]], layer_fn: Layer
         _flat_rope(decoder.rope, [positions[i] for positions in (each.ropes for each in laid)]) for i in range(2)
     )
     masks = [visible(each.segments, batch.group.text) for each, (batch, _) in zip(laid, parts, strict=True)]
-    if torch.is_autocast_enabled(und.device.type):
+    if torch.is_autocast_enabled(und.device.type):  # once here, not in each layer
         masks = [mask.to(torch.get_autocast_dtype(und.device.type)) for mask in masks]
     for each in decoder.layers:
         weights = (
@@ -183,13 +184,13 @@ def forward(model: Bagel, parts: Sequence[tuple[Batch, Inputs]], layer_fn: Layer
 
 
 def _apart(x: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Rows of all batches -> [b, n, hidden] of each."""
+    """Split the rows of all batches into one [b, n, hidden] each."""
     parts = x.split([b * n for b, n in shapes])
     return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _read(model: Bagel, part: tuple[Batch, Inputs], und: Tensor, gen: Tensor) -> Outputs:
-    """The heads: logits where the group answers, velocities where it draws."""
+    """Apply the heads: logits if the group answers, velocities if it draws."""
     (batch, inputs), decoder = part, model.language_model
     logits = velocity = None
     if batch.group.answers:
@@ -204,9 +205,7 @@ def _read(model: Bagel, part: tuple[Batch, Inputs], und: Tensor, gen: Tensor) ->
 
 @dataclass(frozen=True)
 class _Laid:
-    """A batch as the decoder takes it: inputs [b, u, hidden] and [b, g, hidden], their rope positions, and the segments
-    [b, u + g].
-    """
+    """The decoder's inputs of a batch: [b, u, hidden] and [b, g, hidden], their positions, and segments [b, u + g]."""
 
     und: Tensor
     gen: Tensor
@@ -215,7 +214,7 @@ class _Laid:
 
 
 def _lay_out(model: Bagel, parts: Sequence[tuple[Batch, Inputs]]) -> list[_Laid]:
-    """Inputs of the decoder; images and latents of all batches are embedded together."""
+    """Make the decoder's inputs; the images and latents of all batches are embedded together."""
     embed = model.language_model.embed_tokens
     device = parts[0][0].ids.device
     delimiters = embed(_constant(tuple(model.delimiter_rows), device)).float()
@@ -225,7 +224,7 @@ def _lay_out(model: Bagel, parts: Sequence[tuple[Batch, Inputs]]) -> list[_Laid]
             patches.append(inputs.patches)
         if inputs.clean is not None:
             tokens.append(inputs.clean)
-            times.append(torch.zeros(len(inputs.clean), device=device))
+            times.append(torch.zeros(len(inputs.clean), device=device))  # an image to edit enters at time 0
         if inputs.noisy is not None and inputs.times is not None:
             tokens.append(inputs.noisy)
             times.append(inputs.times)
@@ -274,7 +273,7 @@ def _embed_latents(model: Bagel, tokens: Tensor, times: Tensor) -> Tensor:
 
 
 def _flat_rope(rope: Callable[[Tensor], Rope], positions: Sequence[Tensor]) -> Rope:
-    """Factors [rows, 1, head_dim] of all batches' positions."""
+    """Rotary factors [rows, 1, head_dim] for the positions of all batches."""
     direct, swapped = rope(torch.cat([each.flatten() for each in positions])[None])
     return direct[0], swapped[0]
 

@@ -1,4 +1,4 @@
-"""Pictures in batches as the model takes them: ViT patches, latents and latent tokens."""
+"""Turn batches of pictures into the model's inputs: ViT patches, latents and latent tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.nano.world import SIDE
 
 
 class VitInput:
-    """Pixels [b, 3, SIDE, SIDE] -> ViT patches [b, n, features]: Pillow's bicubic as a matrix."""
+    """Pixels [b, 3, SIDE, SIDE] -> ViT patches [b, n, features], with Pillow's bicubic resize as a matrix."""
 
     def __init__(self, device: torch.device | str) -> None:
         eye = torch.eye(SIDE)[None, None]
@@ -25,7 +25,7 @@ class VitInput:
         self.matrix = resized[0, 0].to(device)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        small = _rounded(torch.einsum("bchw,jw->bchj", pixels, self.matrix))  # Pillow rounds after either direction
+        small = _rounded(torch.einsum("bchw,jw->bchj", pixels, self.matrix))  # Pillow rounds after each direction
         small = _rounded(torch.einsum("ih,bchj->bcij", self.matrix, small))
         grid = small.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
         return torch.einsum("bchpwq->bhwpqc", grid).flatten(3).flatten(1, 2)
@@ -36,32 +36,25 @@ def _rounded(pixels: Tensor) -> Tensor:
 
 
 def patchify(latents: Tensor, patch: int = 2) -> Tensor:
-    """latents [b, c, h, w] -> tokens [b, n, patch * patch * c], as bagel.model.flow.latent_patchify."""
+    """latents [b, c, h, w] -> tokens [b, n, patch * patch * c]: a batched bagel.model.flow.latent_patchify."""
     grid = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return torch.einsum("bchpwq->bhwpqc", grid).flatten(3).flatten(1, 2)
 
 
-def unpatchify(tokens: Tensor, patch: int = 2) -> Tensor:
-    """Inverse of patchify, of square pictures."""
-    side = int(tokens.shape[1] ** 0.5)
-    grid = tokens.view(len(tokens), side, side, patch, patch, -1)
-    return torch.einsum("bhwpqc->bchpwq", grid).flatten(4).flatten(2, 3)
-
-
 def latent_tokens(mean: Tensor, logvar: Tensor, config: VaeConfig, noise: Tensor | None) -> Tensor:
-    """Posterior moments [b, z, h, w] -> latent tokens of a sample, or of the mean without noise."""
+    """Posterior moments [b, z, h, w] -> latent tokens of a sample, or of the mean if there is no noise."""
     z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
     return patchify(config.scale_factor * (z - config.shift_factor))
 
 
 def moments(encoder: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean and log variance of a batch."""
+    """The posterior mean and log variance of a batch."""
     mean, logvar = encoder(pixels).float().chunk(2, dim=1)
     return mean, logvar
 
 
 def clean_latents(vae: Vae, pixels: Tensor) -> Tensor:
-    """Latent tokens of the posterior means of a batch."""
+    """The latent tokens of a batch's posterior means."""
     return latent_tokens(*moments(vae.autoencoder.encoder, pixels), vae.config, None)
 
 

@@ -1,4 +1,4 @@
-"""Time and losses of a stage: how far it is, and JSON lines of how it goes."""
+"""The clock of a training stage, and its log as JSON lines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 class Journal:
-    """Writes to a file and to standard output."""
+    """Logs a stage to a file and to standard output."""
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage, self.start = path, stage, time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, **values: object) -> None:
-        """One line; numbers are rounded."""
+        """Write one line, with numbers rounded."""
         entry = {"stage": self.stage, "s": round(time.monotonic() - self.start, 1), **values}
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()})
         print(line, flush=True)
@@ -25,7 +25,10 @@ class Journal:
 
 
 class Schedule:
-    """Rates over a stage's time: a short rise, then from one height to another along half a cosine."""
+    """The learning rates' factor over a stage: a short linear rise, then half a cosine from `start` to `end`.
+
+    It follows the clock, not the steps, so that a stage ends at its low rate however fast the machine is.
+    """
 
     def __init__(self, minutes: float, start: float, end: float, rise: int) -> None:
         self.until = time.monotonic() + 60 * minutes
@@ -33,7 +36,7 @@ class Schedule:
         self.start, self.end, self.rise = start, end, rise
 
     def begin(self) -> None:
-        """The time for compiling is over."""
+        """Start the cosine here, after the time that compiling took."""
         self.begun = time.monotonic()
 
     @property
@@ -45,6 +48,6 @@ class Schedule:
         return time.monotonic() >= self.until
 
     def scale(self, step: int) -> float:
-        """The rates' factor at a step of this stage."""
+        """The factor at a step of this stage."""
         height = self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * self.progress))
         return height * min(1.0, (step + 1) / max(1, self.rise))

@@ -1,4 +1,4 @@
-"""bagel-nano's sizes, its first weights, and its checkpoint in the layout of BAGEL-7B-MoT."""
+"""bagel-nano's sizes, its initial weights, and its checkpoint in the layout of BAGEL-7B-MoT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training.nano.world import SIDE
 
 @dataclass(frozen=True)
 class Sizes:
-    """What may be made smaller for a trial run."""
+    """The network's sizes; a trial run takes smaller ones."""
 
     hidden: int = 192
     layers: int = 8
@@ -34,8 +34,7 @@ class Sizes:
     vit_hidden: int = 128
     vit_layers: int = 4
     vit_intermediate: int = 384
-    vae_channels: int = 64
-    """Of the autoencoder at every depth: with 32, a group of its norms would be one channel, and lose its colour."""
+    vae_channels: int = 64  # with 32, a group of the norms would be a single channel, which loses its mean: the colour
 
 
 NANO = Sizes()
@@ -47,7 +46,16 @@ def write_config(folder: Path, sizes: Sizes) -> None:
     """Write the tokenizer and config.json, llm_config.json, vit_config.json, generation_config.json."""
     train_tokenizer(folder)
     tokenizer = BagelTokenizer(folder)
-    llm: dict[str, Any] = {
+    llm, vit = _llm_config(tokenizer, sizes), _vit_config(sizes)
+    generation = {"bos_token_id": tokenizer.bos, "do_sample": False, "eos_token_id": [tokenizer.eos, tokenizer.bos]}
+    config = _bagel_config(sizes, llm, vit)
+    files = {"config": config, "llm_config": llm, "vit_config": vit, "generation_config": generation}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _llm_config(tokenizer: BagelTokenizer, sizes: Sizes) -> dict[str, Any]:
+    return {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": tokenizer.bos,
@@ -69,7 +77,10 @@ def write_config(folder: Path, sizes: Sizes) -> None:
         "use_sliding_window": False,
         "vocab_size": len(tokenizer),
     }
-    vit = {
+
+
+def _vit_config(sizes: Sizes) -> dict[str, Any]:
+    return {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": sizes.vit_hidden,
         "image_size": VIT_SIDE,
@@ -78,10 +89,13 @@ def write_config(folder: Path, sizes: Sizes) -> None:
         "model_type": "siglip_vision_model",
         "num_attention_heads": max(1, sizes.vit_hidden // 32),
         "num_channels": 3,
-        "num_hidden_layers": sizes.vit_layers + 1,  # the last one is not run, as in the reference
+        "num_hidden_layers": sizes.vit_layers + 1,  # the last layer never runs, as in the reference
         "patch_size": PATCH,
     }
-    config = {
+
+
+def _bagel_config(sizes: Sizes, llm: dict[str, Any], vit: dict[str, Any]) -> dict[str, Any]:
+    return {
         "architectures": ["BagelForConditionalGeneration"],
         "connector_act": "gelu_pytorch_tanh",
         "default_image_size": [SIDE, SIDE],
@@ -110,14 +124,10 @@ def write_config(folder: Path, sizes: Sizes) -> None:
         "vit_config": vit,
         "vit_max_num_patch_per_side": VIT_SIDE // PATCH,
     }
-    generation = {"bos_token_id": tokenizer.bos, "do_sample": False, "eos_token_id": [tokenizer.eos, tokenizer.bos]}
-    files = {"config": config, "llm_config": llm, "vit_config": vit, "generation_config": generation}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def new_model(folder: Path, device: torch.device | str, seed: int = 0) -> Bagel:
-    """A float32 model of the folder's configuration, with its first weights; everything but the tables learns."""
+    """A float32 model of the folder's configuration with initial weights; all but the position tables learn."""
     tokenizer = BagelTokenizer(folder)
     delimiters = (tokenizer.image_start, tokenizer.image_end)
     config = read_model_config(folder)
@@ -141,17 +151,18 @@ def new_model(folder: Path, device: torch.device | str, seed: int = 0) -> Bagel:
 def _initialise(name: str, parameter: Tensor, layers: int) -> None:
     if "norm" in name.split(".")[-2] and name.endswith("weight"):
         parameter.fill_(1.0)
-    elif parameter.dim() == 1 or name == "llm2vae.weight":
+    elif parameter.dim() == 1 or name == "llm2vae.weight":  # a zero output layer: the first velocities are zero
         parameter.zero_()
     elif "embed" in name and "patch" not in name and "time" not in name:
         parameter.normal_(0.0, 0.5)
     else:
+        # Smaller where a layer adds to the residual stream, so that its variance does not grow with the depth.
         scale = 0.5 / layers**0.5 if "o_proj" in name or "down_proj" in name else 1.0
         parameter.normal_(0.0, scale * parameter[0].numel() ** -0.5)
 
 
 def position_table(side: int, width: int) -> Tensor:
-    """Sines and cosines of columns, then of rows, [side * side, width], rounded to bfloat16 as it is stored."""
+    """Sines and cosines of the columns, then of the rows, [side * side, width], rounded to bfloat16 as when stored."""
     frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]
@@ -160,7 +171,7 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 def export(model: Bagel, folder: Path) -> int:
-    """Write ema.safetensors, ae.safetensors and the index beside the configuration; bytes of the two files."""
+    """Write ema.safetensors, ae.safetensors and the index beside the configuration; returns the two files' bytes."""
     files: dict[str, dict[str, Tensor]] = {}
     for slot in slots(model):
         tensor = slot.target.detach().reshape(slot.shape).to(torch.bfloat16).cpu().contiguous().clone()

@@ -1,7 +1,7 @@
-"""All learned parameters in one flat buffer: Muon for the matrices of the layers, AdamW for the rest, and their EMA.
+"""An optimizer over one flat buffer: Muon for the matrices of the layers, AdamW for the rest, and an EMA of all.
 
-Muon: Jordan et al. 2024, scaled to AdamW's update size (Liu et al. 2025). A step takes few kernels and never waits for
-the device; gradients that are not finite make it no step at all.
+Muon: Jordan et al. 2024, scaled to AdamW's update size (Liu et al. 2025). A step launches few kernels and never waits
+for the device. Gradients that are not finite change nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # of Muon's Newton-Schulz step
+_STATE = ("flat", "ema", "first", "second", "momentum", "count")
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates at their highest, weight decay, and the norm that gradients are clipped to."""
+    """The highest learning rates, the weight decay, the norm at which gradients are clipped, and the EMA's decay."""
 
     muon: float = 2e-3
     adam: float = 1.5e-3
@@ -27,10 +28,11 @@ class Rates:
 
 
 class FlatOptimizer:
-    """Owns the parameters: they become views of one buffer, their gradients of another."""
+    """Owns the parameters: they become views of one buffer, and their gradients views of another."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], rates: Rates) -> None:
-        """Matrices whose name has `.layers.` in it take Muon; those of one shape lie side by side."""
+        """Take over the parameters; matrices with `.layers.` in their name take Muon."""
+        # Sorted by shape, so that Muon handles all matrices of one shape in one batch.
         parameters = sorted(named, key=lambda each: _matrix_shape(*each))
         self.rates = rates
         device = parameters[0][1].device
@@ -57,13 +59,13 @@ class FlatOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step with the rates times `scale`; the host reads nothing, so that a step can be captured as a graph."""
+        """One step with the rates times `scale`. The host reads nothing, so that a graph can capture the step."""
         self.count += 1
         rates, n = self.rates, self.count
         torch.linalg.vector_norm(self.grad, out=self.norm)
         finite = self.norm.isfinite()
         self.skipped += (~finite).float()
-        self.grad.nan_to_num_(0.0, 0.0, 0.0)
+        self.grad.nan_to_num_(0.0, 0.0, 0.0)  # a NaN times zero would still be a NaN
         self.grad.mul_(
             torch.where(finite, (rates.clip / (self.norm + 1e-6)).clamp(max=1.0), torch.zeros_like(self.norm))
         )
@@ -78,36 +80,30 @@ class FlatOptimizer:
             change = orthogonal(nesterov[a:b].view(-1, rows, columns)).mul_(0.2 * max(rows, columns) ** 0.5).flatten()
             update[a:b] = change.add_(self.flat[a:b], alpha=rates.decay).mul_(rates.muon)
         self.flat.sub_(update.mul_(go))
+        # The EMA's decay rises with the steps, so that it soon forgets the initial weights.
         self.ema.lerp_(self.flat, 1 - ((1 + n) / (10 + n)).clamp(max=rates.ema))
 
     def state(self) -> dict[str, object]:
-        """Everything needed to go on."""
-        return {
-            "flat": self.flat,
-            "ema": self.ema,
-            "first": self.first,
-            "second": self.second,
-            "momentum": self.momentum,
-            "count": self.count,
-        }
+        """Everything that a later run needs to continue."""
+        return {name: getattr(self, name) for name in _STATE}
 
     def load(self, state: Mapping[str, object]) -> None:
-        """Go on from a state of a model with the same parameters."""
-        for name in ("flat", "ema", "first", "second", "momentum", "count"):
+        """Continue from the state of a model with the same parameters."""
+        for name in _STATE:
             saved = state[name]
             assert isinstance(saved, Tensor)
             getattr(self, name).copy_(saved)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the weights and their EMA; twice is nothing."""
+        """Exchange the weights and their EMA; a second call undoes the first."""
         kept = self.flat.clone()
         self.flat.copy_(self.ema)
         self.ema.copy_(kept)
 
 
 def _matrix_shape(name: str, parameter: Tensor) -> tuple[int, int]:
-    """The shape of a matrix that Muon takes; zeros for others."""
+    """The shape of a parameter that Muon takes; (0, 0) for any other."""
     return (parameter.shape[0], parameter.shape[1]) if parameter.dim() == 2 and ".layers." in name else (0, 0)
 
 

@@ -1,4 +1,4 @@
-"""What things are called: objects, backgrounds, places, and the ways people phrase a request."""
+"""Words for objects, backgrounds and places, and the ways in which people phrase a request."""
 
 from __future__ import annotations
 
@@ -48,38 +48,38 @@ ABOVE, BELOW = ("above", "over", "on top of"), ("below", "under", "beneath", "un
 
 
 def word(rng: Random, name: str, often: float = 0.15) -> str:
-    """The word itself, or now and then another for the same thing."""
+    """The word itself, or now and then a synonym."""
     return rng.choice(SYNONYMS[name]) if name in SYNONYMS and rng.random() < often else name
 
 
 def article(phrase: str) -> str:
-    """The phrase with a or an."""
+    """Put a or an before a phrase."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def plural(noun: str) -> str:
-    """circle -> circles, cross -> crosses."""
+    """The plural: circle -> circles, cross -> crosses."""
     return noun + ("es" if noun.endswith(("s", "x")) else "s")
 
 
 def plain(thing: Item | Look, *, size: bool = True) -> str:
-    """large red circle."""
+    """Name an object, like "large red circle"."""
     return f"{thing.size + ' ' if size else ''}{thing.colour} {thing.shape}"
 
 
 def listed(parts: Sequence[str]) -> str:
-    """a, b and c."""
+    """List phrases, like "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def varied(rng: Random, thing: Item | Look, *, size: bool) -> str:
-    """large red circle, with another word now and then."""
+    """Name an object, with a synonym now and then."""
     words = [word(rng, thing.size)] if size else []
     return " ".join([*words, thing.colour, word(rng, thing.shape)])
 
 
 def on_background(rng: Random, phrase: str, background: str) -> str:
-    """The phrase with its background, one way or another."""
+    """Add the background to a phrase, in one of many ways."""
     name = word(rng, background)
     forms = (
         *(f"{phrase} on {article(name)} background",) * 4,
@@ -105,7 +105,7 @@ def on_background(rng: Random, phrase: str, background: str) -> str:
 
 
 def place_phrase(rng: Random, cell: int) -> str:
-    """in the top left corner, on the left, in the middle."""
+    """Name a place, like "in the top left corner", "on the left" or "in the middle"."""
     name = CELLS[cell]
     if name == "centre":
         return rng.choice(("in the centre", "in the center", "in the middle", "at the centre"))
@@ -117,17 +117,17 @@ def place_phrase(rng: Random, cell: int) -> str:
 
 
 def relation(rng: Random, words: Sequence[str], *, often: float = 0.5) -> str:
-    """One way to say a relation; the first one more often."""
+    """Choose one of the words for a relation, the first one more often."""
     return words[0] if rng.random() < often else rng.choice(words)
 
 
 def ordered(rng: Random, phrase: str) -> str:
-    """The phrase as an order, or as it is."""
+    """Turn a phrase into an order, or leave it as it is."""
     return rng.choice(ORDERS).format(phrase) if rng.random() < 0.4 else phrase
 
 
 def styled(rng: Random, text: str) -> str:
-    """As people type: greetings and thanks, a capital and a full stop, all capitals, no articles, or none of it."""
+    """Vary a text as people do: greetings, thanks, capitals, full stops, missing articles, or nothing of that."""
     if rng.random() < 0.05:
         text = rng.choice(OPENINGS) + text
     if rng.random() < 0.05:
@@ -150,7 +150,8 @@ def styled(rng: Random, text: str) -> str:
 
 
 def described(world: Scene) -> str:
-    """The canonical description: every object with size and colour, and the background."""
+    """The canonical description: every object with its size and colour, and the background."""
+    # Equal objects are counted instead of listed.
     if len(world.items) > 1 and len({(i.shape, i.colour, i.size) for i in world.items}) == 1:
         first = world.items[0]
         what = f"{NUMBERS[len(world.items)]} {first.size} {first.colour} {plural(first.shape)}"
@@ -160,7 +161,7 @@ def described(world: Scene) -> str:
 
 
 def plan(world: Scene) -> str:
-    """The think text of a picture: every object with its place, numbered, then the background."""
+    """The think text of a picture: numbered objects with their places, then the background."""
     objects = ", ".join(
         f"{NUMBERS[i + 1]}: {plain(item)} at the {CELLS[item.cell]}" for i, item in enumerate(world.items)
     )

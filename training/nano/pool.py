@@ -1,4 +1,4 @@
-"""Encoded examples that are drawn from more than once: a picture is encoded rarely, its noise is new every time."""
+"""A pool of encoded examples, each used several times: encoding a picture is slow, and only its noise must be new."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ Field = tuple[tuple[int, ...], torch.dtype]
 
 
 class Pool:
-    """A ring of examples on one device, each a row of every field; the host reads nothing, so that it can be captured.
+    """A ring of examples on one device, each a row of every field. The host reads nothing, so a graph can capture it.
 
-    slots: examples kept, a multiple of what is put at once. fields: shape of a row and dtype, by name.
+    slots: the capacity, a multiple of the examples per `put`. fields: the shape of a row and its dtype, by name.
     """
 
     def __init__(self, slots: int, fields: dict[str, Field], device: torch.device) -> None:
@@ -30,7 +30,8 @@ class Pool:
         self.put_so_far += count
 
     def take(self, count: int) -> dict[str, Tensor]:
-        """Random examples of those that are there."""
+        """Draw examples at random from those in the pool."""
         there = self.put_so_far.clamp(max=self.slots)
+        # clamp: rand is below 1, but its product with a large count can round up to the count.
         chosen = (torch.rand(count, device=there.device) * there).long().clamp(max=self.slots - 1)
         return {name: rows[chosen] for name, rows in self.rows.items()}

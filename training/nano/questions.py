@@ -1,4 +1,4 @@
-"""Tasks of reading: a picture or none, a question, and the answer, perhaps after reasoning in words."""
+"""Reading tasks: a picture or none, a question, and the answer, perhaps after reasoning in words."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from training.nano.world import (
 
 
 def _asked(rng: Random, what: str, question: str, answer: str, why: str, source: Scene | None) -> tuple[Example, str]:
-    """A question with its answer, and the reasoning that leads to it."""
+    """A question with its answer, and the reasoning that leads to the answer."""
     return Example(what, (styled(rng, question),), answer=answer, source=source, vit=source is not None), why
 
 
 def describe(rng: Random) -> tuple[Example, str]:
-    """A picture in words."""
+    """Describe a picture in words."""
     if rng.random() < 0.25:
         source = counted_scene(rng, rng.choice((2, 3, 4)), random_background(rng))
     else:
@@ -63,7 +63,7 @@ def describe(rng: Random) -> tuple[Example, str]:
 
 
 def _pick_item(rng: Random, unique: str) -> tuple[Scene, Item]:
-    """A scene with an object whose shape, or colour, no other object has."""
+    """A scene and one of its objects, whose shape or colour (as `unique` says) no other object has."""
     while True:
         source = random_scene(rng)
         item = rng.choice(source.items)
@@ -72,7 +72,7 @@ def _pick_item(rng: Random, unique: str) -> tuple[Scene, Item]:
 
 
 def ask_colour(rng: Random) -> tuple[Example, str]:
-    """The colour of an object, or of the background."""
+    """Ask for the colour of an object or of the background."""
     if rng.random() < 0.2:
         source = random_scene(rng)
         question = rng.choice(
@@ -91,7 +91,7 @@ def ask_colour(rng: Random) -> tuple[Example, str]:
 
 
 def ask_shape(rng: Random) -> tuple[Example, str]:
-    """The shape or size of an object."""
+    """Ask for the shape or the size of an object."""
     source, item = _pick_item(rng, "colour")
     if rng.random() < 0.4:
         question = rng.choice(
@@ -107,7 +107,7 @@ def ask_shape(rng: Random) -> tuple[Example, str]:
 
 
 def ask_count(rng: Random) -> tuple[Example, str]:
-    """How many objects, or how many of a kind."""
+    """Ask for the number of objects, or of objects of one kind."""
     source = (
         counted_scene(rng, rng.choice((1, 2, 3, 4)), random_background(rng))
         if rng.random() < 0.5
@@ -115,7 +115,7 @@ def ask_count(rng: Random) -> tuple[Example, str]:
     )
     items, noun = list(source.items), rng.choice(("object", "shape"))
     if rng.random() < 0.6:
-        noun = rng.choice(items).shape if rng.random() < 0.85 else rng.choice(SHAPES)
+        noun = rng.choice(items).shape if rng.random() < 0.85 else rng.choice(SHAPES)  # now and then the answer is zero
         items = [item for item in items if item.shape == noun]
     name = plural(noun)
     forms = (
@@ -129,7 +129,7 @@ def ask_count(rng: Random) -> tuple[Example, str]:
 
 
 def ask_place(rng: Random) -> tuple[Example, str]:
-    """Where an object is."""
+    """Ask for the place of an object."""
     source, item = _pick_item(rng, rng.choice(("shape", "colour")))
     who = f"{item.colour} {item.shape}"
     forms = (
@@ -141,10 +141,11 @@ def ask_place(rng: Random) -> tuple[Example, str]:
 
 
 def ask_whether(rng: Random) -> tuple[Example, str]:
-    """Whether something is there, or where one object is from another."""
+    """Ask whether an object exists, or whether two objects are in a relation."""
     if rng.random() < 0.5:
         source = random_scene(rng)
         item, other = rng.choice(source.items), look(rng)
+        # Wrong in one property only: otherwise the answer would follow from the colour alone.
         shape, colour = (item.shape, item.colour) if rng.random() < 0.5 else (other.shape, item.colour)
         if rng.random() < 0.3:
             shape, colour = item.shape, other.colour
@@ -180,7 +181,7 @@ SIDES = {"triangle": 3, "square": 4, "diamond": 4, "circle": 0}
 
 
 def mix(rng: Random) -> tuple[Example, str]:
-    """Two colours mixed."""
+    """Ask which colour two others make."""
     pair = rng.choice(tuple(MIXES))
     a, b = pair if rng.random() < 0.5 else pair[::-1]
     forms: tuple[str, ...] = (
@@ -193,7 +194,7 @@ def mix(rng: Random) -> tuple[Example, str]:
 
 
 def add_numbers(rng: Random) -> tuple[Example, str]:
-    """A small sum or difference."""
+    """Ask for a small sum or difference."""
     a, b = rng.randint(0, 10), rng.randint(0, 10)
     spell = rng.random() < 0.4
     x, y = (NUMBERS[a], NUMBERS[b]) if spell else (str(a), str(b))
@@ -211,7 +212,7 @@ def add_numbers(rng: Random) -> tuple[Example, str]:
 
 
 def compare(rng: Random) -> tuple[Example, str]:
-    """Which of two numbers, or sizes, is more."""
+    """Ask which of two numbers is larger."""
     a, b = rng.sample(range(11), 2)
     x, y = (NUMBERS[a], NUMBERS[b]) if rng.random() < 0.4 else (str(a), str(b))
     kind = rng.random()
@@ -230,7 +231,7 @@ def compare(rng: Random) -> tuple[Example, str]:
 
 
 def tally(rng: Random) -> tuple[Example, str]:
-    """Counting things in a list."""
+    """Ask for the number of certain things in a list."""
     looks = [look(rng) for _ in range(rng.randint(2, 4))]
     by = rng.choice(("shape", "colour"))
     name = getattr(rng.choice(looks), by)
@@ -242,7 +243,7 @@ def tally(rng: Random) -> tuple[Example, str]:
 
 
 def facts(rng: Random) -> tuple[Example, str]:
-    """What shapes and sizes are."""
+    """Ask for properties of a word: the sides of a shape, or whether it names a shape, a colour or a size."""
     if rng.random() < 0.5:
         shape = rng.choice(tuple(SIDES))
         question = rng.choice((f"how many sides does a {shape} have?", f"how many corners does a {shape} have?"))
@@ -255,7 +256,8 @@ def facts(rng: Random) -> tuple[Example, str]:
 
 
 TEXTS = ((mix, 0.15), (add_numbers, 0.3), (compare, 0.25), (tally, 0.2), (facts, 0.1))
-"""Questions about no picture, as often as they are asked in evaluation."""
+"""Questions without a picture, with their shares in the evaluation."""
+# Lists are the hardest to count in, so training has more of them.
 SEE = (
     (describe, 0.28),
     (ask_colour, 0.1),
@@ -269,20 +271,20 @@ SEE = (
     (tally, 0.09),
     (facts, 0.02),
 )
-"""Everything that is asked, as often as it is learned: lists are the hardest to count in."""
+"""All questions, with their shares in training."""
 
 
 def ask_text(rng: Random) -> Example:
-    """A question about no picture, and its answer."""
+    """A question without a picture, and its answer."""
     return pick(rng, TEXTS)(rng)[0]
 
 
 def see(rng: Random) -> Example:
-    """A question, about a picture or none, and its answer."""
+    """A question, with or without a picture, and its answer."""
     return pick(rng, SEE)(rng)[0]
 
 
 def reason(rng: Random) -> Example:
-    """As `see`, with the reasoning before the answer."""
+    """Like `see`, with the reasoning before the answer."""
     made, why = pick(rng, SEE)(rng)
     return replace(made, texts=(THINK_TEXT_PROMPT, *made.texts), answer=f"<think> {why} </think> {made.answer}")

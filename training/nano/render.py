@@ -1,4 +1,4 @@
-"""Scenes to pictures, in batches on any device: sprites with anti-aliased edges, looked up by index."""
+"""Draw scenes in batches on any device, with sprites whose edges are anti-aliased."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from training.nano.world import BACKGROUNDS, COLOURS, MAX_OBJECTS, SHAPES, SIDE, SIZES, Scene
 
 SPRITE = 48
-"""Pixels a side of a sprite; its middle is at SPRITE / 2."""
+"""Side of a sprite in pixels; its centre is at SPRITE / 2."""
 SAMPLES = 8
 RADII = tuple(radius for radii in SIZES.values() for radius in radii)
 FIELDS = 5
-"""Integers of one object: shape, colour, radius (indices; shape -1 for none), x, y."""
+"""Integers per object: the indices of shape (-1: no object), colour and radius, then x and y."""
 
 
 def encode_scenes(scenes: Sequence[Scene]) -> Tensor:
-    """Scenes -> [n, 1 + MAX_OBJECTS * FIELDS] int16: the background, then the objects."""
+    """Encode scenes -> [n, 1 + MAX_OBJECTS * FIELDS] int16: the background, then the objects."""
     names, colours, backgrounds = SHAPES, list(COLOURS), list(BACKGROUNDS)
     rows = []
     for each in scenes:
@@ -41,9 +41,9 @@ class Renderer:
         self.backgrounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device) / 127.5 - 1
 
     def __call__(self, codes: Tensor, palette: Tensor | None = None) -> Tensor:
-        """codes [n, ...] of encode_scenes -> pixels [n, 3, SIDE, SIDE] in [-1, 1], whole u8 steps.
+        """codes [n, ...] of encode_scenes -> pixels [n, 3, SIDE, SIDE] in [-1, 1], rounded to steps of 8 bits.
 
-        palette: [n, 1 + MAX_OBJECTS, 3] in [-1, 1], colours to take instead, the background's first.
+        palette: other colours to use, [n, 1 + MAX_OBJECTS, 3] in [-1, 1], the background's first.
         """
         codes = codes.to(self.sprites.device).long()
         objects = codes[:, 1:].view(len(codes), MAX_OBJECTS, FIELDS)
@@ -68,7 +68,7 @@ def _within(index: Tensor) -> Tensor:
 
 
 def _sprite(shape: str, radius: int) -> Tensor:
-    """Coverage [SPRITE, SPRITE] of a shape, from SAMPLES x SAMPLES points a pixel."""
+    """Coverage [SPRITE, SPRITE] of a shape, from SAMPLES x SAMPLES points per pixel."""
     count = SPRITE * SAMPLES
     points = (torch.arange(count) + 0.5) / SAMPLES - SPRITE / 2
     y, x = torch.meshgrid(points / radius, points / radius, indexing="ij")
@@ -88,7 +88,8 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor) -> Tensor:
-    """Five points: the ring's angle folded to one half of one point, then one straight edge."""
+    """A star with five points."""
+    # The angle is folded to one half of one point, which leaves a single straight edge to test.
     angle = torch.atan2(x, -y).abs()
     folded = torch.remainder(angle + math.pi / 5, 2 * math.pi / 5).sub(math.pi / 5).abs()
     r, inner = (x.square() + y.square()).sqrt(), 0.42
@@ -107,7 +108,7 @@ def _diamond(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
-    """Two half discs over a point."""
+    """A heart: two half discs above a point."""
     ax = x.abs()
     lobes = (ax - 0.5).square() + (y + 0.4).square() <= 0.25
     body = (y >= -0.4) & (ax <= (0.92 - y) / 1.32)

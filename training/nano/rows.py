@@ -1,4 +1,4 @@
-"""The rows of the evaluation: how each draws its prompts, asks them, and judges what comes back."""
+"""The rows of the evaluation: how each makes its prompts and requests, and judges the results."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from training.nano.world import COLOURS, SHAPES, Scene
 
 OFF = {"cfg_text_scale": 1.0, "cfg_img_scale": 1.0}
 EDGE = 4
-"""Pixels around a change that may change with it."""
+"""Pixels around an edit that may change with it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
-    goal: the share to reach, None where there is none. options go with every request. prompts: the row whose prompts
-    and seeds these are, if not its own, so that both can be compared. extra: only evaluated if named.
+    goal: the share to reach, if there is one; options: settings of every request; prompts: another row whose prompts
+    and seeds it takes, so that the two can be compared; extra: evaluated only if it is named.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """One request and what is right."""
+    """One request, and the example that says what is right."""
 
     row: Row
     example: Example
@@ -83,7 +83,7 @@ GROUNDED = (
     "pls make {bare} with a {ground} bg",
     "just {body}, background {ground}",
 )
-"""Ways to ask with a background. Training has the first one and some words; keep the others out of its phrases."""
+"""Ways to ask with a background. Training has only the first one; keep the others out of its phrases."""
 OPEN = (
     "{bare}",
     "please draw {body}",
@@ -91,11 +91,11 @@ OPEN = (
     "quick one: {bare}",
     "hi there! i was hoping for {body}",
 )
-"""Ways that leave the background open."""
+"""Ways to ask that leave the background open."""
 
 
 def person(rng: Random) -> Example:
-    """Drawing as a person asks for it: no articles, abbreviations, capitals, polite words."""
+    """A drawing, asked for as people do: without articles, with abbreviations, capitals or polite words."""
     example = rng.choice((drawing.one, drawing.two, drawing.count))(rng)
     wanted = example.wanted
     assert wanted is not None
@@ -112,7 +112,7 @@ def person(rng: Random) -> Example:
     ground = wanted.background if rng.random() < 0.75 else None
     form = rng.choice(OPEN if ground is None else GROUNDED)
     text = _typed(rng, form.format(body=body, bare=bare, ground=ground))
-    things = tuple(replace(thing, cell=None) for thing in wanted.things)  # no place is said
+    things = tuple(replace(thing, cell=None) for thing in wanted.things)  # these texts name no place
     return replace(example, what="person", texts=(text,), wanted=replace(wanted, things=things, background=ground))
 
 
@@ -157,8 +157,9 @@ ROWS = (
 
 
 def rows_named(words: Sequence[str]) -> list[Row]:
-    """The rows whose name contains one of the words; without words all but the extra ones. ConfigError for a word that
-    names none.
+    """The rows whose name contains one of the words; without words, all but the extra ones.
+
+    Raises ConfigError for a word that matches no row.
     """
     for word in words:
         if not any(word in row.name for row in ROWS):
@@ -175,7 +176,8 @@ _renderer = Renderer("cpu")
 
 
 def cases(row: Row, seed: int, count: int, steps: int) -> list[Case]:
-    """The requests of a row: prompts and noise from the seed."""
+    """The requests of a row, with prompts and noise from the seed."""
+    # By name, so that a row's prompts do not depend on the other rows.
     rng = Random(f"{row.prompts or row.name}-{seed}")
     return [_case(row, row.make(rng), seed * 1_000_003 + i, steps) for i in range(count)]
 
@@ -197,7 +199,7 @@ def _case(row: Row, example: Example, seed: int, steps: int) -> Case:
 
 
 def judge(case: Case, result: Result) -> tuple[bool, str]:
-    """Whether a result is right, and what was seen in it."""
+    """Whether a result is right, and what the checker saw, in words."""
     example = case.example
     if example.target is None:
         return answered(example, result.text), result.text
@@ -212,11 +214,11 @@ def judge(case: Case, result: Result) -> tuple[bool, str]:
 
 
 def touched(source: Scene, target: Scene, seen: Seen) -> Mask:
-    """Where an edit may change pixels: around the difference, and where a new object was put within its cell."""
+    """The pixels that an edit may change: around the expected difference, and around a new object."""
     before, after = (np.asarray(picture_of(each), dtype=np.int16) for each in (source, target))
     mask: Mask = ndimage.binary_dilation(np.abs(before - after).max(axis=-1) > 0, iterations=EDGE)
     new = {(item.shape, item.colour, item.cell) for item in target.items if item not in source.items}
-    for found in seen.objects:
+    for found in seen.objects:  # a new object may lie anywhere within its cell
         if (found.shape, found.colour, found.cell) in new:
             y, x, reach = round(found.y), round(found.x), round(found.reach) + EDGE
             mask[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = True
@@ -224,7 +226,7 @@ def touched(source: Scene, target: Scene, seen: Seen) -> Mask:
 
 
 def answered(example: Example, reply: str) -> bool:
-    """Whether a reply says what is right; a description must name every object with its colour, and no other."""
+    """Whether a reply is right. A description must name every object with its colour, and no other."""
     said = reply.rsplit("</think>", 1)[-1].strip().lower()
     right = example.answer or ""
     if example.what == "describe":
@@ -238,7 +240,7 @@ _NAMED = re.compile(rf"(?:\b({'|'.join(_MANY)}) )?(?:large |small )?\b({'|'.join
 
 
 def _named(text: str) -> Counter[tuple[str, str]]:
-    """How many objects of which colour and shape a text names."""
+    """Count the objects that a text names, by colour and shape."""
     found: Counter[tuple[str, str]] = Counter()
     for many, colour, noun in _NAMED.findall(text):
         found[colour, _NOUNS[noun]] += _MANY.get(many, 1)

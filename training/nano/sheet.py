@@ -9,13 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE, GAP, LINE, TITLE = 128, 14, 13, 26
 LINES = 9
-"""Most lines of a caption; the rest is cut."""
+"""The most lines of a caption; the rest is cut off."""
 PAPER, INK, WRONG = (238, 238, 238), (30, 30, 30), (215, 0, 0)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Pictures, one above the other, and a caption below; right is False for a red frame."""
+    """Pictures, one above the other, with a caption below; right=False gives them a red frame."""
 
     pictures: tuple[Image.Image, ...]
     caption: str
@@ -31,7 +31,7 @@ class Section:
 
 
 def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text in lines of at most `width` pixels, where words allow it; its own line breaks stay."""
+    """Wrap a text into lines of at most `width` pixels, unless one word is longer; keeps its own line breaks."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         lines.append("")
@@ -49,7 +49,7 @@ def _caption(cell: Cell) -> list[str]:
 
 
 def contact_sheet(sections: Sequence[Section]) -> Image.Image:
-    """All sections below each other."""
+    """Draw all sections on one canvas, one below the other."""
     columns = max((len(section.cells) for section in sections), default=1)
     heights = [_height(section) for section in sections]
     canvas = Image.new("RGB", (columns * (SIDE + GAP) + GAP, sum(heights) + GAP), PAPER)

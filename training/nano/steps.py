@@ -1,4 +1,4 @@
-"""Training steps that the host only starts: captured once as a CUDA graph, then replayed on new data."""
+"""Run training steps as a CUDA graph: capture the step once, then replay it on new data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 WARM_UP = 3
 AHEAD = 3
-"""Steps that the host may be ahead of the device."""
+"""How many steps the host may be ahead of the device."""
 Losses = dict[str, Tensor]
 StepFn = Callable[[Mapping[str, Tensor]], Losses]
 
 
 class Steps:
-    """Runs a step on batches of always the same shapes; on CUDA as a graph, elsewhere as it is."""
+    """Runs a step on batches whose shapes never change; on CUDA as a graph, elsewhere directly."""
 
     def __init__(self, step: StepFn, device: torch.device) -> None:
         self._step, self._device = step, device
@@ -27,7 +27,7 @@ class Steps:
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def __call__(self, packed: Mapping[str, Tensor]) -> Losses:
-        """One step; its losses are overwritten by the next one."""
+        """Run one step; the next one overwrites the losses that it returns."""
         if self._device.type != "cuda":
             return self._step(packed)
         if self._graph is None:
@@ -39,12 +39,13 @@ class Steps:
         event = torch.cuda.Event()
         event.record()
         self._under_way.append(event)
-        if len(self._under_way) > AHEAD:
+        if len(self._under_way) > AHEAD:  # bounds the pinned memory of batches that wait for their copy
             self._under_way.popleft().synchronize()
         return self._losses
 
     def _capture(self) -> None:
-        """A few steps on a side stream, in which everything is compiled and allocated, then the capture."""
+        """Capture the step, after a few runs on a side stream."""
+        # The runs compile and allocate everything, which a capture forbids.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

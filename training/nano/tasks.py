@@ -1,7 +1,7 @@
-"""The tasks: each makes examples of its kind from a random generator.
+"""The groups of tasks, each of which makes examples from a random generator.
 
-Groups have one shape each in training: `draw` (text, picture), `plan` (think text, picture), `edit` (picture, text,
-picture), `see` (picture or none, question, answer) and `reason` (the same with a think text).
+In training all sequences of a group have one shape: `draw` (text, picture), `plan` (think text, picture), `edit`
+(picture, text, picture), `see` (picture or none, question, answer) and `reason` (the same with a think text).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training.nano.examples import Example
 from training.nano.questions import reason, see
 
 NOISY = 0.08
-"""Share of drawings under the text of another one, as captions from the web are: this is what guidance takes away."""
+"""Share of drawings with the text of another one: captions from the web are like that, and guidance corrects it."""
 
 GROUPS: dict[str, Callable[[Random], Example]] = {
     "draw": draw,
@@ -28,10 +28,10 @@ GROUPS: dict[str, Callable[[Random], Example]] = {
 
 
 def drop(rng: Random, example: Example) -> Example:
-    """Take conditions away at random, so that each branch of guidance is trained.
+    """Remove conditions at random, so that training covers each branch of guidance.
 
-    draw: no text, or another picture's (NOISY). plan: no plan (cfg_img), or the system prompt alone (cfg_text).
-    edit: the picture alone (cfg_text), the text alone (cfg_img), or nothing.
+    draw: no text, or another picture's (NOISY). plan: no plan (cfg_img), or only the system prompt (cfg_text).
+    edit: only the picture (cfg_text), only the text (cfg_img), or nothing.
     """
     if example.target is None:
         return example

@@ -1,4 +1,4 @@
-"""The tokenizer: a byte-level BPE in Qwen2's format, trained on the tasks' texts."""
+"""Train the tokenizer, a byte-level BPE in Qwen2's format, on the tasks' texts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Qwen2's."""
+"""Qwen2's pattern, which splits a text before BPE."""
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts of all tasks."""
+    """Yield texts of all tasks."""
     rng = Random(seed)
     for _ in range(count):
         for make in GROUPS.values():
@@ -34,7 +34,7 @@ def corpus(seed: int, count: int) -> Iterator[str]:
 
 
 def train_tokenizer(folder: Path, *, seed: int = 0, examples: int = 4000) -> None:
-    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json; the control tokens come last."""
+    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json."""
     tokenizer: Any = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,7 +52,7 @@ def train_tokenizer(folder: Path, *, seed: int = 0, examples: int = 4000) -> Non
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(seed, examples), trainer)
-    tokenizer.add_special_tokens(list(CONTROL))
+    tokenizer.add_special_tokens(list(CONTROL))  # after training, so that their ids come last, as Qwen2's do
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))

@@ -1,14 +1,14 @@
-"""Train bagel-nano, in stages that each take as long as they are given.
+"""Train bagel-nano in stages, each for a given time.
 
 python -m training.nano.train vae --run RUN --minutes 3.7                     the autoencoder
-python -m training.nano.train joint --run RUN --minutes 7.4 --rate-to 0.8     the whole model, the first part of two
+python -m training.nano.train joint --run RUN --minutes 7.4 --rate-to 0.8     the whole model, the first of two parts
 python -m training.nano.train joint --run RUN --minutes 8.4 --rate-from 0.8   the second part
 python -m training.nano.recipe RUN                                            all of them
 python -m training.nano.train joint --run RUN --minutes 30 --rate 4e-4 --expert generation --groups draw=24 edit=3
-                                                                              drawing alone goes on, say on a CPU
+                                                                              trains drawing further, say on a CPU
 
-RUN holds checkpoint/ (what serves), state.pt (to go on from; generation.pt with --expert generation) and log.jsonl.
-Without state.pt, or with --fresh, `joint` starts from the weights of checkpoint/.
+RUN holds checkpoint/ (the model to serve), state.pt (the optimizer's state; generation.pt with --expert generation) and
+log.jsonl. Without state.pt, or with --fresh, `joint` starts from the weights in checkpoint/.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from training.nano.train_joint import Trainer, train_joint
 from training.nano.train_vae import NOISE, VaeTrainer, train_vae
 
 COUNTS = {"draw": 88, "plan": 24, "edit": 60, "see": 40, "reason": 16}
-"""New examples of a whole batch; groups that draw learn from train_joint.REUSE times as many."""
+"""New examples per batch. Groups that draw learn from train_joint.REUSE times as many."""
 GENERATION = (".gen_", "norm_moe_gen", "vae2llm", "llm2vae", "time_embedder")
-"""In the names of what latents alone pass through."""
+"""Parts of the names of parameters that only latents pass through."""
 TINY_COUNTS = {"draw": 2, "plan": 1, "edit": 1, "see": 4, "reason": 2}
 
 
@@ -58,11 +58,12 @@ def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
-    """Train the whole model from what is there; save its EMA as the checkpoint."""
+    """Train the whole model from the state or the checkpoint in RUN; saves its EMA as the checkpoint."""
     journal = Journal(args.run / "log.jsonl", "joint")
     schedule = Schedule(args.minutes, args.rate_from, args.rate_to, args.rise)
     folder = args.run / "checkpoint"
     counts = _counts(args)
+    # The clock is part of the seed, so that a second part does not repeat the examples of the first.
     stream = batches(folder, counts, args.seed + time.time_ns() % 2**31, args.workers)
     model = _load(folder, device, args.expert)
     rates = Rates(muon=args.rate, adam=0.75 * args.rate)
@@ -75,6 +76,7 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
     journal.write(learned=optimizer.flat.numel(), device=str(device))
 
     def save() -> None:
+        # Through a new file: a run that is stopped here keeps its old state.
         torch.save(optimizer.state(), state.with_suffix(".new"))
         os.replace(state.with_suffix(".new"), state)
         optimizer.swap()
@@ -90,7 +92,7 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def _counts(args: argparse.Namespace) -> dict[str, int]:
-    """New examples of each group in a batch; with the generation expert alone, of those that draw."""
+    """New examples per group in a batch; if only the generation expert learns, only groups that draw have any."""
     if args.groups:
         return dict(args.groups)
     counts = TINY_COUNTS if args.tiny else {group: round(args.batch * count) for group, count in COUNTS.items()}
@@ -107,8 +109,8 @@ def _group(text: str) -> tuple[str, int]:
 def _load(folder: Path, device: torch.device, expert: str) -> Bagel:
     """The checkpoint's model in float32.
 
-    Everything but the tables and the autoencoder learns, or of that what latents alone pass through: then texts are
-    written and pictures are read as before.
+    Everything but the position tables and the autoencoder learns. With expert="generation" only parameters that latents
+    pass through learn, so that texts and the reading of pictures stay as they are.
     """
     tokenizer = BagelTokenizer(folder)
     delimiters = (tokenizer.image_start, tokenizer.image_end)

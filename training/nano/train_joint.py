@@ -1,4 +1,4 @@
-"""The second stage: the whole model on all tasks at once, the autoencoder kept as it is."""
+"""The second stage: train the whole model on all tasks at once, except the autoencoder."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from training.nano.steps import Losses, Steps
 
 Prepared = tuple[Batch, Inputs, Tensor | None]
 TEXT_WEIGHT = {"plan": 0.15, "see": 0.25, "reason": 0.1}
-"""Weight of a group's cross-entropy beside the flow's error, which is the mean over all pictures."""
+"""The weight of a group's cross-entropy beside the flow's error, which is a mean over all pictures."""
 SHIFT = 3.0
-"""Times are shifted as inference shifts its timesteps: the layout of a picture is decided near t = 1."""
+"""The shift of times towards noise, as in inference: the layout of a picture is decided near t = 1."""
 REUSE, KEPT = 4, 256
-"""How often an encoded picture is learned from on average, and of how many steps they are kept."""
+"""How often an encoded picture is used on average, and for how many steps' worth of pictures there is room."""
 
 
 class Trainer:
-    """Losses of batches on one device."""
+    """Computes the losses of batches on one device."""
 
     def __init__(self, model: Bagel, device: torch.device, *, compiled: bool) -> None:
         assert model.vae is not None
@@ -51,7 +51,7 @@ class Trainer:
             self.render = torch.compile(self.render.__call__, dynamic=False)
 
     def backward(self, packed: Mapping[str, Tensor]) -> Losses:
-        """Gradients of one step's batches; their losses by name."""
+        """Compute the gradients of one step's batches; returns the losses by name."""
         prepared = self.prepare(packed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast, cache_enabled=False):
             outputs = forward(self.model, [(batch, inputs) for batch, inputs, _ in prepared], self.layer_fn)
@@ -71,10 +71,10 @@ class Trainer:
 
     @torch.no_grad()
     def prepare(self, packed: Mapping[str, Tensor]) -> list[Prepared]:
-        """Batches with what their scenes become: patches, latents, and the velocity to learn.
+        """Make the tensors of each batch from its scenes: patches, latents, and the velocity to learn.
 
-        Examples of a group that draws are encoded and put into its pool, from which REUSE times as many are taken. A
-        picture to edit enters as a sample of its posterior, as in serving; what is drawn is the posterior's mean.
+        The new examples of a group that draws are encoded and put into its pool, from which the batch takes REUSE times
+        as many.
         """
         self._encode({name: each for name, each in packed.items() if LAYOUTS[name].draws})
         taken = {
@@ -87,7 +87,7 @@ class Trainer:
         for batch in batches:
             latents = taken[batch.group.name]
             clean = velocity = noisy = times = None
-            if batch.group.vae:
+            if batch.group.vae:  # a sample of the posterior, as in serving; the target is the posterior's mean
                 clean = latents["source"] + latents["spread"] * torch.randn_like(latents["source"])
             if batch.group.draws:
                 data = latents["target"]
@@ -99,14 +99,14 @@ class Trainer:
         return prepared
 
     def _patches(self, codes: list[Tensor]) -> Sequence[Tensor]:
-        """ViT patches of several batches of scenes."""
+        """The ViT patches of several batches of scenes."""
         if not codes:
             return ()
         parts: Sequence[Tensor] = self.vit_input(self.render(torch.cat(codes))).split([len(each) for each in codes])
         return parts
 
     def _encode(self, packed: Mapping[str, Tensor]) -> None:
-        """Put new examples into their groups' pools; all their pictures are drawn and encoded at once."""
+        """Put new examples into the pools of their groups; all pictures are drawn and encoded at once."""
         codes: dict[tuple[str, str], Tensor] = {}
         for name, rows in packed.items():
             batch = unpack(LAYOUTS[name], rows, self.device)
@@ -136,13 +136,13 @@ class Trainer:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over learned tokens; zero if there are none."""
+    """The mean over learned tokens; zero if there are none."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss / (labels != IGNORED).sum().clamp(min=1)
 
 
 def sample_times(count: int, device: torch.device) -> Tensor:
-    """Times of flow matching: logit-normal, some uniform, shifted towards noise as inference is."""
+    """Random times for flow matching: logit-normal, a part uniform, all shifted towards noise as in inference."""
     t = torch.randn(count, device=device).sigmoid()
     t = torch.where(torch.rand(count, device=device) < 0.3, torch.rand(count, device=device), t)
     return SHIFT * t / (1 + (SHIFT - 1) * t)
@@ -158,7 +158,7 @@ def train_joint(
     *,
     save_every: float = 120.0,
 ) -> None:
-    """Train until the schedule is over, saving now and then."""
+    """Train until the schedule is over, and save regularly."""
 
     def step_once(packed: Mapping[str, Tensor]) -> Losses:
         optimizer.zero_grad()
@@ -168,7 +168,7 @@ def train_joint(
 
     steps = Steps(step_once, trainer.device)
     step, said, saved, waited = 0, time.monotonic(), time.monotonic(), 0.0
-    optimizer.scale.fill_(0.01)  # of the steps that warm up
+    optimizer.scale.fill_(0.01)  # for the runs before the graph's capture, which change the weights too
     while not schedule.over:
         before = time.monotonic()
         packed = next(stream)
@@ -181,7 +181,7 @@ def train_joint(
             schedule.begin()
         step += 1
         now = time.monotonic()
-        if now - said > 5 or schedule.over or step in (5, 50):
+        if now - said > 5 or schedule.over or step in (5, 50):  # seldom: reading the losses waits for the device
             numbers = {name: float(loss) for name, loss in losses.items()}
             journal.write(
                 step=step,

@@ -1,6 +1,6 @@
-"""The first stage: the autoencoder, to flat colours and clean edges, with latents of about unit variance.
+"""The first stage: train the autoencoder for flat colours, clean edges and latents of about unit variance.
 
-Its decoder learns to read latents through noise, so that small errors of a drawn latent leave edges clean.
+The decoder learns to read noisy latents, so that small errors in a drawn latent leave the edges clean.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from training.nano.world import MAX_OBJECTS
 
 KL, MOMENTS, EDGES = 2e-4, 0.05, 0.5
 NOISE = 0.3
-"""The most noise, beside the posterior's own, that the decoder reads through, in units of the latent's spread."""
+"""The most noise that the decoder's input gets beside the posterior's own, in units of the latent's spread."""
 RATE = 1.5e-3
 
 
 class VaeTrainer:
-    """Steps of the autoencoder on one device."""
+    """Runs training steps of the autoencoder on one device."""
 
     def __init__(self, model: Bagel, device: torch.device, *, compiled: bool, noise: float = NOISE) -> None:
         assert model.vae is not None
@@ -48,13 +48,14 @@ class VaeTrainer:
         )
 
     def step(self, packed: Mapping[str, Tensor]) -> Losses:
-        """One step; gradients that are not finite change nothing."""
+        """Run one step; gradients that are not finite change nothing."""
         pixels = self._pictures(packed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False):
             loss, parts = self.loss(self.autoencoder, self.config, pixels, self.noise)
         self.optimizer.zero_grad(set_to_none=False)
         loss.backward()
         gradients = [each.grad for each in self.autoencoder.parameters() if each.grad is not None]
+        # All on the device, so that a graph can capture it: a factor of zero skips the step.
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         factor = torch.where(norm.isfinite(), (1 / (norm + 1e-6)).clamp(max=1.0), torch.zeros_like(norm))
         for each in gradients:
@@ -65,7 +66,7 @@ class VaeTrainer:
 
     @torch.no_grad()
     def _pictures(self, packed: Mapping[str, Tensor]) -> Tensor:
-        """Scenes of the tasks, a fifth of them in any colours."""
+        """Draw the scenes of the tasks, a fifth of them in random colours."""
         codes = torch.cat([each[:, -CODE:] for each in packed.values()]).to(self.device)
         free = len(codes) // 5
         colours = torch.rand(free, 1 + MAX_OBJECTS, 3, device=self.device) * 2 - 1
@@ -90,10 +91,11 @@ def train_vae(trainer: VaeTrainer, stream: Any, schedule: Schedule, journal: Jou
 
 
 def vae_loss(autoencoder: Any, config: VaeConfig, pixels: Tensor, noise: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Absolute error of pixels and of their differences, KL to the unit latent, and each channel's mean and spread."""
+    """The loss and its parts: errors of pixels and edges, KL to a unit normal, and each channel's mean and spread."""
     mean, logvar = autoencoder.encoder(pixels).float().chunk(2, dim=1)
     logvar = logvar.clamp(-20, 6)
     z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+    # Each picture gets its own amount of noise, from none to the most.
     much = noise / config.scale_factor * torch.rand(len(z), 1, 1, 1, device=z.device)
     decoded = autoencoder.decoder(z + much * torch.randn_like(z)).float()
     error = decoded - pixels

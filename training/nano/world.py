@@ -1,7 +1,7 @@
-"""The world that bagel-nano knows: flat coloured shapes on a plain background. Pure Python, so that workers are quick.
+"""The world of bagel-nano: flat coloured shapes on a plain background. Pure Python, so that workers are quick.
 
-Lengths are pixels of a 128 x 128 picture, x to the right and y down. Every object lies well inside one cell of a
-3 x 3 grid, no two objects touch, and sizes and colours are far apart, so that a scene can be read off its pixels.
+Lengths are pixels of a 128 x 128 picture, with x to the right and y down. Every object lies well inside one cell of a
+3 x 3 grid, no two objects touch, and sizes and colours differ clearly, so that the pixels determine the scene.
 """
 
 from __future__ import annotations
@@ -31,27 +31,26 @@ BACKGROUNDS = {
     "navy": (20, 26, 90),
 }
 SIZES = {"small": (11, 12, 13), "large": (20, 21, 22)}
-"""Half the longest side of an object, by the name of its size."""
+"""The possible radii (half the longest side) for each name of a size."""
 CELLS = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 CORNERS = (0, 2, 6, 8)
 CENTRE = 4
+# Lines, a triangle on its base or its tip, a square, and a square on its tip.
 SPREADS = {
     2: ((3, 5), (1, 7), (0, 8), (2, 6)),
     3: ((3, 4, 5), (1, 4, 7), (1, 6, 8), (0, 2, 7)),
     4: ((0, 2, 6, 8), (1, 3, 5, 7)),
 }
-"""Cells of objects that nobody places, by their number, in the order in which they are named: lines, a triangle on its
-base or its tip, a square, a square on its tip.
-"""
+"""The cells of objects whose places the text leaves open, by their number, in the order of the text."""
+# A centre lies in the first third up to LOW, in the last one from HIGH on, in the middle one within MIDDLE.
 LOW, HIGH = 36, 92
-"""A centre is in the first third at LOW or before, in the last at HIGH or after, in the middle within MIDDLE."""
 MIDDLE = (54, 74)
 GAP, MARGIN = 6, 3
 
 
 @dataclass(frozen=True)
 class Item:
-    """One object: its look, half its longest side, its cell (row * 3 + column) and its centre."""
+    """One object: its look, its radius (half the longest side), its cell (row * 3 + column) and its centre."""
 
     shape: str
     colour: str
@@ -64,7 +63,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order of their cells, and the background."""
+    """A background, and objects in the reading order of their cells."""
 
     items: tuple[Item, ...]
     background: str = "white"
@@ -89,7 +88,7 @@ def look(rng: Random) -> Look:
 
 
 def distinct_looks(rng: Random, count: int) -> list[Look]:
-    """Looks of which no two have the same colour and shape; one word often tells them apart."""
+    """Random looks, no two with the same colour and shape, so that a text can tell them apart."""
     looks: list[Look] = []
     while len(looks) < count:
         new = look(rng)
@@ -99,7 +98,7 @@ def distinct_looks(rng: Random, count: int) -> list[Look]:
 
 
 def place(rng: Random, thing: Look, cell: int) -> Item:
-    """The object somewhere within a cell."""
+    """Place an object at random within a cell."""
     radius = rng.choice(SIZES[thing.size])
     row, column = divmod(cell, 3)
     return Item(
@@ -121,19 +120,20 @@ def _coordinate(rng: Random, third: int, radius: int) -> int:
 
 
 def apart(one: Item, other: Item) -> bool:
-    """Whether there is a gap between two objects."""
+    """Whether two objects keep a gap between them."""
     reach = one.radius + other.radius + GAP
     return abs(one.x - other.x) >= reach or abs(one.y - other.y) >= reach
 
 
 def fits(item: Item, others: Sequence[Item]) -> bool:
-    """Whether an object keeps its distance from all others."""
+    """Whether an object keeps a gap to all others."""
     return all(apart(item, other) for other in others)
 
 
 def arrange(rng: Random, looks: Sequence[Look], cells: Sequence[int] | None = None) -> list[Item] | None:
-    """Objects at the given cells, or at random ones, without overlap; None if the cells do not allow it."""
+    """Place objects without overlap at the given cells, or at random ones; None if they do not fit."""
     for attempt in range(30 if cells is None else 12):
+        # The corners are the farthest apart, so they come last, when other cells were too tight.
         pool: Sequence[int] = CORNERS if attempt >= 20 else range(9)
         chosen = cells if cells is not None else rng.sample(pool, len(looks))
         items = [place(rng, thing, cell) for thing, cell in zip(looks, chosen, strict=True)]
@@ -143,13 +143,13 @@ def arrange(rng: Random, looks: Sequence[Look], cells: Sequence[int] | None = No
 
 
 def scene(rng: Random, looks: Sequence[Look], background: str, cells: Sequence[int] | None = None) -> Scene | None:
-    """A scene of these objects; None if they do not fit at these cells."""
+    """A scene with these objects; None if they do not fit into these cells."""
     items = arrange(rng, looks, cells)
     return None if items is None else make_scene(items, background)
 
 
 def spread(rng: Random, looks: Sequence[Look]) -> list[Item]:
-    """Objects that nobody places, in the order in which they are named."""
+    """Place objects whose places the text leaves open, in the order of the text."""
     while True:
         items = arrange(rng, looks, rng.choice(SPREADS[len(looks)]))
         if items is not None:
@@ -162,7 +162,7 @@ def make_scene(items: Sequence[Item], background: str) -> Scene:
 
 
 def random_scene(rng: Random, counts: Sequence[int] = (1, 2, 3)) -> Scene:
-    """A scene of distinct objects anywhere."""
+    """A scene of distinct objects at random places."""
     while True:
         made = scene(rng, distinct_looks(rng, rng.choice(counts)), random_background(rng))
         if made is not None:
@@ -170,7 +170,7 @@ def random_scene(rng: Random, counts: Sequence[int] = (1, 2, 3)) -> Scene:
 
 
 def counted_scene(rng: Random, count: int, background: str, thing: Look | None = None) -> Scene:
-    """A scene of the same object several times."""
+    """A scene with the same object several times."""
     thing = thing or look(rng)
     while True:
         made = scene(rng, [thing] * count, background)
@@ -179,12 +179,12 @@ def counted_scene(rng: Random, count: int, background: str, thing: Look | None =
 
 
 def random_background(rng: Random) -> str:
-    """Any background, white more often."""
+    """A random background, white more often than others."""
     return "white" if rng.random() < 0.3 else rng.choice(tuple(BACKGROUNDS))
 
 
 def with_item(world: Scene, old: Item, new: Item | None) -> Scene:
-    """The scene with one object replaced or taken away."""
+    """The scene with one object replaced, or removed if `new` is None."""
     items = [item for item in world.items if item is not old]
     return make_scene(items if new is None else [*items, new], world.background)
 
