@@ -1,4 +1,4 @@
-"""`python -m bench PART`: prints tables; with --json FILE also writes their rows as JSON lines."""
+"""`python -m bench PART` prints tables; with --json FILE it also writes their rows as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.report import Table, machine, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark; 0, 1 if a part of it failed, 2 if it cannot run here."""
+    """Run a benchmark; returns 0, 1 if a part of it failed, or 2 if it cannot run here."""
     options = _parser().parse_args(argv)
     try:
         device = _device(options)
@@ -47,13 +47,13 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     for table in parts[options.part]():
         print(table.render(), flush=True)
         tables.append(table)
-        if options.json:  # after every table, so that a run cut short leaves what it has
+        if options.json:  # after every table, so that an interrupted run keeps its results
             write_json(options.json, tables, on)
     return 1 if any(table.failed for table in tables) else 0
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    """The device to measure; raises ConfigError for one that is not there."""
+    """The device to measure; raises ConfigError if it does not exist."""
     if options.part != "gpu":
         if options.device or options.tiny:
             raise ConfigError("--device and --tiny belong to the GPU benchmark; run python -m bench gpu")

@@ -1,4 +1,4 @@
-"""Small files that are much work: large pictures, JPEGs of very many scans, JSON of very many values."""
+"""Small files that cause much work: large pictures, JPEGs with many scans, JSON with many values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import zlib
 from PIL import Image
 
 SIDE = 8000
-"""64 megapixels, 183 MiB decoded."""
+"""Side of the large picture: 64 megapixels, 183 MiB when decoded."""
 
 
 def large_png(side: int = SIDE) -> bytes:
-    """A white picture, some 200 KiB."""
-    row = b"\0" + b"\xff" * (3 * side)
+    """A white picture in some 200 KiB."""
+    row = b"\0" + b"\xff" * (3 * side)  # row by row, since Pillow would hold the decoded picture
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
@@ -23,7 +23,7 @@ def large_png(side: int = SIDE) -> bytes:
 
 
 def scans_jpeg(side: int = 2800, scans: int = 1000) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG that repeats its last scan many times."""
     stored = io.BytesIO()
     Image.new("L", (side, side), 128).save(stored, "JPEG", progressive=True)
     data = stored.getvalue()
@@ -32,12 +32,12 @@ def scans_jpeg(side: int = 2800, scans: int = 1000) -> bytes:
 
 
 def many_values(nbytes: int) -> bytes:
-    """A chat request whose messages are empty objects, very many of them."""
+    """A chat request with very many messages, all empty objects."""
     return b'{"model":"bagel-nano","messages":[' + b"{}," * (nbytes // 3) + b"{}]}"
 
 
 def deep_json(nbytes: int) -> bytes:
-    """Lists within lists."""
+    """A chat request of deeply nested lists."""
     return b'{"model":"bagel-nano","messages":' + b"[" * (nbytes // 2) + b"]" * (nbytes // 2) + b"}"
 
 

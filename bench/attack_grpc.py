@@ -1,4 +1,4 @@
-"""Attacks on the gRPC port, each bounded in bytes, streams and time. Each says what came of it."""
+"""Attacks on the gRPC port, each bounded in bytes, streams and time. Each returns its outcome in words."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ AT_ONCE = 8
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """One of HTTP/2."""
+    """One HTTP/2 frame."""
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 
 def begin(stream: int, path: str) -> bytes:
-    """The headers of a call."""
+    """The headers frame that begins a call."""
     pairs = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
     pairs["content-type"] = "application/grpc"
+    # Literal fields without Huffman coding or indexing, which HPACK allows and which need no library.
     texts = [text.encode() for pair in pairs.items() for text in pair]
     block = b"".join(
         (b"\0" if number % 2 == 0 else b"") + bytes([len(text)]) + text for number, text in enumerate(texts)
@@ -47,34 +48,34 @@ def begin(stream: int, path: str) -> bytes:
 
 
 def settings(window: int) -> bytes:
-    """The begin of a connection whose streams may send so many bytes."""
+    """The start of a connection that lets the server send `window` bytes per stream."""
     return PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window))
 
 
 async def large_pictures(target: Target) -> str:
-    """63 pictures of 64 megapixels in each request, which has a text too; eight at once."""
+    """Eight requests at once, each with 63 pictures of 64 megapixels and a text."""
     return await _generate(target, [large_png()] * 63)
 
 
 async def many_scans(target: Target) -> str:
-    """Four progressive JPEGs of 1,000 scans in each request, eight at once."""
+    """Eight requests at once, each with four progressive JPEGs of 1,000 scans."""
     return await _generate(target, [scans_jpeg()] * 4)
 
 
 async def unread(target: Target) -> str:
-    """One connection with a closed window and as many pictures as there are places, which are soon drawn."""
+    """One connection with a closed window that asks for quick pictures in all places and reads nothing of them."""
     parts = [common_pb2.Part(text=common_pb2.TextPart(text="a large red circle"))]
     asked = convert.options_to_wire(Modality.TEXT2IMG, parts, {"steps": 4})
     message = gateway_pb2.GenerateRequest(request=asked, partial_images=1).SerializeToString()
-    said = settings(0)
-    for stream in range(1, 129, 2):
-        said += begin(stream, GENERATE)
-        said += frame(DATA, END_STREAM, stream, b"\0" + struct.pack(">I", len(message)) + message)
-    return await hold(_at(target), 1, [said], target.seconds)
+    data = settings(0)
+    for stream in range(1, 129, 2):  # clients' streams have odd numbers
+        data += begin(stream, GENERATE)
+        data += frame(DATA, END_STREAM, stream, b"\0" + struct.pack(">I", len(message)) + message)
+    return await hold(_at(target), 1, [data], target.seconds)
 
 
 async def half_messages(target: Target) -> str:
-    """96 requests on eight connections that each announce 60 MiB, send up to sixteen of them, and stop."""
+    """96 requests on eight connections. Each announces 60 MiB, sends up to 16 of them and stops."""
     calls, ends = 0, time.monotonic() + target.seconds
     with ExitStack() as stack:
         sockets = [stack.enter_context(closing(socket.create_connection(_at(target)))) for _ in range(8)]
@@ -91,7 +92,7 @@ async def half_messages(target: Target) -> str:
         while time.monotonic() < ends:
             for one, stream in room:
                 if room[one, stream] > 0:
-                    with suppress(OSError):  # it pays no heed to windows: a server may break such a connection
+                    with suppress(OSError):  # it ignores flow control, so the server may close the connection
                         sent += one.send(frame(DATA, 0, stream, piece))
                         room[one, stream] -= len(piece)
             await asyncio.sleep(0.01)
@@ -99,31 +100,31 @@ async def half_messages(target: Target) -> str:
 
 
 async def half_messages_in_windows(target: Target) -> str:
-    """As a client of gRPC: 64 calls that send 20 MiB of a stream of messages that the method does not take."""
+    """64 calls of a gRPC client, each sending a stream of 20 MiB of messages to a method that takes only one."""
     async with channel(target.grpc) as one:
         method: Any = one.stream_stream(GENERATE, request_serializer=lambda data: data)
         calls = [method() for _ in range(64)]
-        told = Counter[str]()
+        outcomes = Counter[str]()
 
         async def push(call: Any) -> None:
             try:
                 async with asyncio.timeout(target.seconds):
                     for _ in range(4):
                         await call.write(bytes(5 * MIB))
-                    told[(await call.code()).name] += 1
+                    outcomes[(await call.code()).name] += 1
             except (grpc.RpcError, asyncio.InvalidStateError) as error:
-                told[type(error).__name__] += 1
+                outcomes[type(error).__name__] += 1
             except TimeoutError:
-                told["open"] += 1
+                outcomes["open"] += 1
 
         await asyncio.gather(*map(push, calls))
         for call in calls:
             call.cancel()
-    return _counted(told)
+    return _counted(outcomes)
 
 
 async def silent(target: Target) -> str:
-    """1,500 connections that say nothing."""
+    """1,500 connections that send nothing."""
     return await hold(_at(target), 1500, [b""], target.seconds)
 
 
@@ -137,11 +138,11 @@ async def reflections(target: Target) -> str:
     """2,000 streams of reflection on 20 connections."""
 
     def ask(one: aio.Channel) -> Any:
-        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
 
         async def requests() -> Any:
-            yield asked
-            await asyncio.sleep(target.seconds)
+            yield question
+            await asyncio.sleep(target.seconds)  # keeps the stream open
 
         return reflection_pb2_grpc.ServerReflectionStub(one).ServerReflectionInfo(requests())
 
@@ -150,7 +151,7 @@ async def reflections(target: Target) -> str:
 
 async def checks(target: Target) -> str:
     """Health checks without a pause, 200 at once."""
-    ends, told = time.monotonic() + target.seconds, Counter[str]()
+    ends, outcomes = time.monotonic() + target.seconds, Counter[str]()
     async with channel(target.grpc) as one:
         check: Any = health_pb2_grpc.HealthStub(one).Check
 
@@ -158,12 +159,12 @@ async def checks(target: Target) -> str:
             while time.monotonic() < ends:
                 try:
                     await check(health_pb2.HealthCheckRequest(), timeout=target.seconds)
-                    told["OK"] += 1
+                    outcomes["OK"] += 1
                 except grpc.RpcError as error:
-                    told[error.code().name] += 1
+                    outcomes[error.code().name] += 1
 
         await asyncio.gather(*(again() for _ in range(200)))
-    return _counted(told)
+    return _counted(outcomes)
 
 
 async def calls_without_a_request(target: Target) -> str:
@@ -181,16 +182,16 @@ async def calls_without_a_request(target: Target) -> str:
 async def _idle_streams(target: Target, count: int, ask: Any) -> str:
     channels = [channel(target.grpc) for _ in range(20)]
     calls = [ask(channels[number % len(channels)]) for number in range(count)]
-    told = Counter[str]()
+    outcomes = Counter[str]()
 
     async def first(call: Any) -> None:
         try:
             async with asyncio.timeout(target.seconds):
-                told["ended" if await call.read() is aio.EOF else "open"] += 1
+                outcomes["ended" if await call.read() is aio.EOF else "open"] += 1
         except grpc.RpcError as error:
-            told[error.code().name] += 1
+            outcomes[error.code().name] += 1
         except TimeoutError:
-            told["late"] += 1
+            outcomes["late"] += 1
 
     began = time.monotonic()
     await asyncio.gather(*map(first, calls))
@@ -199,15 +200,15 @@ async def _idle_streams(target: Target, count: int, ask: Any) -> str:
         call.cancel()
     for one in channels:
         await one.close()
-    return _counted(told)
+    return _counted(outcomes)
 
 
 async def _generate(target: Target, images: list[bytes]) -> str:
-    """Requests with those pictures, again and again."""
+    """Repeat requests with these pictures, AT_ONCE at a time."""
     parts = [common_pb2.Part(image=common_pb2.ImagePart(data=image)) for image in images]
     parts.append(common_pb2.Part(text=common_pb2.TextPart(text="what is it?")))
-    asked = convert.options_to_wire(Modality.IMG2TEXT, parts, {"max_tokens": 2})
-    message, told = gateway_pb2.GenerateRequest(request=asked), Counter[str]()
+    request = convert.options_to_wire(Modality.IMG2TEXT, parts, {"max_tokens": 2})
+    message, outcomes = gateway_pb2.GenerateRequest(request=request), Counter[str]()
     ends = time.monotonic() + target.seconds
 
     async def again(one: aio.Channel) -> None:
@@ -216,13 +217,13 @@ async def _generate(target: Target, images: list[bytes]) -> str:
             try:
                 async for _ in call:
                     pass
-                told["OK"] += 1
+                outcomes["OK"] += 1
             except grpc.RpcError as error:
-                told[error.code().name] += 1
+                outcomes[error.code().name] += 1
 
     async with channel(target.grpc) as one:
         await asyncio.gather(*(again(one) for _ in range(AT_ONCE)))
-    return f"{message.ByteSize() // 1024} KiB each: {_counted(told)}"
+    return f"{message.ByteSize() // 1024} KiB each: {_counted(outcomes)}"
 
 
 def _at(target: Target) -> tuple[str, int]:
@@ -230,5 +231,5 @@ def _at(target: Target) -> tuple[str, int]:
     return host, int(port)
 
 
-def _counted(told: Counter[str]) -> str:
-    return ", ".join(f"{count} x {what}" for what, count in told.most_common())
+def _counted(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.most_common())

@@ -1,4 +1,4 @@
-"""A real gateway, Thinker and DiT under one attack after the other, beside a quiet client of theirs."""
+"""Attack a real gateway, Thinker and DiT, and measure what an ordinary client notices."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from bench.report import Table
 
 MIB = 2**20
 QUIET_S, ATTACK_S, LATE_S = 4.0, 10.0, 20.0
-"""Seconds of measuring before an attack, of the attack, and that the quiet client waits for one answer."""
+"""Seconds to measure before an attack, to attack, and to wait for one answer to the quiet client."""
+# Unread pictures are ordinary work until they are drawn, so the measurement starts when they are.
 DRAWING_S = 6.0
-"""Until pictures are drawn that nobody reads: until then they are work like any other."""
 EVERY_S = 0.25
 GATEWAY_MIB = 1024.0
-"""What the shipped compose file gives the gateway."""
+"""The gateway's memory limit in the shipped compose file."""
 SLOWER, LEAST_MS = 2.0, 100.0
 HEALTHZ_MS = 1000.0
 NOTE = (
@@ -65,7 +65,7 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 def run(only: str) -> Iterator[Table]:
-    """Attack by every attack whose name contains `only`; ConfigError if there is none."""
+    """Carry out every attack whose name contains `only`; ConfigError if there is none."""
     names = [name for name in ATTACKS if only in name]
     if not names:
         raise ConfigError(f"--only {only!r} names no attack; they are: {'; '.join(ATTACKS)}")
@@ -76,7 +76,7 @@ def run(only: str) -> Iterator[Table]:
     with (
         Path(os.devnull).open("w") as nowhere,
         Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0") as services,
-        # The attacker's own work must not slow what is measured, on a machine of few cores.
+        # In another process with low priority: the attacker's own work must not slow down the services.
         ProcessPoolExecutor(1, spawn, initializer=os.nice, initargs=(15,)) as attacker,
     ):
         for name in names:
@@ -96,7 +96,7 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
     attack = asyncio.get_running_loop().run_in_executor(attacker, _attack, name, target)
     await asyncio.sleep(lead_s)
     during = await _Quiet(services).ask_for(ATTACK_S)
-    came_of_it = await attack
+    outcome = await attack
     peaks = [_peak_mib(service) for service in services.services]
     quiet_ms, during_ms = before.median_ms, during.median_ms
     limit_ms = max(SLOWER * quiet_ms, LEAST_MS)
@@ -116,25 +116,25 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
         cpu_s=_cpu(services.services[-1]) - own_cpu,
         all_cpu_s=cpu_seconds(services) - cpu,
         over=", ".join(what for what, passed in over.items() if passed) or "-",
-        came_of_it=f"{came_of_it}; {during.why}" if during.why else came_of_it,
+        came_of_it=f"{outcome}; {during.why}" if during.why else outcome,
     )
     table.failed |= any(over.values())
 
 
 def _attack(name: str, target: Target) -> str:
-    """Run one attack, in a process of its own."""
+    """Run one attack, in the attacker's process."""
     return asyncio.run(_carry_out(name, target))
 
 
 async def _carry_out(name: str, target: Target) -> str:
     try:
         return await ATTACKS[name](target)
-    except (OSError, TimeoutError, BagelError) as error:  # those of gRPC and ours do not travel between processes
+    except (OSError, TimeoutError, BagelError) as error:  # as text, since not all of them can be pickled
         return f"{type(error).__name__}: {error}"
 
 
 class _Quiet:
-    """A client that asks for a short text now and then, and looks at /healthz."""
+    """An ordinary client that regularly asks for a short text and checks /healthz."""
 
     def __init__(self, services: Deployment) -> None:
         self._services = services
@@ -142,26 +142,27 @@ class _Quiet:
         self._healthz: list[float] = []
         self.failed = 0
         self.why = ""
-        """Of the first that failed."""
+        """The error of the first request that failed."""
 
     @property
     def median_ms(self) -> float:
-        """Of the answers; of none, as long as one is waited for."""
+        """The median latency of the answers; without any, the time that the client waits for one."""
         return 1e3 * (median(self._latencies) if self._latencies else LATE_S)
 
     @property
     def healthz_ms(self) -> float:
-        """The slowest."""
+        """The slowest check."""
         return 1e3 * max(self._healthz, default=LATE_S)
 
     async def ask_for(self, seconds: float) -> _Quiet:
-        """Ask again and again for so long."""
+        """Ask repeatedly for some seconds."""
         ends = time.monotonic() + seconds
         await asyncio.gather(self._ask(ends), self._look(ends))
         return self
 
     async def _ask(self, ends: float) -> None:
-        """Every now and then, whether or not those before were answered: who waits is not counted once for all."""
+        """Send a request every EVERY_S."""
+        # Without waiting for earlier answers: a client that waits would send, and count, only one slow request.
         async with AsyncClient(self._services.address) as client, asyncio.TaskGroup() as group:
             while time.monotonic() < ends:
                 group.create_task(self._ask_once(client))
@@ -182,13 +183,13 @@ class _Quiet:
 
     async def _look(self, ends: float) -> None:
         host, _, port = self._services.http.rpartition(":")
-        asked = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        request = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
         while time.monotonic() < ends:
             began = time.perf_counter()
             try:
                 async with asyncio.timeout(LATE_S):
                     reader, writer = await asyncio.open_connection(host, int(port))
-                    writer.write(asked)
+                    writer.write(request)
                     answer = await reader.read()
                     writer.close()
                 if not answer.startswith(b"HTTP/1.1 200"):
@@ -200,9 +201,9 @@ class _Quiet:
 
 
 def _processes(service: Service) -> Iterator[Path]:
-    """The /proc folders of a service's process and of those that it started."""
+    """The /proc folders of a service's process and of its children."""
     for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process may have ended meanwhile
             if int((path / "stat").read_text().rpartition(")")[2].split()[2]) == service.process.pid:
                 yield path
 
@@ -210,11 +211,11 @@ def _processes(service: Service) -> Iterator[Path]:
 def _forget_peak(service: Service) -> None:
     for path in _processes(service):
         with suppress(OSError):
-            (path / "clear_refs").write_text("5")
+            (path / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
 
 
 def _peak_mib(service: Service) -> float:
-    """Most memory of its processes since, summed: as a container counts them, at most so much."""
+    """The sum of its processes' peaks since then: an upper bound of what a container would count."""
     total = 0
     for path in _processes(service):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is measured: contexts, pictures and segments made by hand, with random K/V where nothing reads them."""
+"""The inputs of measurements: contexts, pictures and segments made by hand, with random K/V where it does not matter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GUIDED = ImageSettings()
 EDIT = ImageSettings(cfg_img_scale=1.5, cfg_interval=(0.0, 1.0), cfg_renorm_type=RenormType.TEXT_CHANNEL)
 
 SETTINGS = {1: UNGUIDED, 2: GUIDED, 3: EDIT}
-"""Settings whose first step runs that many branches."""
+"""Settings by the number of branches that their first step runs."""
 
 PROMPT = 30
 """Tokens of a prompt."""
@@ -37,7 +37,7 @@ FINGERPRINT = b"bench"
 
 
 def random_segment(model: Bagel, name: str, tokens: int, parent: bytes = ROOT) -> tuple[Segment, SegmentKv]:
-    """A segment of that many tokens with random K/V; `name` makes its digest."""
+    """A segment of `tokens` tokens with random K/V; its digest is made from `name`."""
     llm = model.config.llm
     shape = (llm.num_hidden_layers, tokens, llm.num_key_value_heads, llm.head_dim)
     k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -60,10 +60,11 @@ def branch_lengths(tokens: int, branches: int) -> list[int]:
 
 
 def branch_contexts(model: Bagel, tokens: int, branches: int) -> Contexts:
-    """Contexts of one to three branches: gen has an image and a prompt, `tokens` together (PROMPT: no image).
+    """Contexts of one to three branches. gen has an image and a prompt with `tokens` tokens (PROMPT: no image).
 
-    cfg_text has the image alone, cfg_img a prompt alone; it is another prompt, as equal branches share a row.
+    cfg_text has only the image, cfg_img only a prompt.
     """
+    # cfg_img gets another prompt: equal branches would share a row, and the step would be smaller.
     image = [random_segment(model, "image", tokens - PROMPT)] if tokens > PROMPT else []
     prompt = random_segment(model, "prompt", PROMPT, image[0][0].digest if image else ROOT)
     contexts = (_context(*image, prompt), _context(*image), _context(random_segment(model, "other", PROMPT)))
@@ -71,7 +72,7 @@ def branch_contexts(model: Bagel, tokens: int, branches: int) -> Contexts:
 
 
 def draw(model: Bagel, side: int, contexts: Contexts, settings: ImageSettings | None = None) -> Canvas:
-    """A canvas with one square picture of `side` pixels, guided by as many branches as it has contexts."""
+    """A canvas with one square picture of `side` pixels, guided by one branch per context."""
     settings = settings or SETTINGS[len(contexts)]
     rows = side // model.config.latent_stride
     noise = initial_noise(0, rows * rows, model.config.latent_features)
@@ -79,7 +80,7 @@ def draw(model: Bagel, side: int, contexts: Contexts, settings: ImageSettings | 
 
 
 def first_step(canvas: Canvas) -> Callable[[], None]:
-    """The first step of a canvas's picture, as often as one likes."""
+    """A function that runs the first step of a canvas's picture; it may be called repeatedly."""
 
     def work() -> None:
         canvas.pictures[0].step = 0
@@ -89,7 +90,7 @@ def first_step(canvas: Canvas) -> Callable[[], None]:
 
 
 def text_chain(tokens: int, after: Chain | None = None) -> Chain:
-    """A text segment of that many ids, behind a chain if one is given."""
+    """A text segment of `tokens` ids, appended to a chain if one is given."""
     chain = after or Chain()
     ids = tuple(2 + i % 500 for i in range(tokens))
     digest = segment_digest(chain.digest, SegmentKind.TEXT, repr(ids).encode(), FINGERPRINT)
@@ -98,7 +99,7 @@ def text_chain(tokens: int, after: Chain | None = None) -> Chain:
 
 
 def image_chain(config: ModelConfig, side: int, *kinds: SegmentKind) -> Chain:
-    """The given blocks of one square picture of `side` pixels, each resized as the model wants it."""
+    """Blocks of these kinds for one square picture of `side` pixels, each resized for its encoder."""
     image = noise_image(side)
     chain = Chain()
     for kind in kinds:
@@ -121,13 +122,13 @@ def noise_image(side: int) -> Image.Image:
 
 
 def build(model: Bagel, chain: Chain) -> Callable[[], Context]:
-    """Computing a chain, every time anew."""
+    """A function that computes a chain, anew on each call."""
     builder = ContextBuilder(model, SegmentCache(max_bytes=0))
     return lambda: builder.build(chain)
 
 
 class EncodedVae(Vae):
-    """An autoencoder whose encoder has run already, to measure only what comes after it."""
+    """An autoencoder whose encoder has already run, to measure only the work after it."""
 
     def __init__(self, vae: Vae, pixels: Tensor) -> None:
         super().__init__(vae.config, encoder=False, decoder=False)

@@ -1,4 +1,4 @@
-"""The bare control of a piece of work: its matrix products and attentions in a plain loop, and nothing else.
+"""The bare control of some work: its matrix products and attentions in a plain loop, and nothing else.
 
 Same weights, same shapes, one scaled_dot_product_attention a layer and row with all heads at once. No norm, rotary
 embedding, activation, residual, K/V write or embedding. Inputs are random, contiguous and shared by all layers, so

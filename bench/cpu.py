@@ -1,4 +1,4 @@
-"""The CPU benchmark: a denoise step and context building, each beside its bare control (see control.py)."""
+"""The CPU benchmark: denoise steps and context building, each compared with its bare control (see control.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NOTE = "float32; medians of interleaved samples; ratios of wall time (with quart
 def run(only: str, repeats: int) -> Iterator[Table]:
     """Measure every case whose name contains `only`; yields a table for each model.
 
-    Raises ConfigError if no case is named so, or for fewer than two repeats.
+    Raises ConfigError if no name does, or for fewer than two repeats.
     """
     if not any(only in name for name in case_names()):
         raise ConfigError(f"--only {only!r} names no row; the rows are: {'; '.join(case_names())}")
@@ -63,7 +63,7 @@ def _measure(table: Table, name: str, pair: Pair, repeats: int) -> None:
 
 
 def _cases(only: str) -> Iterator[tuple[str, ModelConfig, Mapping[str, Case]]]:
-    """Name, shape and cases of each model that has a case whose name contains `only`."""
+    """The name, the shape and the cases of each model that has a case whose name contains `only`."""
     mid: dict[str, Case] = {
         "mid step, text-to-image 512, 1 branch": partial(_step, side=512, tokens=30, branches=1),
         "mid step, text-to-image 512, 2 branches": partial(_step, side=512, tokens=30, branches=2),
@@ -100,7 +100,7 @@ def _vit_context(model: Bagel, *, side: int) -> Pair:
 
 
 def _vae_context(model: Bagel, *, side: int) -> Pair:
-    """The encoder is diffusers' and has no control: its result is computed before."""
+    """A VAE block without the encoder, which is diffusers' and has no control."""
     chain = cases.image_chain(model.config, side, SegmentKind.VAE)
     model.vae = cases.EncodedVae(model.autoencoder(), _pixels(chain))
     return cases.build(model, chain), control.vae_block(model, chain.length - 2)

@@ -1,6 +1,6 @@
-"""Floating-point operations that the network needs, counted from its shape; a multiply-add is two.
+"""Count the floating-point operations of the network from its shape; a multiply-add counts as two.
 
-Matrix products and attention alone: norms, rotary embedding and activations are left out, as is usual.
+It counts only matrix products and attention, and leaves out norms, rotary embedding and activations, as is usual.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bagel.model.flow import SINUSOID_WIDTH
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> int:
-    """A linear layer on that many tokens."""
+    """A linear layer on `tokens` tokens."""
     return 2 * tokens * inputs * outputs
 
 
@@ -24,7 +24,7 @@ def expert(llm: LlmConfig, tokens: int) -> int:
 
 
 def attention(heads: int, head_dim: int, pairs: int) -> int:
-    """One layer's attention over that many (query, key) pairs: scores and weighted sum."""
+    """One layer's attention over `pairs` (query, key) pairs: scores and weighted sum."""
     return 4 * heads * head_dim * pairs
 
 
@@ -35,7 +35,7 @@ def decoder(llm: LlmConfig, und: int, gen: int, pairs: int) -> int:
 
 
 def denoise_step(config: ModelConfig, contexts: Sequence[int], latents: int) -> int:
-    """One step of a picture of `latents` tokens, one row for each context of that many tokens."""
+    """One step of a picture of `latents` tokens, with one row for each context length."""
     rows, block, hidden = len(contexts), latents + 2, config.llm.hidden_size
     pairs = sum(block * (context + block) for context in contexts)
     velocity = linear(rows * latents, hidden, config.latent_features)
@@ -43,16 +43,10 @@ def denoise_step(config: ModelConfig, contexts: Sequence[int], latents: int) -> 
 
 
 def text_segment(config: ModelConfig, past: int, tokens: int) -> int:
-    """Prefill of a text of `tokens` after `past` tokens of context; causal, so half of its own square."""
+    """Prefill of a text of `tokens` tokens after `past` tokens of context."""
+    # Causal: half of the text's own square.
     pairs = tokens * past + tokens * (tokens + 1) // 2
     return decoder(config.llm, tokens, 0, pairs)
-
-
-def next_tokens(config: ModelConfig, pasts: Sequence[int]) -> int:
-    """One decoded token after each of the given contexts, with the LM head."""
-    pairs = sum(past + 1 for past in pasts)
-    head = linear(len(pasts), config.llm.hidden_size, config.llm.vocab_size)
-    return decoder(config.llm, len(pasts), 0, pairs) + head
 
 
 def vae_block(config: ModelConfig, past: int, latents: int) -> int:

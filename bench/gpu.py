@@ -1,6 +1,6 @@
 """The GPU benchmark: the full-size model with random weights on one H100 or H200 (see README.md).
 
-On a CPU, with --tiny, the same code runs and every figure that only a CUDA device gives is "not measured".
+On a CPU, with --tiny, the same code runs, and figures that need a CUDA device read "not measured".
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ SECTIONS: dict[str, Callable[[Lab], Iterator[Table]]] = {
 
 
 def run(device: torch.device, only: str, *, tiny: bool) -> Iterator[Table]:
-    """Measure every section whose name contains `only`; yields tables, memory and summary last.
-
-    A section that fails is printed and marked; the others still run, as time on a GPU is dear.
-    """
+    """Measure every section whose name contains `only`; yields their tables, then memory and summary."""
     chosen = {name: section for name, section in SECTIONS.items() if only in name}
     if not chosen:
         raise ConfigError(f"--only {only!r} names no section; the sections are: {', '.join(SECTIONS)}")
@@ -40,7 +37,7 @@ def run(device: torch.device, only: str, *, tiny: bool) -> Iterator[Table]:
     for name, section in chosen.items():
         try:
             yield from section(lab)
-        except Exception as error:
+        except Exception as error:  # time on a GPU is expensive, so the other sections still run
             traceback.print_exc()
             reason = (str(error) or repr(error)).splitlines()[0]
             yield Table(f"gpu {name} FAILED", reason, failed=True)

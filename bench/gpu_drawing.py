@@ -1,4 +1,4 @@
-"""Drawing on a GPU: single steps, a whole picture without a wait of the host inside its steps, and all in one."""
+"""Drawing on a GPU: single steps, a whole picture whose steps never make the host wait, and whole requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def denoise(lab: Lab) -> Iterator[Table]:
 
 
 def profile(lab: Lab) -> Iterator[Table]:
-    """Role denoise: which kernels a step of the largest and of the smallest picture spends its time in."""
+    """Role denoise: the kernels that take most of a step, for the largest and the smallest picture."""
     with lab.model(Role.DENOISE) as model:
         for side, branches in ((lab.sizes.sides[-1], 2), (lab.sizes.sides[0], 1)):
             canvas = cases.draw(model, side, cases.branch_contexts(model, cases.PROMPT, branches))
@@ -84,7 +84,7 @@ def _step(lab: Lab, table: Table, model: Bagel, side: int, tokens: int, branches
 
 
 def _picture(lab: Lab, model: Bagel) -> Table:
-    """A whole text-to-image picture; each of its steps may not make the host wait."""
+    """A whole text-to-image picture, none of whose steps may make the host wait."""
     side, steps, meter = lab.sizes.sides[-1], lab.sizes.steps, lab.meter
     _decode(model, _draw(meter, _canvas(model, side, FEW_TIMESTEPS), guarded=False))
     with lab.track(Role.DENOISE, f"drawing {side}, {steps} timesteps, 2 branches"):
@@ -109,7 +109,7 @@ def _canvas(model: Bagel, side: int, steps: int) -> Canvas:
 
 
 def _host_waits(meter: Meter, canvas: Canvas) -> str:
-    """What in a whole drawing makes the host wait for the device, as PyTorch names it; empty if nothing does."""
+    """PyTorch's name for the first operation in a drawing that makes the host wait; empty if there is none."""
     try:
         _draw(meter, canvas, guarded=True)
     except RuntimeError as error:
@@ -120,7 +120,7 @@ def _host_waits(meter: Meter, canvas: Canvas) -> str:
 
 
 def _draw(meter: Meter, canvas: Canvas, *, guarded: bool) -> Canvas:
-    """All steps as the engine runs them; guarded: an operation inside a step that waits for the device raises."""
+    """Run all steps as the engine does; guarded: raise if an operation within a step makes the host wait."""
     gate, picture = StepGate(meter.device), canvas.pictures[0]
     picture.step = 0
     while not picture.finished:
@@ -134,7 +134,7 @@ def _decode(model: Bagel, canvas: Canvas) -> Image:
 
 
 def _request(meter: Meter, model: Bagel, side: int, chains: tuple[Chain, ...]) -> Callable[[], Image]:
-    """A request from its branches' chains to a picture."""
+    """A function that serves a request, from the chains of its branches to the picture."""
 
     def work() -> Image:
         builder = ContextBuilder(model)

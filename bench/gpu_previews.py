@@ -1,4 +1,4 @@
-"""Previews of a picture under way: the DiT's own runner draws one picture without and with three of them, in turn."""
+"""The cost of previews: the DiT's own runner draws one picture without and with three previews, in turn."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ FORMAT = common_pb2.IMAGE_FORMAT_PNG
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Seconds from the first plan to the picture, and to its first preview."""
+    """Seconds from the first plan to the picture and to its first preview."""
 
     total: float
     first_preview: float
 
 
 def previews(lab: Lab) -> Iterator[Table]:
-    """Role denoise: a text-to-image of the largest size, PNG included."""
+    """Role denoise: a text-to-image of the largest size, including the encoding to PNG."""
     side = lab.sizes.sides[-1]
     note = f"text-to-image {side}x{side}, {lab.sizes.steps} timesteps, medians of {RUNS}; encoding to PNG included"
     table = Table("gpu previews", note)
@@ -69,7 +69,7 @@ def previews(lab: Lab) -> Iterator[Table]:
 
 
 class _RunnerThread:
-    """A runner with a model of random weights, served by a thread instead of a process; nothing is its server."""
+    """A runner in a thread instead of a process, with a model of random weights; the benchmark acts as its server."""
 
     def __init__(self, model: Bagel) -> None:
         self._connection, theirs = multiprocessing.Pipe()
@@ -85,7 +85,7 @@ class _RunnerThread:
         self._count = 0
 
     def draw(self, side: int, settings: ImageSettings, previews: int) -> _Drawn:
-        """One picture, planned step by step as the server plans it."""
+        """Draw one picture, planned step by step as the server does."""
         self._count += 1
         rows = side // 16
         gen, empty = messages.PlacedContext(b"gen", cases.PROMPT, cases.PROMPT), messages.PlacedContext(b"", 0, 0)

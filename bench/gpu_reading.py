@@ -1,4 +1,4 @@
-"""Reading and writing on a GPU: prefill of text and images, an image to edit, and text decoding."""
+"""Reading and writing on a GPU: prefill of texts and images, an image to edit, and text decoding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.report import Table
 
 
 class NoTokenizer(BagelTokenizer):
-    """The two ids that decoding needs, without a checkpoint; no token ends the text."""
+    """Provides the two ids that decoding needs, without a checkpoint. No token ends the text."""
 
     def __init__(self) -> None:
         self.bos, self.eos = 0, -1
@@ -71,7 +71,8 @@ def _prefill(lab: Lab, table: Table, name: str, tokens: int, flop: int, work: Wo
 
 
 def _decode(lab: Lab, table: Table, model: Bagel, batch: int) -> None:
-    """Decode a batch; each step reads the understanding expert's and the head's weights once."""
+    """Decode a batch, and compare its reading of weights with the speed of a plain copy."""
+    # Each step reads the understanding expert's and the head's weights once, whatever the batch.
     sizes, decoder = lab.sizes, TextDecoder(model, NoTokenizer())
     context = cases.text_context(model, sizes.past)
     settings = TextSettings(max_tokens=sizes.reply)
@@ -91,7 +92,7 @@ def _decode(lab: Lab, table: Table, model: Bagel, batch: int) -> None:
 
 
 def _weights_read(model: Bagel) -> int:
-    """Bytes of the weights that one decoding step reads."""
+    """Bytes of the weights that a decoding step reads."""
     language = model.language_model
     assert language.lm_head is not None
     layers = [layer for layer in language.layers if isinstance(layer, MoTLayer)]

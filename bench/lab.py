@@ -1,4 +1,4 @@
-"""What the sections of the GPU benchmark share: sizes, one model at a time, peak memory, the summary."""
+"""The shared parts of the GPU benchmark's sections: sizes, one model at a time, peak memory, and the summary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured. sides: pictures, in pixels; contexts: tokens of gen's context; prefills: tokens of a text.
+    """The sizes to measure. sides: of pictures, in pixels; contexts: tokens of gen's context; prefills: text tokens.
 
-    steps: timesteps of the whole picture; reply: tokens decoded after `past` tokens, alone and `batch` at a time.
+    steps: timesteps of the whole picture; reply: tokens to decode after `past` tokens, for one text and for `batch`.
     """
 
     config: ModelConfig
@@ -66,11 +66,11 @@ SMALL = Sizes(
     reply=4,
     batch=3,
 )
-"""For --tiny: the same code in seconds. On a GPU float32 takes the attention that loops over rows."""
+"""For --tiny: the same code in seconds. On a GPU, float32 takes the attention that loops over rows."""
 
 
 class Lab:
-    """One device, its ceilings, and the two tables that fill while the sections run."""
+    """One device, its ceilings, and the two tables to which all sections add."""
 
     def __init__(self, device: torch.device, sizes: Sizes) -> None:
         self.sizes, self.meter = sizes, Meter(device)
@@ -81,7 +81,7 @@ class Lab:
         self.copy_gb_s: float | None = None
 
     def measure_ceilings(self) -> Table:
-        """The machine's own rates, in this run."""
+        """Measure the device's own rates, with which this run compares its results."""
         sizes, meter = self.sizes, self.meter
         self.matrix_tflops = matmul_tflops(meter, sizes.matrix, sizes.dtype)
         self.copy_gb_s = copy_gb_per_s(meter, sizes.copy_bytes)
@@ -93,7 +93,7 @@ class Lab:
 
     @contextmanager
     def model(self, role: Role) -> Iterator[Bagel]:
-        """A model with random weights, alone on the device."""
+        """A model with random weights, the only one on the device."""
         self.meter.release()
         before = self.meter.allocated()
         model = random_model(self.sizes.config, role, dtype=self.sizes.dtype, device=self.meter.device, seed=0)
@@ -102,7 +102,7 @@ class Lab:
 
     @contextmanager
     def track(self, role: Role, work: str) -> Iterator[None]:
-        """Note the peak memory of what runs within, the model's weights and the rest apart."""
+        """Record the peak memory of the block, divided into the model's weights and the rest."""
         self.meter.release()
         self.meter.reset_peak()
         yield
@@ -115,7 +115,7 @@ class Lab:
         self.summary.add(what=name, value=value, unit=unit)
 
     def rate(self, flop: int, ms: float | None) -> dict[str, float | None]:
-        """Columns tflops and percent_of_peak of work that took so long."""
+        """The columns tflops and percent_of_peak for work of `flop` operations that took `ms`."""
         tflops = None if ms is None else flop / ms / 1e9
         percent = None if tflops is None or self.matrix_tflops is None else 100 * tflops / self.matrix_tflops
         return {"tflops": tflops, "percent_of_peak": percent}

@@ -1,4 +1,4 @@
-"""What only a CUDA device can tell: times by events, peak memory, and whether the host waited."""
+"""Measurements that need a CUDA device: times by events, peak memory, and whether the host waited."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Work = Callable[[], object]
 
 
 class Meter:
-    """Readings of one CUDA device. On another device the work runs once and every reading is None."""
+    """Measures on one CUDA device. On any other device the work runs once and every result is None."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
@@ -25,7 +25,7 @@ class Meter:
             torch.cuda.set_device(device)
 
     def median_ms(self, work: Work, *, warmup: int = 3, repeats: int = 10) -> float | None:
-        """Median device time of one call, calls back to back."""
+        """The median device time of one call, with calls back to back."""
         if not self.cuda:
             work()
             return None
@@ -41,7 +41,7 @@ class Meter:
         return float(median(before.elapsed_time(after) for before, after in pairwise(events)))
 
     def host_ms(self, work: Work, repeats: int = 5) -> float | None:
-        """Median time until a call gives control back, the device idle before it: what launching costs the host."""
+        """The median time until a call returns on an idle device: the host's cost of launching."""
         if not self.cuda:
             return None
         times = []
@@ -54,7 +54,7 @@ class Meter:
         return median(times)
 
     def seconds(self, work: Work) -> float | None:
-        """Wall time of one call, the device done before and after."""
+        """The wall time of one call; waits for the device before and after it."""
         self.wait()
         start = time.perf_counter()
         work()
@@ -66,13 +66,13 @@ class Meter:
             torch.cuda.synchronize()
 
     def release(self) -> None:
-        """Give back what nothing holds any more."""
+        """Free the memory that nothing refers to any more."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
     def allocated(self) -> int:
-        """Bytes of tensors on the device now; 0 where they cannot be told."""
+        """Bytes of tensors on the device now; 0 if it is not a CUDA device."""
         return torch.cuda.memory_allocated() if self.cuda else 0
 
     def reset_peak(self) -> None:
@@ -81,12 +81,12 @@ class Meter:
             torch.cuda.reset_peak_memory_stats()
 
     def peak(self) -> int | None:
-        """Most bytes of tensors at one time since the last reset."""
+        """The most bytes of tensors at any time since the last reset."""
         return torch.cuda.max_memory_allocated() if self.cuda else None
 
     @contextmanager
     def no_host_wait(self) -> Iterator[None]:
-        """Within it, an operation that makes the host wait for the device raises RuntimeError."""
+        """Let operations that make the host wait for the device raise RuntimeError within the block."""
         if not self.cuda:
             yield
             return
@@ -99,9 +99,9 @@ class Meter:
 
 
 def top_kernels(meter: Meter, work: Work, count: int) -> list[tuple[str, int, float | None]]:
-    """The kernels of one call that take longest, as (name, launches, milliseconds); on a CPU its operators."""
+    """The slowest kernels of one call, as (name, launches, milliseconds); on a CPU, its operators."""
     activities = [ProfilerActivity.CUDA if meter.cuda else ProfilerActivity.CPU]
-    work()
+    work()  # compiles and allocates, which must not show in the profile
     with profile(activities=activities) as profiler:
         work()
         meter.wait()
@@ -111,7 +111,8 @@ def top_kernels(meter: Meter, work: Work, count: int) -> list[tuple[str, int, fl
 
 
 def matmul_tflops(meter: Meter, side: int, dtype: torch.dtype) -> float | None:
-    """Rate of a square matrix product on random data, the ceiling that steps are held against."""
+    """The rate of a square matrix product, the ceiling for all steps."""
+    # Random data: with zeros a GPU draws less power and runs faster than any real work.
     a, b = (torch.randn(side, side, device=meter.device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     ms = meter.median_ms(lambda: torch.mm(a, b, out=out), warmup=10, repeats=30)
@@ -119,7 +120,7 @@ def matmul_tflops(meter: Meter, side: int, dtype: torch.dtype) -> float | None:
 
 
 def copy_gb_per_s(meter: Meter, nbytes: int) -> float | None:
-    """Rate of a device-to-device copy, bytes read plus bytes written."""
+    """The rate of a device-to-device copy, counting bytes read and bytes written."""
     source: Tensor = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=meter.device)
     target = torch.empty_like(source)
     ms = meter.median_ms(lambda: target.copy_(source))

@@ -1,4 +1,4 @@
-"""Shapes of the models that are measured. Their weights are random."""
+"""The shapes of the measured models, whose weights are random."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MID = ModelConfig(
     vit=VitConfig(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=1536),
     vae=VaeConfig(ch=32, ch_mult=(1, 2, 2, 2)),
 )
-"""Large enough that matrix products dominate a step on a CPU, small enough for seconds a row."""
+"""Large enough that matrix products dominate a step on a CPU, small enough to measure a row in seconds."""
 
 TINY = ModelConfig(
     llm=LlmConfig(
@@ -30,4 +30,4 @@ TINY = ModelConfig(
     vit=VitConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160),
     vae=VaeConfig(ch=32, ch_mult=(1, 2, 2, 2)),
 )
-"""The shapes of the tests' tiny checkpoint, where calls cost more than what they compute."""
+"""The shape of the tests' tiny checkpoint, where the overhead of calls exceeds their computation."""

@@ -1,4 +1,4 @@
-"""The shipped model through all services: seconds of each kind of request, beside the limit that it is held to."""
+"""Measure the shipped model through all services: seconds for each kind of request, and its limit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES: Mapping[str, tuple[float, tuple[str, ...], Mapping[str, Any]]] = {
     "description": (2.0, ("describe the image",), {"modality": "img2text"}),
     "text-to-image that thinks first": (8.0, PROMPTS, {"think": True}),
 }
-"""Most seconds, prompts and options of each row."""
+"""The limit in seconds, the prompts and the options of each row."""
 
 
 def run(only: str, repeats: int) -> Iterator[Table]:
@@ -60,7 +60,7 @@ def _measure(table: Table, name: str, client: Client, services: Deployment, repe
             arguments["image"] = _scene(take)
         cpu, wall = cpu_seconds(services), time.perf_counter()
         result = client.generate(**arguments)
-        if take:  # the first one warms up
+        if take:  # the first request only warms up
             walls.append(time.perf_counter() - wall)
             cpus.append(cpu_seconds(services) - cpu)
             steps.append(result.timings.get("denoise", result.timings.get("text", 0.0)))
@@ -69,7 +69,7 @@ def _measure(table: Table, name: str, client: Client, services: Deployment, repe
 
 
 def _scene(take: int) -> Image.Image:
-    """Another picture each time, so that no K/V of it is there yet."""
+    """A different picture each time, so that none of its K/V is already in the store."""
     image = Image.new("RGB", (128, 128), "white")
     pen = ImageDraw.Draw(image)
     pen.ellipse((20 + take, 44, 60 + take, 84), fill=(220, 38, 38))
@@ -78,10 +78,10 @@ def _scene(take: int) -> Image.Image:
 
 
 def cpu_seconds(services: Deployment) -> float:
-    """CPU-seconds so far of the services and of what they started; 0 where the system has no /proc."""
+    """CPU-seconds so far of the services and their children; 0 on a system without /proc."""
     groups, ticks = {service.process.pid for service in services.services}, 0
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process may have ended meanwhile
             fields = path.read_text().rpartition(")")[2].split()
             if int(fields[2]) in groups:
                 ticks += int(fields[11]) + int(fields[12])

@@ -1,4 +1,4 @@
-"""What the gateway costs: the same picture from the DiT directly, through the gateway by gRPC, and by REST."""
+"""The cost of the gateway: the same picture from the DiT directly, through the gateway by gRPC, and by REST."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bench.report import Table
 
 RATE = 20.0
-"""Requests a second, the three ways in turn, unless --rate says otherwise: a slow machine cannot draw as many."""
+"""Requests per second over all three ways. A slow machine cannot draw as many and needs a lower --rate."""
 WARM_UP = 30
 PER_REPEAT = 120
-"""Requests of each way for one of --repeats."""
+"""Requests per way and repeat."""
 P50_MS, P99_MS = 5.0, 15.0
-"""Most that the gateway may add."""
+"""The most that the gateway may add."""
 NOTE = (
     f"{NANO_NAME}, single stage, one Euler step of 32 x 32, {{rate:g}} requests a second; latency at the client, and "
     f"what it is above the direct call's; limits {P50_MS:g} and {P99_MS:g} ms"
@@ -47,7 +47,7 @@ Call = Callable[[int], Awaitable[None]]
 
 
 def run(repeats: int, rate: float) -> Iterator[Table]:
-    """Measure all three ways, interleaved."""
+    """Measure all three ways in one run, interleaved."""
     table = Table("gateway overhead", NOTE.format(rate=rate))
     _, checkpoint = find_model(NANO_NAME)
     config = load_deploy_config(shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
@@ -89,6 +89,7 @@ async def _measure(services: Deployment, count: int, rate: float) -> dict[str, l
     async with asyncio.TaskGroup() as group:
         began = time.perf_counter()
         for number, name in enumerate(_order(list(ways), count + WARM_UP // len(ways))):
+            # By the clock, not by answers: a slow answer must not thin out the load.
             await asyncio.sleep(began + number / rate - time.perf_counter())
             group.create_task(one(name, number))
     rest.close()
@@ -102,14 +103,15 @@ def _is_busy(error: BaseException) -> bool:
 
 
 def _order(ways: list[str], rounds: int) -> Iterator[str]:
-    """Each way once a round, in a new order: in a fixed one each would always wait for the same other one's picture."""
+    """Each way once per round, in random order."""
+    # In a fixed order each way would always wait behind a picture of the same other way.
     shuffle = Random(0)
     for _ in range(rounds):
         yield from shuffle.sample(ways, len(ways))
 
 
 async def _draw_direct(stub: DitServiceStub, seed: int) -> None:
-    """As a gateway asks a single stage."""
+    """Draw as the gateway lets a single stage draw."""
     request = resolve(Modality.TEXT2IMG, (TextPart(PROMPT),), {**OPTIONS, "seed": seed})
     message = convert.request_to_wire(request, [common_pb2.Part(text=common_pb2.TextPart(text=PROMPT))])
     call: Any = stub.Generate(dit_pb2.DitServiceGenerateRequest(request=message))
@@ -126,17 +128,17 @@ async def _draw_grpc(stub: GatewayServiceStub, seed: int) -> None:
 
 
 class _Rest:
-    """Connections that are kept alive, one for each request under way."""
+    """A pool of keep-alive connections, one per request in progress."""
 
     def __init__(self, address: str) -> None:
         self._host, _, self._port = address.rpartition(":")
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def draw(self, seed: int) -> None:
-        """One picture."""
+        """Draw one picture."""
         size = f"{OPTIONS['width']}x{OPTIONS['height']}"
-        asked = {"prompt": PROMPT, "size": size, "num_inference_steps": OPTIONS["steps"], "seed": seed}
-        body = json.dumps(asked).encode()
+        request = {"prompt": PROMPT, "size": size, "num_inference_steps": OPTIONS["steps"], "seed": seed}
+        body = json.dumps(request).encode()
         head = "POST /v1/images/generations HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -147,7 +149,7 @@ class _Rest:
         self._idle.append((reader, writer))
 
     def close(self) -> None:
-        """Give the connections up."""
+        """Close the connections."""
         for _, writer in self._idle:
             writer.close()
 

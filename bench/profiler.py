@@ -1,4 +1,4 @@
-"""What --enable-diffusion-pipeline-profiler costs: the same picture with and without it, interleaved in one run."""
+"""The cost of --enable-diffusion-pipeline-profiler: the same picture with and without it, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.report import Table
 from bench.timing import compare
 
 LIMIT = 1.02
-"""Most time that a picture may take with the profiler, as a multiple of one without."""
+"""The longest time that a picture may take with the profiler, as a multiple of the time without it."""
 HERE = "in one process"
 PROMPT = "a large red circle"
 NOTE = f"{NANO_NAME}, text-to-image, 50 timesteps, on a CPU; medians of interleaved samples; limit {LIMIT:g}"
@@ -38,7 +38,7 @@ def run(only: str, repeats: int) -> Iterator[Table]:
 
 
 def _here(checkpoint: Checkpoint, _: ExitStack) -> tuple[Draw, Draw]:
-    """With and without it: two engines on the same model."""
+    """Draw with and without the profiler, on two engines with the same model."""
     plain = BagelEngine.load(checkpoint)
     profiling = BagelEngine(plain.model, plain.tokenizer, checkpoint.fingerprint, profile=True)
     request = resolve(Modality.TEXT2IMG, (TextPart(PROMPT),), {"seed": 1})
@@ -46,7 +46,7 @@ def _here(checkpoint: Checkpoint, _: ExitStack) -> tuple[Draw, Draw]:
 
 
 def _served(checkpoint: Checkpoint, stack: ExitStack) -> tuple[Draw, Draw]:
-    """With and without it: two deployments."""
+    """Draw with and without the profiler, on two deployments."""
     config = load_deploy_config(shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
 
     def client(profile: bool) -> Client:

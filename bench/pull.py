@@ -1,6 +1,6 @@
-"""The K/V benchmark: pulling a context over loopback, beside a raw socket that moves the same bytes.
+"""The K/V benchmark: pull a context over loopback, and compare with a raw socket that moves the same bytes.
 
-Each sender is a process of its own; the CPU-seconds are those of both ends. Pages are checked on our side, the control
+Each sender is a process of its own, and the CPU-seconds are those of both ends. Our side checks the pages; the control
 checks nothing.
 """
 
@@ -34,17 +34,17 @@ from bench.timing import Sample
 
 LAYOUT = KvLayout(layers=28, kv_heads=4, head_dim=128, dtype="bfloat16")
 LENGTH = 2048
-"""Tokens of the context: 112 MiB of K/V in the full-size model's layout."""
+"""Tokens of the context, which has 112 MiB of K/V in the full-size model's layout."""
 DIGESTS, FINGERPRINT = (b"a" * 16, b"b" * 16), b"bench"
 NBYTES = LAYOUT.segment_bytes(LENGTH)
 CHUNK = 2 << 20
 LIMIT = 5.0
-"""Most CPU-seconds per byte that a pull may take, as a multiple of the control's."""
+"""The most CPU-seconds per byte that a pull may take, as a multiple of the control's."""
 NOTE = f"{NBYTES >> 20} MiB at a time; medians; CPU-seconds of both ends, their ratio with quartiles; limit {LIMIT:g}"
 
 
 class Child:
-    """A sender in a process of its own. `port`: where it listens; `ask`: questions to it."""
+    """A sender in a process of its own. `port`: the port on which it listens; `ask`: puts a question to it."""
 
     def __init__(self, target: Callable[[Connection], None]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -66,7 +66,7 @@ class Child:
 
     @contextmanager
     def measure(self, into: list[Sample]) -> Iterator[None]:
-        """Adds what its block takes, here and in the child."""
+        """Add the time that the block takes, here and in the child."""
         theirs, mine, start = self.ask("cpu"), time.process_time(), time.perf_counter()
         yield
         wall, mine = time.perf_counter() - start, time.process_time() - mine
@@ -74,7 +74,7 @@ class Child:
 
 
 def run(repeats: int = 15) -> Iterator[Table]:
-    """Pulls and transfers of the control in turns, the first of each a warm-up; yields one table."""
+    """Measure pulls and transfers of the control in turn, after one warm-up of each; yields one table."""
     with Child(_serve) as server, Child(_send) as sender:
         pulls, control = asyncio.run(_transfers(server, sender, repeats))
     table = Table("pull", NOTE)
@@ -93,7 +93,7 @@ def run(repeats: int = 15) -> Iterator[Table]:
 async def _transfers(server: Child, sender: Child, repeats: int) -> tuple[list[Sample], list[Sample]]:
     pulls: list[Sample] = []
     control: list[Sample] = []
-    store = KvStore(LAYOUT, FINGERPRINT, NBYTES)  # room for one, so that each pull takes the place of the last
+    store = KvStore(LAYOUT, FINGERPRINT, NBYTES)  # room for one context, so that each pull replaces the last one
     buffer = memoryview(bytearray(NBYTES))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=CHANNEL_OPTIONS) as channel:
         puller = KvPuller(store, {"server": channel})
@@ -150,7 +150,7 @@ async def _serve_store(pipe: Connection) -> None:
 
 
 def _send(pipe: Connection) -> None:
-    """Sends NBYTES for every byte that comes."""
+    """Send NBYTES for every byte received."""
     payload = memoryview(os.urandom(NBYTES))
     with socket.create_server(("127.0.0.1", 0)) as server:
         pipe.send(server.getsockname()[1])

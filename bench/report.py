@@ -1,4 +1,4 @@
-"""Tables on the terminal, and the same rows as JSON lines."""
+"""Print tables on the terminal, and write the same rows as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass
 class Table:
-    """Rows with the same columns. A value of None is one that this machine cannot measure."""
+    """Rows with the same columns. None stands for a value that this machine cannot measure."""
 
     name: str
     note: str
@@ -32,7 +32,7 @@ class Table:
         self.rows.append(values)
 
     def render(self) -> str:
-        """The table as aligned text, numbers to three significant digits."""
+        """The table as aligned text, with three significant digits."""
         columns = list(self.rows[0]) if self.rows else []
         lines = [columns, *([_cell(row[name]) for name in columns] for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
@@ -54,7 +54,7 @@ def _pad(text: str, width: int) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Value]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     cuda = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
@@ -67,13 +67,13 @@ def machine(device: torch.device) -> dict[str, Value]:
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux gives it, elsewhere Python's."""
+    """The processor's name from Linux, elsewhere from Python."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
 def write_json(path: Path, tables: Sequence[Table], on: Row) -> None:
-    """One JSON object a line: the machine first, then every row with its table's name."""
+    """Write one JSON object per line: first the machine, then every row with the name of its table."""
     lines = [{"table": "machine", **on}, *({"table": table.name, **row} for table in tables for row in table.rows)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The services benchmark: one request through two stages, beside the same one through the single stage."""
+"""The services benchmark: the same request through two stages and through the single stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.timing import compare
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "golden" / "checkpoint"
 LIMIT = 1.25
-"""Most time that a text-to-image of the tiny model may take in two stages, as a multiple of the single stage's."""
+"""The longest time that the tiny model's text-to-image may take in two stages, as a multiple of the single stage's."""
 NOTE = f"tiny model on a CPU, all services up; wall time at the client, medians of interleaved samples; limit {LIMIT:g}"
 CASES: Mapping[str, Mapping[str, Any]] = {
     "text-to-image 64, 50 timesteps": {"height": 64, "width": 64},
@@ -45,7 +45,7 @@ def _measure(table: Table, name: str, clients: list[Client], options: Mapping[st
 
     def draw(client: Client) -> None:
         seed = next(seeds)
-        client.generate(f"a red cube, take {seed}", seed=seed, **options)  # another prompt each time: nothing is reused
+        client.generate(f"a red cube, take {seed}", seed=seed, **options)  # a new prompt, so that no K/V is reused
 
     two, one = clients
     result = compare(lambda: draw(two), lambda: draw(one), repeats)

@@ -1,4 +1,4 @@
-"""Why a small model computes with one thread: the shipped model's pictures with one, and with one for each core."""
+"""Why a small model uses one thread: the shipped model's pictures with one thread, and with one per core."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 21
 
 
 def run(repeats: int) -> Iterator[Table]:
-    """So many pictures at once, interleaved; fails where one thread takes longer."""
+    """Draw 1, 2 and 4 pictures at once, interleaved; fails if one thread takes longer than all."""
     cores = os.cpu_count() or 1
     note = f"{NANO_NAME}, pictures of {STEPS} timesteps drawn together in one process, {cores} cores"
     table = Table("threads", f"{note}; threads wait as OMP_WAIT_POLICY says, PASSIVE in services")

@@ -1,4 +1,4 @@
-"""Measuring two pieces of work against each other on a CPU that others use too."""
+"""Compare two pieces of work on a CPU that other processes use too."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from statistics import median, quantiles
 Work = Callable[[], object]
 
 SHORTEST_SAMPLE_S = 0.1
-"""Work shorter than this is repeated within a sample, so that the clock's grain does not show."""
+"""Shorter work is repeated within a sample, so that the clock's resolution does not matter."""
 SHORTEST_CASE_S = 6.0
-"""Short work gets more samples, up to this much time in all: an interruption weighs more on it."""
+"""Short work gets more samples, up to this total time, since an interruption distorts it more."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call: on the wall, and of all the process's threads on a core."""
+    """Seconds of one call: wall time, and CPU time of all threads of the process."""
 
     wall: float
     cpu: float
@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Interleaved samples of ours and of its control, pairwise in time."""
+    """Interleaved samples of our work and of its control, in pairs."""
 
     ours: tuple[Sample, ...]
     control: tuple[Sample, ...]
@@ -41,23 +41,24 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Median wall time of ours over the control's."""
+        """The median wall time of our work, divided by the control's."""
         return self.ours_s / self.control_s
 
     @property
     def cpu_ratio(self) -> float:
-        """Median CPU-seconds of ours over the control's."""
+        """The median CPU-seconds of our work, divided by the control's."""
         return median(sample.cpu for sample in self.ours) / median(sample.cpu for sample in self.control)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Lower and upper quartile of the wall-time ratio of one pair."""
+        """The lower and the upper quartile of the wall-time ratio within a pair."""
         low, _, high = quantiles((a.wall / b.wall for a, b in zip(self.ours, self.control, strict=True)), n=4)
         return low, high
 
 
 def compare(ours: Work, control: Work, repeats: int) -> Comparison:
-    """Run both twice to warm up, then A B A B …, at least `repeats` samples of each (two or more)."""
+    """Run both twice to warm up, then A B A B …, with at least `repeats` samples of each (two or more)."""
+    # Interleaved, so that a change in the machine's load hits both alike.
     (ours_s, ours_calls), (control_s, control_calls) = _plan(ours), _plan(control)
     count = max(repeats, math.ceil(SHORTEST_CASE_S / (ours_s * ours_calls + control_s * control_calls)))
     pairs = [(_sample(ours, ours_calls), _sample(control, control_calls)) for _ in range(count)]
@@ -65,7 +66,7 @@ def compare(ours: Work, control: Work, repeats: int) -> Comparison:
 
 
 def _plan(work: Work) -> tuple[float, int]:
-    """Seconds of the second call, and how many calls make a sample."""
+    """The seconds of a second call, and the number of calls per sample."""
     work()
     seconds = _sample(work, 1).wall
     return seconds, max(1, math.ceil(SHORTEST_SAMPLE_S / seconds))

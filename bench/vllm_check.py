@@ -1,12 +1,12 @@
-"""Whether the Thinker on vLLM is right on this GPU: bagel-nano's K/V and texts beside the exact engine's, same device.
+"""Check the Thinker on vLLM on this GPU: compare bagel-nano's K/V and texts with the torch engine on the same device.
 
     python -m bench.vllm_check [--dtype float32]        float32: Triton's attention; bfloat16: FlashAttention
 
-Texts, images to look at and to edit, think, alone and all at once. In float32 K/V must agree within 1e-3 (the products
-of both run in full float32) and greedy ids be equal. In bfloat16 both engines round, each in its own order: K/V may lie
-twice as far from the float32 engine's as the exact bfloat16 engine's do, as root mean squares (those are at 0.7 of the
-reference's own); ids are counted, and the largest distances told with their layers and rows. It fails, as it should,
-with --causal: then vLLM is not told of bidirectional images.
+The cases are texts, images to look at and to edit, and think. In float32 all K/V must agree within 1e-3, since both
+engines multiply in full float32, and greedy ids must be equal. In bfloat16 both engines round, each in its own order.
+So vLLM's K/V may differ from the float32 engine's by twice the root mean square of the torch engine in bfloat16, which
+is at 0.7 of the reference's own; ids and largest distances are only reported. With --causal vLLM attends causally
+within images, and the check must fail.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STORE_BYTES = 2**28
 LIMIT_S = 300
 TOLERANCE = 1e-3
 ROUNDING = 2.0
-"""How much larger vLLM's distances may be in bfloat16 than the exact engine's, as root mean squares."""
+"""The largest ratio of vLLM's distances to the torch engine's in bfloat16, as root mean squares."""
 SEED = 7
 
 
 @dataclass
 class Case:
-    """A prompt, what is written after it, and whether that is appended to the context."""
+    """A prompt, the settings of a text after it, and whether that text is appended to the context."""
 
     name: str
     prompt: Prompt
@@ -56,7 +56,7 @@ class Case:
 
 @dataclass
 class Answer:
-    """What an engine made of a case."""
+    """An engine's result for a case."""
 
     chain: Chain
     over: threading.Event = field(default_factory=threading.Event)
@@ -64,7 +64,7 @@ class Answer:
 
 
 def cases() -> list[Case]:
-    """Segments of every kind; images of several sizes, one of them not square."""
+    """Cases with segments of every kind, and images of several sizes, two of them not square."""
     colours = ("crimson", "navy", "seagreen")
     images = [Image.effect_noise(size, 90).convert("RGB") for size in ((128, 128), (96, 64), (128, 80))]
     for image, colour in zip(images, colours, strict=True):
@@ -80,7 +80,7 @@ def cases() -> list[Case]:
 
 
 def submit(engine: Engine, case: Case) -> Answer:
-    """Begin a case."""
+    """Start a case."""
     images = engine.planner.prepare_images(case.prompt, PosteriorMode.CONTENT, SEED)
     chain = engine.planner.chain(case.prompt, images)
     lease = engine.store.lease(_lengths(chain), 600)
@@ -102,11 +102,11 @@ def _lengths(chain: Chain) -> list[tuple[bytes, int]]:
 
 
 Found = tuple[tuple[int, ...], list[tuple[SegmentKind, Tensor]]]
-"""Ids of a text, and K and V of each segment with its kind."""
+"""The ids of a text, and each segment's kind with its K and V."""
 
 
 def collect(engine: Engine, answer: Answer) -> Found:
-    """What a case came to. Raises what it ended with."""
+    """Wait for a case and return its ids and K/V; raises the error that it ended with."""
     if not answer.over.wait(LIMIT_S):
         raise TimeoutError("a reading never ended")
     (came,) = answer.came
@@ -120,7 +120,7 @@ def collect(engine: Engine, answer: Answer) -> Found:
 
 
 def exact(checkpoint: Checkpoint, device: str, dtype: str, some: Sequence[Case]) -> list[Found]:
-    """The exact engine's answers, one by one."""
+    """The torch engine's results, one case after the other."""
     engine = TorchEngine.load(
         "nano", checkpoint, device=device, dtype=dtype, kv_store_bytes=STORE_BYTES, max_num_seqs=16
     )
@@ -130,7 +130,7 @@ def exact(checkpoint: Checkpoint, device: str, dtype: str, some: Sequence[Case])
 
 
 def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[Case]) -> list[Found]:
-    """vLLM's, all at once."""
+    """vLLM's results, with all cases at once."""
     from bagel_thinker.vllm import settings
     from bagel_thinker.vllm.engine import VllmEngine
     from bench import vllm_0221
@@ -155,7 +155,7 @@ def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[
 
 @dataclass(frozen=True)
 class Distance:
-    """Of K or V in one kind of segment: root mean square, the largest, and where that is."""
+    """The distance of K and V in one kind of segment: root mean square, the largest, and its layer and row."""
 
     rms: float
     largest: float
@@ -164,10 +164,10 @@ class Distance:
 
 
 def distances(one: Found, other: Found) -> dict[str, Distance]:
-    """By the kind of segment, of the segment where it is largest; the think text's segment may differ in length."""
+    """The largest distance for each kind of segment."""
     worst: dict[str, Distance] = {}
     for (kind, mine), (_, theirs) in zip(one[1], other[1], strict=True):
-        if mine.shape == theirs.shape:
+        if mine.shape == theirs.shape:  # think texts of different lengths cannot be compared
             found = _distance(mine - theirs)
             if kind.value not in worst or found.rms > worst[kind.value].rms:
                 worst[kind.value] = found
@@ -175,21 +175,21 @@ def distances(one: Found, other: Found) -> dict[str, Distance]:
 
 
 def _distance(apart: Tensor) -> Distance:
-    """Of differences [2, layers, rows, kv heads, head_dim]."""
+    """The distance from differences [2, layers, rows, kv heads, head_dim]."""
     by_row = apart.abs().amax(dim=(0, 3, 4))
     layer, row = divmod(int(by_row.argmax()), by_row.shape[1])
     return Distance(float(apart.square().mean().sqrt()), float(by_row.max()), layer, row)
 
 
 def fits(far: Mapping[str, Distance], near: Mapping[str, Distance], dtype: str) -> bool:
-    """Whether vLLM is as near to the truth as the dtype allows; near: the exact engine in that dtype."""
+    """Whether vLLM is as close to the truth as the dtype allows; near: the torch engine's distances in that dtype."""
     if dtype == "float32":
         return all(distance.largest <= TOLERANCE for distance in far.values())
     return all(kind in near and distance.rms <= ROUNDING * near[kind].rms for kind, distance in far.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare case by case; 1 if one is not right."""
+    """Compare case by case; returns 1 if one is wrong."""
     parser = OnceParser(prog="python -m bench.vllm_check", description="Is the Thinker's vLLM right here?")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -209,12 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         far, rounded = distances(mine, right), distances(near, right)
         ids = mine[0] == right[0]
         good = fits(far, rounded, options.dtype) and (ids or options.dtype != "float32")
-        told = {"vllm": {kind: asdict(each) for kind, each in far.items()}}
-        told |= {} if options.dtype == "float32" else {"exact": {kind: asdict(each) for kind, each in rounded.items()}}
+        report = {"vllm": {kind: asdict(each) for kind, each in far.items()}}
+        if options.dtype != "float32":
+            report["exact"] = {kind: asdict(each) for kind, each in rounded.items()}
         bad += not good
-        print(json.dumps({"case": case.name, "right": good, "ids": ids, **told}), flush=True)
+        print(json.dumps({"case": case.name, "right": good, "ids": ids, **report}), flush=True)
     print(json.dumps({"wrong": bad, "cases": len(some), "seconds": round(time.monotonic() - begin, 1)}), flush=True)
-    os._exit(1 if bad else 0)  # vLLM's own ending takes longer
+    os._exit(1 if bad else 0)  # vLLM's own shutdown would take long
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The Thinker on vLLM beside plain vLLM, full size, random weights made in place.
+"""Compare the Thinker on vLLM with plain vLLM, in full size with random weights.
 
-    python -m bench.vllm_check                          first: is it right at all on this GPU
+    python -m bench.vllm_check                          first, check that it is right on this GPU
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
-    python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on a GPU of its own
+    python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on its own GPU
     python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
-    python -m bench.vllm_gpu --tiny                     the same code on a CPU, for its sake alone
+    python -m bench.vllm_gpu --tiny                     the same code on a CPU, only to check the code
 
-Each side runs in a process of its own, and both are stepped by the same loop over vLLM's engine core, with as many
-places, tokens a step and asynchronous scheduling alike. Plain is vLLM's Qwen2 of BAGEL's shape, its norms of queries
-and keys included. Each figure is told as soon as it is there, as a line of JSON, to stderr and to the file. Rows and
-what they should come to: bench/README.md.
+Each side runs in a process of its own. The same loop steps both over vLLM's engine core, with equal places, tokens per
+step and asynchronous scheduling. Plain is vLLM's Qwen2 in BAGEL's shape, including its norms of queries and keys. Each
+figure is written at once, as a line of JSON, to stderr and to the file. bench/README.md explains the rows and limits.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ Figures = dict[str, float]
 
 
 class Side(ABC):
-    """What is measured, behind one way to add requests."""
+    """One of the two engines to measure, with a common way to add requests."""
 
     def __init__(self, tiny: bool) -> None:
         self.tiny, self.words = tiny, random.Random(1)
@@ -73,7 +72,7 @@ class Side(ABC):
         self.count = 0
 
     def text(self, length: int) -> list[int]:
-        """Random ids, none of which means anything."""
+        """Random ids, none of which is a control token."""
         return [self.words.randrange(10, min(self.config.llm.vocab_size, 150_000)) for _ in range(length)]
 
     def name(self) -> str:
@@ -82,15 +81,15 @@ class Side(ABC):
 
     @abstractmethod
     def add(self, ids: list[int], tokens: int) -> None:
-        """Begin to write so many tokens after a text."""
+        """Start to write `tokens` tokens after a text."""
 
     @abstractmethod
     def step(self) -> list[Any]:
-        """One step; the outputs of requests that got a token."""
+        """Run one step; returns the outputs of requests that got a token."""
 
     @abstractmethod
     def busy(self) -> bool:
-        """Whether anything is under way."""
+        """Whether any request is in progress."""
 
 
 class Plain(Side):
@@ -168,13 +167,13 @@ class Ours(Side):
         layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, self.settings.dtype)
         self.store = KvStore(layout, b"bench", 2**31 if not tiny else 2**26)
         self.landed: dict[str, list[float]] = {}
-        self.sink = Sink(self.store.arena, layout, self.hear)
+        self.sink = Sink(self.store.arena, layout, self.on_notice)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text("{}")
         given = self.sink.open(other_processes=False)
         self.core = Core(self.config, self.settings, self.ids, folder, given)
 
-    def hear(self, notice: Notice) -> None:
+    def on_notice(self, notice: Notice) -> None:
         if notice.failure:
             raise RuntimeError(notice.failure)
         if notice.digest:
@@ -191,7 +190,7 @@ class Ours(Side):
         return self.core.busy
 
     def edit(self, *, export: bool) -> tuple[float, float, int]:
-        """Seconds to the first token of a new edit context, seconds until its K/V had landed, and its tokens."""
+        """Seconds to the first token of a new edit context, seconds until its K/V was in the store, and its tokens."""
         chain = self._edit_chain()
         lengths = [(each.digest, each.length) for each in chain.segments]
         lease = self.store.lease(lengths, 600)
@@ -234,7 +233,7 @@ def _text(ids: Sequence[int]) -> Any:
 
 
 def _chain(parts: Sequence[Any]) -> Chain:
-    """A chain under digests that nothing else has."""
+    """A chain with random digests, so that no cache knows it."""
     segments, rope = [], 0
     for kind, length, ids, image, grid, posterior in parts:
         following = rope + (length if kind is SegmentKind.TEXT else 1)
@@ -245,7 +244,7 @@ def _chain(parts: Sequence[Any]) -> Chain:
 
 
 def _until_first(side: Side) -> float:
-    """Step until something has a token, then to the end; when the token came."""
+    """Step until no request is left; returns the time of the first token."""
     came = 0.0
     while side.busy():
         if any(output.new_token_ids for output in side.step()) and not came:
@@ -254,7 +253,7 @@ def _until_first(side: Side) -> float:
 
 
 def decode(side: Side) -> float:
-    """Tokens a second of AT_ONCE texts, counted from when all of them have begun."""
+    """Tokens per second of AT_ONCE texts, counted from the step in which the last of them begins."""
     reply = 16 if side.tiny else REPLY
     for _ in range(AT_ONCE):
         side.add(side.text(PROMPT), reply)
@@ -270,14 +269,14 @@ def decode(side: Side) -> float:
 
 
 def first_token(side: Side, length: int) -> float:
-    """Milliseconds to the first token of a text that nobody has seen."""
+    """Milliseconds to the first token of a new text."""
     side.add(side.text(length), 1)
     begin = time.perf_counter()
     return 1000 * (_until_first(side) - begin)
 
 
 def measure(side: Side) -> Iterator[tuple[str, float]]:
-    """All figures of a side; the first run of each is a warm-up."""
+    """Yield all figures of a side; the first run of each only warms up."""
     lengths = (64, 256) if side.tiny else LENGTHS
     repeats = 1 if side.tiny else REPEATS
 
@@ -297,8 +296,8 @@ def measure(side: Side) -> Iterator[tuple[str, float]]:
         yield "edit_landed_ms", 1000 * median(with_export[1] for with_export, _ in runs)
 
 
-def tell(side: str, name: str, value: float, file: Path | None) -> None:
-    """One figure, at once."""
+def report(side: str, name: str, value: float, file: Path | None) -> None:
+    """Write one figure at once, so that an interrupted run keeps it."""
     line = json.dumps({"side": side, "name": name, "value": value})
     print(line, file=sys.stderr, flush=True)
     if file is not None:
@@ -306,8 +305,8 @@ def tell(side: str, name: str, value: float, file: Path | None) -> None:
             out.write(line + "\n")
 
 
-def told(files: Sequence[Path]) -> dict[str, Figures]:
-    """The figures of each side, as far as they are there."""
+def reported(files: Sequence[Path]) -> dict[str, Figures]:
+    """Read each side's figures; a side that did not finish has fewer."""
     figures: dict[str, Figures] = {name: {} for name in SIDES}
     for file in files:
         for line in file.read_text().splitlines() if file.exists() else ():
@@ -320,13 +319,13 @@ def run_side(name: str, options: argparse.Namespace) -> None:
     """Measure one side in this process."""
     begin, file = time.perf_counter(), options.json
     side = Ours(options.tiny, options.attention) if name == "ours" else Plain(options.tiny)
-    tell(name, "start_s", time.perf_counter() - begin, file)
+    report(name, "start_s", time.perf_counter() - begin, file)
     for figure, value in measure(side):
-        tell(name, figure, value, file)
+        report(name, figure, value, file)
 
 
 def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
-    """Both sides, each in a process of its own: at the same time where there are two GPUs."""
+    """Measure both sides, each in a process of its own, and at the same time if there are two GPUs."""
     running = []
     with ExitStack() as stack:
         for i, (name, file) in enumerate(files.items()):
@@ -351,11 +350,11 @@ def _wait(child: subprocess.Popen[bytes], name: str, seconds: float) -> None:
         child.kill()
         code = -9
     if code:
-        print(f"{name} did not come to its end: {code}", file=sys.stderr, flush=True)
+        print(f"{name} failed with exit code {code}", file=sys.stderr, flush=True)
 
 
 def compare(figures: dict[str, Figures]) -> tuple[dict[str, float], bool]:
-    """Ours by plain, export by none; and whether what must hold was measured and holds."""
+    """The ratios of ours to plain, and of export to no export; and whether both limits were measured and hold."""
     plain, ours = figures["plain"], figures["ours"]
     ratios = {name: ours[name] / value for name, value in plain.items() if name in ours}
     if "edit_first_token_ms" in ours:
@@ -368,7 +367,7 @@ SIDES = ("plain", "ours")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print figures and ratios; 1 if a ratio is missing or not what it should be."""
+    """Measure and print figures and ratios; returns 1 if a ratio is missing or beyond its limit."""
     parser = OnceParser(prog="python -m bench.vllm_gpu", description="The Thinker's vLLM on a GPU.")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: tries the code, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write figures there; with --side, line by line")
@@ -382,12 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.side:
         run_side(options.side, options)
-        os._exit(0)  # vLLM's own ending takes longer than the measurements
+        os._exit(0)  # vLLM's own shutdown takes longer than the measurements
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in SIDES}
         if not options.merge:
             run_sides(files, options)
-        figures = told(options.merge or list(files.values()))
+        figures = reported(options.merge or list(files.values()))
     ratios, good = compare(figures)
     result = {**figures, "ratios": ratios}
     print(json.dumps(result, indent=1))
