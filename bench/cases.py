@@ -1,4 +1,4 @@
-"""The inputs of measurements: contexts, pictures and segments made by hand, with random K/V where it does not matter."""
+"""Inputs of measurements: contexts, pictures and segments made by hand, with random K/V where it does not matter."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Programs that show the project at work; run them as `python -m examples.NAME`."""
+"""Example programs; run them as `python -m examples.NAME`."""

@@ -1,4 +1,4 @@
-"""Pictures as they come, several at once, and one that is given up, with asyncio.
+"""Follow one picture and cancel another, at the same time, with asyncio.
 
 bagel serve
 python -m examples.async_client 127.0.0.1:50051 pictures
@@ -16,11 +16,11 @@ from bagel.events import Preview, Result, StepDone, TextDelta
 
 
 async def main(address: str, folder: Path) -> None:
-    """Pictures and previews go to the folder, the think text and the progress to stdout."""
+    """Write pictures and previews to the folder, the think text and the progress to stdout."""
     folder.mkdir(parents=True, exist_ok=True)
     async with AsyncClient(address) as client, asyncio.TaskGroup() as group:
         group.create_task(watch(client, folder))
-        group.create_task(give_up(client))
+        group.create_task(cancel(client))
 
 
 async def watch(client: AsyncClient, folder: Path) -> None:
@@ -38,8 +38,9 @@ async def watch(client: AsyncClient, folder: Path) -> None:
                 image.save(folder / "picture.png")
 
 
-async def give_up(client: AsyncClient) -> None:
-    """Leave a stream early: closing it stops the work in every service within a step."""
+async def cancel(client: AsyncClient) -> None:
+    """Leave a stream early, which stops the work in every service within a step."""
+    # aclosing closes the stream on return; without it, the stream stays open until it is garbage collected.
     async with aclosing(client.stream("a green triangle", seed=7, steps=500)) as events:
         async for event in events:
             if isinstance(event, StepDone) and event.step == 3:

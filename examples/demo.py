@@ -1,7 +1,7 @@
-"""What the model can do, on one sheet: python -m examples.demo [FOLDER].
+"""Show what the model can do, on one contact sheet: python -m examples.demo [FOLDER].
 
-Starts Thinker, DiT and gateway with `bagel.Omni`, asks for a picture, an edit of it, a description and a picture that
-is thought about first, and leaves a contact sheet. Takes less than a minute on two cores with bagel-nano.
+Starts Thinker, DiT and gateway with `bagel.Omni`, asks for pictures, edits, descriptions and pictures with think, and
+writes a contact sheet. With bagel-nano it takes less than a minute on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Step:
 
 
 def main() -> int:
-    """Run the demo; 0, or the exit code of the error that ended it."""
+    """Run the demo; returns 0, or the exit code of the error that ended it."""
     parser = OnceParser(prog="python -m examples.demo", description="What the model can do, on one sheet.")
     parser.add_argument("folder", nargs="?", default="demo-output", help="where the files go (default: demo-output)")
     folder = Path(parser.parse_args().folder)
@@ -58,33 +58,34 @@ def main() -> int:
 
 
 def draw(omni: Omni, folder: Path) -> list[Step]:
-    """Every part of the demo; the pictures are also saved one by one."""
+    """Run every part of the demo, and save each picture."""
     steps, pictures = [], []
+    # All in one call, so that the services work on them together.
     for number, result in enumerate(omni.generate(PICTURES, seed=7), 1):
         pictures.append(_saved(result.image, folder / f"picture-{number}.png"))
-    steps.append(_told("Text to image", [Card((p,), t) for p, t in zip(pictures, PICTURES, strict=True)]))
+    steps.append(_printed("Text to image", [Card((p,), t) for p, t in zip(pictures, PICTURES, strict=True)]))
     edited = []
     for number, text in enumerate(EDITS, 1):
         [result] = omni.generate(text, modality="img2img", image=pictures[0], seed=7)
         edited.append(Card((pictures[0], _saved(result.image, folder / f"edit-{number}.png")), text))
-    steps.append(_told("Edits, before and after", edited))
+    steps.append(_printed("Edits, before and after", edited))
     described = []
     for picture in pictures:
-        [text, number_of] = (
-            omni.generate(asked, modality="img2text", image=picture)[0].text
-            for asked in ("describe the image", QUESTION)
+        [text, answer] = (
+            omni.generate(question, modality="img2text", image=picture)[0].text
+            for question in ("describe the image", QUESTION)
         )
-        described.append(Card((picture,), "describe the image", f"{text}\n\n{QUESTION}\n{number_of}"))
-    steps.append(_told("Descriptions and answers", described))
+        described.append(Card((picture,), "describe the image", f"{text}\n\n{QUESTION}\n{answer}"))
+    steps.append(_printed("Descriptions and answers", described))
     planned = []
     for number, result in enumerate(omni.generate(PLANNED, think=True, seed=7), 1):
         picture = _saved(result.image, folder / f"think-{number}.png")
         planned.append(Card((picture,), PLANNED[number - 1], result.text, beside=True))
-    steps.append(_told("Pictures that are thought about first", planned))
+    steps.append(_printed("Pictures that are thought about first", planned))
     return steps
 
 
-def _told(title: str, cards: list[Card]) -> Step:
+def _printed(title: str, cards: list[Card]) -> Step:
     print(f"\n{title}", flush=True)
     for card in cards:
         print(f"  {card.title}" + (f" -> {' '.join(card.text.split())}" if card.text else ""), flush=True)

@@ -1,4 +1,4 @@
-"""A client without any code of the API: it asks the gateway by reflection what there is, and builds its messages so.
+"""A client without generated code: it asks the gateway for its API by reflection, and builds messages from the answer.
 
 bagel serve
 python -m examples.reflection_client 127.0.0.1:50051 pictures
@@ -29,8 +29,9 @@ REQUEST = {
 
 
 def main(address: str, folder: Path) -> None:
-    """Say what the gateway serves and takes; draw a picture into the folder."""
+    """Print the gateway's services and methods, and draw a picture into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    # gRPC's default of 4 MiB is too small for large pictures.
     with grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", LARGEST)]) as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         service = DescriptorPool(database).FindServiceByName("bagel.v1.GatewayService")
@@ -45,11 +46,11 @@ def main(address: str, folder: Path) -> None:
 
 
 def call(channel: grpc.Channel, method: MethodDescriptor, request: dict[str, Any]) -> Any:
-    """The responses to a request that is written as JSON is."""
-    asked, answered = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+    """Call a method with a request in protobuf's JSON form; returns the stream of responses."""
+    request_class, response_class = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
     path = f"/{method.containing_service.full_name}/{method.name}"
-    stream: Any = channel.unary_stream(path, asked.SerializeToString, answered.FromString)
-    return stream(ParseDict(request, asked()))
+    stream: Any = channel.unary_stream(path, request_class.SerializeToString, response_class.FromString)
+    return stream(ParseDict(request, request_class()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A contact sheet: titled rows of cards, each one or two pictures with words."""
+"""A contact sheet: titled rows of cards, each with one or two pictures and texts."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from training.nano.sheet import wrapped
 
 SIDE, GAP, LINE, HEAD = 192, 20, 17, 44
 ARROW, BESIDE = 34, 220
-"""Width of the arrow between two pictures, and of a text beside one."""
+"""The widths of the arrow between two pictures, and of a text beside a picture."""
 PAPER, CARD, INK, FAINT, EDGE = (243, 244, 246), (255, 255, 255), (25, 28, 33), (95, 102, 112), (214, 217, 222)
 Rows = Sequence[tuple[str, Sequence["Card"]]]
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture, or one before and one after; the title is what was asked, the text what was said."""
+    """One picture, or one before and one after an edit; title: the request; text: the model's answer."""
 
     pictures: tuple[Image.Image, ...]
     title: str
@@ -34,7 +34,7 @@ class Card:
         return self.pictures_width + (GAP + BESIDE if self.beside else 0) + GAP
 
     def captions(self) -> tuple[list[str], list[str]]:
-        """Lines of the title and of the text."""
+        """The wrapped lines of the title and of the text."""
         text_width = BESIDE if self.beside else self.pictures_width
         title = wrapped(self.title, self.width - GAP, ImageFont.load_default(14))
         return title, wrapped(self.text, text_width, ImageFont.load_default(13))
@@ -47,7 +47,7 @@ class Card:
 
 
 def contact_sheet(rows: Rows) -> Image.Image:
-    """All rows below each other, each under its title."""
+    """Draw all rows, one below the other, each with its title above it."""
     widths = [sum(card.width + GAP for card in cards) for _, cards in rows]
     heights = [HEAD + max(card.height for card in cards) for _, cards in rows]
     sheet = Image.new("RGB", (max(widths) + GAP, sum(heights) + GAP), PAPER)

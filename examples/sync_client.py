@@ -14,7 +14,7 @@ from bagel.errors import Busy, InvalidRequest
 
 
 def main(address: str, folder: Path) -> None:
-    """Pictures go to the folder, answers to stdout."""
+    """Write pictures to the folder and answers to stdout."""
     folder.mkdir(parents=True, exist_ok=True)
     with Client(address) as client:
         drawn = client.generate("a large red circle", seed=7, steps=24)
@@ -26,13 +26,14 @@ def main(address: str, folder: Path) -> None:
         assert edited.image is not None
         edited.image.save(folder / "edited.png")
 
-        asked = client.generate("describe the image", modality="img2text", image=edited.image)
-        print("answer:", asked.text)
+        answer = client.generate("describe the image", modality="img2text", image=edited.image)
+        print("answer:", answer.text)
 
+        # Sent together; the services work on both at once.
         pair = client.generate_many([{"prompt": f"a small {colour} star", "seed": 7} for colour in ("green", "yellow")])
-        print("at once:", len(pair), "pictures;", pair[0].usage["reused_tokens"], "tokens were there already")
+        print("at once:", len(pair), "pictures;", pair[0].usage["reused_tokens"], "tokens were reused")
 
-        try:
+        try:  # one timestep is too few, so the gateway refuses it before any work
             client.generate("a large red circle", steps=1)
         except InvalidRequest as error:
             print(f"refused: {error.field}: {error}")
