@@ -1,6 +1,6 @@
-"""What tests share: the recordings' tiny checkpoint and what is loaded from it, once for all tests.
+"""Fixtures that all tests share: the recordings' tiny checkpoint, and what is loaded from it once.
 
-torch is imported where it is needed: most tests do without it, and it takes seconds.
+The fixtures import torch themselves, since it takes seconds and most tests do without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-import bagel  # noqa: F401  before any torch: it sets how PyTorch's threads wait
+import bagel  # noqa: F401  before torch, since it sets how PyTorch's threads wait
 from tests.shared import Borrow, Pool, lending
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# A shell that starts the tests in the background ignores Ctrl-C for them; the processes that they start must not.
+# A shell that runs the tests in the background makes them ignore Ctrl-C, and their children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A shared machine may take its time over an example, the first above all.
-# CI sees the same examples every time; a developer's machine looks for new ones.
+# No deadline, since a shared machine may be slow, above all with the first example.
+# CI runs the same examples every time; a developer's machine looks for new ones.
 settings.register_profile("bagel", deadline=None, derandomize=os.environ.get("CI") == "true")
 settings.load_profile("bagel")
 
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of digests of the tests' own, for the services that they start too."""
+    """A cache of digests for the tests alone, which the services that they start use too."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BAGEL_CACHE_DIR", str(folder))
@@ -54,7 +54,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
-    """The tiny checkpoint of random weights."""
+    """The tiny checkpoint with random weights."""
     from bagel.checkpoint.files import Checkpoint
 
     return Checkpoint(GOLDEN / "checkpoint")
@@ -69,7 +69,7 @@ def tokenizer(checkpoint: Checkpoint) -> BagelTokenizer:
 
 @pytest.fixture(scope="session")
 def engine(checkpoint: Checkpoint) -> BagelEngine:
-    """The whole model in float32 on the CPU. Its cache of contexts is shared: count no computations on it."""
+    """The whole model in float32 on the CPU. Tests share its cache of contexts, so none may count its computations."""
     from bagel.engine.engine import BagelEngine
 
     return BagelEngine.load(checkpoint)

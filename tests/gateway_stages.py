@@ -1,4 +1,4 @@
-"""A gateway between real sockets: stages that speak the protocol, write down what they are asked, and draw nothing."""
+"""A real gateway and fake stages on real sockets; the stages record their calls and compute nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model(kv_fingerprint: bytes = b"k") -> common_pb2.ModelInfo:
 
 @dataclass
 class Journal:
-    """What happened in the stages, in order; and their calls' metadata."""
+    """The events in the stages, in order, and the request ids of their calls."""
 
     events: list[str] = field(default_factory=list)
     request_ids: set[str] = field(default_factory=set)
@@ -66,7 +66,7 @@ class Journal:
         self.open_calls += 1
         try:
             yield
-        except (asyncio.CancelledError, GeneratorExit):  # while it waits, or between two answers
+        except (asyncio.CancelledError, GeneratorExit):  # GeneratorExit between two answers
             self.note(f"{name} is cancelled")
             raise
         finally:
@@ -75,9 +75,9 @@ class Journal:
 
 
 class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
-    """go: until it is set, builds stop after their first ContextRef, think_go: after their first text.
+    """A fake Thinker. Builds wait after their first ContextRef for `go`, and after their first text for `think_go`.
 
-    failure: what builds end with after that.
+    failure: the error that a build raises then.
     """
 
     def __init__(self, journal: Journal, kv_fingerprint: bytes = b"k") -> None:
@@ -134,7 +134,7 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
 
 
 class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
-    """The part of a Thinker's store that a gateway speaks to."""
+    """The part of a Thinker's store that a gateway calls; records renewed and released leases."""
 
     def __init__(self) -> None:
         self.renewed: set[str] = set()
@@ -158,10 +158,10 @@ class Leases(kv_pb2_grpc.KvBlocksServiceServicer):
 
 
 class Dit(dit_pb2_grpc.DitServiceServicer):
-    """go: until it is set, it stops after its first step. failure: what it ends with instead of a picture.
+    """A fake DiT, which waits after its first step for `go`. failure: the error that it raises instead of a picture.
 
-    admission: its places, as many as come by default; seconds: that a picture takes; seconds_after_picture: until the
-    work ends; size: of a picture, in bytes, where it has fewer by itself.
+    admission: its places, by default enough for all; seconds: the time that a picture takes; seconds_after_picture: the
+    time until the call ends; size: the least bytes of a picture.
     """
 
     page_version = PAGE_VERSION
@@ -226,7 +226,7 @@ def picture(width: int, height: int) -> common_pb2.Picture:
 
 @dataclass
 class Deployment:
-    """A gateway that is ready, its stages and a client."""
+    """A running gateway, its stages and a client."""
 
     journal: Journal
     thinkers: list[Thinker]
@@ -240,7 +240,7 @@ class Deployment:
         return f"127.0.0.1:{self.gateway.host.port}"
 
     async def settled(self) -> None:
-        """Wait until no stage has a call left."""
+        """Wait until no stage has an open call."""
         async with asyncio.timeout(10):
             while self.journal.open_calls or self.gateway.admission.under_way:
                 await asyncio.sleep(0.01)
@@ -255,7 +255,7 @@ async def deployment(
     ready: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Deployment]:
-    """thinkers and dits: the K/V fingerprint of each. ready: wait until the gateway is."""
+    """Run a gateway with fake stages. thinkers, dits: the K/V fingerprint of each; ready: wait until it is ready."""
     journal, single = Journal(), len(pipeline(topology).stages) == 1
     served_thinkers = [] if single else [Thinker(journal, fingerprint) for fingerprint in thinkers]
     served_dits = [Dit(journal, single_stage=single, kv_fingerprint=fingerprint) for fingerprint in dits]

@@ -1,4 +1,4 @@
-"""What several tests need."""
+"""Helpers that several tests use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def small_images(
     vit: ImageTransform = ImageTransform(140, 56, 14),  # noqa: B008 - frozen
     **limits: Any,
 ) -> BagelEngine:
-    """The engine's model, with images resized to few tokens, and an empty cache."""
+    """An engine with the same model and an empty cache, which resizes images to few tokens."""
     model = copy(engine.model)
     model.config = replace(model.config, vae_transform=vae, vit_transform=vit)
     return BagelEngine(model, engine.tokenizer, FINGERPRINT, **limits)
@@ -37,7 +37,7 @@ def sketch(width: int = 112, height: int = 80, colour: str = "crimson") -> Image
 
 
 def request(modality: str, text: str = "a red cup", image: Image.Image | None = None, **options: Any) -> Request:
-    """A request of few steps and tokens."""
+    """A request with few steps and tokens."""
     kind = Modality(modality)
     parts: Prompt = (TextPart(text),)
     if kind.reads_image:
@@ -47,6 +47,6 @@ def request(modality: str, text: str = "a red cup", image: Image.Image | None = 
 
 
 def agree(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two pictures agree within one u8 step in at most 0.1% of their values."""
+    """Whether two pictures are equal but for single steps of 255 in at most 0.1% of their values."""
     difference = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
     return bool(one.size == other.size and difference.max() <= 1 and (difference > 0).mean() <= 1e-3)

@@ -1,4 +1,4 @@
-"""An OTLP receiver on loopback: a real gRPC server that keeps what is exported to it."""
+"""An OTLP receiver on loopback: a real gRPC server that keeps the exported spans and metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Attributes = Mapping[str, str | int]
 
 
 class Traces(trace_service_pb2_grpc.TraceServiceServicer):
-    """Keeps spans: (service, span)."""
+    """Keeps all spans as (service, span)."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Span]] = []
@@ -33,12 +33,12 @@ class Traces(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
     def named(self, service: str, name: str) -> list[Span]:
-        return [span for said, span in self.spans if said == service and span.name == name]
+        return [span for sender, span in self.spans if sender == service and span.name == name]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a metric last was for some attributes: its value, or a histogram's sum and count."""
+    """The latest value of a metric for some attributes; for a histogram, its sum and count."""
 
     attributes: Attributes
     value: float
@@ -46,7 +46,7 @@ class Point:
 
 
 class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
-    """Keeps what each metric of each service last was."""
+    """Keeps the latest export of each metric of each service."""
 
     def __init__(self) -> None:
         self.latest: dict[tuple[str, str], Metric] = {}
@@ -60,28 +60,28 @@ class Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
         return metrics_service_pb2.ExportMetricsServiceResponse()
 
     def points(self, service: str, name: str) -> list[Point]:
-        """Those of a metric; KeyError if it was never exported."""
+        """The points of a metric; KeyError if it was never exported."""
         metric = self.latest[service, name]
         points: list[NumberDataPoint | HistogramDataPoint] = [*metric.sum.data_points, *metric.histogram.data_points]
         return [_point(each) for each in points]
 
     def total(self, service: str, name: str, **attributes: str | int) -> float:
-        """The sum of a metric's values over all points with these attributes, written with _ for their dots."""
+        """The sum of a metric over all points with these attributes, in whose names _ stands for a dot."""
         return sum(point.value for point in self._of(service, name, attributes))
 
     def count(self, service: str, name: str, **attributes: str | int) -> int:
-        """As `total`, of how often a histogram was recorded."""
+        """Like `total`, for the number of values in a histogram."""
         return sum(point.count for point in self._of(service, name, attributes))
 
     def _of(self, service: str, name: str, attributes: Attributes) -> list[Point]:
         wanted = attributes.items()
-        said = [({k.replace(".", "_"): v for k, v in p.attributes.items()}, p) for p in self.points(service, name)]
-        return [point for each, point in said if wanted <= each.items()]
+        points = [({k.replace(".", "_"): v for k, v in p.attributes.items()}, p) for p in self.points(service, name)]
+        return [point for named, point in points if wanted <= named.items()]
 
 
 @contextmanager
 def receiving() -> Iterator[tuple[str, Traces, Metrics]]:
-    """A receiver: its endpoint, and what it keeps."""
+    """Run a receiver; yields its endpoint, its traces and its metrics."""
     server, traces, metrics = grpc.server(ThreadPoolExecutor(2)), Traces(), Metrics()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(traces, server)  # type: ignore[no-untyped-call]
     metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(metrics, server)  # type: ignore[no-untyped-call]
@@ -94,7 +94,7 @@ def receiving() -> Iterator[tuple[str, Traces, Metrics]]:
 
 
 def attributes(pairs: Iterable[KeyValue]) -> dict[str, str | int]:
-    """Attributes that are texts or whole numbers."""
+    """Read attributes whose values are texts or whole numbers."""
     return {
         each.key: each.value.string_value if each.value.HasField("string_value") else each.value.int_value
         for each in pairs
@@ -106,7 +106,7 @@ def _service(resource: Resource) -> str:
 
 
 def _point(point: NumberDataPoint | HistogramDataPoint) -> Point:
-    said = attributes(point.attributes)
+    named = attributes(point.attributes)
     if isinstance(point, HistogramDataPoint):
-        return Point(said, point.sum, point.count)
-    return Point(said, point.as_int if point.HasField("as_int") else point.as_double)
+        return Point(named, point.sum, point.count)
+    return Point(named, point.as_int if point.HasField("as_int") else point.as_double)

@@ -1,7 +1,7 @@
-"""The command line with an engine that computes nothing, for what is not about the model.
+"""The command line with an engine that computes nothing, for tests that are not about the model.
 
-`python -m tests.cli.fake_cli ARGS` is `bagel ARGS` with it. WAIT in the environment makes it take for ever: `load` and
-`draw` wait there, `torch` computes with torch instead of loading.
+`python -m tests.cli.fake_cli ARGS` runs `bagel ARGS` with it. The environment variable WAIT makes it hang: `load` and
+`draw` sleep there, `torch` computes with torch instead of loading.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROFILE = {"context": 0.5, "denoise 1-10": 1.5, "denoise 11-12": 1.0, "decode": 
 
 
 class FakeEngine:
-    """Gives every picture as a grey square and every answer as ANSWER; keeps what it was asked."""
+    """Returns a grey square for every picture and ANSWER for every text, and records the requests."""
 
     device, dtype, fingerprint = "cpu", "float32", bytes(16)
 
