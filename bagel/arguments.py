@@ -91,7 +91,9 @@ class Parser(OnceParser):
 
 
 def for_command_line(error: BagelError) -> str:
-    """The error's message with the flag in place of the setting that it names: image_workers -> --image-workers."""
-    if not isinstance(error, ConfigError | InitTimeout) or not error.field:
-        return str(error)
-    return re.sub(rf"\b{error.field}\b", "--" + error.field.replace("_", "-"), str(error))
+    """The error's message with flags in place of the settings that it names: image_workers -> --image-workers."""
+    message = str(error)
+    for field in error.fields if isinstance(error, ConfigError | InitTimeout) else ():
+        # Not within a path, whose file may be called tls_key.pem.
+        message = re.sub(rf"(?<![\w./-]){field}(?![\w./-])", "--" + field.replace("_", "-"), message)
+    return message

@@ -124,15 +124,15 @@ class Forbidden(BagelError):
 
 
 class ConfigError(BagelError):
-    """A deploy file, flag or setting of a service is wrong; `field` is the setting's name if there is just one."""
+    """A deploy file, flag or setting of a service is wrong; `fields` are the settings that the message names."""
 
     grpc_status = "FAILED_PRECONDITION"
     http_status = 500
     exit_code = 2
 
-    def __init__(self, message: str, field: str = "") -> None:
+    def __init__(self, message: str, *fields: str) -> None:
         super().__init__(message)
-        self.field = field
+        self.fields = fields
 
 
 class CheckpointError(BagelError):
@@ -208,7 +208,7 @@ class InitTimeout(BagelError):
 
     grpc_status = "DEADLINE_EXCEEDED"
     http_status = 504
-    field = "init_timeout"
+    fields = ("init_timeout",)
 
 
 class Busy(BagelError):

@@ -1,4 +1,4 @@
-"""TLS of one service: its files, checked before they are used, and who may call it. No torch here."""
+"""TLS of one service: its files, which are checked before use, and the callers that it accepts. No torch here."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import grpc
 from bagel.errors import ConfigError, Forbidden
 
 GATEWAY, THINKER, DIT = "gateway", "thinker", "dit"
-"""What the services' certificates name them, as `deploy/dev-ca` makes them."""
+"""The names in the services' certificates, as `deploy/dev-ca` makes them."""
+CERTIFICATE, KEY, CA, ALLOWED = "tls_certificate", "tls_key", "tls_ca", "tls_allow_client"
 _CERTIFICATE, _KEY = b"-----BEGIN CERTIFICATE-----", b"PRIVATE KEY-----"
-_ROUNDS = 8
-"""More than a handshake has flights."""
+_ROUNDS = 8  # a handshake has fewer flights
 
 
 @dataclass(frozen=True)
 class Security:
-    """TLS of one service: PEM files. None of them: plaintext, for loopback and private networks.
+    """TLS of one service, as PEM files. Without any it is plaintext, for loopback and private networks.
 
-    certificate and key are this service's own; ca is what the other side is checked against (and asked for, by a
-    server that has one: mutual TLS). trusted_network: nobody else reads what a client sends, so that its API key may go
-    over it without TLS. clients: the names of which a caller's certificate must have one; none: any of the CA may call.
+    certificate, key: this service's own; ca: checks the other side's certificate, which a server then also demands
+    (mutual TLS). trusted_network: nobody else can read the traffic, so a client may send its API key without TLS.
+    clients: a caller's certificate must have one of these names; empty: every certificate of the CA may call.
     """
 
     certificate: Path | None = None
@@ -36,11 +36,13 @@ class Security:
 
     def __post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            raise ConfigError("TLS needs both a certificate and its key; give --tls-certificate and --tls-key")
+            raise ConfigError(
+                f"TLS needs both a certificate and its key; give {CERTIFICATE} and {KEY}", CERTIFICATE, KEY
+            )
         if not all(name.strip() for name in self.clients):
-            raise ConfigError("--tls-allow-client is empty; give a name that callers' certificates have")
+            raise ConfigError(f"{ALLOWED} is empty; give a name that callers' certificates have", ALLOWED)
         if self.clients and self.ca is None:
-            raise ConfigError("--tls-allow-client needs --tls-ca, the CA whose certificates have those names")
+            raise ConfigError(f"{ALLOWED} needs {CA}, the CA whose certificates have those names", ALLOWED, CA)
 
     @property
     def encrypted(self) -> bool:
@@ -53,14 +55,14 @@ class Security:
         return self.certificate is not None
 
     def channel_credentials(self) -> grpc.ChannelCredentials | None:
-        """What a client shows and checks; None for plaintext."""
+        """A client's credentials; None for plaintext."""
         if not self.encrypted:
             return None
         self._check_files(serving=False)
         return grpc.ssl_channel_credentials(_read(self.ca), _read(self.key), _read(self.certificate))
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """What a server shows and checks; None for plaintext."""
+        """A server's credentials; None for plaintext."""
         self.check_server()
         key, certificate, ca = _read(self.key), _read(self.certificate), _read(self.ca)
         if key is None or certificate is None:
@@ -68,18 +70,18 @@ class Security:
         return grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=ca is not None)
 
     def check_server(self) -> None:
-        """Raise ConfigError for files that a server cannot use, and for a CA alone: its port would be plaintext."""
-        if self.ca is not None and self.certificate is None:
-            raise ConfigError("--tls-ca alone serves no TLS; give --tls-certificate and --tls-key too")
+        """Raise ConfigError for files that a server cannot use."""
+        if self.ca is not None and self.certificate is None:  # the port would be plaintext, against the user's wish
+            raise ConfigError(f"{CA} alone serves no TLS; give {CERTIFICATE} and {KEY} too", CA, CERTIFICATE, KEY)
         self._check_files(serving=True)
 
     def check_names(self, names: Sequence[str]) -> None:
-        """Raise Forbidden for a caller whose certificate has these names, and none that is allowed."""
+        """Raise Forbidden if none of the names in a caller's certificate is allowed."""
         allowed = {name.lower() for name in self.clients}
         if allowed and not allowed.intersection(name.lower() for name in names):
             raise Forbidden(
                 f"the certificate of this caller is for {', '.join(names) or 'nobody'}; this service takes calls of "
-                f"{', '.join(self.clients)} (--tls-allow-client)"
+                f"{', '.join(self.clients)} (its {ALLOWED})"
             )
 
     def _check_files(self, *, serving: bool) -> None:
@@ -93,59 +95,59 @@ PLAINTEXT = Security()
 
 
 def names_of(shown: Mapping[str, Iterable[bytes]]) -> list[str]:
-    """The names of a peer's certificate, of the auth_context of a gRPC call: alternative names and the common name."""
+    """The names in a peer's certificate, from a gRPC call's auth_context: alternative names and the common name."""
     found = (*shown.get("x509_subject_alternative_name", ()), *shown.get("x509_common_name", ()))
     return list(dict.fromkeys(name.decode("utf-8", "replace") for name in found if name))
 
 
 def _check_pair(certificate: Path, key: Path, *, serving: bool) -> None:
-    """Raise ConfigError, naming the flag, for a certificate and a key that cannot be used together."""
-    told, held = _read(certificate), _read(key)
-    assert told is not None and held is not None
-    if _CERTIFICATE not in told:
-        swapped = " but a private key; --tls-certificate and --tls-key are swapped" if _KEY in told else ""
-        raise ConfigError(f"--tls-certificate {certificate} holds no PEM certificate{swapped}")
-    if _KEY not in held:
-        raise ConfigError(f"--tls-key {key} holds no PEM private key")
+    """Raise ConfigError, naming the setting, for a certificate and a key that cannot be used together."""
+    public, private = _read(certificate), _read(key)
+    assert public is not None and private is not None
+    if _CERTIFICATE not in public:
+        swapped = f" but a private key; {CERTIFICATE} and {KEY} are swapped" if _KEY in public else ""
+        raise ConfigError(f"{CERTIFICATE} {certificate} holds no PEM certificate{swapped}", CERTIFICATE, KEY)
+    if _KEY not in private:
+        raise ConfigError(f"{KEY} {key} holds no PEM private key", KEY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
     except ssl.SSLError as error:
-        raise ConfigError(f"--tls-certificate {certificate} is damaged: {_reason(error)}") from None
+        raise ConfigError(f"{CERTIFICATE} {certificate} is damaged: {_reason(error)}", CERTIFICATE) from None
     try:
         context.load_cert_chain(certificate, key, password=_refuse_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"--tls-key {key} is not the key of --tls-certificate {certificate}") from None
-        raise ConfigError(f"--tls-key {key} is damaged: {_reason(error)}") from None
+            message = f"{KEY} {key} is not the key of {CERTIFICATE} {certificate}"
+            raise ConfigError(message, KEY, CERTIFICATE) from None
+        raise ConfigError(f"{KEY} {key} is damaged: {_reason(error)}", KEY) from None
     except _PasswordAsked:
-        raise ConfigError(f"--tls-key {key} is encrypted; give a key without a passphrase") from None
+        raise ConfigError(f"{KEY} {key} is encrypted; give a key without a passphrase", KEY) from None
     if why := _refused(certificate, key, serving=serving):
-        raise ConfigError(f"--tls-certificate {certificate} cannot be used: {why}")
+        raise ConfigError(f"{CERTIFICATE} {certificate} cannot be used: {why}", CERTIFICATE)
 
 
 def _check_ca(path: Path) -> None:
-    """Raise ConfigError for a file without a certificate of an authority that is valid now."""
+    """Raise ConfigError for a file without the certificate of an authority that is valid now."""
     if _CERTIFICATE not in (_read(path) or b""):
-        raise ConfigError(f"--tls-ca {path} holds no PEM certificate")
+        raise ConfigError(f"{CA} {path} holds no PEM certificate", CA)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cafile=path)
     except ssl.SSLError as error:
-        raise ConfigError(f"--tls-ca {path} is damaged: {_reason(error)}") from None
+        raise ConfigError(f"{CA} {path} is damaged: {_reason(error)}", CA) from None
     authorities = context.get_ca_certs()
     if not authorities:
-        raise ConfigError(f"--tls-ca {path} holds no certificate of an authority; give the CA's own, not one it signed")
+        message = f"{CA} {path} holds no certificate of an authority; give the CA's own, not one it signed"
+        raise ConfigError(message, CA)
     ends = [str(each["notAfter"]) for each in authorities]
     if all(ssl.cert_time_to_seconds(end) < time.time() for end in ends):
-        raise ConfigError(f"--tls-ca {path} has expired on {ends[-1]}; make a new CA and new certificates")
+        raise ConfigError(f"{CA} {path} has expired on {ends[-1]}; make a new CA and new certificates", CA)
 
 
 def _refused(certificate: Path, key: Path, *, serving: bool) -> str | None:
-    """Why a peer would not take this certificate: expired, not yet valid, not for that purpose. None if it would.
-
-    A handshake with ourselves tells, as Python has no way to read a certificate's dates. Who signed it is not asked.
-    """
+    """Why a peer would refuse this certificate: expired, not yet valid, not for this purpose. None if it would not."""
+    # A handshake with ourselves, since Python cannot read a certificate's dates. It does not check who signed it.
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     checking = client if serving else server
@@ -167,7 +169,7 @@ def _refused(certificate: Path, key: Path, *, serving: bool) -> str | None:
 
 
 class _PasswordAsked(Exception):
-    """OpenSSL wants the passphrase of a key, which nobody is there to type."""
+    """OpenSSL asks for the passphrase of a key, which a service cannot type."""
 
 
 def _refuse_password() -> str:

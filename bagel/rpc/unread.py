@@ -1,4 +1,4 @@
-"""Answers that their readers have not taken: how many bytes wait, since when, and whose are given up. No torch here."""
+"""Answers that clients have not read yet: how many bytes wait, since when, and which are dropped. No torch here."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from bagel.rpc.limits import MAX_UNREAD_BYTES, MAX_UNREAD_CALL_BYTES, READER_TIM
 from bagel.telemetry.logs import Log
 
 SLOWEST_BYTES_PER_S = 64 * 1024
-"""What a reader takes at least of one large message, on top of that time: a picture over a bad mobile network."""
+"""The rate at which a reader must take one large message, beyond its timeout: a picture over a bad mobile network."""
 
 log = Log("bagel.unread")
 
 
 class Unread:
-    """What one process holds for its readers. limit_bytes: all of it; call_bytes: for one call.
+    """The unread answers of one process. limit_bytes: the limit for all; call_bytes: the limit for one call.
 
-    reader_timeout_s: longest time in which a reader takes nothing. Where all together is too much, those are given up
-    that have waited longest for their readers, whoever came last: who does not read locks nobody out.
+    reader_timeout_s: the longest time in which a reader may take nothing. When all answers together exceed the limit,
+    the one that has waited longest is dropped, so that a client that does not read cannot lock out others.
     """
 
     def __init__(
@@ -30,10 +30,11 @@ class Unread:
         call_bytes: int = MAX_UNREAD_CALL_BYTES,
     ) -> None:
         if not 0 < reader_timeout_s < float("inf"):
-            raise ConfigError(f"--reader-timeout is {reader_timeout_s}; it must be seconds above 0, like 60")
-        for flag, value in {"--max-unread-bytes": limit_bytes, "--max-unread-bytes-per-call": call_bytes}.items():
+            message = f"reader_timeout is {reader_timeout_s}; it must be seconds above 0, like 60"
+            raise ConfigError(message, "reader_timeout")
+        for field, value in {"max_unread_bytes": limit_bytes, "max_unread_bytes_per_call": call_bytes}.items():
             if value < 1:
-                raise ConfigError(f"{flag} is {value}; it must be at least 1")
+                raise ConfigError(f"{field} is {value}; it must be at least 1", field)
         self.reader_timeout_s, self.limit_bytes, self.call_bytes = reader_timeout_s, limit_bytes, call_bytes
         self.slowest_bytes_per_s = SLOWEST_BYTES_PER_S
         self.nbytes = 0
@@ -45,7 +46,7 @@ class Unread:
 
     @contextmanager
     def waiting(self, give_up: Callable[[str], None]) -> Iterator[Waiting]:
-        """What waits for one reader during the block. give_up: called with why, once, if there is no room for it."""
+        """Count what waits for one reader during the block. give_up: called once, with the reason, if it is dropped."""
         one = Waiting(self, give_up)
         try:
             yield one
@@ -62,7 +63,7 @@ class Unread:
         while self.nbytes > self.limit_bytes and self._waiting:
             longest = min(self._waiting, key=lambda each: each.since)
             seconds = time.monotonic() - longest.since
-            why = f"{self.nbytes} bytes wait for readers, more than --max-unread-bytes, {self.limit_bytes}"
+            why = f"{self.nbytes} bytes wait for readers, more than max_unread_bytes, {self.limit_bytes}"
             log.warning("an unread answer is given up", bytes=longest.nbytes, waited_seconds=round(seconds, 1), why=why)
             give_up, longest.give_up = longest.give_up, None
             longest.close()
@@ -71,7 +72,7 @@ class Unread:
 
 
 class Waiting:
-    """Bytes that wait for one reader. since: when it last took some, or they began to wait; by time.monotonic."""
+    """Bytes that wait for one reader. since: the time.monotonic at which it last took some, or the wait began."""
 
     def __init__(self, unread: Unread, give_up: Callable[[str], None]) -> None:
         self._unread = unread

@@ -61,7 +61,7 @@ async def _taken(response: Any, context: Context, unread: Unread, waiting: Waiti
 
 
 def _size(message: Any) -> int:
-    """Bytes of a message, as a protobuf or as they are; nothing of what is neither."""
+    """The bytes of a message, whether protobuf or raw; 0 for anything else."""
     if isinstance(message, bytes):
         return len(message)
     return message.ByteSize() if isinstance(message, Message) else 0
@@ -72,7 +72,9 @@ def _not_read(context: Context, unread: Unread, waiting: Waiting) -> NotRead:
     log.warning(
         "a call ends whose answer is not read", peer=context.peer(), bytes=waiting.nbytes, reader_timeout=seconds
     )
-    return NotRead(f"nothing of the answer was read for {seconds:g} s (--reader-timeout); the call has ended")
+    return NotRead(
+        f"nothing of the answer was read for {seconds:g} s, the service's reader_timeout; its call has ended"
+    )
 
 
 def break_connection(peer: str) -> bool:

@@ -108,7 +108,7 @@ def test_with_an_authority_the_client_shows_itself_too(files: dict[str, Path]) -
     through(work, both)
 
 
-@pytest.mark.parametrize(("security", "told"), [({"certificate": "certificate"}, "tls-key"), ({"ca": "none"}, "none")])
+@pytest.mark.parametrize(("security", "told"), [({"certificate": "certificate"}, "tls_key"), ({"ca": "none"}, "none")])
 def test_wrong_tls_files_are_told(files: dict[str, Path], security: dict[str, str], told: str) -> None:
     given: dict[str, Any] = {name: files.get(file, Path(file)) for name, file in security.items()}
     with pytest.raises(ConfigError, match=told):
