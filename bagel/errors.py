@@ -80,14 +80,14 @@ class InvalidRequest(BagelError):
     def named(self, names: Mapping[str, str]) -> Self:
         """The same error with the front's names for the fields, also at the start of a message."""
         name = names.get(self.field, self.field)
-        told = self.message
-        if told.startswith(f"{self.field} "):
-            told = name + told.removeprefix(self.field)
-        return type(self)(name, told, self.index, [each.named(names) for each in self.also])
+        message = self.message
+        if message.startswith(f"{self.field} "):
+            message = name + message.removeprefix(self.field)
+        return type(self)(name, message, self.index, [each.named(names) for each in self.also])
 
 
 def together(problems: Sequence[InvalidRequest]) -> InvalidRequest:
-    """All of them as one error, of the first one's class and field."""
+    """Join several problems into one error, with the class and the field of the first."""
     first, *others = problems
     more = len(others) - MOST_TOLD
     also = [*first.also, *others[:MOST_TOLD]]

@@ -83,7 +83,7 @@ def first_step(canvas: Canvas) -> Callable[[], None]:
     """A function that runs the first step of a canvas's picture; it may be called repeatedly."""
 
     def work() -> None:
-        canvas.pictures[0].step = 0
+        canvas.pictures[0].step = 0  # a canvas counts its steps, and would end
         canvas.step([0])
 
     return work

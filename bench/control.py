@@ -41,7 +41,7 @@ class Control:
         """One attention of `queries` over `keys` tokens; causal only without a past."""
         q, kv = self._input(1, heads, queries, dim), self._input(1, kv_heads, keys, dim)
         attend = partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=heads != kv_heads)
-        self.products.append(partial(attend, q, kv, kv.clone()))
+        self.products.append(partial(attend, q, kv, kv.clone()))  # K and V in memory of their own
 
     def expert(self, first: ExpertInput, second: ExpertOutput, rows: int, tokens: int) -> None:
         """The projections and the MLP of one expert's two halves on [rows, tokens, hidden]."""

@@ -37,6 +37,7 @@ def run(only: str, repeats: int) -> Iterator[Table]:
         raise ConfigError(f"--repeats is {repeats}; quartiles need at least 2")
     for title, config, chosen in _cases(only):
         table = Table(f"cpu, {title}", NOTE)
+        # Random weights take as long as trained ones.
         model = random_model(config, Role.FULL, dtype=torch.float32, device="cpu", seed=0)
         for name, case in chosen.items():
             _measure(table, name, case(model), repeats)

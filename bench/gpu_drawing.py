@@ -64,7 +64,7 @@ def full(lab: Lab) -> Iterator[Table]:
         for name, chains in requests.items():
             work = _request(lab.meter, model, side, chains)
             with lab.track(Role.FULL, f"{name} {side}, {len(chains)} branches"):
-                work()
+                work()  # warm-up
             table.add(request=name, branches=len(chains), seconds=lab.meter.seconds(work))
     yield table
 
@@ -86,7 +86,7 @@ def _step(lab: Lab, table: Table, model: Bagel, side: int, tokens: int, branches
 def _picture(lab: Lab, model: Bagel) -> Table:
     """A whole text-to-image picture, none of whose steps may make the host wait."""
     side, steps, meter = lab.sizes.sides[-1], lab.sizes.steps, lab.meter
-    _decode(model, _draw(meter, _canvas(model, side, FEW_TIMESTEPS), guarded=False))
+    _decode(model, _draw(meter, _canvas(model, side, FEW_TIMESTEPS), guarded=False))  # warm-up
     with lab.track(Role.DENOISE, f"drawing {side}, {steps} timesteps, 2 branches"):
         canvas = _canvas(model, side, steps)
         waits = _host_waits(meter, canvas)

@@ -55,7 +55,7 @@ def previews(lab: Lab) -> Iterator[Table]:
         runner = _RunnerThread(model)
         runner.draw(side, cases.GUIDED, PREVIEWS)  # warm-up
         plain, shown = [], []
-        for _ in range(RUNS):
+        for _ in range(RUNS):  # in turn, so that the GPU's clock and temperature affect both alike
             plain.append(runner.draw(side, replace(cases.GUIDED, steps=lab.sizes.steps), 0))
             shown.append(runner.draw(side, replace(cases.GUIDED, steps=lab.sizes.steps), PREVIEWS))
         runner.stop()

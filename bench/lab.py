@@ -94,7 +94,7 @@ class Lab:
     @contextmanager
     def model(self, role: Role) -> Iterator[Bagel]:
         """A model with random weights, the only one on the device."""
-        self.meter.release()
+        self.meter.release()  # the previous section's model
         before = self.meter.allocated()
         model = random_model(self.sizes.config, role, dtype=self.sizes.dtype, device=self.meter.device, seed=0)
         self.weights = self.meter.allocated() - before

@@ -83,7 +83,7 @@ async def _measure(services: Deployment, count: int, rate: float) -> dict[str, l
     async def one(name: str, seed: int) -> None:
         began = time.perf_counter()
         await ways[name](seed)
-        if seed >= WARM_UP:
+        if seed >= WARM_UP:  # the first ones connect and warm up
             latencies[name].append(1e3 * (time.perf_counter() - began))
 
     async with asyncio.TaskGroup() as group:

@@ -66,7 +66,7 @@ def _measure(table: Table, case: str, profiling: Draw, plain: Draw, repeats: int
         without_ms=1e3 * result.control_s,
         ratio=result.ratio,
         quartiles=f"{low:.3f} to {high:.3f}",
-        cpu_ratio=result.cpu_ratio if case == HERE else None,
+        cpu_ratio=result.cpu_ratio if case == HERE else None,  # services compute in other processes
         pairs=len(result.ours),
     )
     table.failed |= result.ratio > LIMIT

@@ -99,7 +99,7 @@ async def _transfers(server: Child, sender: Child, repeats: int) -> tuple[list[S
         puller = KvPuller(store, {"server": channel})
         with socket.create_connection(("127.0.0.1", sender.port)) as connection:
             for turn in range(repeats + 1):
-                digest = DIGESTS[turn % 2]
+                digest = DIGESTS[turn % 2]  # alternating, since the store would not pull the same one again
                 ref = kv_pb2.ContextRef(
                     segments=[kv_pb2.SegmentRef(digest=digest, length=LENGTH)],
                     source="server",

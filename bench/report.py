@@ -49,7 +49,7 @@ def _cell(value: Value) -> str:
 
 
 def _pad(text: str, width: int) -> str:
-    numeric = not text.strip("0123456789.,+-e%")
+    numeric = not text.strip("0123456789.,+-e%")  # numbers are aligned to the right
     return text.rjust(width) if numeric else text.ljust(width)
 
 

@@ -45,7 +45,7 @@ def _drawing(engine: BagelEngine, together: int, threads: int) -> Callable[[], N
     requests = [resolve(Modality.TEXT2IMG, prompt, {"seed": seed, "steps": STEPS}) for seed in range(together)]
 
     def draw() -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # on each call, since the other side sets it too
         engine.generate(requests)
 
     return draw

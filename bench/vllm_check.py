@@ -60,7 +60,7 @@ class Answer:
 
     chain: Chain
     over: threading.Event = field(default_factory=threading.Event)
-    came: list[Written | Exception] = field(default_factory=list)
+    results: list[Written | Exception] = field(default_factory=list)
 
 
 def cases() -> list[Case]:
@@ -83,11 +83,11 @@ def submit(engine: Engine, case: Case) -> Answer:
     """Start a case."""
     images = engine.planner.prepare_images(case.prompt, PosteriorMode.CONTENT, SEED)
     chain = engine.planner.chain(case.prompt, images)
-    lease = engine.store.lease(_lengths(chain), 600)
+    lease = engine.store.lease(_lengths(chain), 600)  # the engine stores only K/V that a lease reserves
     answer = Answer(chain)
 
-    def end(came: Written | Exception) -> None:
-        answer.came.append(came)
+    def end(result: Written | Exception) -> None:
+        answer.results.append(result)
         answer.over.set()
 
     def extend(longer: Chain) -> None:
@@ -109,14 +109,14 @@ def collect(engine: Engine, answer: Answer) -> Found:
     """Wait for a case and return its ids and K/V; raises the error that it ended with."""
     if not answer.over.wait(LIMIT_S):
         raise TimeoutError("a reading never ended")
-    (came,) = answer.came
-    if isinstance(came, Exception):
-        raise came
+    (result,) = answer.results
+    if isinstance(result, Exception):
+        raise result
     rows = []
-    for segment in came.context.chain.segments:
+    for segment in result.context.chain.segments:
         k, v = engine.store.load(segment.digest)
         rows.append((segment.kind, torch.stack((k, v)).float().clone()))
-    return came.token_ids, rows
+    return result.token_ids, rows
 
 
 def exact(checkpoint: Checkpoint, device: str, dtype: str, some: Sequence[Case]) -> list[Found]:
@@ -199,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of vLLM (nano: 1 or 3)")
     parser.add_argument("--causal", action="store_true", help="break it: images are not bidirectional")
     options = parser.parse_args(argv)
+    # TF32 would hide errors of 1e-3.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint, some, begin = Checkpoint(options.model), cases(), time.monotonic()
     truth = exact(checkpoint, options.device, "float32", some)

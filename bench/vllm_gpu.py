@@ -99,6 +99,7 @@ class Plain(Side):
         super().__init__(tiny)
         from bagel_thinker.vllm import core
 
+        # The same environment as the Thinker's core, so that only the engines differ.
         for name, value in core._ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm.engine.arg_utils import EngineArgs
@@ -193,7 +194,7 @@ class Ours(Side):
         """Seconds to the first token of a new edit context, seconds until its K/V was in the store, and its tokens."""
         chain = self._edit_chain()
         lengths = [(each.digest, each.length) for each in chain.segments]
-        lease = self.store.lease(lengths, 600)
+        lease = self.store.lease(lengths, 600)  # reserves the place to which the export copies
         extra: dict[str, Any] = {}
         if export:
             exports = [
@@ -207,6 +208,7 @@ class Ours(Side):
         last = 0.0
         if export:
             layers = self.store.layout.layers
+            # The copies end after the first token, in the connector's own thread.
             while any(len(self.landed.get(digest.hex(), ())) < layers for digest, _ in lengths):
                 time.sleep(0.0002)
             last = max(self.landed[digest.hex()][-1] for digest, _ in lengths) - begin
@@ -245,11 +247,11 @@ def _chain(parts: Sequence[Any]) -> Chain:
 
 def _until_first(side: Side) -> float:
     """Step until no request is left; returns the time of the first token."""
-    came = 0.0
+    first = 0.0
     while side.busy():
-        if any(output.new_token_ids for output in side.step()) and not came:
-            came = time.perf_counter()
-    return came
+        if any(output.new_token_ids for output in side.step()) and not first:
+            first = time.perf_counter()
+    return first
 
 
 def decode(side: Side) -> float:
@@ -260,7 +262,7 @@ def decode(side: Side) -> float:
     begun, tokens, start = 0, 0, 0.0
     while side.busy():
         made = sum(len(output.new_token_ids) for output in side.step())
-        if begun < AT_ONCE:
+        if begun < AT_ONCE:  # prefill is not part of the rate
             begun += made
             start = time.perf_counter()
         else:

@@ -18,7 +18,7 @@ def _divides(name: str, value: int, by_name: str, by: int) -> None:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """The decoder: Qwen2 with q/k norms and two experts in every layer."""
+    """The decoder: Qwen2 with norms of queries and keys, and two experts in every layer."""
 
     hidden_size: int
     num_hidden_layers: int

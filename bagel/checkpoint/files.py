@@ -45,6 +45,7 @@ class Checkpoint:
         config = read_model_config(self.folder)
         shapes = {name: info.shape for name, info in self.tensors(EMA).items() if name.endswith("pos_embed")}
         sides = {name: table_side(f"{EMA}: {shown_name(name)}", shape) for name, shape in shapes.items()}
+        # The tables decide, since config.json of the public checkpoint has carried a wrong size.
         config = replace(
             config,
             max_latent_size=sides.get("latent_pos_embed.pos_embed", config.max_latent_size),

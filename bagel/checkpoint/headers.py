@@ -55,7 +55,7 @@ def read_header(path: Path) -> Header:
             nbytes = os.fstat(stream.fileno()).st_size
             length = _length(stream.read(8), nbytes)
             data = stream.read(length)
-        entries = parse_json_object(data)
+        entries = parse_json_object(data)  # refuses a name that occurs twice, which would hide a tensor
         _check_metadata(entries.pop("__metadata__", {}))
         tensors = {name: _info(name, entry) for name, entry in entries.items()}
         header = Header(tensors, 8 + length, nbytes)
@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
     if nbytes < header.data_start + end:
         raise CheckpointError(f"{path} is cut short: {nbytes} of {header.data_start + end} bytes; download it again")
-    if nbytes > header.data_start + end:
+    if nbytes > header.data_start + end:  # no tensor owns these bytes, so the fingerprint would not cover them
         raise CheckpointError(
             f"{path} is not a readable safetensors file: {nbytes - header.data_start - end} bytes behind its last "
             "tensor belong to none; download it again"

@@ -33,7 +33,7 @@ def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple
     default = config.default_image_size
     images = [part.image for part in request.prompt if isinstance(part, ImagePart)]
     if images:
-        width, height = resized_size(*images[-1].size, config.vae_transform)
+        width, height = resized_size(*images[-1].size, config.vae_transform)  # the reference takes the last image
         default = (height, width)
     given = request.image
     return (
@@ -45,6 +45,7 @@ def picture_size(request: Request, config: ModelConfig | PictureLimits) -> tuple
 def check_side(name: str, pixels: int, config: ModelConfig | PictureLimits) -> int:
     """Round a side down to the latent grid; raises InvalidRequest if the position table does not cover it."""
     stride, largest = config.latent_stride, config.max_image_size
+    # Almost a stride above the largest is fine, since rounding down brings 1039 pixels to 1024.
     if not stride <= pixels < largest + stride:
         raise InvalidRequest(name, f"{name} is {pixels}; this model draws {stride} to {largest} pixels a side")
     return pixels // stride * stride

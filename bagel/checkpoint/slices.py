@@ -1,4 +1,4 @@
-"""Reading parts of tensors from a safetensors file, and no other bytes of it. No torch here."""
+"""Read parts of tensors from a safetensors file, and no other bytes of it. No torch here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bagel.errors import CheckpointError
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Entries start to stop along one dimension of a tensor."""
+    """The entries from start to stop along one dimension of a tensor."""
 
     name: str
     dimension: int
@@ -23,7 +23,7 @@ class TensorSlice:
 
 
 class SliceReader:
-    """An open safetensors file, whose header has been checked."""
+    """An open safetensors file whose header has been checked."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self._path, self._header = path, header
@@ -52,16 +52,16 @@ class SliceReader:
         entry = prod(info.shape[part.dimension + 1 :]) * ITEM_BITS[info.dtype] // 8
         row, wanted = info.shape[part.dimension] * entry, (part.stop - part.start) * entry
         begin = self._header.data_start + info.begin + part.start * entry
-        if wanted == row:
+        if wanted == row:  # the whole dimension: its bytes are contiguous, so one read is enough
             self._read(into, begin)
             return
         for i in range(prod(info.shape[: part.dimension])):
             self._read(into[i * wanted : (i + 1) * wanted], begin + i * row)
 
     def _read(self, into: memoryview, offset: int) -> None:
-        """Fill `into` from the file's byte `offset` on; one system call may give less than was asked for."""
+        """Fill `into` from the file's byte `offset` on."""
         done = 0
-        while done < len(into):
+        while done < len(into):  # one system call may return fewer bytes than requested
             try:
                 count = os.preadv(self._descriptor, [into[done:]], offset + done)
             except OSError as error:

@@ -85,7 +85,7 @@ class Deployment:
         self._guards, self._model_names = guards or HttpGuards(), model_names
         self._more = more or {}
         self._env = {**os.environ, **(env or {})}
-        self._env.pop(KEYS_FILE, None)
+        self._env.pop(KEYS_FILE, None)  # only `api_keys` decides, not the caller's environment
         self._began = 0.0
         self.services: list[Service] = []
         """Thinker, DiT, gateway: in the order of their start."""
@@ -137,6 +137,7 @@ class Deployment:
         try:
             addresses: dict[str, str] = {}
             sources: dict[int, str] = {}
+            # One after the other, since a DiT needs the address of its Thinker; loading then runs at the same time.
             for spec in self.config.spec.stages:
                 stage, role = self.config.stage(spec.stage_id), spec.model_stage
                 name = f"{role}-0"

@@ -23,7 +23,7 @@ POLL_S = 0.05
 GROUP_LIMIT_S = 0.5
 """Seconds that the child processes of a service have to end after it."""
 TAIL_LINES = 40
-TOLD_LINES = 3
+LAST_LINES = 3
 ERROR = "error: "
 READY = json.dumps({"event": "ready"})
 
@@ -100,7 +100,7 @@ class Service:
                 os.killpg(self.process.pid, 0)
                 time.sleep(POLL_S)
             os.killpg(self.process.pid, signal.SIGKILL)
-        for reader in self._readers:
+        for reader in self._readers:  # at most a second: a process outside the group may still hold the pipe open
             reader.join(1)
         self._close_log()
         if self.process.stdin is not None:
@@ -112,14 +112,14 @@ class Service:
         errors = [line.removeprefix(ERROR) for line in self._tail if line.startswith(ERROR)]
         if errors:  # a service prints one line for the user; later lines matter less
             raise (ConfigError if code == 2 else BagelError)(f"{self.title}: {errors[-1]}")
-        said: list[str] = []
+        lines: list[str] = []
         for line in self._tail:
             if line.startswith("Traceback "):
-                said.clear()  # a traceback's last line, which follows, explains the end better
+                lines.clear()  # a traceback's last line, which follows, explains the end better
             elif line and not line[0].isspace():
-                said.append(_plain(line))
+                lines.append(_plain(line))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last = "; ".join(said[-TOLD_LINES:])
+        last = "; ".join(lines[-LAST_LINES:])
         raise BagelError(f"{self.title} {how}" + (f": {last}" if last else ""))
 
     def _read(self, stream: IO[str], announces: bool) -> None:

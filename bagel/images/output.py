@@ -1,4 +1,4 @@
-"""How a picture is given out: the format of its file, how much that loses, its previews. No torch here."""
+"""The output of a picture: the format and quality of its file, and the number of previews. No torch here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from PIL.Image import Image
 from bagel.errors import InvalidRequest
 
 OUTPUT_FORMATS = ("PNG", "JPEG", "WEBP")
-"""Pillow's names of them."""
+"""The formats, by Pillow's names."""
 QUALITY = 95
-"""Of a JPEG or WebP where none is asked for."""
+"""Quality of a JPEG or WebP if the user gives none."""
 MAX_PREVIEWS = 3
 
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """How a picture is given out; raises InvalidRequest for what there is not. bagel.effect says what goes together.
+    """The output of a picture; raises InvalidRequest for an unknown value. bagel.effect checks how values combine.
 
-    format: one of OUTPUT_FORMATS, in any case; compression: quality of a JPEG or WebP, from 0 to 100; None: QUALITY.
-    previews: how many of the picture under way.
+    format: one of OUTPUT_FORMATS, in upper or lower case; compression: the quality of a JPEG or WebP, 0 to 100 (None:
+    QUALITY); previews: the number of previews while the picture is drawn.
     """
 
     format: str = "PNG"
@@ -40,7 +40,7 @@ class OutputFormat:
         _check("partial_images", self.previews, MAX_PREVIEWS)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a request has for this, by their names; None where one is not given."""
+        """These values under the names that a request has for them; None where the user gave none."""
         return {
             "output_format": self.format,
             "output_compression": self.compression,
@@ -48,9 +48,10 @@ class OutputFormat:
         }
 
     def encode(self, image: Image) -> bytes:
-        """A picture as a file."""
+        """Encode a picture as a file."""
         stream = BytesIO()
         quality = QUALITY if self.compression is None else self.compression
+        # PNG loses nothing at any level; level 1 is the fastest.
         options: dict[str, Any] = {"compress_level": 1} if self.format == "PNG" else {"quality": quality}
         image.save(stream, self.format, **options)
         return stream.getvalue()

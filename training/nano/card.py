@@ -109,7 +109,7 @@ def merged(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def series(entries: Sequence[Entry]) -> tuple[Series, list[float]]:
     """The points (minutes of training, loss) of each curve, and the minutes at which later stages begin."""
     curves: Series = {name: [] for name in CURVES}
-    starts, before = [], 0.0
+    starts, before = [], 0.0  # before: minutes of all earlier stages, since each stage's clock starts at 0
     for run in stages(entries):
         if before:
             starts.append(before)

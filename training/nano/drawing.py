@@ -66,7 +66,7 @@ def one(rng: Random) -> Example:
 def two(rng: Random, *, anywhere: bool = False) -> Example:
     """Two objects and a relation between them: on opposite sides, or `anywhere` that makes the relation true."""
     background, named = _ground(rng)
-    while True:
+    while True:  # until the two fit
         looks, vertical = distinct_looks(rng, 2), rng.random() < 0.5
         line, ends = (rng.randrange(3), rng.choice(((0, 2), (0, 1), (1, 2)))) if anywhere else (1, (0, 2))
         cells = [end * 3 + line if vertical else line * 3 + end for end in ends]
@@ -74,7 +74,7 @@ def two(rng: Random, *, anywhere: bool = False) -> Example:
         if items is not None:
             break
     first, second = items
-    forward = rng.random() < 0.5
+    forward = rng.random() < 0.5  # so that the first object in the text is not always the left or upper one
     a, b = (first, second) if forward else (second, first)
     kind = (("above", "below") if vertical else ("left", "right"))[0 if forward else 1]
     size = rng.random() < 0.35

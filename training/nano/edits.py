@@ -58,13 +58,17 @@ def recolour(rng: Random) -> Example:
     # A second object of the same shape and colour could no longer be referred to.
     taken = {other.colour for other in source.items if other.shape == item.shape}
     colour = rng.choice([name for name in COLOURS if name not in taken])
-    who = _refer(rng, item, source)
-    forms: tuple[str, ...] = (f"make {who} {colour}", f"turn {who} {colour}", f"change the colour of {who} to {colour}")
+    thing = _refer(rng, item, source)
+    forms: tuple[str, ...] = (
+        f"make {thing} {colour}",
+        f"turn {thing} {colour}",
+        f"change the colour of {thing} to {colour}",
+    )
     forms += (
-        f"change {who} to {colour}",
-        f"paint {who} {colour}",
-        f"recolour {who} to {colour}",
-        f"{who} should be {colour}",
+        f"change {thing} to {colour}",
+        f"paint {thing} {colour}",
+        f"recolour {thing} to {colour}",
+        f"{thing} should be {colour}",
     )
     return _edited(rng, "recolour", rng.choice(forms), source, with_item(source, item, recoloured(item, colour)))
 
@@ -96,14 +100,14 @@ def remove(rng: Random) -> Example:
     """Remove an object."""
     source = random_scene(rng, (1, 2, 2, 3, 3))
     item = rng.choice(source.items)
-    who = _refer(rng, item, source)
+    thing = _refer(rng, item, source)
     forms = (
-        f"remove {who}",
-        f"delete {who}",
-        f"take away {who}",
-        f"erase {who}",
-        f"get rid of {who}",
-        f"take {who} away",
+        f"remove {thing}",
+        f"delete {thing}",
+        f"take away {thing}",
+        f"erase {thing}",
+        f"get rid of {thing}",
+        f"take {thing} away",
     )
     return _edited(rng, "remove", rng.choice(forms), source, with_item(source, item, None))
 
@@ -119,14 +123,14 @@ def move(rng: Random) -> Example:
         moved = replace(place(rng, Look(item.shape, item.colour, item.size), cell), radius=item.radius)
         if fits(moved, others):
             break
-    who = _refer(rng, item, source)
+    thing = _refer(rng, item, source)
     to = "to the " + (word(rng, CELLS[cell]) if cell == CENTRE else CELLS[cell])
     forms = (
-        f"move {who} {to}",
-        f"move {who} {to}",
-        f"put {who} {place_phrase(rng, cell)}",
-        f"shift {who} {to}",
-        f"bring {who} {to}",
+        f"move {thing} {to}",
+        f"move {thing} {to}",
+        f"put {thing} {place_phrase(rng, cell)}",
+        f"shift {thing} {to}",
+        f"bring {thing} {to}",
     )
     return _edited(rng, "move", rng.choice(forms), source, with_item(source, item, moved))
 

@@ -100,7 +100,7 @@ def evaluate(
         start = time.monotonic()
         try:
             asked = cases(row, seed, count, steps)
-            results = generate([case.request for case in asked])
+            results = generate([case.request for case in asked])  # in one call, so that the engine can batch them
         except Exception as error:  # the other rows are still worth having
             print(f"{row.name}: {type(error).__name__}: {error}", flush=True)
             continue
@@ -126,8 +126,8 @@ def section(row: Row, judged: Sequence[Judged]) -> Section | None:
     for item in judged[:COLUMNS]:
         source, drawn = item.case.example.source, item.result.image
         pictures = [picture_of(source)] if source is not None else []
-        said = item.result.text if drawn is None or row.think else ""
-        caption = item.case.example.texts[-1] + (f"\n{said}" if said else "")
+        reply = item.result.text if drawn is None or row.think else ""
+        caption = item.case.example.texts[-1] + (f"\n{reply}" if reply else "")
         if drawn is not None:
             pictures.append(drawn)
         if pictures:

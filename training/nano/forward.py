@@ -104,6 +104,7 @@ def layer(
     und, gen: [rows, hidden], to which each batch contributes b * u and b * g rows in turn; masks: one per batch,
     [b, 1, u + g, u + g], added to the scores. Only the attention runs batch by batch.
     """
+    # One matrix product over the rows of all batches is faster than one per batch.
     und_heads = _project(und, und_weights, ropes[0], kv_heads, eps)
     gen_heads = _project(gen, gen_weights, ropes[1], kv_heads, eps)
     und_parts = [x.split([b * u for b, u, _ in sizes]) for x in und_heads]
@@ -228,6 +229,7 @@ def _lay_out(model: Bagel, parts: Sequence[tuple[Batch, Inputs]]) -> list[_Laid]
         if inputs.noisy is not None and inputs.times is not None:
             tokens.append(inputs.noisy)
             times.append(inputs.times)
+    # Iterators: each batch takes its part of the shared embeddings in turn.
     features = iter(_embed_vit(model, torch.cat(patches)).split([len(x) for x in patches]) if patches else ())
     latents = iter(
         _embed_latents(model, torch.cat(tokens), torch.cat(times)).split([len(x) for x in tokens]) if tokens else ()

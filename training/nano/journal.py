@@ -20,7 +20,7 @@ class Journal:
         entry = {"stage": self.stage, "s": round(time.monotonic() - self.start, 1), **values}
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in entry.items()})
         print(line, flush=True)
-        with self.path.open("a") as stream:
+        with self.path.open("a") as stream:  # opened for each line, so that a stopped run loses none
             stream.write(line + "\n")
 
 

@@ -82,7 +82,7 @@ def on_background(rng: Random, phrase: str, background: str) -> str:
     """Add the background to a phrase, in one of many ways."""
     name = word(rng, background)
     forms = (
-        *(f"{phrase} on {article(name)} background",) * 4,
+        *(f"{phrase} on {article(name)} background",) * 4,  # the most usual form, so four times as often
         f"{phrase} on {name}",
         f"{phrase}, {name} background",
         f"{phrase}, {name} bg",
@@ -134,7 +134,7 @@ def styled(rng: Random, text: str) -> str:
         text = text.rstrip(".?!") + rng.choice(THANKS)
     if rng.random() < 0.15:
         text = re.sub(r"\ban? ", lambda found: "" if rng.random() < 0.7 else found[0], text)
-    kind = rng.random()
+    kind = rng.random()  # mostly unchanged, in lower case
     if kind < 0.22:
         text = text[0].upper() + text[1:]
     elif kind < 0.3:

@@ -131,13 +131,13 @@ def ask_count(rng: Random) -> tuple[Example, str]:
 def ask_place(rng: Random) -> tuple[Example, str]:
     """Ask for the place of an object."""
     source, item = _pick_item(rng, rng.choice(("shape", "colour")))
-    who = f"{item.colour} {item.shape}"
+    thing = f"{item.colour} {item.shape}"
     forms = (
-        f"where is the {who}?",
-        f"where is the {who} in the picture?",
-        f"in which part of the picture is the {who}?",
+        f"where is the {thing}?",
+        f"where is the {thing} in the picture?",
+        f"in which part of the picture is the {thing}?",
     )
-    return _asked(rng, "question", rng.choice(forms), f"{CELLS[item.cell]}.", f"{who}: {CELLS[item.cell]}.", source)
+    return _asked(rng, "question", rng.choice(forms), f"{CELLS[item.cell]}.", f"{thing}: {CELLS[item.cell]}.", source)
 
 
 def ask_whether(rng: Random) -> tuple[Example, str]:
@@ -162,6 +162,7 @@ def ask_whether(rng: Random) -> tuple[Example, str]:
     a, b = (f"{thing.colour} {thing.shape}" for thing in made.wanted.things)
     kind = made.wanted.relations[0][1]
     yes = rng.random() < 0.5
+    # Half of the answers are no: the question then names the opposite relation.
     asked = kind if yes else {"left": "right", "right": "left", "above": "below", "below": "above"}[kind]
     words = {"left": LEFT[:2], "right": RIGHT[:2], "above": ABOVE[:1], "below": BELOW[:1]}[asked]
     question = f"is the {a} {rng.choice(words)} the {b}?"
@@ -198,7 +199,7 @@ def add_numbers(rng: Random) -> tuple[Example, str]:
     a, b = rng.randint(0, 10), rng.randint(0, 10)
     spell = rng.random() < 0.4
     x, y = (NUMBERS[a], NUMBERS[b]) if spell else (str(a), str(b))
-    if rng.random() < 0.7 or a < b:
+    if rng.random() < 0.7 or a < b:  # no negative differences
         forms = (
             f"what is {x} plus {y}?",
             f"what is {x} + {y}?",

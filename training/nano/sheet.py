@@ -37,7 +37,7 @@ def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Im
         lines.append("")
         for word in paragraph.split():
             longer = f"{lines[-1]} {word}".lstrip()
-            if not lines[-1] or font.getlength(longer) <= width:
+            if not lines[-1] or font.getlength(longer) <= width:  # a word that is too long gets its own line
                 lines[-1] = longer
             else:
                 lines.append(word)

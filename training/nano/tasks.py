@@ -33,7 +33,7 @@ def drop(rng: Random, example: Example) -> Example:
     draw: no text, or another picture's (NOISY). plan: no plan (cfg_img), or only the system prompt (cfg_text).
     edit: only the picture (cfg_text), only the text (cfg_img), or nothing.
     """
-    if example.target is None:
+    if example.target is None:  # answers are not guided
         return example
     chance = rng.random()
     if example.source is not None:

@@ -53,7 +53,7 @@ def vae_stage(args: argparse.Namespace, device: torch.device) -> None:
     model = new_model(folder, device, args.seed)
     compiled = args.compile and device.type == "cuda"
     train_vae(VaeTrainer(model, device, compiled=compiled, noise=args.noise), stream, schedule, journal)
-    (args.run / "state.pt").unlink(missing_ok=True)
+    (args.run / "state.pt").unlink(missing_ok=True)  # of an earlier run, whose latents were other ones
     journal.write(bytes=export(model, folder))
 
 
@@ -79,7 +79,7 @@ def joint_stage(args: argparse.Namespace, device: torch.device) -> None:
         # Through a new file: a run that is stopped here keeps its old state.
         torch.save(optimizer.state(), state.with_suffix(".new"))
         os.replace(state.with_suffix(".new"), state)
-        optimizer.swap()
+        optimizer.swap()  # the EMA draws better than the last weights
         size = export(model, folder)
         optimizer.swap()
         journal.write(saved=int(optimizer.count), bytes=size)

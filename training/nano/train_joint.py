@@ -56,6 +56,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fast, cache_enabled=False):
             outputs = forward(self.model, [(batch, inputs) for batch, inputs, _ in prepared], self.layer_fn)
         losses: Losses = {}
+        # So that each picture weighs the same, whatever its group's size.
         pictures = sum(len(batch.ids) for batch, _, _ in prepared if batch.group.draws)
         total = torch.zeros((), device=self.device)
         for (batch, _, velocity), output in zip(prepared, outputs, strict=True):
@@ -92,7 +93,7 @@ class Trainer:
             if batch.group.draws:
                 data = latents["target"]
                 noise, times = torch.randn_like(data), sample_times(len(data), self.device)
-                t = times[:, None, None]
+                t = times[:, None, None]  # rectified flow: data at t = 0, noise at t = 1
                 noisy, velocity = (1 - t) * data + t * noise, noise - data
             inputs = Inputs(next(patches) if batch.group.vit else None, clean, noisy, times)
             prepared.append((batch, inputs, velocity))
@@ -167,7 +168,7 @@ def train_joint(
         return losses
 
     steps = Steps(step_once, trainer.device)
-    step, said, saved, waited = 0, time.monotonic(), time.monotonic(), 0.0
+    step, logged, saved, waited = 0, time.monotonic(), time.monotonic(), 0.0
     optimizer.scale.fill_(0.01)  # for the runs before the graph's capture, which change the weights too
     while not schedule.over:
         before = time.monotonic()
@@ -181,7 +182,7 @@ def train_joint(
             schedule.begin()
         step += 1
         now = time.monotonic()
-        if now - said > 5 or schedule.over or step in (5, 50):  # seldom: reading the losses waits for the device
+        if now - logged > 5 or schedule.over or step in (5, 50):  # seldom: reading the losses waits for the device
             numbers = {name: float(loss) for name, loss in losses.items()}
             journal.write(
                 step=step,
@@ -193,7 +194,7 @@ def train_joint(
                 progress=schedule.progress,
                 **numbers,
             )
-            said = now
+            logged = now
         if now - saved > save_every:
             saved = now
             save()

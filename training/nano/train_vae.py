@@ -67,6 +67,7 @@ class VaeTrainer:
     @torch.no_grad()
     def _pictures(self, packed: Mapping[str, Tensor]) -> Tensor:
         """Draw the scenes of the tasks, a fifth of them in random colours."""
+        # Random colours keep the autoencoder from learning just the eight named ones.
         codes = torch.cat([each[:, -CODE:] for each in packed.values()]).to(self.device)
         free = len(codes) // 5
         colours = torch.rand(free, 1 + MAX_OBJECTS, 3, device=self.device) * 2 - 1
@@ -76,7 +77,7 @@ class VaeTrainer:
 
 def train_vae(trainer: VaeTrainer, stream: Any, schedule: Schedule, journal: Journal) -> None:
     """Train until the schedule is over."""
-    steps, step, said = Steps(trainer.step, trainer.device), 0, 0.0
+    steps, step, logged = Steps(trainer.step, trainer.device), 0, 0.0
     while not schedule.over:
         trainer.rate.fill_(RATE * schedule.scale(step))
         before = time.monotonic()
@@ -85,8 +86,8 @@ def train_vae(trainer: VaeTrainer, stream: Any, schedule: Schedule, journal: Jou
             journal.write(first_step=time.monotonic() - before)
             schedule.begin()
         step += 1
-        if schedule.progress - said > 0.04 or schedule.over:
-            said = schedule.progress
+        if schedule.progress - logged > 0.04 or schedule.over:
+            logged = schedule.progress
             journal.write(step=step, **{name: float(value) for name, value in losses.items()})
 
 
