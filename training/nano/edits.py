@@ -59,12 +59,10 @@ def recolour(rng: Random) -> Example:
     taken = {other.colour for other in source.items if other.shape == item.shape}
     colour = rng.choice([name for name in COLOURS if name not in taken])
     thing = _refer(rng, item, source)
-    forms: tuple[str, ...] = (
+    forms = (
         f"make {thing} {colour}",
         f"turn {thing} {colour}",
         f"change the colour of {thing} to {colour}",
-    )
-    forms += (
         f"change {thing} to {colour}",
         f"paint {thing} {colour}",
         f"recolour {thing} to {colour}",
@@ -140,12 +138,10 @@ def background(rng: Random) -> Example:
     source = random_scene(rng)
     name = rng.choice([each for each in BACKGROUNDS if each != source.background])
     said = word(rng, name)
-    forms: tuple[str, ...] = (
+    forms = (
         f"make the background {said}",
         f"change the background to {said}",
         f"turn the background {said}",
-    )
-    forms += (
         f"{said} background",
         f"put it on {article(said)} background",
         f"set the background to {said}",

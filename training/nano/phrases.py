@@ -22,20 +22,13 @@ SYNONYMS = {
     "grey": ("gray",),
     "centre": ("center", "middle"),
 }
-ORDERS: tuple[str, ...] = (
-    "draw {}",
-    "please draw {}",
-    "create {}",
-    "make {}",
-    "generate {}",
-    "show me {}",
-    "paint {}",
-    "i want {}",
+ORDERS = (
+    *("draw {}", "please draw {}", "create {}", "make {}", "generate {}", "show me {}", "paint {}", "i want {}"),
+    *("a picture of {}", "an image of {}", "can you draw {}?", "could you make {} please", "i would like {}"),
+    *("draw me {}", "{} please", "give me {}", "a drawing of {}", "{}, nothing else", "make me {}", "i need {}"),
+    *("could you draw {} for me?", "can i get {}?", "i'd like to see {}", "let's see {}", "paint me {}"),
+    *("please make a picture of {}", "kindly draw {}", "would you draw {}?", "just {}", "try to draw {}"),
 )
-ORDERS += ("a picture of {}", "an image of {}", "can you draw {}?", "could you make {} please", "i would like {}")
-ORDERS += ("draw me {}", "{} please", "give me {}", "a drawing of {}", "{}, nothing else", "make me {}", "i need {}")
-ORDERS += ("could you draw {} for me?", "can i get {}?", "i'd like to see {}", "let's see {}", "paint me {}")
-ORDERS += ("please make a picture of {}", "kindly draw {}", "would you draw {}?", "just {}", "try to draw {}")
 OPENINGS, THANKS = ("hey, ", "hello, ", "ok, ", "so, ", "hello! "), (", thank you", " thanks", " pls", ", ok?", " :)")
 LEFT, RIGHT = ("to the left of", "left of", "on the left of"), ("to the right of", "right of", "on the right of")
 WITH = {

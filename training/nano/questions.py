@@ -45,13 +45,11 @@ def describe(rng: Random) -> tuple[Example, str]:
         source = counted_scene(rng, rng.choice((2, 3, 4)), random_background(rng))
     else:
         source = random_scene(rng)
-    forms: tuple[str, ...] = (
+    forms = (
         "describe the image",
         "describe the image",
         "describe this picture",
         "what is in this picture?",
-    )
-    forms += (
         "what is in the image?",
         "what do you see?",
         "describe what you see",
@@ -185,12 +183,14 @@ def mix(rng: Random) -> tuple[Example, str]:
     """Ask which colour two others make."""
     pair = rng.choice(tuple(MIXES))
     a, b = pair if rng.random() < 0.5 else pair[::-1]
-    forms: tuple[str, ...] = (
+    forms = (
         f"what do you get when you mix {a} and {b}?",
         f"mix {a} and {b}",
         f"which colour do {a} and {b} make?",
+        f"what colour is {a} mixed with {b}?",
+        f"{a} and {b} make what colour?",
+        f"what is {a} plus {b}?",
     )
-    forms += (f"what colour is {a} mixed with {b}?", f"{a} and {b} make what colour?", f"what is {a} plus {b}?")
     return _asked(rng, "text", rng.choice(forms), f"{MIXES[pair]}.", f"{pair[0]} + {pair[1]} = {MIXES[pair]}.", None)
 
 
