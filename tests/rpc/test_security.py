@@ -257,6 +257,13 @@ def test_files_that_cannot_be_used_are_told_by_their_flag(issue: Issue, tmp_path
     assert own.server_credentials() is not None and own.channel_credentials() is not None
 
 
+def test_a_command_line_names_flags_and_leaves_paths_alone() -> None:
+    message = "tls_key tls_key.pem is not the key of tls_certificate /a/tls_certificate"
+    told = "--tls-key tls_key.pem is not the key of --tls-certificate /a/tls_certificate"
+    assert for_command_line(ConfigError(message, "tls_key", "tls_certificate")) == told
+    assert for_command_line(ConfigError(message)) == message
+
+
 def test_a_certificate_to_call_with_alone_cannot_serve(tmp_path: Path) -> None:
     make = [sys.executable, str(ROOT / "deploy/dev-ca"), str(tmp_path), "client", "thinker-1=10.0.0.5"]
     subprocess.run(make, check=True, capture_output=True, timeout=60)
