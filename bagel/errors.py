@@ -40,9 +40,9 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 MOST_TOLD = 15
-"""Further problems of one request that are told by name."""
+"""How many further problems of one request an error lists; it counts the rest."""
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
-"""gRPC statuses that are errors of the server, by OpenTelemetry's conventions; the others are its caller's."""
+"""gRPC statuses that are the server's fault, by OpenTelemetry's conventions. The others are the caller's."""
 
 
 class BagelError(Exception):
@@ -66,7 +66,7 @@ class InvalidRequest(BagelError):
     """The request cannot be served as written; `field` is the name of the wrong field.
 
     index: the request's place, from 0, among several that were sent together; None if it is unknown.
-    also: what else is wrong, told after `message`.
+    also: further problems of the request, which the text lists after `message`.
     """
 
     grpc_status = "INVALID_ARGUMENT"

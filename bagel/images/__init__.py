@@ -5,7 +5,8 @@ colour.py       turns an opened image into upright sRGB
 transforms.py   the resize rule
 pool.py         decodes in worker processes, which run worker.py and talk in frames.py
 prompt.py       reads the images of a request with the pool
-saving.py       writes pictures
+output.py       encodes pictures for clients
+saving.py       writes pictures to files
 """
 
 from __future__ import annotations
