@@ -34,6 +34,7 @@ settings.register_profile("bagel", deadline=None, derandomize=os.environ.get("CI
 settings.load_profile("bagel")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first. With -n, one process runs a file, and one all tests that `borrow` the same."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
