@@ -50,7 +50,7 @@ def _served(checkpoint: Checkpoint, stack: ExitStack) -> tuple[Draw, Draw]:
     config = load_deploy_config(shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type))
 
     def client(profile: bool) -> Client:
-        deployment = Deployment(config, checkpoint.folder, device="cpu", profile=profile)
+        deployment = Deployment(config, checkpoint.folder, device="cpu", enable_diffusion_pipeline_profiler=profile)
         return stack.enter_context(Client(stack.enter_context(deployment).address))
 
     profiling, plain = client(True), client(False)

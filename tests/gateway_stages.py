@@ -13,18 +13,18 @@ from typing import Any
 from PIL import Image
 
 from bagel.client import AsyncClient
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.errors import BagelError
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM
 from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import pipeline
 from bagel.rpc.admission import Admission
 from bagel.rpc.errors import streaming, unary
+from bagel.rpc.security import Security
 from bagel.rpc.transport import Host
 from bagel.telemetry.logs import REQUEST_ID
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
-from bagel_gateway.backends import Address
 from bagel_gateway.server import Gateway
-from bagel_gateway.settings import Settings
 
 
 def model(kv_fingerprint: bytes = b"k") -> common_pb2.ModelInfo:
@@ -246,6 +246,12 @@ class Deployment:
                 await asyncio.sleep(0.01)
 
 
+def front(security: Security) -> dict[str, Any]:
+    """The gateway's settings that have it speak such TLS to its callers alone."""
+    files = {"tls_certificate": security.certificate, "tls_key": security.key, "tls_ca": security.ca}
+    return {**files, "tls_allow_clients": security.clients, "plaintext_services": True}
+
+
 @asynccontextmanager
 async def deployment(
     topology: str = "bagel",
@@ -276,16 +282,16 @@ async def deployment(
             stack.push_async_callback(host.drain, 0)
         targets = [f"127.0.0.1:{host.port}" for host in hosts]
         names = [f"thinker-{i}" for i in range(len(served_thinkers))] + [f"dit-{i}" for i in range(len(served_dits))]
-        addresses = [Address(name, target) for name, target in zip(names, targets, strict=True)]
+        addresses = [f"{name}={target}" for name, target in zip(names, targets, strict=True)]
         gateway = Gateway(
-            Settings(
+            GatewayConfig(
                 listen="127.0.0.1:0",
-                pipeline=pipeline(topology),
+                pipeline=topology,
                 thinkers=tuple(addresses[: len(served_thinkers)]),
                 dits=tuple(addresses[len(served_thinkers) :]),
-                check_every_s=0.05,
                 **settings,
-            )
+            ),
+            check_every_s=0.05,
         )
         await gateway.start()
         stack.push_async_callback(gateway.close, 0)

@@ -16,10 +16,11 @@ import pytest
 
 import bagel
 from bagel.deployment.deploy_file import shipped_deploy_config
+from bagel.deployment.gateway_config import KEYS_FILE
 from bagel.deployment.launcher import is_serving
 from bagel.deployment.process import Service
 from bagel.errors import BagelError
-from bagel.rpc.api_keys import KEYS_FILE, key_line, new_key
+from bagel.rpc.api_keys import key_line, new_key
 from bagel.rpc.transport import sync_channel
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from bagel.deployment.http_front import add_http_flags
+from bagel.deployment.http_front import GUARDS
+from bagel.deployment.shared_settings import DTYPES, ENGINES, TOPOLOGIES
 from bagel.errors import ConfigError
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES
 from bagel.vocabulary import FLAG_INSTEAD, instead_of
@@ -21,10 +22,7 @@ MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "text_channel", "channel")
 POSTERIOR_MODES = ("content", "seed", "mean")
 WORKER_BACKENDS = ("process", "ray")
-TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 ROLES = ("understand", "context", "denoise", "full")
-DTYPES = ("auto", "bfloat16", "float32")
-ENGINES = ("auto", "torch", "vllm")
 
 INIT_TIMEOUT_S = 300
 BATCH_TIMEOUT_S = 5
@@ -187,7 +185,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --http")
     names = "the model's name there; given again: its aliases"
     _add(group, "--served-model-name", "as --model", names, type=_given, action="append", metavar="NAME")
-    add_http_flags(group)
+    for guard in GUARDS:
+        guard.add_to(group)
     group = parser.add_argument_group("TLS of the gateway")
     _add_tls(group, "none, plaintext", "clients need a certificate of it")
     allowed = "with --tls-ca: a name that a client's certificate may have; may be given again"

@@ -38,7 +38,8 @@ from bagel.client.stats import Firsts, stats_table
 from bagel.client.tables import profile_table
 from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
 from bagel.deployment.deploy_file import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
-from bagel.errors import BagelError, ConfigError, InitTimeout, NotSupported
+from bagel.deployment.not_built import refuse_flags
+from bagel.errors import BagelError, ConfigError, InitTimeout
 from bagel.events import Result, ServiceEvent
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.prompts import ImagePart, TextPart, prompt_text
@@ -50,8 +51,6 @@ Run = Callable[[Sequence[Request], OnEvent], list[Result]]
 
 LOCAL_ENGINE = "bagel.engine.local"
 """The torch side, by name: an import statement would bring torch into the command line."""
-UNBUILT = {"quantization": "leave it out", "ray_address": "leave it out"}
-"""Flags without any value that works yet, each with what to do instead."""
 
 
 class Engine(Protocol):
@@ -76,7 +75,10 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def _generate_here(args: argparse.Namespace) -> None:
-    _refuse_unbuilt_flags(args)
+    branches = args.cfg_parallel_size
+    if branches is not None and not 1 <= branches <= 3:
+        raise ConfigError(f"--cfg-parallel-size is {branches}; it must be 1, 2 or 3, of which only 1 is built yet")
+    refuse_flags(args)
     refuse_without_endpoint(args)
     deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
     config = load_deploy_config(deploy, engine=args.engine)
@@ -173,22 +175,6 @@ def _check_with_model(
 def _fewest_positions(request: Request) -> int:
     """Positions that the parts of a prompt take at least: two delimiters of a text, one of an image's blocks."""
     return sum(2 if isinstance(part, TextPart) else 1 for part in request.prompt)
-
-
-def _refuse_unbuilt_flags(args: argparse.Namespace) -> None:
-    """Raise NotSupported for a flag whose effect is not built yet."""
-    for flag, instead in UNBUILT.items():
-        if (value := getattr(args, flag)) is not None:
-            raise NotSupported(f"{flag_name(flag)} {value!r} is not built yet; {instead}")
-    if args.worker_backend == "ray":
-        raise NotSupported("--worker-backend ray is not built yet; only process works")
-    branches = args.cfg_parallel_size
-    if branches is not None and not 1 <= branches <= 3:
-        raise ConfigError(f"--cfg-parallel-size is {branches}; it must be 1, 2 or 3, of which only 1 is built yet")
-    if branches in (2, 3):
-        raise NotSupported(
-            f"--cfg-parallel-size {branches} is not built yet; only 1 works, guidance batched on one GPU"
-        )
 
 
 @contextlib.contextmanager

@@ -6,28 +6,26 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.cli.endpoint import security_of
-from bagel.cli.flags import BATCH_TIMEOUT_S, GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name
+from bagel.cli.flags import GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name
 from bagel.cli.outputs import write_out
-from bagel.cli.passing import passed_arguments
+from bagel.cli.passing import asked_settings
 from bagel.cli.progress import say
 from bagel.deployment.defaults import NANO_NOTE, deployment_for, find_model, named_model
 from bagel.deployment.deploy_file import DeployConfig, effective_settings
-from bagel.deployment.http_front import FLAGS, http_guards
+from bagel.deployment.gateway_config import default_keys
 from bagel.deployment.launcher import Deployment, reachable
 from bagel.deployment.process import Logs
 from bagel.errors import ConfigError
-from bagel.rpc.api_keys import key_file, read_keys
-from bagel.rpc.limits import DRAIN_S
-from bagel.rpc.transport import PLAINTEXT, Security
+from bagel.rpc.api_keys import read_keys
+from bagel.rpc.transport import Security
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES, LogFolder
 
+PROFILER = "enable_diffusion_pipeline_profiler"
 WATCH_S = 0.2
 
 
@@ -35,7 +33,7 @@ def serve(args: argparse.Namespace) -> None:
     """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
     model, checkpoint = find_model(args.model)
     config = deployment_for(checkpoint, args.deploy_config, engine=args.engine)
-    passed = passed_arguments(args, ("gateway", *(stage.model_stage for stage in config.spec.stages)))
+    settings = _settings(args)
     for note in config.notes():
         say(f"note: {note}")
     if not named_model(args.model):
@@ -44,13 +42,9 @@ def serve(args: argparse.Namespace) -> None:
     try:
         say(f"loading {model}")
         port = GATEWAY_PORT if args.port is None else args.port
-        logs = _logs(args)
-        host = args.host or GATEWAY_HOST
-        security, keys = _front(args), _keys(args)
-        _check_http(args)
-        where: dict[str, Any] = {"host": host, "port": port, "logs": logs, "security": security, "api_keys": keys}
-        where |= {"more": passed, "drain_timeout_s": args.drain_timeout or DRAIN_S}
-        with deployment(args, config, model, checkpoint, **where, log_stats=bool(args.log_stats)) as running:
+        host, logs = args.host or GATEWAY_HOST, _logs(args)
+        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs, **settings) as running:
+            security, keys = security_of(args), settings["api_keys"]
             _say_how_to_call(running.address, security, keys)
             if running.http:
                 say(f"the OpenAI API is at http{'s' * security.serves_tls}://{reachable(running.http)}/v1")
@@ -72,15 +66,11 @@ def deployment(
     host: str = GATEWAY_HOST,
     port: int = 0,
     logs: Logs = None,
-    security: Security = PLAINTEXT,
-    api_keys: Path | None = None,
-    log_stats: bool = False,
-    drain_timeout_s: float = DRAIN_S,
-    more: Mapping[str, Sequence[str]] | None = None,
+    **settings: Any,
 ) -> Deployment:
     """The services as the flags say, telling the user when each is ready. model: what it is called.
 
-    more: further arguments by role; log_stats: the gateway logs them, where no command of ours prints them.
+    settings: of the services, beside those that every command has flags for.
     """
 
     def on_ready(name: str, address: str, seconds: float) -> None:
@@ -88,43 +78,29 @@ def deployment(
         about = [effective_settings(config.stage(each.stage_id)) for each in stages]
         say("; ".join([f"{name} is ready at {address}, {seconds:.1f} s", *about]))
 
+    flags = {"device": "device", "dtype": "dtype", "batch_timeout_s": "batch_timeout", PROFILER: PROFILER}
+    asked = {name: getattr(args, flag, None) for name, flag in flags.items()}
     return Deployment(
         config,
         checkpoint.folder,
         name=model,
         host=host,
         gateway_port=port,
-        device=args.device or "auto",
-        dtype=args.dtype or "auto",
         init_timeout_s=args.init_timeout or INIT_TIMEOUT_S,
-        batch_timeout_s=args.batch_timeout or BATCH_TIMEOUT_S,
-        profile=bool(getattr(args, "enable_diffusion_pipeline_profiler", None)),
-        log_stats=log_stats,
-        security=security,
-        http=getattr(args, "http", None),
-        guards=http_guards(args) if hasattr(args, "http") else None,
-        model_names=getattr(args, "served_model_name", None) or (),
-        api_keys=api_keys,
         logs=logs,
         on_ready=on_ready,
-        drain_timeout_s=drain_timeout_s,
-        more=more,
+        **{**{name: value for name, value in asked.items() if value is not None}, **settings},
     )
 
 
-def _front(args: argparse.Namespace) -> Security:
-    """TLS of the gateway's port; ConfigError for files that are missing or cannot be read."""
-    security = replace(security_of(args), clients=tuple(args.tls_allow_client or ()))
-    security.check_server()
-    return security
-
-
-def _keys(args: argparse.Namespace) -> Path | None:
-    """The file of API keys, if there is one; ConfigError for one that cannot be used."""
-    path = key_file(None if args.api_keys is None else Path(args.api_keys))
-    if path is not None:
-        read_keys(path)
-    return path
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The services' settings; ConfigError for a file of API keys that cannot be used."""
+    settings = asked_settings(args)
+    if "api_keys" not in settings:
+        settings["api_keys"] = default_keys()
+    if settings["api_keys"] is not None:
+        read_keys(settings["api_keys"])
+    return settings
 
 
 def _say_how_to_call(address: str, security: Security, keys: Path | None) -> None:
@@ -149,11 +125,3 @@ def _logs(args: argparse.Namespace) -> Logs:
             f"--log-dir {args.log_dir!r} cannot be made: {error.strerror}; choose another folder"
         ) from None
     return LogFolder(Path(args.log_dir), args.log_max_bytes or LOG_BYTES, args.log_files or LOG_FILES)
-
-
-def _check_http(args: argparse.Namespace) -> None:
-    """Raise ConfigError for what is said of an HTTP front that there is not."""
-    given = [flag.name for flag in FLAGS if getattr(args, flag.name.strip("-").replace("-", "_")) is not None]
-    given += ["--served-model-name"] if args.served_model_name else []
-    if given and args.http is None:
-        raise ConfigError(f"{given[0]} has no effect without --http; give --http HOST:PORT, or leave it out")

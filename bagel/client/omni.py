@@ -89,7 +89,7 @@ class Omni:
             dtype=dtype,
             init_timeout_s=init_timeout,
             batch_timeout_s=batch_timeout,
-            profile=enable_diffusion_pipeline_profiler,
+            enable_diffusion_pipeline_profiler=enable_diffusion_pipeline_profiler,
             logs=Path(logs) if isinstance(logs, str) else logs,
             on_ready=on_ready,
         )

@@ -1,11 +1,13 @@
-"""`python -m bagel.deployment.child MODULE ARGS...` runs MODULE until the parent process ends.
+"""`python -m bagel.deployment.child MODULE` runs MODULE until the parent process ends.
 
-The parent holds the other end of standard input. However the parent ends, its end closes and the service stops. So no
+The parent holds the other end of standard input. Its one line there is the arguments, as a JSON list: on the command
+line every user of the machine could read them. However the parent ends, its end closes and the service stops. So no
 process is left behind, on any system and whichever of the parent's threads started it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -18,10 +20,13 @@ STOP_LIMIT_S = 60.0
 
 
 def main() -> None:
-    """Run the module of the first argument as __main__, with the others as its arguments."""
-    del sys.argv[0]
+    """Run the module of the first argument as __main__, with the arguments that the parent writes."""
+    module = sys.argv[1]
+    if not (line := sys.stdin.buffer.readline()):
+        sys.exit(1)  # the parent has gone already
+    sys.argv = [module, *json.loads(line)]
     Thread(target=_stop_with_parent, name="parent", daemon=True).start()
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _stop_with_parent() -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
+from bagel.deployment.not_built import NOT_BUILT, NotBuilt, unbuilt
+from bagel.deployment.settings import Config, settings_of
+from bagel.deployment.thinker_config import VLLM_ONLY
 from bagel.deployment.yaml_files import merge, read_yaml
 from bagel.errors import MOST_TOLD, ConfigError, InvalidRequest, NotSupported
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType, pipeline
@@ -24,21 +26,7 @@ from bagel.vocabulary import DEPLOY_INSTEAD, instead_of
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of `bagel`, in an installed wheel or a checkout."""
-UNBUILT: Mapping[str, object] = {
-    "tensor_parallel_size": 1,
-    "parallel_config.tensor_parallel_size": 1,
-    "parallel_config.cfg_parallel_size": 1,
-    "parallel_config.vae_patch_parallel_size": 1,
-    "parallel_config.use_hsdp": False,
-    "quantization": None,
-}
-"""Stage keys whose effect is not built, each with the one value that works. Delete a row when its effect exists."""
-VLLM_SIZES = ("tensor_parallel_size", "parallel_config.tensor_parallel_size", "quantization")
-"""Of these, what a Thinker on vLLM has; one on torch refuses it itself."""
-UNBUILT_TOP: Mapping[str, object] = {"async_chunk": False}
-"""The same for keys at the top of the file."""
-
-VLLM_KEYS = ("max_num_batched_tokens", "gpu_memory_utilization", "enforce_eager", "enable_prefix_caching")
+VLLM_KEYS = tuple(each.name for each in VLLM_ONLY if each.name not in {row.key for row in NOT_BUILT})
 """Stage keys that only the vLLM engine honours."""
 REAL_CONNECTOR = "GrpcConnector"
 FOREIGN_CONNECTOR = re.compile(r"(SharedMemory|Mooncake|Nixl|Mori|Yuanrong|CudaI[Pp][Cc]|Pris[Kk][Vv])\w*Connector")
@@ -175,6 +163,14 @@ class StageDeploy(_Model):
         """The effective vae_use_tiling: VAE patch parallelism hands out tiles, so it turns tiling on."""
         return self.vae_use_tiling or self.parallel_config.vae_patch_parallel_size > 1
 
+    def settings(self, config: type[Config]) -> dict[str, Any]:
+        """What the stage sets of its service's configuration, by the names of the fields."""
+        effective = {"tensor_parallel_size": self.tp_size, "vae_use_tiling": self.tiling}
+        values = {
+            each.name: effective.get(each.name, getattr(self, each.name)) for each in settings_of(config) if each.stage
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class DeployConfig(_Model):
     """A whole deploy file. Made by `load_deploy_config`, which checks it against its pipeline."""
@@ -288,19 +284,21 @@ def effective_settings(stage: StageDeploy) -> str:
 
 
 def refuse_unbuilt(config: DeployConfig) -> None:
-    """Raise NotSupported for the settings whose effect is not built yet; it names the values that work."""
-    owners: list[tuple[str, object, Mapping[str, object]]] = [("", config, UNBUILT_TOP)]
+    """Raise NotSupported for the settings whose effect is not built yet; it names the values that work.
+
+    What vLLM has is left to the Thinker: it is refused there on torch.
+    """
     thinkers = [spec.stage_id for spec in config.spec.stages if spec.model_stage == "thinker"]
+    owners: list[tuple[str, object, list[NotBuilt]]] = [("", config, [row for row in NOT_BUILT if row.of == "file"])]
     for stage in config.stages:
-        built = VLLM_SIZES if stage.stage_id in thinkers else ()
-        owners.append((f"{stage.where}.", stage, {key: works for key, works in UNBUILT.items() if key not in built}))
-    problems: list[str] = []
-    for prefix, owner, rows in owners:
-        for key, works in rows.items():
-            value = attrgetter(key)(owner)
-            if value not in (None, works):
-                remedy = "leave it out" if works is None else f"only {str(works).lower()} works"
-                problems.append(f"{prefix}{key} is {value!r}, which is not built yet; {remedy}")
+        on_vllm = stage.stage_id in thinkers
+        rows = [row for row in NOT_BUILT if row.of == "stage" and not (row.on_vllm and on_vllm)]
+        owners.append((f"{stage.where}.", stage, rows))
+    problems = [
+        f"{prefix}{row.key} is {value!r}, which is not built yet; {row.instead}"
+        for prefix, owner, rows in owners
+        for row, value in unbuilt(rows, owner)
+    ]
     if problems:
         raise NotSupported(f"{config.source}: {'; '.join(problems)}")
 

@@ -42,7 +42,7 @@ class DitConfig(ReadingImages, OfModel, Calling, Listening):
         default=(), flag="--source", metavar="NAME=HOST:PORT", shape=SERVICE, elsewhere=WIRED,
     )  # fmt: skip
     vae_use_tiling: bool = setting(
-        "decode large pictures in tiles: less memory", default=False, stage="tiling", elsewhere=OF_STAGE
+        "decode large pictures in tiles: less memory", default=False, stage=True, elsewhere=OF_STAGE
     )
     kv_cache_bytes: int = setting("shared memory for K/V", default=KV_BYTES, at_least=1)
     kv_page_timeout_s: float = setting("without a word of a source", default=PAGE_TIMEOUT_S, metavar="S", above=0)

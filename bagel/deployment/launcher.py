@@ -1,16 +1,16 @@
 """Start, watch and stop all services of a deploy file on this machine. No torch here.
 
-Each service is a process of its own, `python -m bagel_thinker` and so on. This module knows their names and command
-lines but imports none of them.
+Each service is a process of its own, `python -m bagel_thinker` and so on, which gets its whole configuration. This
+module imports none of them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -18,19 +18,20 @@ from typing import Any, NoReturn, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bagel.deployment import serving
+from bagel.deployment.configs import GATEWAY, settings_named
 from bagel.deployment.deploy_file import DeployConfig, StageDeploy
-from bagel.deployment.http_front import HttpGuards, http_arguments
+from bagel.deployment.dit_config import DitConfig
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.process import POLL_S, Logs, Service
+from bagel.deployment.settings import JSON_FLAG
+from bagel.deployment.shared_settings import Listening, OfModel
+from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError, InitTimeout
-from bagel.rpc.api_keys import KEYS_FILE
 from bagel.rpc.deadlines import deadline_of
-from bagel.rpc.limits import DRAIN_S
 from bagel.rpc.transport import PLAINTEXT, Security, sync_channel
 
 LOOPBACK = "127.0.0.1"
-GATEWAY = "gateway"
-MODULES = {"thinker": "bagel_thinker", "dit": "bagel_dit", GATEWAY: "bagel_gateway"}
-"""The module that each role runs."""
 KILL_AFTER_S = 5.0
 """Seconds after its drain time when a service that still runs is killed."""
 
@@ -42,13 +43,12 @@ class Deployment:
     """The services of a deploy file, running from `with` to its end.
 
     model: a checkpoint folder; name: its name in messages. The gateway listens on host and gateway_port (0: any free
-    one), the other services on loopback. device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N; dtype: auto,
-    bfloat16 or float32. profile: the DiT reports the durations of the diffusion stages; log_stats: the gateway logs the
-    timings of each request. security: the gateway's TLS towards its callers. http: the host:port of the OpenAI API;
-    guards and model_names apply to that alone. api_keys: the file of the keys that callers need; None: no keys, even if
-    BAGEL_API_KEYS_FILE is set. more: further arguments for each role's services.
-    Entering raises InitTimeout, naming the stage, if one is not ready after init_timeout_s seconds; if a service ends,
-    it raises that service's BagelError.
+    one), the other services on loopback. settings: of the services, by the names of their fields; each goes to every
+    service that has it (`settings_named`). device: auto, cpu, cuda (the deploy file's GPUs) or cuda:N. The settings of
+    TLS apply to the gateway's callers. api_keys: the file of the keys that callers need; None: no keys, even if
+    BAGEL_API_KEYS_FILE is set.
+    Raises ConfigError for settings that are wrong. Entering raises InitTimeout, naming the stage, if one is not ready
+    after init_timeout_s seconds; if a service ends, it raises that service's BagelError.
     """
 
     def __init__(
@@ -59,33 +59,19 @@ class Deployment:
         name: str | None = None,
         host: str = LOOPBACK,
         gateway_port: int = 0,
-        device: str = "auto",
-        dtype: str = "auto",
         init_timeout_s: float = 300,
-        batch_timeout_s: float = 5,
-        profile: bool = False,
-        log_stats: bool = False,
-        drain_timeout_s: float = DRAIN_S,
-        security: Security = PLAINTEXT,
-        http: str | None = None,
-        guards: HttpGuards | None = None,
-        model_names: Sequence[str] = (),
-        api_keys: Path | None = None,
         logs: Logs = None,
         on_ready: OnReady | None = None,
         env: Mapping[str, str] | None = None,
-        more: Mapping[str, Sequence[str]] | None = None,
+        **settings: Any,
     ) -> None:
-        self.config, self._model, self._name = config, str(model), name or str(model)
-        self._listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
-        self._device, self._dtype = device, dtype
-        self._init_timeout_s, self._batch_timeout_s, self._drain_s = init_timeout_s, batch_timeout_s, drain_timeout_s
-        self._logs, self._on_ready, self._security = logs, on_ready, security
-        self._http, self._api_keys, self._profile, self._log_stats = http, api_keys, profile, log_stats
-        self._guards, self._model_names = guards or HttpGuards(), model_names
-        self._more = more or {}
+        self.config, self._name = config, name or str(model)
+        self._init_timeout_s, self._logs, self._on_ready = init_timeout_s, logs, on_ready
         self._env = {**os.environ, **(env or {})}
-        self._env.pop(KEYS_FILE, None)  # only `api_keys` decides, not the caller's environment
+        self._stages = _stage_configs(config, str(model), settings)
+        listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
+        self._gateway = _gateway_config(config, listen, self._name, settings)
+        _refuse_without_service(settings, [*(spec.model_stage for spec in config.spec.stages), GATEWAY])
         self._began = 0.0
         self.services: list[Service] = []
         """Thinker, DiT, gateway: in the order of their start."""
@@ -118,7 +104,7 @@ class Deployment:
         try:
             while self.services:
                 self.services[-1].tell_to_stop()
-                self.services[-1].end(self._drain_s + KILL_AFTER_S)
+                self.services[-1].end(self._gateway.drain_timeout_s + KILL_AFTER_S)
                 self.services.pop()
         except BaseException:  # a second Ctrl-C
             self._end_now(0)
@@ -136,19 +122,17 @@ class Deployment:
         waiting: dict[str, Service] = {}
         try:
             addresses: dict[str, str] = {}
-            sources: dict[int, str] = {}
+            feeds: dict[int, str] = {}
             # One after the other, since a DiT needs the address of its Thinker; loading then runs at the same time.
-            for spec in self.config.spec.stages:
-                stage, role = self.config.stage(spec.stage_id), spec.model_stage
-                name = f"{role}-0"
-                feeds = [argument for source in spec.input_sources for argument in ("--source", sources[source])]
-                if role == "dit" and not spec.omni_kv_config.need_recv_cache:
-                    feeds = ["--single-stage"]
-                arguments = [*self._model_arguments(stage, role), *feeds]
-                waiting[name] = self._launch(role, name, f"stage {stage.stage_id} ({role})", arguments, stage)
-                addresses[name] = waiting[name].address(deadline)
-                sources[spec.stage_id] = f"{name}={addresses[name]}"
-            waiting[GATEWAY] = self._launch(GATEWAY, GATEWAY, "the gateway", self._gateway_arguments(addresses))
+            for spec, service in zip(self.config.spec.stages, self._stages, strict=True):
+                if isinstance(service, DitConfig):
+                    service = replace(service, sources=tuple(feeds[source] for source in spec.input_sources))
+                title = f"stage {spec.stage_id} ({spec.model_stage})"
+                waiting[service.name] = self._launch(service.name, title, service, self.config.stage(spec.stage_id))
+                addresses[service.name] = waiting[service.name].address(deadline)
+                feeds[spec.stage_id] = f"{service.name}={addresses[service.name]}"
+            gateway = replace(self._gateway, thinkers=_at(addresses, "thinker"), dits=_at(addresses, "dit"))
+            waiting[GATEWAY] = self._launch(GATEWAY, "the gateway", gateway)
             addresses[GATEWAY] = waiting[GATEWAY].address(deadline)
             self._until_ready(waiting, addresses, deadline)
         except TimeoutError:
@@ -171,7 +155,7 @@ class Deployment:
     def _is_ready(self, service: Service, address: str) -> bool:
         """Whether a service reports that it is ready."""
         # A gateway with TLS prints it: its certificate may be for another name than the loopback address.
-        if service.name == GATEWAY and self._security.serves_tls:
+        if service.name == GATEWAY and self._gateway.tls_certificate is not None:
             return service.said_ready
         return is_serving(address)
 
@@ -183,59 +167,66 @@ class Deployment:
             f"{names} {was} not ready after {self._init_timeout_s:g} s of loading {self._name}; raise init_timeout"
         ) from None
 
-    def _launch(
-        self, role: str, name: str, title: str, arguments: Sequence[str], stage: StageDeploy | None = None
-    ) -> Service:
+    def _launch(self, name: str, title: str, config: Listening, stage: StageDeploy | None = None) -> Service:
         env = dict(self._env)
-        if stage is not None and self._device in ("auto", "cuda"):
+        if stage is not None and isinstance(config, OfModel) and config.device in ("auto", "cuda"):
             env["CUDA_VISIBLE_DEVICES"] = _visible_gpus(stage, env.get("CUDA_VISIBLE_DEVICES"))
-        drain = ["--drain-timeout", f"{self._drain_s:g}"]
-        service = Service(name, title, MODULES[role], [*arguments, *drain, *self._more.get(role, ())], env, self._logs)
+        service = Service(name, title, config.MODULE, [JSON_FLAG, config.to_json()], env, self._logs)
         self.services.append(service)
         return service
 
-    def _model_arguments(self, stage: StageDeploy, role: str) -> list[str]:
-        arguments = ["--model", self._model, "--listen", f"{LOOPBACK}:0", "--name", f"{role}-0"]
-        arguments += ["--device", self._device, "--dtype", self._dtype]
-        if stage.max_num_seqs is not None:
-            arguments += ["--max-num-seqs", str(stage.max_num_seqs)]
-        if stage.max_model_len is not None:
-            arguments += ["--max-model-len", str(stage.max_model_len)]
-        arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
+
+def _stage_configs(config: DeployConfig, model: str, settings: Mapping[str, Any]) -> list[ThinkerConfig | DitConfig]:
+    """The configurations of the stages' services; a DiT gets its sources once they listen."""
+    found: list[ThinkerConfig | DitConfig] = []
+    for spec in config.spec.stages:
+        role, stage = spec.model_stage, config.stage(spec.stage_id)
+        own = {"model": model, "listen": f"{LOOPBACK}:0", "name": f"{role}-0", **_asked_of(role, settings)}
         if role == "thinker":
-            return [*arguments, *self._thinker_arguments(stage)]
-        if role == "dit":
-            arguments += ["--vae-use-tiling"] if stage.tiling else []
-            arguments += ["--enable-diffusion-pipeline-profiler"] if self._profile else []
-        return arguments
+            found.append(ThinkerConfig(**{**stage.settings(ThinkerConfig), **own}))
+        else:
+            own["single_stage"] = not spec.omni_kv_config.need_recv_cache
+            found.append(DitConfig(**{**stage.settings(DitConfig), **own}))
+    return found
 
-    @staticmethod
-    def _thinker_arguments(stage: StageDeploy) -> list[str]:
-        """The engine, and the settings that only vLLM has; the Thinker refuses those that its engine does not have."""
-        arguments = [] if stage.engine is None else ["--engine", stage.engine]
-        arguments += ["--tensor-parallel-size", str(stage.tp_size)] if stage.tp_size > 1 else []
-        for key in ("max_num_batched_tokens", "gpu_memory_utilization", "quantization"):
-            if (value := getattr(stage, key)) is not None:
-                arguments += [f"--{key.replace('_', '-')}", str(value)]
-        for key in ("enforce_eager", "enable_prefix_caching"):
-            if (on := getattr(stage, key)) is not None:
-                arguments.append(f"--{'' if on else 'no-'}{key.replace('_', '-')}")
-        return arguments
 
-    def _gateway_arguments(self, addresses: Mapping[str, str]) -> list[str]:
-        arguments = ["--listen", self._listen, "--pipeline", self.config.pipeline]
-        for name, address in addresses.items():
-            arguments += [f"--{name.split('-')[0]}", f"{name}={address}"]
-        arguments += ["--batch-timeout", f"{self._batch_timeout_s:g}"]
-        arguments += ["--log-stats"] if self._log_stats else []
-        if self._security.serves_tls:
-            arguments += [*_tls_arguments(self._security), "--plaintext-services"]
-        if self._http is not None:
-            arguments += ["--http", self._http, *http_arguments(self._guards)]
-            arguments += [f"--served-model-name={name}" for name in self._model_names or (self._name,)]
-        if self._api_keys is not None:
-            arguments += ["--api-keys", str(self._api_keys)]
-        return [*arguments, "--sampling-defaults", json.dumps(self.config.sampling_defaults())]
+def _gateway_config(config: DeployConfig, listen: str, name: str, settings: Mapping[str, Any]) -> GatewayConfig:
+    """The gateway's configuration, with addresses that are known once the stages listen."""
+    asked = _asked_of(GATEWAY, settings)
+    nowhere = {f"{spec.model_stage}-0": f"{LOOPBACK}:0" for spec in config.spec.stages}
+    own: dict[str, Any] = {
+        "listen": listen,
+        "pipeline": config.pipeline,
+        "sampling_defaults": config.sampling_defaults(),
+        "api_keys": None,
+        "served_model_names": (name,) if asked.get("http") is not None else (),
+        "plaintext_services": asked.get("tls_certificate") is not None,
+        "thinkers": _at(nowhere, "thinker"),
+        "dits": _at(nowhere, "dit"),
+    }
+    gateway = GatewayConfig(**{**own, **asked})
+    serving.security(gateway).check_server()
+    return gateway
+
+
+def _asked_of(role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of settings of all services those of this one."""
+    return {name: value for name, value in settings.items() if role in settings_named(name)}
+
+
+def _at(addresses: Mapping[str, str], role: str) -> tuple[str, ...]:
+    """Where the services of a role are, as the gateway's settings say it."""
+    return tuple(f"{name}={address}" for name, address in addresses.items() if name.startswith(f"{role}-"))
+
+
+def _refuse_without_service(settings: Mapping[str, Any], started: Collection[str]) -> None:
+    """Raise ConfigError for a setting of a service that is not started."""
+    for name in settings:
+        if not (found := settings_named(name)):
+            raise ConfigError(f"{name} is no setting of a service")
+        if not found.keys() & set(started):
+            role, each = next(iter(found.items()))
+            raise ConfigError(f"{each.flag} is of the {role}, which this deploy file does not start; leave it out")
 
 
 def is_serving(address: str, timeout_s: float = 1.0, security: Security = PLAINTEXT) -> bool:
@@ -252,13 +243,6 @@ def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) ->
         except grpc.RpcError:
             return "unreachable"
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
-
-
-def _tls_arguments(security: Security) -> list[str]:
-    files = {"certificate": security.certificate, "key": security.key, "ca": security.ca}
-    arguments = [(f"--tls-{what}", str(file)) for what, file in files.items() if file is not None]
-    arguments += [("--tls-allow-client", name) for name in security.clients]
-    return [argument for pair in arguments for argument in pair]
 
 
 def reachable(address: str) -> str:

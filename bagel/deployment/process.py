@@ -32,7 +32,10 @@ Logs = LogFolder | Path | TextIO | None
 
 
 class Service:
-    """One child process. title: its name in messages, like "stage 0 (thinker)"."""
+    """One child process. title: its name in messages, like "stage 0 (thinker)".
+
+    Other users of this machine do not see its arguments.
+    """
 
     def __init__(
         self, name: str, title: str, module: str, arguments: Sequence[str], env: Mapping[str, str], logs: Logs
@@ -46,8 +49,8 @@ class Service:
         """Whether it has printed that it is ready, as the gateway does."""
         self._write, self._close_log, self.log = _sink(logs, name)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bagel.deployment.child", module, *arguments],
-            stdin=subprocess.PIPE,  # never written to: bagel.deployment.child ends when it closes
+            [sys.executable, "-m", "bagel.deployment.child", module],
+            stdin=subprocess.PIPE,  # bagel.deployment.child ends when it closes
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=env,
@@ -55,6 +58,10 @@ class Service:
             errors="replace",
             process_group=0,  # a terminal's Ctrl-C reaches only us, so that we decide the order of the shutdown
         )
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended already, and `check` says how
+            self.process.stdin.write(json.dumps(list(arguments)) + "\n")
+            self.process.stdin.flush()
         streams = (self.process.stdout, self.process.stderr)
         self._readers = [
             Thread(target=self._read, args=(stream, stream is self.process.stdout), daemon=True) for stream in streams

@@ -22,13 +22,21 @@ from bagel.errors import ConfigError
 from bagel.ranges import in_words
 
 JSON_FLAG = "--config-json"
-_NOUNS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "true or false", dict: "JSON object"}
+_NOUNS = {
+    int: "whole number",
+    float: "number",
+    str: "text",
+    Path: "path",
+    bool: "true or false",
+    dict: 'JSON of an object, like {"steps": 24}',
+}
 
 
 def setting(
     help: str,
     *,
     default: Any = MISSING,
+    default_factory: Any = MISSING,
     flag: str = "",
     metavar: str | None = None,
     choices: Sequence[Any] | None = None,
@@ -37,18 +45,19 @@ def setting(
     at_most: float | None = None,
     shape: tuple[str, str] | None = None,
     heading: str = "",
-    stage: str = "",
+    stage: bool = False,
     elsewhere: str = "",
+    everywhere: bool = False,
 ) -> Any:
     """A field of a configuration object. Without a default it must be given.
 
     help: without the default, which is added. flag: where the field's name does not give it. shape: of a text, a
     regular expression and its words. heading: in --help.
-    stage: the property of a deploy file's stage that sets it. elsewhere: what sets it in `bagel serve`, where that is
-    no flag of the same name.
+    stage: a key of a deploy file's stage too. elsewhere: what sets it in `bagel serve`, where that is
+    no flag of the same name. everywhere: `bagel serve` gives it to all services, not to the gateway alone.
     """
-    say = {name: value for name, value in locals().items() if name != "default"}
-    return field(default=default, metadata=say)
+    say = {name: value for name, value in locals().items() if not name.startswith("default")}
+    return field(default=default, default_factory=default_factory, metadata=say)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,7 @@ class Setting:
     optional: bool
     several: bool
     default: Any
+    required: bool
     help: str
     flag: str
     metavar: str | None
@@ -72,8 +82,9 @@ class Setting:
     at_most: float | None
     shape: tuple[str, str] | None
     heading: str
-    stage: str
+    stage: bool
     elsewhere: str
+    everywhere: bool
 
     @property
     def dest(self) -> str:
@@ -87,7 +98,7 @@ class Setting:
             how["action"] = argparse.BooleanOptionalAction if self.optional else "store_true"
         else:
             how |= {"type": self.read, "metavar": self.metavar, "choices": self.choices}
-            how |= {"action": "append"} if self.several else {"required": required and self.default is MISSING}
+            how |= {"action": "append"} if self.several else {"required": required and self.required}
         group.add_argument(self.flag, **how)
 
     def read(self, text: str) -> Any:
@@ -101,10 +112,10 @@ class Setting:
         return value if value is not None else text
 
     def decode(self, value: Any) -> Any:
-        """The value that JSON has as this."""
+        """The value that JSON, or a flag of another command, has as this."""
         if self.several and isinstance(value, list):
             return tuple(value)
-        return value if value is None or self.kind in (bool, int, float, dict) else self.kind(value)
+        return self.kind(value) if isinstance(value, str) and self.kind not in (bool, int, float, dict) else value
 
     def check(self, value: Any) -> None:
         """Raise ConfigError, naming the flag, for a value that the setting cannot have."""
@@ -115,7 +126,9 @@ class Setting:
                 told = ", ".join(map(str, self.choices))
                 raise ConfigError(f"{self.flag} is {each!r:.80}; it must be one of {told}")
             if not self._is(each):
-                raise ConfigError(f"{self.flag} is {each!r:.80}; it must be a {self._noun()}")
+                raise ConfigError(
+                    f"{self.flag} is {each!r:.80}; it must be {'a ' * (self.kind is not bool)}{self._noun()}"
+                )
             if not self._holds(each):
                 raise ConfigError(f"{self.flag} is {each!r:.80}; it must be {self._range()}")
 
@@ -224,6 +237,7 @@ def settings_of(cls: type[Config]) -> tuple[Setting, ...]:
         say = {**each.metadata, "flag": each.metadata["flag"] or flag_of(each.name)}
         kind = get_args(kind)[0] if several else get_origin(kind) or kind
         how = {"kind": kind, "several": several, "optional": len(options) > 1}
+        how["required"] = each.default is MISSING and each.default_factory is MISSING
         found.append(Setting(name=each.name, default=each.default, **how, **say))
     return tuple(found)
 
@@ -245,4 +259,4 @@ def add_flags(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> N
 def given(values: Mapping[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
     """Of argparse's values those that were given, by the names of the fields."""
     found = {each: values[each.dest] for each in settings if values.get(each.dest) is not None}
-    return {each.name: tuple(value) if each.several else value for each, value in found.items()}
+    return {each.name: each.decode(value) for each, value in found.items()}

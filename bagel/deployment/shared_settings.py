@@ -15,7 +15,9 @@ KV_BYTES = 2 * 2**30
 STEP_TIMEOUT_S = 600.0
 """Of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
 DTYPES = ("auto", "bfloat16", "float32")
-SERVICE = (r"[^=]+=[^=]*:\d+", "NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")
+ENGINES = ("auto", "torch", "vllm")
+TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
+SERVICE = (r"[^=]+=[^=]+:\d+", "NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")
 
 OF_STAGE = "a setting of a stage; write it into the deploy file of --deploy-config"
 WIRED = "set by bagel serve, which starts the services and connects them"
@@ -52,7 +54,9 @@ class Listening(Config):
     """The names that it takes calls of where tls_allow_clients says none; empty: any of the CA's."""
 
     listen: str
-    drain_timeout_s: float = setting("for requests under way", default=DRAIN_S, metavar="S", at_least=0)
+    drain_timeout_s: float = setting(
+        "for requests under way", default=DRAIN_S, metavar="S", at_least=0, everywhere=True
+    )
     reader_timeout_s: float = setting(
         "of a client that takes nothing of its answer; then its call ends",
         default=READER_TIMEOUT_S, metavar="S", above=0,
@@ -86,7 +90,7 @@ class Listening(Config):
         "of a connection, after which its caller makes another",
         default=_LIMITS.age_s, metavar="S", above=0, heading=_GRPC,
     )  # fmt: skip
-    log_level: str = setting("", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_level: str = setting("", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"), everywhere=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +109,14 @@ class Calling(Config):
 class ReadingImages(Config):
     """Of a service that reads images."""
 
-    image_workers: int = setting("processes that read images", default=2, metavar="N", at_least=1)
+    image_workers: int = setting("processes that read images", default=2, metavar="N", at_least=1, everywhere=True)
     # 64 megapixels take two or three seconds.
     image_timeout_s: float = setting(
-        "seconds to read one image; one that takes longer is refused", default=20.0, metavar="S", above=0
+        "seconds to read one image; one that takes longer is refused",
+        default=20.0,
+        metavar="S",
+        above=0,
+        everywhere=True,
     )
 
 
@@ -121,12 +129,12 @@ class OfModel(Config):
     device: str = setting("auto, cpu, cuda or cuda:N", default="auto", elsewhere=WIRED)
     dtype: str = setting("", default="auto", choices=DTYPES, elsewhere=WIRED)
     max_num_seqs: int = setting(
-        "requests worked on at once", default=16, metavar="N", at_least=1, stage="max_num_seqs", elsewhere=OF_STAGE
+        "requests worked on at once", default=16, metavar="N", at_least=1, stage=True, elsewhere=OF_STAGE
     )
     batch_timeout_s: float = setting(
-        "for a place among them, then busy", default=BATCH_TIMEOUT_S, metavar="S", at_least=0
+        "for a place among them, then busy", default=BATCH_TIMEOUT_S, metavar="S", at_least=0, everywhere=True
     )
     max_model_len: int | None = setting(
         "positions of prompt and text together",
-        default=None, metavar="N", at_least=1, stage="max_model_len", elsewhere=OF_STAGE,
+        default=None, metavar="N", at_least=1, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip

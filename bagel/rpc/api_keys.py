@@ -23,8 +23,6 @@ from bagel.text_files import decode_marked
 PREFIX = "bagel_"
 """Tells people, and scanners of leaked secrets, what it is."""
 KEY_BYTES = 32
-KEYS_FILE = "BAGEL_API_KEYS_FILE"
-"""The environment's variable that names the key file of a gateway."""
 AUTHORIZATION = "authorization"
 """The gRPC metadata key and HTTP header that carries `Bearer KEY`."""
 _LINE = re.compile(r"(?P<name>\S+)\s+sha256:(?P<digest>[0-9a-fA-F]{64})")
@@ -76,19 +74,6 @@ class KeyRing:
         if (name := self.name_of(key.strip())) is None:
             raise Unauthenticated("this API key is not known here, or no longer; ask whoever runs this gateway for one")
         return name
-
-
-def key_file(given: Path | None) -> Path | None:
-    """The key file that the user names: here, or in the environment; ConfigError for a variable that is set to nothing.
-
-    That is no way to say "none": it is what a misspelt variable in a start script comes to, and would let anyone in.
-    """
-    named = os.environ.get(KEYS_FILE)
-    if given is not None or named is None:
-        return given
-    if not named.strip():
-        raise ConfigError(f"{KEYS_FILE} is set but empty; let it name the file of API keys, or unset it")
-    return Path(named)
 
 
 def read_keys(path: Path) -> tuple[KeyRing, bytes]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 CONNECTIONS = 4096
 """Silent ones cost some 20 KiB each, for --grpc-handshake-timeout at most."""
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""A prompt's images and a picture fit; K/V pages are far smaller."""
 DRAIN_S = 30.0
 READER_TIMEOUT_S = 60.0
 """That a reader may take nothing: longer than a phone is out of reach in a tunnel."""

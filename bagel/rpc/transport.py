@@ -18,14 +18,13 @@ from bagel.errors import BagelError, ConfigError, Loading
 from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
-from bagel.rpc.limits import DRAIN_S, Limits
+from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
 from bagel.rpc.security import PLAINTEXT, Security
 from bagel.rpc.unread import Unread
 from bagel.rpc.writing import writing
 from bagel.telemetry.logs import Log
 
 __all__ = [
-    "MAX_MESSAGE_BYTES",
     "PLAINTEXT",
     "Host",
     "LateMethods",
@@ -35,8 +34,6 @@ __all__ = [
     "sync_channel",
 ]
 
-MAX_MESSAGE_BYTES = 64 * 2**20
-"""A prompt's images and a picture fit; K/V pages are far smaller."""
 IDLE_CHECK_S = 0.05
 _PING = 10_000
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from collections.abc import Sequence
 
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.rpc import service
 from bagel.rpc.heap import keep_loaded
 from bagel.telemetry.logs import Log
 from bagel_gateway.server import Gateway
-from bagel_gateway.settings import parser, settings_of
+from bagel_gateway.settings import exposes_keys
 
 log = Log("bagel_gateway")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service until SIGTERM; the process's exit code."""
-    return service.run(lambda: parser().parse_args(argv), _serve, "gateway")
+    return service.run(lambda: GatewayConfig.read(argv), _serve, "gateway")
 
 
-async def _serve(args: argparse.Namespace) -> None:
-    settings = settings_of(args)
-    gateway = Gateway(settings)
+async def _serve(config: GatewayConfig) -> None:
+    gateway = Gateway(config)
     keep_loaded()
     await gateway.start()
-    service.announce(gateway.host, settings.listen, gateway.rest.address if gateway.rest is not None else None)
-    log.info("configuration", **settings.shown())
-    if settings.exposes_keys:
+    service.announce(gateway.host, config.listen, gateway.rest.address if gateway.rest is not None else None)
+    log.info("configuration", **config.shown(), **gateway.tls.shown())
+    if exposes_keys(config):
         log.warning("API keys come in plaintext", remedy="--tls-certificate and --tls-key, or TLS before this gateway")
     telling = asyncio.create_task(_tell_ready(gateway))
     await gateway.until_stopped()

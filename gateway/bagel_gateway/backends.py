@@ -12,6 +12,7 @@ from typing import TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from bagel.deployment.gateway_config import SILENCE_S
 from bagel.errors import ConfigError, ForeignContext, NoBackend
 from bagel.kv.lease_keeper import PeerLessor
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType
@@ -25,7 +26,6 @@ from bagel_gateway.uploads import Upload
 
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 5.0
-SILENCE_S = 15.0
 LOOK_AGAIN_S = 0.05
 
 log = Log("bagel_gateway.backends")

@@ -10,13 +10,6 @@ from bagel.images.pool import ImagePool
 from bagel.prompts import ImagePart, Prompt
 from bagel.v1 import common_pb2
 
-MAX_IMAGES = 7
-"""As many as questions of MMMU have. At the model's full size their tokens may be more than it has positions for, which
-the stage that reads them refuses."""
-MOST_IMAGES = 8
-"""What the setting may be: as many files as a form may have."""
-MAX_IMAGE_PIXELS = 4 * 64_000_000
-
 
 @dataclass(frozen=True, eq=False)
 class ImageFile(UnreadImage):
@@ -31,7 +24,7 @@ class ImageFile(UnreadImage):
 class InputImages:
     """Looks at images. max_images and max_pixels: of one request's images together."""
 
-    def __init__(self, pool: ImagePool, max_images: int = MAX_IMAGES, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(self, pool: ImagePool, max_images: int, max_pixels: int) -> None:
         self._pool, self.max_images, self._max_pixels = pool, max_images, max_pixels
 
     async def measured(self, prompt: Prompt) -> Prompt:

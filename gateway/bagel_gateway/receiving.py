@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from grpc import aio
 
 from bagel.errors import Busy, InvalidRequest, RequestTooSlow
-from bagel.rpc.transport import MAX_MESSAGE_BYTES
+from bagel.rpc.limits import MAX_MESSAGE_BYTES
 from bagel_gateway.room import Room
 
 AT_ONCE = 2

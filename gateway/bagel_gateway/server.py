@@ -7,20 +7,23 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from bagel.images.pool import ImagePool
+from bagel.deployment import serving
+from bagel.deployment.gateway_config import GatewayConfig
+from bagel.pipelines import pipeline
 from bagel.rpc.admission import Admission
 from bagel.rpc.deadlines import deadline_of
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
+from bagel.rpc.unread import Unread
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
-from bagel_gateway.backends import Backends
+from bagel_gateway.backends import CHECK_EVERY_S, Address, Backends
 from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.receiving import Receiving
 from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
-from bagel_gateway.settings import Settings
+from bagel_gateway.settings import tls_of
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -55,59 +58,71 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
 class Gateway:
     """A gateway that listens, watches its backends, and is ready while each stage has one. Ends with `close`."""
 
-    def __init__(self, settings: Settings) -> None:
-        keys = None if settings.api_keys is None else Keys(settings.api_keys)
+    def __init__(self, config: GatewayConfig, *, check_every_s: float = CHECK_EVERY_S) -> None:
+        tls, topology = tls_of(config), pipeline(config.pipeline)
+        self.tls = tls
+        keys = None if config.api_keys is None else Keys(config.api_keys)
         guards = () if keys is None else (KeyInterceptor(keys),)
-        unread, limits = settings.unread(), settings.grpc
-        self.room = Room(settings.max_bytes_in_flight)
+        limits = serving.limits(config)
+        unread = Unread(config.reader_timeout_s, config.max_unread_bytes, config.max_unread_bytes_per_call)
+        self.room = Room(config.max_bytes_in_flight)
         receive = Receiving(self.room, limits.message_s).message
-        self.host = Host(settings.listen, (SERVICE,), settings.front_security, guards, unread, limits, receive)
+        self.host = Host(config.listen, (SERVICE,), tls.front, guards, unread, limits, receive)
         self.backends = Backends(
-            settings.pipeline,
-            settings.thinkers,
-            settings.dits,
-            security=settings.security,
-            check_every_s=settings.check_every_s,
-            silence_s=settings.silence_timeout_s,
-            wait_s=settings.backend_timeout_s,
-            server_names=settings.server_names,
+            topology,
+            [Address.parse(service) for service in config.thinkers],
+            [Address.parse(service) for service in config.dits],
+            security=tls.inner,
+            check_every_s=check_every_s,
+            silence_s=config.silence_timeout_s,
+            wait_s=config.backend_timeout_s,
+            server_names=tls.server_names,
         )
         self.admission = Admission(
             "the gateway",
-            settings.max_requests,
-            settings.batch_timeout_s,
+            config.max_requests,
+            config.batch_timeout_s,
             settings="--max-requests or --batch-timeout",
-            max_waiting=settings.max_requests,
+            max_waiting=config.max_requests,
             retry_after_s=1.0,
             draining=self.host.draining,
         )
         self.metrics = Metrics()
         self.metrics.watch(self.admission, self.backends)
-        pool = ImagePool(settings.image_workers, settings.image_timeout_s, settings.batch_timeout_s)
-        self.images = InputImages(pool, settings.max_images, settings.max_image_pixels)
+        pool = serving.image_pool(config)
+        self.images = InputImages(pool, config.max_images, config.max_image_pixels)
         self.requests = Requests(
-            settings.pipeline,
+            topology,
             self.backends,
             self.admission,
-            settings.sampling_defaults,
+            config.sampling_defaults,
             self.metrics,
             self.host.unread,
             self.images,
-            log_stats=settings.log_stats,
+            log_stats=config.log_stats,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)
-        self._drain_s, self._keys = settings.drain_timeout_s, keys
+        self._drain_s, self._keys = config.drain_timeout_s, keys
         self._watching: asyncio.Task[None] | None = None
         self.was_ready = asyncio.Event()
         """Set once every stage had a service that is ready."""
         self.rest = None
-        if settings.http is not None:
+        if config.http is not None:
             # Only here: a gateway that speaks gRPC alone needs none of what REST is made of.
             from bagel_gateway.rest.server import RestServer
 
             draining, port = self.host.draining.is_set, self.host.port
             self.rest = RestServer(
-                settings, self.requests, self.metrics, self.backends, draining, keys, port, self.host.unread, self.room
+                config,
+                tls.front,
+                self.requests,
+                self.metrics,
+                self.backends,
+                draining,
+                keys,
+                port,
+                self.host.unread,
+                self.room,
             )
 
     async def start(self) -> None:

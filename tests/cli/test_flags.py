@@ -8,14 +8,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from bagel.arguments import Parser
 from bagel.cli import flags, main
-from bagel.cli.passing import NOT_PASSED, PARSERS, add_service_flags, passed_arguments
+from bagel.cli.passing import add_service_flags, asked_settings
+from bagel.deployment.configs import CONFIGS
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.launcher import Deployment
+from bagel.deployment.settings import settings_of
+from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.prompts import TextPart
 from bagel.request import (
     ImageSettings,
@@ -190,22 +194,17 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
     flags.add_serve_flags(serve)
     add_service_flags(serve)
     taken = {name for action in serve._actions for name in action.option_strings}
-    for module in PARSERS.values():
-        for action in import_module(module).parser()._actions:
-            assert action.option_strings[0] in taken | NOT_PASSED.keys()
+    for each in (each for config in CONFIGS.values() for each in settings_of(config)):
+        assert each.flag in taken or each.elsewhere, each.flag
     several = "--allow-image-host a --allow-image-host b --max-requests 3 --step-timeout 9 --log-level DEBUG"
     args = serve.parse_args([*several.split(), "--http", "127.0.0.1:0", "--kv-store-bytes", "99"])
-    both = ["--log-level=DEBUG"]
-    expected = {
-        "gateway": ["--allow-image-host=a", "--allow-image-host=b", *both, "--max-requests=3"],
-        "thinker": ["--kv-store-bytes=99", *both, "--step-timeout=9"],
-        "dit": [*both, "--step-timeout=9"],
-    }
-    passed = passed_arguments(args, ("gateway", "thinker", "dit"))
-    assert {role: sorted(arguments) for role, arguments in passed.items()} == expected
-    for role, arguments in passed.items():  # and the service takes them
-        required = [] if role == "gateway" else ["--model", "x"]
-        import_module(PARSERS[role]).parser().parse_args([*required, *arguments])
+    deploy = load_deploy_config(shipped_deploy_config("bagel"))
+    made = Deployment(deploy, "m", **asked_settings(args))
+    (thinker, dit), gateway = made._stages, made._gateway
+    assert isinstance(thinker, ThinkerConfig)
+    assert (gateway.allow_image_hosts, gateway.max_requests) == (("a", "b"), 3)
+    assert (thinker.kv_store_bytes, thinker.step_timeout_s, dit.step_timeout_s) == (99, 9, 9)
+    assert {each.log_level for each in (thinker, dit, gateway)} == {"DEBUG"}
 
 
 @pytest.mark.parametrize(
@@ -218,9 +217,9 @@ def test_serve_takes_every_flag_of_the_services_or_says_what_it_is_instead() -> 
             "--deploy-config; unknown flag '--stage-id'; start one stage with python -m",
         ),
         ("--served-model-nam x", "did you mean --served-model-name?"),
-        ("--max-requests many", "--max-requests: invalid int value: 'many'"),
+        ("--max-requests many", "--max-requests: 'many' is no whole number of at least 1"),
         ("--served-model-name x", "--served-model-name has no effect without --http"),
-        ("--allow-image-host x", "--allow-image-host is of the HTTP front, which is not asked for; add --http"),
+        ("--allow-image-host x", "--allow-image-host has no effect without --http; give --http"),
         ("--deploy-config deploy/bagel_single_stage.yaml --kv-store-bytes 9", "is of the thinker, which this deploy"),
     ],
 )

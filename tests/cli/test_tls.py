@@ -18,9 +18,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.cli import main
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.launcher import is_serving
 from bagel.rpc.transport import Host, Security, sync_channel
-from bagel_gateway.settings import parser, settings_of
+from bagel_gateway.settings import tls_of
 from tests.cli.test_serve import SINGLE_STAGE, serving
 
 pytestmark = pytest.mark.slow
@@ -131,13 +132,13 @@ def test_flags_that_do_not_fit_are_told_in_one_line(
 
 def test_a_gateway_can_ask_services_for_certificates_and_callers_for_none(ca: Path) -> None:
     stages = ["--thinker", "thinker-0=thinker:1", "--dit", "dit-0=dit:1"]
-    both = settings_of(parser().parse_args([*stages, *flags(ca, "gateway")]))
-    assert both.front_security == both.security == security(ca, "gateway")
-    open_front = settings_of(parser().parse_args([*stages, *flags(ca, "gateway"), "--tls-any-client"]))
-    assert open_front.front_security.ca is None and open_front.security == both.security
-    front_alone = settings_of(parser().parse_args([*stages, *flags(ca, "gateway"), "--plaintext-services"]))
-    assert front_alone.security == Security() and front_alone.front_security == both.security
-    with hosted(open_front.front_security) as address:
+    both = tls_of(GatewayConfig.read([*stages, *flags(ca, "gateway")]))
+    assert both.front == both.inner == security(ca, "gateway")
+    open_front = tls_of(GatewayConfig.read([*stages, *flags(ca, "gateway"), "--tls-any-client"]))
+    assert open_front.front.ca is None and open_front.inner == both.inner
+    front_alone = tls_of(GatewayConfig.read([*stages, *flags(ca, "gateway"), "--plaintext-services"]))
+    assert front_alone.inner == Security() and front_alone.front == both.inner
+    with hosted(open_front.front) as address:
         assert is_serving(address, 5, Security(ca=ca / "ca.pem"))
 
 

@@ -472,7 +472,7 @@ def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest
     given = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_use_tiling": True}
     with pytest.raises(NotSupported, match=r"bagel\.yaml with tensor_parallel_size=2, .*: stages.* not built yet"):
         deploy.with_overrides(**given)
-    monkeypatch.setattr(deploy_file, "UNBUILT", {})  # as it will be once they are built
+    monkeypatch.setattr(deploy_file, "NOT_BUILT", ())  # as it will be once they are built
     with pytest.raises(ConfigError, match='like "0,1"'):
         deploy.with_overrides(**given)
     changed = deploy.with_overrides(**given, devices="0,1")

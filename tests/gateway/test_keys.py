@@ -21,21 +21,21 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from openai import AsyncOpenAI
 
 from bagel.client import AsyncClient
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.errors import ConfigError, Unauthenticated
 from bagel.rpc.api_keys import KeyRing, key_line, key_metadata, new_key, parse_keys, read_keys
 from bagel.rpc.transport import PLAINTEXT, Security, channel
 from bagel.telemetry.logs import JsonFormatter
 from bagel.v1 import gateway_pb2
 from bagel_gateway import keys as gateway_keys
-from bagel_gateway.backends import Address
-from bagel_gateway.settings import Settings, parser, settings_of
-from tests.gateway_stages import Deployment, deployment
+from bagel_gateway.settings import exposes_keys
+from tests.gateway_stages import Deployment, deployment, front
 from tests.rest.test_front import IMAGES, get, raw
 
 ALICE, BOB = new_key(), new_key()
 STAGES: dict[str, Any] = {
-    "thinkers": (Address("thinker-0", "127.0.0.1:1"),),
-    "dits": (Address("dit-0", "127.0.0.1:2"),),
+    "thinkers": ("thinker-0=127.0.0.1:1",),
+    "dits": ("dit-0=127.0.0.1:2",),
 }
 Work = Callable[[Deployment], Coroutine[Any, Any, None]]
 
@@ -311,9 +311,9 @@ def test_logs_of_a_request_name_the_caller_and_never_the_key(file: Path, caplog:
 def test_keys_that_come_in_plaintext_from_other_machines_are_noticed(
     listen: str, http: str | None, security: Security, exposed: bool, file: Path
 ) -> None:
-    settings = Settings(listen=listen, http=http, front_security=security, api_keys=file, **STAGES)
-    assert settings.exposes_keys == exposed
-    assert not replace(settings, api_keys=None).exposes_keys
+    config = GatewayConfig(listen=listen, http=http, api_keys=file, **front(security), **STAGES)
+    assert exposes_keys(config) == exposed
+    assert not exposes_keys(replace(config, api_keys=None))
 
 
 # The file
@@ -376,13 +376,13 @@ def test_a_file_that_is_missing_or_that_anyone_can_write_is_told(tmp_path: Path,
 
 def test_the_environment_names_the_file_and_nothing_is_no_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = "--thinker thinker-0=127.0.0.1:1 --dit dit-0=127.0.0.1:2".split()
-    assert settings_of(parser().parse_args(stages)).api_keys is None
+    assert GatewayConfig.read(stages).api_keys is None
     monkeypatch.setenv("BAGEL_API_KEYS_FILE", str(file))
-    assert settings_of(parser().parse_args(stages)).api_keys == file
-    assert settings_of(parser().parse_args([*stages, "--api-keys", "other"])).api_keys == Path("other")
+    assert GatewayConfig.read(stages).api_keys == file
+    assert GatewayConfig.read([*stages, "--api-keys", "other"]).api_keys == Path("other")
     monkeypatch.setenv("BAGEL_API_KEYS_FILE", " ")
     with pytest.raises(ConfigError, match="set but empty"):
-        settings_of(parser().parse_args(stages))
+        GatewayConfig.read(stages)
 
 
 # Clients

@@ -23,7 +23,7 @@ from PIL import Image
 from bagel.client import AsyncClient
 from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.prompts import ImagePart, TextPart
-from bagel.rpc.transport import Host, Limits, channel
+from bagel.rpc.transport import Host, channel
 from bagel.v1 import common_pb2, dit_pb2, dit_pb2_grpc, kv_pb2_grpc, thinker_pb2, thinker_pb2_grpc
 from bagel_gateway.images import ImageFile
 from bagel_gateway.room import SMALL_BYTES, Room
@@ -248,10 +248,9 @@ def test_pictures_that_compress_to_nothing_take_no_memory() -> None:
 
 def test_a_request_that_does_not_come_has_its_time() -> None:
     async def run() -> None:
-        limits = Limits(message_s=0.3)
         async with (
             asyncio.timeout(LIMIT_S),
-            deployment(grpc=limits) as made,
+            deployment(grpc_message_timeout_s=0.3) as made,
             channel(f"127.0.0.1:{made.gateway.host.port}") as connection,
         ):
             call: Any = connection.stream_unary("/bagel.v1.GatewayService/Generate")()

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from bagel.client import Client
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.errors import (
     BagelError,
     Busy,
@@ -34,8 +35,7 @@ from bagel.errors import (
 from bagel.events import Result, ServiceEvent, TextDelta
 from bagel.rpc.transport import channel, sync_channel
 from bagel.v1 import common_pb2, gateway_pb2, gateway_pb2_grpc
-from bagel_gateway.backends import Address
-from bagel_gateway.settings import Settings, parser, settings_of
+from bagel_gateway.settings import tls_of
 from tests.gateway_stages import Deployment, Dit, deployment
 
 ROOT = Path(__file__).parents[2]
@@ -428,8 +428,8 @@ def test_a_build_that_fails_for_want_of_its_lease_hides_no_cause() -> None:
     through(work)
 
 
-def parse(*flags: str) -> Settings:
-    return settings_of(parser().parse_args(["--listen", "127.0.0.1:0", *STAGES, *flags]))
+def parse(*flags: str) -> GatewayConfig:
+    return GatewayConfig.read(["--listen", "127.0.0.1:0", *STAGES, *flags])
 
 
 @pytest.mark.parametrize(
@@ -449,13 +449,13 @@ def parse(*flags: str) -> Settings:
 )
 def test_a_wrong_flag_is_told(flags: tuple[str, ...], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as wrong:
-        parse(*flags)
+        tls_of(parse(*flags))
     assert "\n" not in str(wrong.value)
 
 
 def test_the_flags_make_settings() -> None:
     made = parse("--thinker", "t=h:3", "--sampling-defaults", '{"steps": 9}')
-    assert made.thinkers == (Address("thinker-0", "127.0.0.1:1"), Address("t", "h:3"))
+    assert made.thinkers == ("thinker-0=127.0.0.1:1", "t=h:3")
     assert made.sampling_defaults == {"steps": 9}
 
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import pytest
 from openai import AsyncOpenAI
 
-from bagel.deployment.http_front import HttpGuards
 from bagel.errors import ConfigError
 from bagel_gateway.rest.connections import KEPT, RESERVE, connections_allowed
 from tests.gateway_stages import Deployment
@@ -55,7 +54,7 @@ def test_a_connection_without_a_whole_head_ends_and_an_idle_one_too() -> None:
         assert await ends(reader) == b""
         writer.close()
 
-    through(work, guards=HttpGuards(header_timeout_s=0.3, idle_timeout_s=0.3))
+    through(work, header_timeout_s=0.3, idle_timeout_s=0.3)
 
 
 def test_a_head_that_trickles_ends_as_a_silent_one() -> None:
@@ -70,7 +69,7 @@ def test_a_head_that_trickles_ends_as_a_silent_one() -> None:
         assert await ending == b""
         writer.close()
 
-    through(work, guards=HttpGuards(header_timeout_s=0.3))
+    through(work, header_timeout_s=0.3)
 
 
 def test_a_body_that_does_not_keep_its_pace_is_given_up_and_one_that_does_is_read() -> None:
@@ -93,7 +92,7 @@ def test_a_body_that_does_not_keep_its_pace_is_given_up_and_one_that_does_is_rea
         assert b"200 OK" in await ends(reader)
         writer.close()
 
-    through(work, guards=HttpGuards(body_timeout_s=0.5, min_body_rate=1000))
+    through(work, body_timeout_s=0.5, min_body_rate=1000)
 
 
 def test_silent_connections_give_way_to_those_that_ask() -> None:
@@ -110,7 +109,7 @@ def test_silent_connections_give_way_to_those_that_ask() -> None:
         for _, writer in silent:
             writer.close()
 
-    through(work, guards=HttpGuards(max_connections=4))
+    through(work, max_connections=4)
 
 
 def test_more_requests_than_connections_are_worked_for_are_busy_and_probes_are_answered() -> None:
@@ -128,7 +127,7 @@ def test_more_requests_than_connections_are_worked_for_are_busy_and_probes_are_a
         assert [status for status, _ in await asyncio.gather(*under_way)] == [200] * 4
         assert (await post(at, IMAGES, {"prompt": "a cat"}))[0] == 200
 
-    through(work, guards=HttpGuards(max_connections=4))
+    through(work, max_connections=4)
 
 
 def test_requests_whose_bodies_do_not_come_give_way_to_those_that_are_whole() -> None:
@@ -146,7 +145,7 @@ def test_requests_whose_bodies_do_not_come_give_way_to_those_that_are_whole() ->
         for _, writer in held:
             writer.close()
 
-    through(work, guards=HttpGuards(max_connections=4))
+    through(work, max_connections=4)
 
 
 @contextmanager

@@ -22,11 +22,10 @@ from openai import AsyncOpenAI
 from PIL import Image
 
 from bagel import request
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.gateway_config import MAX_IMAGES
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.rpc.transport import Security
 from bagel.v1 import common_pb2
-from bagel_gateway.images import MAX_IMAGES
 from bagel_gateway.rest import parameters as rest_parameters
 from bagel_gateway.rest.parameters import (
     QUALITY,
@@ -36,7 +35,7 @@ from bagel_gateway.rest.parameters import (
     ChatParameters,
     ImageParameters,
 )
-from tests.gateway_stages import Deployment, deployment
+from tests.gateway_stages import Deployment, deployment, front
 
 Work = Callable[[Deployment, AsyncOpenAI], Coroutine[Any, Any, None]]
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
@@ -450,7 +449,7 @@ def test_urls_of_other_hosts_than_those_allowed_are_refused() -> None:
             with pytest.raises(openai.BadRequestError, match=r"these hosts alone: images\.example"):
                 await client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}])  # type: ignore[list-item, misc]
 
-    through(work, image_hosts=("images.example",))
+    through(work, allow_image_hosts=("images.example",))
 
 
 # Bodies
@@ -466,7 +465,7 @@ def test_a_body_is_bounded_while_it_is_read() -> None:
         assert status == 413
         assert (await client.images.generate(prompt="a cat")).data
 
-    through(work, guards=HttpGuards(max_body_bytes=65_536))
+    through(work, max_body_bytes=65_536)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +493,7 @@ def test_the_model_and_its_aliases_are_listed_and_another_name_is_told_which_the
             await client.images.generate(prompt="x", model="gpt")
         assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
 
-    through(work, model_names=("ours", "org/alias"))
+    through(work, served_model_names=("ours", "org/alias"))
 
 
 def test_operators_see_health_readiness_counters_and_docs_without_a_network() -> None:
@@ -642,7 +641,7 @@ def test_tls_of_the_gateway_is_https_too(tmp_path: Path) -> None:
     async def run() -> None:
         async with (
             asyncio.timeout(60),
-            deployment(http="127.0.0.1:0", front_security=Security(certificate, key)) as made,
+            deployment(http="127.0.0.1:0", **front(Security(certificate, key))) as made,
         ):
             assert made.gateway.rest is not None
             port = made.gateway.rest.port

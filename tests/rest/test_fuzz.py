@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel.deployment.http_front import HttpGuards
 from bagel_gateway.rest.parameters import (
     REFUSED_CHAT,
     REFUSED_EDIT,
@@ -63,7 +62,7 @@ def front() -> Iterator[str]:
     ready, stop, addresses = Event(), Event(), list[str]()
 
     async def serve() -> None:
-        async with deployment(http="127.0.0.1:0", guards=HttpGuards(max_body_bytes=100_000)) as made:
+        async with deployment(http="127.0.0.1:0", max_body_bytes=100_000) as made:
             assert made.gateway.rest is not None
             addresses.append(made.gateway.rest.address)
             ready.set()

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
-from bagel.deployment.http_front import HttpGuards
 from bagel.errors import InvalidRequest
 from bagel_gateway.rest.forms import MAX_FIELDS, FormReader
 from bagel_gateway.rest.structure import Structure
@@ -57,7 +56,7 @@ def test_no_length_however_written_switches_the_limit_off(length: str) -> None:
         assert answer.startswith(b"HTTP/1.1 413 "), answer
         assert sent < 100 * LIMIT
 
-    through(work, guards=HttpGuards(max_body_bytes=LIMIT))
+    through(work, max_body_bytes=LIMIT)
 
 
 def test_a_length_that_is_none_or_one_of_two_is_refused() -> None:
@@ -81,7 +80,7 @@ def test_a_length_that_is_none_or_one_of_two_is_refused() -> None:
         assert status == 413, answer
         assert (await client.images.generate(prompt="a cat")).data
 
-    through(work, guards=HttpGuards(max_body_bytes=LIMIT))
+    through(work, max_body_bytes=LIMIT)
 
 
 def test_a_body_in_very_many_small_chunks_is_refused_early() -> None:
@@ -104,7 +103,7 @@ def test_a_body_where_no_image_can_be_is_small() -> None:
         words = [{"role": "user", "content": "x" * LIMIT}]
         assert (await post(at, CHAT, {"model": "tiny", "messages": words}))[0] == 200
 
-    through(work, guards=HttpGuards(max_text_body_bytes=LIMIT))
+    through(work, max_text_body_bytes=LIMIT)
 
 
 BOMBS = [
@@ -122,7 +121,7 @@ def test_the_structure_of_a_body_is_bounded_before_it_is_parsed(body: bytes, sai
         status, answer = await post(at, CHAT, body)
         assert status == 400 and said in answer["error"]["message"], answer
 
-    through(work, guards=HttpGuards(max_text_body_bytes=2048))
+    through(work, max_text_body_bytes=2048)
 
 
 def test_a_large_body_of_wide_characters_is_refused_before_it_is_four_times_as_large() -> None:
@@ -131,7 +130,7 @@ def test_a_large_body_of_wide_characters_is_refused_before_it_is_four_times_as_l
         status, answer = await post(at, CHAT, body)
         assert status == 400 and "not ASCII" in answer["error"]["message"], answer
 
-    through(work, guards=HttpGuards(max_body_bytes=500_000))
+    through(work, max_body_bytes=500_000)
 
 
 @given(st.text('[]{},:"\\a é', max_size=60), st.randoms(use_true_random=False))

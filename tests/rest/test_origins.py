@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.http_front import HttpFront
 from bagel.errors import ConfigError
 from bagel.rpc.api_keys import key_line, new_key
 from bagel_gateway.metrics import Metrics
@@ -70,7 +70,7 @@ def test_pages_of_other_sites_can_have_no_work_done() -> None:
             assert (await ask(at, f"POST {IMAGES}", HERE, JSON, *headers, body=BODY))[0] == 200, headers
         assert (await ask(at, "GET /v1/models", HERE, ELSEWHERE, "Sec-Fetch-Site: cross-site"))[0] == 200
 
-    through(work, guards=HttpGuards(allow_origins=("https://app.example",)))
+    through(work, allow_origins=("https://app.example",))
 
 
 def test_json_is_demanded_by_its_type() -> None:
@@ -111,7 +111,7 @@ def test_a_front_on_loopback_answers_to_no_name_that_a_page_has_rebound() -> Non
             assert (await ask(at, "GET /healthz", f"Host: {host}"))[0] == 200, host
         assert (await raw(at, b"GET /healthz HTTP/1.0\r\n\r\n"))[0] == 200
 
-    through(work, guards=HttpGuards(allow_hosts=("bagel.lan",)))
+    through(work, allow_hosts=("bagel.lan",))
 
 
 def test_refused_pages_and_hosts_are_told_what_to_allow() -> None:
@@ -187,7 +187,7 @@ def test_allowed_origins_are_told_what_they_may_even_of_errors(tmp_path: Path) -
         status, answer = await ask(at, f"OPTIONS {IMAGES}", HERE, ELSEWHERE, *asks)
         assert status == 400 and "access-control-allow-origin" not in answer.lower()
 
-    through(work, api_keys=file, guards=HttpGuards(allow_origins=("https://app.example",)))
+    through(work, api_keys=file, allow_origins=("https://app.example",))
 
 
 def test_by_default_no_origin_is_told_anything() -> None:
@@ -205,7 +205,7 @@ def test_by_default_no_origin_is_told_anything() -> None:
 )
 def test_what_is_no_origin_is_told_at_the_start(origin: str) -> None:
     with pytest.raises(ConfigError, match="--allow-origin is"):
-        HttpGuards(allow_origins=(origin,))
+        HttpFront(http="127.0.0.1:0", allow_origins=(origin,))
 
 
 # HEAD

@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bagel.arguments import for_command_line
+from bagel.deployment.gateway_config import GatewayConfig
 from bagel.errors import ConfigError, Forbidden
 from bagel.pipelines import BAGEL
 from bagel.rpc.errors import from_rpc_error
@@ -31,8 +32,8 @@ from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 from bagel_gateway.backends import Address, Backends
-from bagel_gateway.settings import Settings, parser, settings_of
-from tests.gateway_stages import deployment
+from bagel_gateway.settings import Tls, tls_of
+from tests.gateway_stages import deployment, front
 from tests.rpc.test_transport import SERVICE, through
 
 ROOT = Path(__file__).parents[2]
@@ -184,8 +185,8 @@ def test_no_service_starts_with_a_ca_alone(module: str, issue: Issue) -> None:
     assert told.startswith("error: --tls-ca alone") and "--tls-certificate" in told
 
 
-def gateway(*arguments: str) -> Settings:
-    return settings_of(parser().parse_args([*STAGES, *arguments]))
+def gateway(*arguments: str) -> Tls:
+    return tls_of(GatewayConfig.read([*STAGES, *arguments]))
 
 
 def tls(security: Security) -> list[str]:
@@ -200,10 +201,10 @@ def test_a_gateway_says_what_is_tls_and_what_is_not(issue: Issue) -> None:
     shown = gateway(*tls(own), "--tls-allow-client", "alice").shown()
     assert (shown["tls"], shown["tls_to_services"], shown["tls_clients"]) == (True, True, ["alice"])
     behind = gateway("--tls-ca", str(own.ca), "--plaintext-front")
-    assert behind.front_security == PLAINTEXT and behind.security == Security(ca=own.ca)
+    assert behind.front == PLAINTEXT and behind.inner == Security(ca=own.ca)
     assert (behind.shown()["tls"], behind.shown()["tls_to_services"]) == (False, True)
     named = gateway(*tls(own), "--tls-server-name", "thinker-0=a.example")
-    assert named.server_names == {"thinker-0": "a.example"} and named.front_security.clients == ()
+    assert named.server_names == {"thinker-0": "a.example"} and named.front.clients == ()
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_https_takes_requests_of_allowed_names_alone_and_probes_of_any_certifica
 
     async def run() -> None:
         own = replace(issue(GATEWAY, "127.0.0.1"), clients=("alice",))
-        async with asyncio.timeout(60), deployment(http="127.0.0.1:0", front_security=own) as made:
+        async with asyncio.timeout(60), deployment(http="127.0.0.1:0", **front(own)) as made:
             assert made.gateway.rest is not None
             port, bob = made.gateway.rest.port, issue("bob")
             assert (await asked(port, "/v1/models", issue("alice"))).startswith(b"HTTP/1.1 200 ")

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel.deployment.http_front import HttpGuards, http_arguments, http_guards
 from bagel.deployment.process import Service
 from bagel.errors import ConfigError
 from bagel.telemetry.log_files import LogFolder
-from bagel_gateway.settings import parser, settings_of
 
 
 def run(tmp_path: Path, code: str, logs: LogFolder) -> None:
@@ -48,16 +46,3 @@ def test_a_folder_whose_log_is_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "talks-0.log").mkdir()
     with pytest.raises(ConfigError, match=r"talks-0.*cannot be written.*log_dir"):
         LogFolder(tmp_path).open("talks-0")
-
-
-def test_the_flags_of_the_http_front_say_what_they_are_made_of() -> None:
-    guards = HttpGuards(max_connections=7, body_timeout_s=2.5, allow_origins=("https://a.example", "*"))
-    flags = parser()
-    stages = ["--http", "127.0.0.1:0", "--thinker", "thinker-0=a:1", "--dit", "dit-0=b:2"]
-    assert http_guards(flags.parse_args([*stages, *http_arguments(guards)])) == guards
-    assert settings_of(flags.parse_args([*stages, *http_arguments(guards)])).guards == guards
-    assert http_arguments(HttpGuards()) == []
-    with pytest.raises(ConfigError, match="--max-connections has no effect without --http"):
-        settings_of(flags.parse_args([*stages[2:], "--max-connections", "7"]))
-    with pytest.raises(ConfigError, match=r"--header-timeout is 0; it must be from 0\.1"):
-        HttpGuards(header_timeout_s=0)

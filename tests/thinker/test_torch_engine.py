@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.checkpoint.files import Checkpoint
+from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
 from bagel.engine.text_scheduler import Reader
 from bagel.errors import BagelError, EngineDied, InvalidImage
@@ -176,11 +177,11 @@ def test_the_process_ends_with_its_service(tmp_path: Path) -> None:
         failed.set_exception(EngineDied("it is over"))
         await service.serve(host, 5, failed)
 
-    flags = service.parser("bagel_thinker", "", "127.0.0.1:0")
+    config = ThinkerConfig(model=str(tmp_path))
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
-        assert service.run(lambda: flags.parse_args([]), failing, "thinker") == 1
+        assert service.run(lambda: config, failing, "thinker") == 1
     finally:
         root.handlers[:], root.level = before[0], before[1]
 

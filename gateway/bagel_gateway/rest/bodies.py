@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.http_front import HttpFront
 from bagel.errors import InvalidRequest
 from bagel_gateway.rest.errors import WrongMediaType
 from bagel_gateway.rest.forms import FormReader
@@ -27,7 +27,7 @@ _NARROW = bytes(range(0xF0))
 class Bodies:
     """Reads what requests carry, within the front's limits."""
 
-    def __init__(self, guards: HttpGuards) -> None:
+    def __init__(self, guards: HttpFront) -> None:
         self._guards = guards
         # One thread: a parsed body is several times as large for a moment, and the parser lets nothing run beside it.
         self._parser = ThreadPoolExecutor(1, "parse JSON")

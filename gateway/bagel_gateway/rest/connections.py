@@ -11,7 +11,7 @@ from typing import Any
 
 import h11
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.http_front import HttpFront
 from bagel.errors import ConfigError
 from bagel.rpc.open_files import limit
 from bagel.telemetry.logs import Log
@@ -106,7 +106,7 @@ class Connections:
 class Connection(Certified):
     """uvicorn's, with a time limit for heads of requests and for the reading of last answers."""
 
-    def __init__(self, connections: Connections, guards: HttpGuards, **uvicorn: Any) -> None:
+    def __init__(self, connections: Connections, guards: HttpFront, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self.conn = _FewChunks(h11.SERVER)
         self._all, self._header_timeout_s = connections, guards.header_timeout_s

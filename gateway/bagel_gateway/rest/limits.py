@@ -8,7 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.http_front import HttpFront
 from bagel_gateway.rest.errors import BodyTooLarge, BodyTooSlow
 from bagel_gateway.room import Held, Room
 
@@ -21,7 +21,7 @@ _DIGITS = 18
 class LimitBodies:
     """ASGI middleware: reading a body raises BodyTooLarge, BodyTooSlow or Busy where it goes over a limit."""
 
-    def __init__(self, app: ASGIApp, guards: HttpGuards, room: Room) -> None:
+    def __init__(self, app: ASGIApp, guards: HttpFront, room: Room) -> None:
         self._app, self.guards, self._room = app, guards, room
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,7 +41,7 @@ class _Body:
     """One request's body on its way in. held: its bytes, as long as the request is served."""
 
     def __init__(
-        self, guards: HttpGuards, held: Held, most: int, receive: Receive, send: Send, headers: dict[bytes, bytes]
+        self, guards: HttpFront, held: Held, most: int, receive: Receive, send: Send, headers: dict[bytes, bytes]
     ) -> None:
         self._guards, self._held, self._most, self._receive, self._send = guards, held, most, receive, send
         self._announced = _announced(headers)

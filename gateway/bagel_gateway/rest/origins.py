@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.http_front import HttpFront
 from bagel.rpc.api_keys import is_local
 from bagel.telemetry.logs import REQUEST_ID
 from bagel_gateway.metrics import Metrics
@@ -23,7 +23,7 @@ _PORTS = {"http": ":80", "https": ":443"}
 _HOST = re.compile(r"(\[[^\[\]]+\]|[^\s:@/\[\]]+)(?::[0-9]*)?")
 
 
-def guard_origins(app: ASGIApp, listen: str, guards: HttpGuards, metrics: Metrics) -> ASGIApp:
+def guard_origins(app: ASGIApp, listen: str, guards: HttpFront, metrics: Metrics) -> ASGIApp:
     """The application behind all checks of who asks for it. listen: the host:port that the front is bound to."""
     app = CheckOrigin(app, guards.allow_origins, metrics)
     if guards.allow_origins:  # outside of all that refuses, so that a page can read why

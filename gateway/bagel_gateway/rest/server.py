@@ -13,7 +13,8 @@ from typing import Any, cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from bagel.deployment.http_front import HttpGuards
+from bagel.deployment.gateway_config import GatewayConfig
+from bagel.deployment.http_front import HttpFront
 from bagel.errors import ConfigError
 from bagel.rpc.transport import Security
 from bagel.rpc.unread import Unread
@@ -41,7 +42,6 @@ from bagel_gateway.rest.pieces import InPieces, send_little_ahead
 from bagel_gateway.rest.serve import Front
 from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
-from bagel_gateway.settings import Settings
 
 LAST_ANSWERS_S = 5
 """For connections that are still written to when everything is served."""
@@ -52,7 +52,8 @@ class RestServer:
 
     def __init__(
         self,
-        settings: Settings,
+        config: GatewayConfig,
+        security: Security,
         requests: Requests,
         metrics: Metrics,
         backends: Backends,
@@ -62,26 +63,25 @@ class RestServer:
         unread: Unread,
         room: Room,
     ) -> None:
-        assert settings.http is not None
-        self._socket = _listen(settings.http)
+        assert config.http is not None
+        self._socket = _listen(config.http)
         self.port: int = self._socket.getsockname()[1]
-        host = settings.http.rpartition(":")[0]
+        host = config.http.rpartition(":")[0]
         self.address = f"{host}:{self.port}"
-        front = Front(requests, settings.model_names)
-        guards = settings.guards
-        most = connections_allowed(guards.max_connections)
-        fetcher, bodies = Fetcher(settings.image_hosts, guards.max_body_bytes), Bodies(guards)
-        grpc, keyed = GrpcFront(grpc_port, tls=settings.front_security.serves_tls), keys is not None
+        front = Front(requests, config.served_model_names)
+        most = connections_allowed(config.max_connections)
+        fetcher, bodies = Fetcher(config.allow_image_hosts, config.max_body_bytes), Bodies(config)
+        grpc, keyed = GrpcFront(grpc_port, tls=security.serves_tls), keys is not None
         app: ASGIApp = make_app(
             front, bodies, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed
         )
-        app = LimitBodies(app, guards, room)
+        app = LimitBodies(app, config, room)
         if keys is not None:
             app = RequireKey(app, keys, metrics)
-        if settings.front_security.clients:
-            app = RequireName(app, settings.front_security, metrics)
-        app = InPieces(Crowd(guard_origins(app, settings.http, guards, metrics), most), unread)
-        self._server = _Server(_configuration(app, settings.front_security, guards), guards, most)
+        if security.clients:
+            app = RequireName(app, security, metrics)
+        app = InPieces(Crowd(guard_origins(app, config.http, config, metrics), most), unread)
+        self._server = _Server(_configuration(app, security, config), config, most)
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -104,7 +104,7 @@ class RestServer:
 class _Server(uvicorn.Server):
     """Signals are the gateway's, which drains both fronts; connections are accepted by an Acceptor."""
 
-    def __init__(self, config: uvicorn.Config, guards: HttpGuards, most: int) -> None:
+    def __init__(self, config: uvicorn.Config, guards: HttpFront, most: int) -> None:
         super().__init__(config)
         self._guards, self._connections = guards, Connections(most + RESERVE)
 
@@ -125,7 +125,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _configuration(app: ASGIApp, security: Security, guards: HttpGuards) -> uvicorn.Config:
+def _configuration(app: ASGIApp, security: Security, guards: HttpFront) -> uvicorn.Config:
     tls: dict[str, Any] = {}
     if security.serves_tls:
         import ssl

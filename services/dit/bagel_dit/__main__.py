@@ -27,7 +27,6 @@ from bagel_dit.runner_client import Driver
 from bagel_dit.server import DitServicer
 
 log = Log("bagel.dit")
-parser = DitConfig.parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,7 @@
-"""From a Thinker's flags to its engine."""
+"""From a Thinker's configuration to its engine."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from importlib.util import find_spec
 
@@ -10,46 +9,47 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
+from bagel.deployment.not_built import NOT_BUILT
+from bagel.deployment.thinker_config import VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.model.device import choose_device, choose_dtype
 from bagel.telemetry.logs import Log
 from bagel_thinker.engine import Engine
-from bagel_thinker.flags import VLLM_ONLY
 
 log = Log("bagel.thinker")
 
 
-def load_engine(args: argparse.Namespace, checkpoint: Checkpoint) -> Engine:
-    """The engine that the flags ask for, ready. Raises BagelError for what it does not have or cannot load."""
-    device = choose_device(args.device)
-    if args.engine == "vllm" or (args.engine == "auto" and device.type == "cuda" and find_spec("vllm") is not None):
-        return _vllm(args, checkpoint, device)
-    return _torch(args, checkpoint)
+def load_engine(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
+    """The engine that the configuration asks for, ready. Raises BagelError for what it does not have or cannot load."""
+    device = choose_device(config.device)
+    if config.engine == "vllm" or (config.engine == "auto" and device.type == "cuda" and find_spec("vllm") is not None):
+        return _vllm(config, checkpoint, device)
+    return _torch(config, checkpoint)
 
 
-def _torch(args: argparse.Namespace, checkpoint: Checkpoint) -> Engine:
+def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
     from bagel_thinker.torch_engine import TorchEngine
 
-    given = [name for name, unset in VLLM_ONLY.items() if getattr(args, name) != unset]
-    if refused := [name for name in given if name in ("tensor_parallel_size", "quantization")]:
+    given = [each.name for each in VLLM_ONLY if getattr(config, each.name) != each.default]
+    if refused := [row.name for row in NOT_BUILT if row.key in given]:
         raise NotSupported(
             f"the torch engine has no {' and no '.join(refused)}; leave it out, or start the Thinker with --engine vllm"
         )
     if given:
         log.info("no meaning for the torch engine, only for vLLM", settings=given)
     return TorchEngine.load(
-        args.model,
+        config.model,
         checkpoint,
-        device=args.device,
-        dtype=args.dtype,
-        kv_store_bytes=args.kv_store_bytes,
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=args.max_model_len,
-        role=args.role,
+        device=config.device,
+        dtype=config.dtype,
+        kv_store_bytes=config.kv_store_bytes,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        role=config.role,
     )
 
 
-def _vllm(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> Engine:
+def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -> Engine:
     if find_spec("vllm") is None:
         raise ConfigError(
             "--engine vllm needs vLLM, which is not installed here: pip install 'bagel-serving[vllm]', or choose "
@@ -60,17 +60,18 @@ def _vllm(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device
 
     cuda = device.type == "cuda"
     if cuda:
-        _show_gpus(device.index or 0, args.tensor_parallel_size)
-    chosen = {name: getattr(args, name) for name in VLLM_ONLY if getattr(args, name) is not None}
+        _show_gpus(device.index or 0, config.tensor_parallel_size)
+    values = {each.name: getattr(config, each.name) for each in VLLM_ONLY}
+    chosen = {name: value for name, value in values.items() if value is not None}
     settings = VllmSettings(
         device=device.type,
-        dtype=choose_dtype(args.dtype, device),
-        max_num_seqs=args.max_num_seqs,
-        max_model_len=position_limit(checkpoint.config, args.max_model_len),
-        role=args.role,
+        dtype=choose_dtype(config.dtype, device),
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=position_limit(checkpoint.config, config.max_model_len),
+        role=config.role,
         **chosen,
     )
-    return VllmEngine(checkpoint, settings, model_name=args.model, kv_store_bytes=args.kv_store_bytes)
+    return VllmEngine(checkpoint, settings, model_name=config.model, kv_store_bytes=config.kv_store_bytes)
 
 
 def _show_gpus(first: int, count: int) -> None:

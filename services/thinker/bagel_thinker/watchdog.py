@@ -14,8 +14,6 @@ from bagel.telemetry.logs import Log
 if TYPE_CHECKING:
     from bagel_thinker.engine import Engine
 
-STEP_TIMEOUT_S = 600.0
-"""Far beyond any step on a GPU; a long prompt of the full-size model on a CPU takes minutes."""
 LOOK_S = 1.0
 
 log = Log("bagel.thinker")

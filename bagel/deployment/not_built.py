@@ -1,0 +1,65 @@
+"""What is not built yet: one table for the deploy file, the command line and the Thinker's engines."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from bagel.errors import NotSupported
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """A setting without its effect: a key of a stage, of the whole deploy file, or of the command line alone.
+
+    works: the one value that is right; None: none is, and it is left out. on_vllm: a Thinker on vLLM has it.
+    """
+
+    key: str
+    works: object = None
+    on_vllm: bool = False
+    of: str = "stage"
+
+    @property
+    def name(self) -> str:
+        """The key without its section: the name of the setting, and of the flag."""
+        return self.key.rpartition(".")[2]
+
+    @property
+    def instead(self) -> str:
+        """What to do instead."""
+        return "leave it out" if self.works is None else f"only {str(self.works).lower()} works"
+
+
+NOT_BUILT = (
+    NotBuilt("tensor_parallel_size", works=1, on_vllm=True),
+    NotBuilt("parallel_config.tensor_parallel_size", works=1, on_vllm=True),
+    NotBuilt("parallel_config.cfg_parallel_size", works=1),
+    NotBuilt("parallel_config.vae_patch_parallel_size", works=1),
+    NotBuilt("parallel_config.use_hsdp", works=False),
+    NotBuilt("quantization", on_vllm=True),
+    NotBuilt("async_chunk", works=False, of="file"),
+    NotBuilt("worker_backend", works="process", of="command"),
+    NotBuilt("ray_address", of="command"),
+)
+"""Delete a row when its effect exists."""
+
+
+def unbuilt(rows: Iterable[NotBuilt], owner: object) -> list[tuple[NotBuilt, object]]:
+    """The rows whose settings ask for something that is not built, with the values that ask for it.
+
+    owner: what has the settings as its attributes.
+    """
+    found = ((row, attrgetter(row.key)(owner)) for row in rows)
+    return [(row, value) for row, value in found if value not in (None, row.works)]
+
+
+def refuse_flags(args: argparse.Namespace) -> None:
+    """Raise NotSupported for the first flag whose effect is not built."""
+    for row in NOT_BUILT:
+        value = getattr(args, row.name, None)
+        if value not in (None, row.works):
+            shown = repr(value) if row.works is None else value
+            raise NotSupported(f"--{row.name.replace('_', '-')} {shown} is not built yet; {row.instead}")
