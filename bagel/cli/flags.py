@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bagel.deployment.http_front import GUARDS
-from bagel.deployment.shared_settings import DTYPES, ENGINES, TOPOLOGIES
+from bagel.deployment.shared_settings import BATCH_TIMEOUT_S, DTYPES, ENGINES, TOPOLOGIES
 from bagel.errors import ConfigError
+from bagel.rpc.limits import DRAIN_S
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES
 from bagel.vocabulary import FLAG_INSTEAD, instead_of
 
@@ -25,8 +26,6 @@ WORKER_BACKENDS = ("process", "ray")
 ROLES = ("understand", "context", "denoise", "full")
 
 INIT_TIMEOUT_S = 300
-BATCH_TIMEOUT_S = 5
-DRAIN_TIMEOUT_S = 30
 GATEWAY_PORT = 50051
 GATEWAY_HOST = "127.0.0.1"
 OUTPUT = "."
@@ -193,10 +192,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(group, "--tls-allow-client", "any", allowed, type=_given, action="append", metavar="NAME")
     group = parser.add_argument_group("times")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
-    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
-    _add(
-        group, "--drain-timeout", DRAIN_TIMEOUT_S, "seconds for what is under way at the end", type=_count, metavar="S"
-    )
+    _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
+    _add(group, "--drain-timeout", f"{DRAIN_S:g}", "seconds for what is under way at the end", type=_count, metavar="S")
     group = parser.add_argument_group("reports")
     _add(group, "--log-stats", "off", "log where the time of each request went", action="store_true")
     profiler = "log the durations of each picture's diffusion stages, and tell clients"
@@ -217,7 +214,7 @@ def add_eval_nano_flags(parser: argparse.ArgumentParser) -> None:
     _add_model(group)
     _add_thinker(group)
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
-    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+    _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
     _add_client(parser)
 
 
@@ -286,7 +283,7 @@ def _add_engine(group: Group) -> None:
     _add(group, "--quantization", "none", "like fp8; not built yet", type=_given, metavar="NAME")
     _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
-    _add(group, "--batch-timeout", BATCH_TIMEOUT_S, "seconds to be admitted", type=_count, metavar="S")
+    _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
 
 
 def _add_reports(group: Group) -> None:

@@ -37,8 +37,9 @@ from bagel.cli.prompts import GivenPrompt
 from bagel.client.stats import Firsts, stats_table
 from bagel.client.tables import profile_table
 from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
-from bagel.deployment.deploy_file import DeployConfig, effective_settings, load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.deployment.not_built import refuse_flags
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout
 from bagel.events import Result, ServiceEvent
 from bagel.pipelines import BAGEL_SINGLE_STAGE

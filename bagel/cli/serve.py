@@ -16,10 +16,11 @@ from bagel.cli.outputs import write_out
 from bagel.cli.passing import asked_settings
 from bagel.cli.progress import say
 from bagel.deployment.defaults import NANO_NOTE, deployment_for, find_model, named_model
-from bagel.deployment.deploy_file import DeployConfig, effective_settings
+from bagel.deployment.deploy_file import effective_settings
 from bagel.deployment.gateway_config import default_keys
 from bagel.deployment.launcher import Deployment, reachable
 from bagel.deployment.process import Logs
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import ConfigError
 from bagel.rpc.api_keys import read_keys
 from bagel.rpc.transport import Security

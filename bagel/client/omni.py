@@ -22,9 +22,9 @@ from bagel.client.stats import Firsts, stats_table
 from bagel.client.sync_client import Client
 from bagel.client.tables import profile_table
 from bagel.deployment.defaults import deployment_for, find_model, request_defaults
-from bagel.deployment.deploy_file import DeployConfig
 from bagel.deployment.launcher import Deployment, OnReady, reachable
 from bagel.deployment.process import Logs
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb

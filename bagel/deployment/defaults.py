@@ -11,7 +11,8 @@ from typing import Any
 import bagel
 from bagel.checkpoint.files import Checkpoint, find_checkpoint
 from bagel.checkpoint.json_files import read_json_file, shown
-from bagel.deployment.deploy_file import DeployConfig, load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import CheckpointError, ConfigError
 from bagel.pipelines import pipeline_for_architecture
 

@@ -20,10 +20,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.deployment import serving
 from bagel.deployment.configs import GATEWAY, settings_named
-from bagel.deployment.deploy_file import DeployConfig, StageDeploy
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.process import POLL_S, Logs, Service
+from bagel.deployment.schema import DeployConfig, StageDeploy
 from bagel.deployment.settings import JSON_FLAG
 from bagel.deployment.shared_settings import Listening, OfModel
 from bagel.deployment.thinker_config import ThinkerConfig

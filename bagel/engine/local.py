@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from bagel.checkpoint.files import Checkpoint
-from bagel.deployment.deploy_file import StageDeploy
+from bagel.deployment.schema import StageDeploy
 from bagel.engine.engine import BagelEngine
 from bagel.engine.memory import is_out_of_memory
 from bagel.errors import OutOfMemory

@@ -20,8 +20,6 @@ from bagel.images import frames
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
 from bagel.telemetry.logs import Log
 
-WORKERS = 2
-TIMEOUT_S = 20.0
 """Time to read one image. 64 megapixels take two or three seconds."""
 _ATTEMPTS = 2
 _BUFFER_BYTES = 2**20
@@ -40,7 +38,7 @@ class ImagePool:
     from one event loop; cancelling a call kills its worker.
     """
 
-    def __init__(self, workers: int = WORKERS, timeout_s: float = TIMEOUT_S, wait_s: float = 5.0) -> None:
+    def __init__(self, workers: int, timeout_s: float = 20.0, wait_s: float = 5.0) -> None:
         if workers < 1:
             raise ConfigError(f"image_workers is {workers}; it must be at least 1", "image_workers")
         if not 0 < timeout_s < math.inf:

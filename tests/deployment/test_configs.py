@@ -15,6 +15,7 @@ from bagel.deployment.configs import CONFIGS
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.process import Service
+from bagel.deployment.schema import StageDeploy
 from bagel.deployment.settings import JSON_FLAG, Config, Setting, setting, settings_of
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError
@@ -86,6 +87,12 @@ def test_a_child_gets_its_configuration_whole_and_no_other_user_sees_it(tmp_path
         assert "told" in service.http and "mine" not in service.http
     finally:
         service.end(LIMIT_S)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values())
+def test_every_setting_that_is_a_stages_is_a_key_of_the_deploy_file(config: type[Config]) -> None:
+    for each in settings_of(config):
+        assert each.stage == (each.name in StageDeploy.model_fields), each.name
 
 
 @pytest.mark.parametrize("config", CONFIGS.values())

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from bagel.deployment import deploy_file
+from bagel.deployment import checks, deploy_file
+from bagel.deployment.checks import refuse_unbuilt
 from bagel.deployment.deploy_file import (
-    DeployConfig,
     effective_settings,
     load_deploy_config,
     parse_deploy_config,
-    refuse_unbuilt,
     shipped_deploy_config,
 )
+from bagel.deployment.overlay import with_overrides
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -307,15 +308,15 @@ def test_keys_without_meaning_are_noted_for_the_engine_that_has_none_for_them() 
     deploy = parse_deploy_config(two_stages(*stages))
     thinker = f"stages[stage_id=0]: no meaning for the torch engine, only for vLLM: {', '.join(keys)}"
     dit = "stages[stage_id=1]: no meaning for the torch engine, only for vLLM: enforce_eager"
-    assert deploy.notes() == deploy.with_overrides(engine="torch").notes() == [thinker, dit]
-    assert deploy.with_overrides(engine="vllm").notes() == [dit]
+    assert deploy.notes() == with_overrides(deploy, engine="torch").notes() == [thinker, dit]
+    assert with_overrides(deploy, engine="vllm").notes() == [dit]
 
 
 def test_engine_is_the_thinkers(deploy: DeployConfig) -> None:
     assert [stage.engine for stage in deploy.stages] == [None, None]
     chosen = parse_deploy_config(two_stages({"engine": "vllm"}, {}))
     assert [stage.engine for stage in chosen.stages] == ["vllm", None]
-    assert [stage.engine for stage in chosen.with_overrides(engine="torch").stages] == ["torch", None]
+    assert [stage.engine for stage in with_overrides(chosen, engine="torch").stages] == ["torch", None]
     with pytest.raises(ConfigError, match=r"stages\[stage_id=1\].engine is 'vllm'; it is the Thinker's, leave it out"):
         parse_deploy_config(two_stages({}, {"engine": "vllm"}))
     with pytest.raises(
@@ -460,7 +461,7 @@ def deploy() -> DeployConfig:
 
 
 def test_an_override_goes_to_the_stages_it_means_something_to(deploy: DeployConfig) -> None:
-    changed = deploy.with_overrides(max_num_seqs=7, vae_use_tiling=True, devices=None)
+    changed = with_overrides(deploy, max_num_seqs=7, vae_use_tiling=True, devices=None)
     assert [stage.max_num_seqs for stage in changed.stages] == [7, 7]
     assert [stage.vae_use_tiling for stage in changed.stages] == [False, True]
     assert [stage.devices for stage in changed.stages] == ["0", "0"]
@@ -471,11 +472,11 @@ def test_an_override_goes_to_the_stages_it_means_something_to(deploy: DeployConf
 def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_use_tiling": True}
     with pytest.raises(NotSupported, match=r"bagel\.yaml with tensor_parallel_size=2, .*: stages.* not built yet"):
-        deploy.with_overrides(**given)
-    monkeypatch.setattr(deploy_file, "NOT_BUILT", ())  # as it will be once they are built
+        with_overrides(deploy, **given)
+    monkeypatch.setattr(checks, "NOT_BUILT", ())  # as it will be once they are built
     with pytest.raises(ConfigError, match='like "0,1"'):
-        deploy.with_overrides(**given)
-    changed = deploy.with_overrides(**given, devices="0,1")
+        with_overrides(deploy, **given)
+    changed = with_overrides(deploy, **given, devices="0,1")
     assert [effective_settings(stage) for stage in changed.stages] == [
         "stage 0: tensor_parallel_size 2, vae_patch_parallel_size 1, vae_use_tiling false",
         "stage 1: tensor_parallel_size 2, vae_patch_parallel_size 2, vae_use_tiling true",
@@ -502,7 +503,7 @@ def test_an_override_replaces_the_size_in_parallel_config(tmp_path: Path) -> Non
 def test_a_wrong_override_is_named(deploy: DeployConfig, override: dict[str, Any], message: str) -> None:
     (name, value) = next(iter(override.items()))
     with pytest.raises((ConfigError, NotSupported)) as caught:
-        deploy.with_overrides(**override)
+        with_overrides(deploy, **override)
     assert message in str(caught.value) and f"bagel.yaml with {name}={value!r}" in str(caught.value)
 
 

@@ -78,7 +78,7 @@ async def draw(pair: Pair, runner: Runner, store: KvStore, ref: Any) -> None:
         "dit-0",
         driver,
         puller,
-        ImagePool(),
+        ImagePool(2),
         sources=("thinker",),
         max_num_seqs=1,
         batch_timeout_s=0,

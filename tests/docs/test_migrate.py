@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from bagel.cli.flags import add_generate_flags
-from bagel.deployment.deploy_file import DeployConfig, load_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config
+from bagel.deployment.overlay import with_overrides
+from bagel.deployment.schema import DeployConfig
 from bagel.errors import ConfigError, NotSupported
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
@@ -62,7 +64,7 @@ def test_keys(tmp_path: Path, stage: int, key: str, example: str, here: list[str
         return
     config = deploy(tmp_path, stage, key, yaml.safe_load(example))
     noted = {
-        engine: any(key in note for note in config.with_overrides(engine=engine).notes())
+        engine: any(key in note for note in with_overrides(config, engine=engine).notes())
         for engine in ("torch", "vllm")
     }
     assert noted["torch"] == (says.startswith("noted") or says.endswith("else noted"))

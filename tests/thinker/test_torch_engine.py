@@ -69,7 +69,7 @@ def served(engine: TorchEngine, test: Callable[[Served], Awaitable[None]]) -> No
 
     async def main() -> None:
         host = Host("127.0.0.1:0", ["bagel.v1.ThinkerService"])
-        admission, pool = Admission("thinker", PLACES, 5.0), ImagePool()
+        admission, pool = Admission("thinker", PLACES, 5.0), ImagePool(2)
         servicer = ThinkerServicer(engine, "thinker", admission, pool, lease_s=5, room_wait_s=1, draining=host.draining)
         add_ThinkerServiceServicer_to_server(servicer, host.methods)
         await host.start()
