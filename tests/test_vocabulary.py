@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 
 import pytest
 
+from bagel.cli.flags import add_generate_flags, add_serve_flags
+from bagel.cli.passing import add_service_flags
 from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.errors import InvalidRequest
 from bagel.prompts import TextPart
-from bagel.request import Modality, resolve
-from bagel.vocabulary import CONTROL_MARKS, REST_INSTEAD, control_marks_in, instead_of
+from bagel.request import ImageSettings, Modality, Request, TextSettings, resolve
+from bagel.vocabulary import (
+    CONTROL_MARKS,
+    FLAG_INSTEAD,
+    OPTION_INSTEAD,
+    REST_INSTEAD,
+    control_marks_in,
+    instead_of,
+)
+from bagel_gateway.rest.parameters import ChatParameters, ImageParameters
 
 ALIKE = ["<im_start>", "< |im_start|>", "<|IM_START|>", "a|>b<|c", "<|im_start |>", "<tool_call>", "<|x|>"]
 
@@ -50,3 +62,19 @@ def test_a_name_of_another_api_has_its_remedy_and_a_misspelt_one_its_nearest() -
         == "did you mean num_inference_steps?"
     )
     assert instead_of("nonsense", REST_INSTEAD, ["seed"]) is None
+
+
+def test_every_remedy_names_what_there_is() -> None:
+    honoured = {*ChatParameters.model_fields, *ImageParameters.model_fields, "image", "prompt", "messages"}
+    for name, told in REST_INSTEAD.items():
+        assert set(re.findall(r"\w+_\w+", told)) - {"image_url"} <= honoured, name
+    options = {*ImageSettings.__dataclass_fields__, *TextSettings.__dataclass_fields__, *Request.__dataclass_fields__}
+    for name, told in OPTION_INSTEAD.items():
+        assert name not in options and set(re.findall(r"\w+_\w+", told)) <= options, name
+    generate, serve = argparse.ArgumentParser(), argparse.ArgumentParser()
+    add_generate_flags(generate)
+    add_serve_flags(serve)
+    add_service_flags(serve)
+    known = {name for each in (generate, serve) for action in each._actions for name in action.option_strings}
+    for name, told in FLAG_INSTEAD.items():
+        assert set(re.findall(r"--[a-z-]+", told)) <= known, name
