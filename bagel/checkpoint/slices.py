@@ -41,11 +41,6 @@ class SliceReader:
     ) -> None:
         os.close(self._descriptor)
 
-    def shape(self, part: TensorSlice) -> tuple[int, ...]:
-        """The shape of a slice."""
-        shape = self._header.tensors[part.name].shape
-        return (*shape[: part.dimension], part.stop - part.start, *shape[part.dimension + 1 :])
-
     def read(self, part: TensorSlice, into: memoryview) -> None:
         """Read a slice's elements, in their order, into as many bytes."""
         info = self._header.tensors[part.name]
