@@ -57,9 +57,19 @@ class BagelError(Exception):
     exit_code: int = 1
     hidden: str = ""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survives pickling, whatever arguments a subclass is made with."""
+        return _restored, (type(self), self.args, self.__dict__)
+
     def for_log(self) -> dict[str, str]:
         """The error's fields in a log line."""
         return {"error": str(self)} | ({"details": self.hidden} if self.hidden else {})
+
+
+def _restored(kind: type[BagelError], args: tuple[object, ...], state: dict[str, object]) -> BagelError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidRequest(BagelError):

@@ -12,6 +12,7 @@ from torch import Tensor
 from bagel.checkpoint.config import ModelConfig
 from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context, ContextBuilder, SegmentCache, SegmentKv
+from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import Posterior, initial_noise
 from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import Chain, Segment
@@ -76,15 +77,18 @@ def draw(model: Bagel, side: int, contexts: Contexts, settings: ImageSettings | 
     settings = settings or SETTINGS[len(contexts)]
     rows = side // model.config.latent_stride
     noise = initial_noise(0, rows * rows, model.config.latent_features)
-    return Canvas(model, [Picture(settings, (rows, rows), noise, contexts)], latent_bucket(rows * rows))
+    picture, bucket = Picture(settings, (rows, rows), noise, contexts), latent_bucket(rows * rows)
+    canvas = Canvas(model, bucket, kv_space_of(model, picture.kv_tokens(bucket)))
+    canvas.add(picture)
+    return canvas
 
 
 def first_step(canvas: Canvas) -> Callable[[], None]:
     """A function that runs the first step of a canvas's picture; it may be called repeatedly."""
 
     def work() -> None:
-        canvas.pictures[0].step = 0  # a canvas counts its steps, and would end
-        canvas.step([0])
+        canvas.drawings[0].step = 0  # a canvas counts its steps, and would end
+        canvas.step(canvas.drawings)
 
     return work
 

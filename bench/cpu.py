@@ -88,7 +88,7 @@ def _cases(only: str) -> Iterator[tuple[str, ModelConfig, Mapping[str, Case]]]:
 def _step(model: Bagel, *, side: int, tokens: int, branches: int) -> Pair:
     canvas = cases.draw(model, side, cases.branch_contexts(model, tokens, branches))
     lengths = cases.branch_lengths(tokens, branches)
-    return cases.first_step(canvas), control.denoise_step(model, lengths, canvas.pictures[0].tokens)
+    return cases.first_step(canvas), control.denoise_step(model, lengths, canvas.drawings[0].picture.tokens)
 
 
 def _text_context(model: Bagel, *, tokens: int) -> Pair:

@@ -75,7 +75,7 @@ def _step(lab: Lab, table: Table, model: Bagel, side: int, tokens: int, branches
     canvas = cases.draw(model, side, cases.branch_contexts(model, tokens, branches))
     work = cases.first_step(canvas)
     ms, host = lab.meter.median_ms(work), lab.meter.host_ms(work)
-    flop = flops.denoise_step(lab.sizes.config, lengths, canvas.pictures[0].tokens)
+    flop = flops.denoise_step(lab.sizes.config, lengths, canvas.drawings[0].picture.tokens)
     rate = lab.rate(flop, ms)
     table.add(size=side, branches=branches, contexts=contexts, ms=ms, host_ms=host, tflop=flop / 1e12, **rate)
     if side == lab.sizes.sides[-1]:
@@ -95,10 +95,10 @@ def _picture(lab: Lab, model: Bagel) -> Table:
         decode = meter.seconds(lambda: _decode(model, canvas))
     total = None if seconds is None or decode is None else seconds + decode
     table = Table("gpu picture", f"text-to-image {side}x{side}, {steps} timesteps, guided for 0.4 < t <= 1; wall time")
-    guided = sum(canvas.pictures[0].guided)
+    guided = sum(canvas.drawings[0].picture.guided)
     times = {"denoise_s": seconds, "vae_decode_s": decode, "total_s": total}
     host = {"host_waits_in_a_step": (waits or "none") if meter.cuda else None}
-    table.add(steps=canvas.pictures[0].steps, guided=guided, **times, **host)
+    table.add(steps=canvas.drawings[0].picture.steps, guided=guided, **times, **host)
     lab.headline(f"picture {side}, {steps} timesteps, VAE decode included", total, "s")
     return table
 
@@ -121,16 +121,17 @@ def _host_waits(meter: Meter, canvas: Canvas) -> str:
 
 def _draw(meter: Meter, canvas: Canvas, *, guarded: bool) -> Canvas:
     """Run all steps as the engine does; guarded: raise if an operation within a step makes the host wait."""
-    gate, picture = StepGate(meter.device), canvas.pictures[0]
-    picture.step = 0
-    while not picture.finished:
+    gate, drawing = StepGate(meter.device), canvas.drawings[0]
+    drawing.step = 0
+    while not drawing.finished:
         with gate.step(1), meter.no_host_wait() if guarded else nullcontext():
-            canvas.step([0])
+            canvas.step([drawing])
     return canvas
 
 
 def _decode(model: Bagel, canvas: Canvas) -> Image:
-    return to_image(decode_picture(model, canvas.latents(0), canvas.pictures[0].grid))
+    drawing = canvas.drawings[0]
+    return to_image(decode_picture(model, drawing.latents, drawing.picture.grid))
 
 
 def _request(meter: Meter, model: Bagel, side: int, chains: tuple[Chain, ...]) -> Callable[[], Image]:

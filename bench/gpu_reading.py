@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from bagel.checkpoint.roles import Role
-from bagel.engine.text import TextDecoder, TextRun
+from bagel.engine.memory import kv_space_of
+from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel
 from bagel.model.mot import MoTLayer
@@ -73,12 +74,17 @@ def _prefill(lab: Lab, table: Table, name: str, tokens: int, flop: int, work: Wo
 def _decode(lab: Lab, table: Table, model: Bagel, batch: int) -> None:
     """Decode a batch, and compare its reading of weights with the speed of a plain copy."""
     # Each step reads the understanding expert's and the head's weights once, whatever the batch.
-    sizes, decoder = lab.sizes, TextDecoder(model, NoTokenizer())
+    sizes = lab.sizes
     context = cases.text_context(model, sizes.past)
     settings = TextSettings(max_tokens=sizes.reply)
+    room = text_kv_tokens(TextRun(context, settings, 0))
+    texts = TextBatch(model, NoTokenizer(), kv_space_of(model, [room] * batch))
 
     def work() -> None:
-        decoder.decode([TextRun(context, settings, seed) for seed in range(batch)])
+        for seed in range(batch):
+            texts.add(TextRun(context, settings, seed))
+        while len(texts):
+            texts.step()
 
     with lab.track(Role.UNDERSTAND, f"decode, {batch} texts"):
         work()

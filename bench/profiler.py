@@ -10,7 +10,7 @@ from bagel.client import Client
 from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.launcher import Deployment
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.pipelines import BAGEL_SINGLE_STAGE
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -40,7 +40,7 @@ def run(only: str, repeats: int) -> Iterator[Table]:
 def _here(checkpoint: Checkpoint, _: ExitStack) -> tuple[Draw, Draw]:
     """Draw with and without the profiler, on two engines with the same model."""
     plain = BagelEngine.load(checkpoint)
-    profiling = BagelEngine(plain.model, plain.tokenizer, checkpoint.fingerprint, profile=True)
+    profiling = BagelEngine(plain.loaded, profile=True)
     request = resolve(Modality.TEXT2IMG, (TextPart(PROMPT),), {"seed": 1})
     return lambda: profiling.generate([request]), lambda: plain.generate([request])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bagel.deployment.defaults import NANO_NAME, find_model
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from bench.report import Table

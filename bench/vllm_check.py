@@ -28,7 +28,7 @@ from torch import Tensor
 from bagel.arguments import OnceParser
 from bagel.checkpoint.files import Checkpoint
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import Reading, Written
+from bagel.engine.text_scheduler import ChainExtended, ContextDone, ContextEvent, ContextFailed, ContextRequest
 from bagel.kv.digests import SegmentKind
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode, TextSettings
@@ -60,7 +60,7 @@ class Answer:
 
     chain: Chain
     over: threading.Event = field(default_factory=threading.Event)
-    results: list[Written | Exception] = field(default_factory=list)
+    results: list[ContextDone | ContextFailed] = field(default_factory=list)
 
 
 def cases() -> list[Case]:
@@ -86,14 +86,15 @@ def submit(engine: Engine, case: Case) -> Answer:
     lease = engine.store.lease(_lengths(chain), 600)  # the engine stores only K/V that a lease reserves
     answer = Answer(chain)
 
-    def end(result: Written | Exception) -> None:
-        answer.results.append(result)
-        answer.over.set()
+    def emit(event: ContextEvent) -> None:
+        match event:
+            case ChainExtended():
+                engine.store.extend(lease, _lengths(event.chain))
+            case ContextDone() | ContextFailed():
+                answer.results.append(event)
+                answer.over.set()
 
-    def extend(longer: Chain) -> None:
-        engine.store.extend(lease, _lengths(longer))
-
-    engine.submit(Reading(chain, SEED, end, end, settings=case.settings, append=case.append, on_chain=extend))
+    engine.submit(ContextRequest(chain, SEED, emit, case.settings, append=case.append))
     return answer
 
 
@@ -110,8 +111,8 @@ def collect(engine: Engine, answer: Answer) -> Found:
     if not answer.over.wait(LIMIT_S):
         raise TimeoutError("a reading never ended")
     (result,) = answer.results
-    if isinstance(result, Exception):
-        raise result
+    if isinstance(result, ContextFailed):
+        raise result.error
     rows = []
     for segment in result.context.chain.segments:
         k, v = engine.store.load(segment.digest)

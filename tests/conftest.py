@@ -19,7 +19,7 @@ from tests.shared import Borrow, Pool, lending
 
 if TYPE_CHECKING:
     from bagel.checkpoint.files import Checkpoint
-    from bagel.engine.engine import BagelEngine
+    from bagel.engine.local import BagelEngine
     from bagel.model.tokenizer import BagelTokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -71,7 +71,7 @@ def tokenizer(checkpoint: Checkpoint) -> BagelTokenizer:
 @pytest.fixture(scope="session")
 def engine(checkpoint: Checkpoint) -> BagelEngine:
     """The whole model in float32 on the CPU. Tests share its cache of contexts, so none may count its computations."""
-    from bagel.engine.engine import BagelEngine
+    from bagel.engine.local import BagelEngine
 
     return BagelEngine.load(checkpoint)
 

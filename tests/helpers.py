@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from bagel.engine.engine import BagelEngine
+from bagel.checkpoint.roles import Role
+from bagel.engine.loading import LoadedModel
+from bagel.engine.local import BagelEngine
+from bagel.engine.text_scheduler import ContextDone, ContextEvent, ContextFailed
 from bagel.images import ImageTransform
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
@@ -26,7 +30,10 @@ def small_images(
     """An engine with the same model and an empty cache, which resizes images to few tokens."""
     model = copy(engine.model)
     model.config = replace(model.config, vae_transform=vae, vit_transform=vit)
-    return BagelEngine(model, engine.tokenizer, FINGERPRINT, **limits)
+    loaded = LoadedModel.of(
+        model, engine.tokenizer, Role.FULL, FINGERPRINT, max_model_len=limits.pop("max_model_len", None)
+    )
+    return BagelEngine(loaded, **limits)
 
 
 def sketch(width: int = 112, height: int = 80, colour: str = "crimson") -> Image.Image:
@@ -50,3 +57,15 @@ def agree(one: Image.Image, other: Image.Image) -> bool:
     """Whether two pictures are equal but for single steps of 255 in at most 0.1% of their values."""
     difference = np.abs(np.asarray(one, dtype=np.int16) - np.asarray(other, dtype=np.int16))
     return bool(one.size == other.size and difference.max() <= 1 and (difference > 0).mean() <= 1e-3)
+
+
+def keep_in(came: list[ContextDone | Exception]) -> Callable[[ContextEvent], None]:
+    """A receiver of a context's events that keeps its result, or its error."""
+
+    def emit(event: ContextEvent) -> None:
+        if isinstance(event, ContextDone):
+            came.append(event)
+        elif isinstance(event, ContextFailed):
+            came.append(event.error)
+
+    return emit

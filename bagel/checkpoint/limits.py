@@ -93,11 +93,11 @@ def row_kv_tokens(context: int, padded: int) -> int:
 
 
 def check_kv_room(needed: int, there: int) -> None:
-    """Raise InvalidRequest, naming the remedy, if a picture can never fit the K/V memory of a DiT's device."""
+    """Raise InvalidRequest, naming the remedy, if a request can never fit a device's memory for K/V."""
     if needed > there:
         raise InvalidRequest(
             "prompt",
-            f"the request takes {needed} tokens of K/V on the DiT's device, which holds {there} (kv_device_bytes): "
+            f"the request takes {needed} tokens of K/V on the device, which holds {there} (kv_device_bytes): "
             "draw it smaller, shorten the prompt or the text, use fewer or smaller images, or raise kv_device_bytes",
         )
 

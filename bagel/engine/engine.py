@@ -1,274 +1,171 @@
-"""The whole of BAGEL in one process: contexts, text and pictures of a batch of requests."""
+"""One engine for pictures and text on one model: carries out commands, and says what happens in events."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from bagel.checkpoint.files import Checkpoint
-from bagel.checkpoint.limits import check_positions, padded_latents, position_limit
 from bagel.checkpoint.roles import Role
-from bagel.engine.clock import WindowClock
-from bagel.engine.context import Context, ContextBuilder, SegmentCache
-from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
-from bagel.engine.sampler import Canvas, Picture, StepGate, decode_picture
-from bagel.engine.segments import ChainPlanner
-from bagel.engine.text import TextDecoder, TextRun
-from bagel.errors import InvalidRequest, NotFinite
-from bagel.events import OnEvent, Result, StepDone, TextDelta
-from bagel.kv.digests import fingerprint
-from bagel.model.bagel import Bagel
-from bagel.model.pixels import to_image
-from bagel.model.threads import settle_threads
-from bagel.model.tokenizer import BagelTokenizer, TextStream
-from bagel.model.weights import load_model
-from bagel.prompts import BranchName
-from bagel.request import Request, text_settings
-from bagel.telemetry.stages import stages_before
+from bagel.engine.commands import AddPicture, AddRequest, Begin, Command, LoadPages, PlacedContext, Remove, StepPlan
+from bagel.engine.device_check import DeviceCheck
+from bagel.engine.diffusion import DiffusionEngine
+from bagel.engine.events import Event, Failed, Stepped, StepTimed
+from bagel.engine.loading import LoadedModel
+from bagel.engine.memory import is_out_of_memory, kv_space
+from bagel.engine.noise import initial_noise
+from bagel.engine.progress import Heartbeat
+from bagel.engine.sampler import Picture
+from bagel.engine.single_stage import SingleStage
+from bagel.errors import BagelError, OutOfMemory
+from bagel.model.attention import KvSlab
 
-TOKEN_BUDGET = 24_576
-"""Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
-SLAB_BUDGET = 131_072
-"""Tokens of K/V, contexts and latents, that one pack of pictures holds: 7 GiB of the 7B in bfloat16."""
 DEFAULT_MAX_NUM_SEQS = 16
 
-
-@dataclass
-class _Job:
-    """One request on its way."""
-
-    index: int
-    plan: RequestPlan
-    contexts: dict[BranchName, Context] = field(default_factory=dict)
-    run: TextRun | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-    windows: WindowClock | None = None
-    """Of a picture that is profiled."""
-
-    @property
-    def request(self) -> Request:
-        return self.plan.request
+logger = logging.getLogger(__name__)
 
 
-class BagelEngine:
-    """Serves batches of requests on one model of role full; see `load`.
+class _ArrivingContext:
+    """A context whose K/V are written to the slab page by page, after it has its place there."""
 
-    Results do not depend on how requests are batched, beyond rounding.
+    def __init__(self, placed: PlacedContext) -> None:
+        self.digest, self.length, self.rope = placed.digest, placed.length, placed.rope
+
+    def copy_to(self, slab: KvSlab, start: int) -> None:
+        """Nothing is there yet."""
+
+
+class Engine:
+    """Everything that one process computes on one model.
+
+    A model of role full serves whole requests (`AddRequest`), any that draws pictures of K/V that arrive
+    (`AddPicture`). Commands come from one thread; events are emitted from several.
     """
 
     def __init__(
         self,
-        model: Bagel,
-        tokenizer: BagelTokenizer,
-        model_fingerprint: bytes,
+        loaded: LoadedModel,
+        emit: Callable[[Event], None],
         *,
-        cache: SegmentCache | None = None,
-        max_num_seqs: int | None = None,
-        max_model_len: int | None = None,
+        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        kv_device_bytes: int | None = None,
         profile: bool = False,
+        pages: Tensor | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        """max_num_seqs: requests in one batch of text or pictures; max_model_len: positions of prompt and text.
+        """max_num_seqs: texts decoded at once; kv_device_bytes, profile: as DitConfig has them.
 
-        profile: results have the durations of the diffusion stages.
+        pages: shared memory that K/V arrive in, uint8.
         """
-        kv_dtype = str(model.dtype).removeprefix("torch.")
-        self.model, self.tokenizer = model, tokenizer
-        self.planner = ChainPlanner(model.config, tokenizer, fingerprint(model_fingerprint, kv_dtype))
-        self.contexts = ContextBuilder(model, cache)
-        self.texts = TextDecoder(model, tokenizer)
-        self._profiles = profile
-        self.max_num_seqs = max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        self.max_model_len = position_limit(model.config, max_model_len)
-
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        vae_use_tiling: bool = False,
-        max_num_seqs: int | None = None,
-        max_model_len: int | None = None,
-        profile: bool = False,
-    ) -> BagelEngine:
-        """The engine of a checkpoint; raises CheckpointError if its files do not fit.
-
-        vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
-        """
-        with checkpoint.loading():
-            tokenizer = BagelTokenizer(checkpoint.folder)
-            delimiters = (tokenizer.image_start, tokenizer.image_end)
-            model = load_model(checkpoint, Role.FULL, delimiter_ids=delimiters, dtype=dtype, device=device)
-        settle_threads(model.config, device)
-        if vae_use_tiling:
-            model.autoencoder().use_tiling()
-        return cls(
-            model,
-            tokenizer,
-            checkpoint.fingerprint,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            profile=profile,
+        self.loaded, self._emit, self.heartbeat = loaded, emit, heartbeat or Heartbeat()
+        model = loaded.model
+        self.space = kv_space(model, kv_device_bytes)
+        self._diffusion = DiffusionEngine(
+            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile
         )
+        self.single_stage: SingleStage | None = None
+        if loaded.role is Role.FULL:
+            self.single_stage = SingleStage(
+                loaded,
+                self.space,
+                self.heartbeat,
+                max_num_seqs=max_num_seqs,
+                emit=emit,
+                fail=self._report,
+                draw=lambda id_, picture, output: self._diffusion.add(id_, picture, output, begun=True),
+            )
+        self._check = DeviceCheck(model, emit, self._drop_caches)
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            AddPicture: self._add_picture,
+            LoadPages: lambda command: self._diffusion.load_pages(command.id, command.pages),
+            Begin: lambda command: self._diffusion.begin(command.id),
+            AddRequest: self._add_request,
+            StepPlan: self._step,
+            Remove: lambda command: self._remove(command.id),
+        }
 
-    def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Result]:
-        """Serve requests together; results in their order, each also an event as soon as it is there.
+    @property
+    def look_again_s(self) -> float | None:
+        """Seconds after which `look` wants to be called although no command came; None if there is no need."""
+        return self._check.look_again_s
 
-        Raises InvalidRequest or InvalidImage before anything is computed if one of them cannot be served, and
-        NotFinite, after all others are served, if a picture overflowed.
-        """
-        emit = on_event or (lambda event: None)
-        jobs = [_Job(index, self._planned(index, request)) for index, request in enumerate(requests)]
-        for job in jobs:
-            with self._timed([job], "context"):
-                self._build(job)
-        speaking = [job for job in jobs if job.run is not None]
-        for at in range(0, len(speaking), self.max_num_seqs):
-            self._decode_texts(speaking[at : at + self.max_num_seqs], emit)
-        results = [self._answer(job, emit) for job in jobs if not job.plan.draws]
-        overflown: list[NotFinite] = []
-        for group, padded in self._packs([job for job in jobs if job.plan.draws]):
-            results += self._draw(group, padded, emit, overflown)
-        if overflown:
-            raise overflown[0]
-        return sorted(results, key=lambda result: result.index)
+    def execute(self, command: Command) -> None:
+        """Carry out a command. An error ends the request that it is about, and is an event."""
+        with self.heartbeat.work():
+            try:
+                self._handlers[type(command)](command)
+            except Exception as error:
+                id_ = getattr(command, "id", None)
+                if id_ is not None:
+                    self._remove(id_)
+                self._report(id_, error)
+            self._diffusion.admit()
+            self._look()
 
-    def _planned(self, index: int, request: Request) -> RequestPlan:
+    def look(self) -> None:
+        """Between two commands: see whether a device that was full has memory again."""
+        with self.heartbeat.work():
+            self._look()
+
+    def close(self) -> None:
+        """Wait for the pictures that are being decoded, and end."""
+        if self.single_stage is not None:
+            self.single_stage.close()
+        self._diffusion.close()
+
+    def _look(self) -> None:
+        reading = self.single_stage is not None and self.single_stage.busy
+        idle = not (self.space.taken or reading or self._diffusion.busy)
+        self._check.look(idle=idle, grid=self._diffusion.latest_grid)
+
+    def _add_picture(self, command: AddPicture) -> None:
+        rows, columns = command.grid
+        features = self.loaded.model.config.latent_features
+        noise = initial_noise(command.seed, rows * columns, features, command.posterior_shapes)
+        contexts = {name: _ArrivingContext(placed) for name, placed in command.contexts.items()}
+        picture = Picture(command.settings, command.grid, noise, contexts)
+        self._diffusion.add(command.id, picture, command.output, begun=False)
+
+    def _add_request(self, command: AddRequest) -> None:
+        assert self.single_stage is not None, f"a model of role {self.loaded.role} serves no whole requests"
+        self.single_stage.submit(command)
+
+    def _step(self, plan: StepPlan) -> None:
+        timed: list[StepTimed] = []
         try:
-            return plan_request(self.planner, request, self.max_model_len)
-        except InvalidRequest as error:
-            error.index = index
-            raise
+            timed += self._diffusion.step(plan.pictures)
+            if plan.read and self.single_stage is not None:
+                timed += self.single_stage.work()
+        finally:  # the scheduler waits for this event before it plans on
+            reading = self.single_stage is not None and self.single_stage.busy
+            self._emit(Stepped(reading, tuple(timed)))
 
-    def _build(self, job: _Job) -> None:
-        """Compute the contexts that the request's text, or its picture without one, goes on from."""
-        if job.plan.writes:
-            prompt = self.contexts.build(job.plan.chain)
-            job.run = TextRun(prompt, text_settings(job.request), job.request.seed)
-        for name, chain in job.plan.chains.items():
-            if name is not BranchName.GEN or not job.run:
-                job.contexts[name] = self.contexts.build(chain)
+    def _remove(self, id_: int) -> None:
+        if self.single_stage is not None:
+            self.single_stage.remove(id_)
+        self._diffusion.remove(id_)
 
-    def _decode_texts(self, jobs: Sequence[_Job], emit: OnEvent) -> None:
-        """Decode replies and think texts; a think text then becomes the last segment of gen."""
-        streams = [TextStream(self.tokenizer) for _ in jobs]
+    def _drop_caches(self) -> None:
+        if self.single_stage is not None:
+            self.single_stage.drop_cache()
 
-        def show(at: int, text: str) -> None:
-            if text:
-                emit(TextDelta(jobs[at].index, text, think=jobs[at].plan.draws))
-
-        with self._timed(jobs, "text"):
-            runs = [job.run for job in jobs if job.run is not None]
-            self.texts.decode(runs, lambda at, token: show(at, streams[at].push(token)))
-            for at, stream in enumerate(streams):
-                show(at, stream.end())
-        for job in jobs:
-            if job.plan.draws and job.run is not None:
-                with self._timed([job], "context"):
-                    chain = self.planner.append_text(job.plan.chain, self.texts.reply(job.run))
-                    check_positions(chain.rope, 0, self.max_model_len)
-                    job.contexts[BranchName.GEN] = self.contexts.build(chain)
-
-    def _packs(self, jobs: Sequence[_Job]) -> Iterator[tuple[list[_Job], int]]:
-        """Groups of pictures that are drawn together: one bucket of latents, within the limits."""
-        groups: dict[int, list[list[_Job]]] = {}
-        for job in jobs:
-            padded = self._bucket(job)
-            packs = groups.setdefault(padded, [[]])
-            together = [context for other in (*packs[-1], job) for context in other.contexts.values()]
-            held = sum(context.length + padded for context in together)
-            full = len(together) * padded > TOKEN_BUDGET or held > SLAB_BUDGET or len(packs[-1]) == self.max_num_seqs
-            if packs[-1] and full:
-                packs.append([])
-            packs[-1].append(job)
-        for padded, packs in groups.items():
-            for pack in packs:
-                yield pack, padded
-
-    def _bucket(self, job: _Job) -> int:
-        """Latents a row is padded to."""
-        rows, columns = grid(self.planner, job.plan.size)
-        return padded_latents(rows * columns, self.model.device.type)
-
-    def _draw(self, jobs: Sequence[_Job], padded: int, emit: OnEvent, overflown: list[NotFinite]) -> list[Result]:
-        """Denoise a pack together; each picture is decoded and given out as soon as its last step is done."""
-        canvas = Canvas(self.model, [self._picture(job) for job in jobs], padded)
-        gate = StepGate(self.model.device)
-        results = []
-        active = list(range(len(jobs)))
-        while active:
-            last = any(canvas.pictures[i].step + 1 == canvas.pictures[i].steps for i in active)
-            with self._timed([jobs[i] for i in active], "denoise", settle=last):
-                self._reach(jobs, canvas, active)
-                with gate.step(len(active)):
-                    canvas.step(active)
-            for i in active:
-                emit(StepDone(jobs[i].index, canvas.pictures[i].step, canvas.pictures[i].steps))
-            finished = [i for i in active if canvas.pictures[i].finished]
-            self._reach(jobs, canvas, finished)
-            for i in finished:
-                try:
-                    results.append(self._finish(jobs[i], canvas.latents(i), emit))
-                except NotFinite as error:
-                    overflown.append(error)
-            active = [i for i in active if not canvas.pictures[i].finished]
-        return results
-
-    @staticmethod
-    def _reach(jobs: Sequence[_Job], canvas: Canvas, numbers: Sequence[int]) -> None:
-        """Tell the clocks of pictures how many of their steps are launched."""
-        for i in numbers:
-            if (windows := jobs[i].windows) is not None:
-                windows.reach(canvas.pictures[i].step)
-
-    def _picture(self, job: _Job) -> Picture:
-        """The picture of a job whose contexts are built."""
-        picture = plan_picture(self.planner, job.plan, job.contexts)
-        if self._profiles:
-            job.windows = WindowClock(self.model.device, picture.steps)
-        job.contexts = {}  # the canvas has its own copy
-        return picture
-
-    def _finish(self, job: _Job, latents: torch.Tensor, emit: OnEvent) -> Result:
-        with self._timed([job], "decode"):
-            decoded = decode_picture(self.model, latents, grid(self.planner, job.plan.size))
-            if not decoded.isfinite().all():
-                raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
-            image = to_image(decoded)
-        tokens = tuple(job.run.tokens) if job.run else ()
-        text = self.texts.reply(job.run) if job.run else ""
-        result = Result(job.index, image, text, tokens, job.request.seed, job.timings, profile=_profile(job))
-        emit(result)
-        return result
-
-    @contextmanager
-    def _timed(self, jobs: Sequence[_Job], stage: str, *, settle: bool = True) -> Iterator[None]:
-        """Add the block's duration in seconds to a stage of every job: what each waited for it.
-
-        settle: wait for the device, so that the work launched here is not counted in the next stage.
-        """
-        start = time.perf_counter()
-        yield
-        if settle and self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        for job in jobs:
-            job.timings[stage] = job.timings.get(stage, 0.0) + time.perf_counter() - start
-
-    def _answer(self, job: _Job, emit: OnEvent) -> Result:
-        assert job.run is not None
-        text = self.texts.reply(job.run)
-        result = Result(job.index, None, text, tuple(job.run.tokens), job.request.seed, job.timings)
-        emit(result)
-        return result
+    def _report(self, id_: int | None, error: Exception) -> None:
+        """Emit a request's error; the receiver answers with Remove. From any thread."""
+        if not isinstance(error, BagelError):
+            if is_out_of_memory(error):
+                self._check.ran_out()
+                error = OutOfMemory("the memory of the device is full; draw fewer or smaller pictures at once")
+            else:
+                logger.error("internal error", exc_info=error)
+                error = _internal(error)
+        if id_ is not None:
+            self._emit(Failed(id_, error))
 
 
-def _profile(job: _Job) -> dict[str, float]:
-    """Durations of the diffusion stages of a picture that is done; none unless it is profiled."""
-    if job.windows is None:
-        return {}
-    return stages_before(job.timings) | job.windows.stages() | {"decode": job.timings["decode"]}
+def _internal(cause: Exception) -> BagelError:
+    """What callers of a service learn of an error that is no user's; one in the same process finds its cause."""
+    error = BagelError(f"internal error: {type(cause).__name__}; the log of this service has the details")
+    error.__cause__ = cause
+    return error

@@ -11,7 +11,7 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
 from bagel.checkpoint.roles import Role
 from bagel.engine.segments import ChainPlanner
-from bagel.kv.digests import fingerprint
+from bagel.kv.digests import fingerprint as kv_fingerprint_of
 from bagel.kv.pages import KvLayout
 from bagel.model.bagel import Bagel
 from bagel.model.threads import settle_threads
@@ -23,14 +23,35 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device; kv_fingerprint names the K/V it makes, max_model_len the positions it serves."""
+    """A model on its device.
+
+    fingerprint: the checkpoint's; kv_fingerprint names the K/V that the model makes; max_model_len: positions that it
+    serves.
+    """
 
     model: Bagel
     tokenizer: BagelTokenizer
-    checkpoint: Checkpoint
+    role: Role
+    fingerprint: bytes
     planner: ChainPlanner
     kv_fingerprint: bytes
     max_model_len: int
+
+    @classmethod
+    def of(
+        cls,
+        model: Bagel,
+        tokenizer: BagelTokenizer,
+        role: Role,
+        fingerprint: bytes,
+        *,
+        max_model_len: int | None = None,
+    ) -> LoadedModel:
+        """A model with what goes with it; max_model_len None: all positions that it has."""
+        kv_fingerprint = kv_fingerprint_of(fingerprint, str(model.dtype).removeprefix("torch."))
+        planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
+        limit = position_limit(model.config, max_model_len)
+        return cls(model, tokenizer, role, fingerprint, planner, kv_fingerprint, limit)
 
     @property
     def dtype(self) -> str:
@@ -46,22 +67,29 @@ class LoadedModel:
 
 
 def load_role(
-    checkpoint: Checkpoint, role: Role, *, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+    checkpoint: Checkpoint,
+    role: Role,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None = None,
+    vae_use_tiling: bool = False,
 ) -> LoadedModel:
-    """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit."""
+    """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
+
+    vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
+    """
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
         delimiters = (tokenizer.image_start, tokenizer.image_end)
         model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
     settle_threads(model.config, device)
+    if vae_use_tiling:
+        model.autoencoder().use_tiling()
     backend = model.language_model.backend
     chosen = {"attention": backend.attention, "kernels": backend.kernels.name, "device": str(device)}
     logger.info("backend", extra={"fields": chosen})
-    kv_fingerprint = fingerprint(checkpoint.fingerprint, str(dtype).removeprefix("torch."))
-    planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
-    return LoadedModel(
-        model, tokenizer, checkpoint, planner, kv_fingerprint, position_limit(model.config, max_model_len)
-    )
+    return LoadedModel.of(model, tokenizer, role, checkpoint.fingerprint, max_model_len=max_model_len)
 
 
 def kv_layout(checkpoint: Checkpoint, dtype: str) -> KvLayout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -30,19 +31,28 @@ def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
     None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, a quarter of the host's for a CPU.
     Raises ConfigError for less than a token, OutOfMemory if the device does not have it.
     """
-    shape, device = model.kv_shape, model.device
-    token = shape.token_bytes(model.dtype)
+    token = model.kv_shape.token_bytes(model.dtype)
     if nbytes is None:
-        nbytes = min(DEFAULT_KV_TOKENS * token, _share(device))
+        nbytes = min(DEFAULT_KV_TOKENS * token, _share(model.device))
     elif nbytes < token:
-        raise ConfigError(f"--kv-device-bytes is {nbytes}; K/V of one token of this model take {token}")
-    ahead = model.language_model.backend.read_ahead
+        raise ConfigError(f"kv_device_bytes is {nbytes}; K/V of one token of this model take {token}")
     try:
-        return SharedSlab(shape, dtype=model.dtype, device=device, read_ahead=ahead, size=nbytes // token)
+        return _slab(model, nbytes // token)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"{device} has no {nbytes} bytes free for K/V; lower --kv-device-bytes") from error
+        raise OutOfMemory(f"{model.device} has no {nbytes} bytes free for K/V; lower kv_device_bytes") from error
+
+
+def kv_space_of(model: Bagel, lengths: Sequence[int]) -> SharedSlab:
+    """Room for intervals of these lengths, in tokens, and no more."""
+    ahead = model.language_model.backend.read_ahead
+    return _slab(model, sum(length + ahead for length in lengths))
+
+
+def _slab(model: Bagel, tokens: int) -> SharedSlab:
+    ahead = model.language_model.backend.read_ahead
+    return SharedSlab(model.kv_shape, dtype=model.dtype, device=model.device, size=tokens, read_ahead=ahead)
 
 
 def _share(device: torch.device) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Protocol
 
 import torch
@@ -28,12 +27,10 @@ from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
 Velocities = Mapping[BranchName, Tensor]
-OnVelocity = Callable[[int, int, Velocities, Tensor], None]
-"""Called with (picture, step, velocities by branch, guided velocity), each velocity [tokens, features] float32."""
 
 
 class ContextKv(Protocol):
-    """A context that a picture is drawn from: engine.context.Context, or one whose K/V land later."""
+    """A context that a picture is drawn from: engine.context.Context, or one whose K/V arrive later."""
 
     @property
     def digest(self) -> bytes: ...
@@ -47,28 +44,28 @@ class ContextKv(Protocol):
     def copy_to(self, slab: KvSlab, start: int) -> None: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Picture:
-    """One picture to draw.
+    """A picture to draw.
 
     grid: (rows, columns) of latent tokens; noise: [rows * columns, features] float32, what it starts from;
     contexts: by branch; every branch that `needed_branches` names must be there.
+    times, deltas, guided: of each Euler step the time where it begins, its length, and whether guidance applies.
     """
 
     settings: ImageSettings
     grid: tuple[int, int]
     noise: Tensor
     contexts: Mapping[BranchName, ContextKv]
-    step: int = 0
     times: list[float] = field(init=False)
     deltas: list[float] = field(init=False)
     guided: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
         times = timesteps(self.settings.steps, self.settings.timestep_shift)
-        self.times = times[:-1].tolist()
-        self.deltas = (times[:-1] - times[1:]).tolist()
-        self.guided = guided_steps(times[:-1], self.settings.cfg_interval)
+        object.__setattr__(self, "times", times[:-1].tolist())
+        object.__setattr__(self, "deltas", (times[:-1] - times[1:]).tolist())
+        object.__setattr__(self, "guided", guided_steps(times[:-1], self.settings.cfg_interval))
 
     @property
     def tokens(self) -> int:
@@ -78,10 +75,6 @@ class Picture:
     def steps(self) -> int:
         return len(self.times)
 
-    @property
-    def finished(self) -> bool:
-        return self.step == self.steps
-
     def distinct(self) -> dict[bytes, ContextKv]:
         """Its contexts by digest: equal branches share one row."""
         return {context.digest: context for context in self.contexts.values()}
@@ -90,89 +83,110 @@ class Picture:
         """Tokens of K/V of each row whose latents are padded to so many."""
         return [row_kv_tokens(context.length, padded) for context in self.distinct().values()]
 
-    def branches(self) -> frozenset[BranchName]:
-        """Branches that the next step runs."""
-        guiding = guiding_branches(self.settings) if self.guided[self.step] else frozenset()
-        return frozenset({BranchName.GEN}) | guiding
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Row:
-    """One distinct context of one picture and where its K/V lie."""
+    """One distinct context of a picture, and where its K/V begin in the slab."""
 
-    picture: int
+    drawing: Drawing
     context: ContextKv
     start: int
 
 
+@dataclass(eq=False)
+class Drawing:
+    """A picture on a canvas.
+
+    x: its latents now, [padded, features] float32; position_ids: theirs, [padded] int64; both on the device.
+    step: Euler steps that are launched.
+    """
+
+    picture: Picture
+    x: Tensor
+    position_ids: Tensor
+    rows: dict[BranchName, _Row] = field(default_factory=dict)
+    step: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.picture.steps
+
+    @property
+    def latents(self) -> Tensor:
+        """Its latent tokens now, [tokens, features] float32."""
+        return self.x[: self.picture.tokens]
+
+    @property
+    def time(self) -> float:
+        """The time where its next step begins."""
+        return self.picture.times[self.step]
+
+    def branches(self) -> frozenset[BranchName]:
+        """Branches that the next step runs."""
+        guiding = guiding_branches(self.picture.settings) if self.picture.guided[self.step] else frozenset()
+        return frozenset({BranchName.GEN}) | guiding
+
+    def place(self, branch: BranchName) -> int:
+        """The token of the slab where a branch's context begins."""
+        return self.rows[branch].start
+
+
+OnVelocity = Callable[[Drawing, Velocities, Tensor], None]
+"""Called before a step is taken with (drawing, velocities by branch, guided velocity), each [tokens, features]."""
+
+
 @dataclass(frozen=True)
-class _Plan:
-    """The layout of a step. position_ids are on the device."""
+class _Layout:
+    """The rows of a step. position_ids are on the device."""
 
     rows: Rows
-    pictures: tuple[int, ...]
+    drawings: tuple[Drawing, ...]
     position_ids: Tensor
 
 
 class Canvas:
-    """Pictures being drawn together: their latents, their K/V, and the steps. They join and leave between steps.
+    """Pictures that are drawn together. They join and leave between steps.
 
     All fit one bucket: `padded` latents, at least as many as each has.
     """
 
-    def __init__(self, model: Bagel, pictures: Sequence[Picture], padded: int, space: SharedSlab | None = None) -> None:
-        """The first pictures are numbered from 0 in their order. space: where their K/V go, else one of their own."""
-        self.model, self.padded = model, padded
-        self.pictures: dict[int, Picture] = {}
-        self._added = count()
-        self._rows: dict[int, _Row] = {}
-        self._rows_made = count()
-        self._row_of: dict[tuple[int, BranchName], int] = {}
-        self._x: dict[int, Tensor] = {}
-        self._position_ids: dict[int, Tensor] = {}
+    def __init__(self, model: Bagel, padded: int, space: SharedSlab) -> None:
+        """space: holds the pictures' K/V."""
+        self.model, self.padded, self._space = model, padded, space
+        self.drawings: list[Drawing] = []
         self._delimiters: Tensor = model.delimiter_embeddings()
-        self._plans: dict[tuple[int, ...], _Plan] = {}
-        self._space = space or SharedSlab(
-            model.kv_shape,
-            dtype=model.dtype,
-            device=model.device,
-            read_ahead=model.language_model.backend.read_ahead,
-            lengths=[length for picture in pictures for length in picture.kv_tokens(padded)],
-        )
-        for picture in pictures:
-            self.add(picture)
+        self._layouts: dict[tuple[_Row, ...], _Layout] = {}
 
     @property
     def slab(self) -> KvSlab:
-        """K/V of all pictures; in a space that grows, another one after `add`."""
+        """K/V of all pictures."""
         return self._space.slab
 
     @torch.inference_mode()
-    def add(self, picture: Picture) -> int:
-        """Let a picture take part; its number. Its contexts are written to the slab.
+    def add(self, picture: Picture) -> Drawing:
+        """Let a picture take part. Its contexts are written to the slab.
 
-        All or nothing: a picture that memory runs out for leaves no trace.
+        All or nothing: a picture for which memory runs out leaves no trace.
         """
         if picture.tokens > self.padded:
             raise ValueError(f"a picture of {picture.tokens} latents does not fit a bucket of {self.padded}")
         device = self.model.device
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
         x[: picture.tokens] = picture.noise.to(device)
-        position_ids = self._padded_ids(picture).to(device)
+        drawing = Drawing(picture, x, self._padded_ids(picture).to(device))
         distinct = picture.distinct()
         starts = self._place_contexts(list(distinct.values()), picture.kv_tokens(self.padded))
         # From here on nothing is allocated on the device, so nothing fails half-way.
-        number, rows = next(self._added), {}
-        for (digest, context), start in zip(distinct.items(), starts, strict=True):
-            rows[digest] = next(self._rows_made)
-            self._rows[rows[digest]] = _Row(number, context, start)
-        for name, context in picture.contexts.items():
-            self._row_of[number, name] = rows[context.digest]
-        self.pictures[number], self._x[number], self._position_ids[number] = picture, x, position_ids
-        return number
+        rows = {
+            digest: _Row(drawing, context, start)
+            for (digest, context), start in zip(distinct.items(), starts, strict=True)
+        }
+        drawing.rows |= {name: rows[context.digest] for name, context in picture.contexts.items()}
+        self.drawings.append(drawing)
+        return drawing
 
     def _place_contexts(self, contexts: Sequence[ContextKv], rooms: Sequence[int]) -> list[int]:
-        """Write contexts to the slab, in rooms that hold their latents too; where each begins."""
+        """Write contexts to the slab, each with room for its latents; where each begins."""
         starts = self._space.take_all(rooms)
         try:
             for context, start in zip(contexts, starts, strict=True):
@@ -183,76 +197,68 @@ class Canvas:
             raise
         return starts
 
-    def remove(self, number: int) -> None:
+    def remove(self, drawing: Drawing) -> None:
         """Let a picture leave."""
-        left = {row for row, entry in self._rows.items() if entry.picture == number}
-        for row in left:
-            self._space.give(self._rows.pop(row).start)
-        self._row_of = {key: row for key, row in self._row_of.items() if row not in left}
-        self._plans = {rows: plan for rows, plan in self._plans.items() if left.isdisjoint(rows)}
-        for entries in (self.pictures, self._x, self._position_ids):
-            entries.pop(number)
-
-    def place(self, number: int, branch: BranchName) -> int:
-        """Where in the slab a branch's context begins."""
-        return self._rows[self._row_of[number, branch]].start
-
-    def latents(self, number: int) -> Tensor:
-        """Latent tokens of a picture now, [tokens, features] float32."""
-        return self._x[number][: self.pictures[number].tokens]
+        self.drawings.remove(drawing)
+        for start in {row.start for row in drawing.rows.values()}:
+            self._space.give(start)
+        self._layouts = {rows: each for rows, each in self._layouts.items() if drawing not in each.drawings}
 
     @torch.inference_mode()
-    def step(self, active: Sequence[int], on_velocity: OnVelocity | None = None) -> None:
-        """One Euler step of each of the pictures `active`, in one forward."""
-        wanted = {i: self.pictures[i].branches() for i in active}
-        velocities = self.velocities(wanted)
-        for i in active:
-            picture = self.pictures[i]
-            guided = guide(velocities[i], picture.settings)
+    def step(self, active: Sequence[Drawing], on_velocity: OnVelocity | None = None) -> None:
+        """One Euler step of each of these pictures, in one forward."""
+        velocities = self.velocities({drawing: drawing.branches() for drawing in active})
+        for drawing in active:
+            picture = drawing.picture
+            guided = guide(velocities[drawing], picture.settings)
             if on_velocity is not None:
-                on_velocity(i, picture.step, velocities[i], guided)
-            self.latents(i).sub_(guided * picture.deltas[picture.step])
-            picture.step += 1
+                on_velocity(drawing, velocities[drawing], guided)
+            drawing.latents.sub_(guided * picture.deltas[drawing.step])
+            drawing.step += 1
 
     @torch.inference_mode()
-    def velocities(self, wanted: Mapping[int, frozenset[BranchName]]) -> dict[int, dict[BranchName, Tensor]]:
+    def velocities(self, wanted: Mapping[Drawing, frozenset[BranchName]]) -> dict[Drawing, dict[BranchName, Tensor]]:
         """Velocities of the given branches of the given pictures at their present step."""
-        names = [(i, name) for i, branches in wanted.items() for name in sorted(branches)]
-        rows = sorted({self._row_of[key] for key in names})
-        plan = self._plan(tuple(rows))
-        times = [self.pictures[i].times[self.pictures[i].step] for i in plan.pictures]
-        t = upload(times, torch.float32, self.model.device)
-        x = torch.stack([self._x[i] for i in plan.pictures])
-        latents = self.model.embed_latents(x, t, plan.position_ids)
+        rows = tuple(
+            dict.fromkeys(
+                row
+                for drawing in self.drawings
+                for name, row in drawing.rows.items()
+                if name in wanted.get(drawing, frozenset())
+            )
+        )
+        layout = self._layout(rows)
+        t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
+        x = torch.stack([drawing.x for drawing in layout.drawings])
+        latents = self.model.embed_latents(x, t, layout.position_ids)
         delimiters = self._delimiters.expand(len(rows), -1, -1)
-        _, hidden = self.model.language_model(delimiters, latents, plan.rows, self.slab)
+        _, hidden = self.model.language_model(delimiters, latents, layout.rows, self.slab)
         v = self.model.velocity(hidden)
         place = {row: at for at, row in enumerate(rows)}
-        result: dict[int, dict[BranchName, Tensor]] = {i: {} for i in wanted}
-        for i, name in names:
-            result[i][name] = v[place[self._row_of[i, name]], : self.pictures[i].tokens]
-        return result
+        return {
+            drawing: {name: v[place[drawing.rows[name]], : drawing.picture.tokens] for name in sorted(names)}
+            for drawing, names in wanted.items()
+        }
 
     def _padded_ids(self, picture: Picture) -> Tensor:
         ids = torch.zeros(self.padded, dtype=torch.int64)
         ids[: picture.tokens] = grid_position_ids(*picture.grid, self.model.config.max_latent_size)
         return ids
 
-    def _plan(self, rows: tuple[int, ...]) -> _Plan:
+    def _layout(self, rows: tuple[_Row, ...]) -> _Layout:
         """The layout of a step over these rows; made once, as most steps run the same rows."""
-        if rows not in self._plans:
-            chosen = [self._rows[row] for row in rows]
-            pictures = tuple(row.picture for row in chosen)
-            layout = latent_rows(
+        if rows not in self._layouts:
+            drawings = tuple(row.drawing for row in rows)
+            placed = latent_rows(
                 self.model.language_model,
-                [row.start for row in chosen],
-                [row.context.length for row in chosen],
-                [row.context.rope for row in chosen],
-                [self.pictures[i].tokens for i in pictures],
+                [row.start for row in rows],
+                [row.context.length for row in rows],
+                [row.context.rope for row in rows],
+                [drawing.picture.tokens for drawing in drawings],
                 self.padded,
             )
-            self._plans[rows] = _Plan(layout, pictures, torch.stack([self._position_ids[i] for i in pictures]))
-        return self._plans[rows]
+            self._layouts[rows] = _Layout(placed, drawings, torch.stack([each.position_ids for each in drawings]))
+        return self._layouts[rows]
 
 
 class StepGate:

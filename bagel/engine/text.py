@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +19,6 @@ from bagel.errors import NotFinite
 from bagel.model.bagel import Bagel
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.request import TextSettings
-
-OnToken = Callable[[int, int], None]
-"""Called with (index of the run, visible token id)."""
 
 
 @dataclass
@@ -42,25 +39,9 @@ class TextBatch:
     Each begins with a fresh <|im_start|>, as the reference does.
     """
 
-    def __init__(
-        self,
-        model: Bagel,
-        tokenizer: BagelTokenizer,
-        runs: Sequence[TextRun] = (),
-        space: SharedSlab | None = None,
-    ) -> None:
-        """runs: texts that there is room for to begin with; `add` lets them take part.
-
-        space: where K/V go, else one of their own that grows.
-        """
-        self.model, self.tokenizer = model, tokenizer
-        self._space = space or SharedSlab(
-            model.kv_shape,
-            dtype=model.dtype,
-            device=model.device,
-            read_ahead=model.language_model.backend.read_ahead,
-            lengths=[_room(run) for run in runs],
-        )
+    def __init__(self, model: Bagel, tokenizer: BagelTokenizer, space: SharedSlab) -> None:
+        """space: where the K/V of the texts lie."""
+        self.model, self.tokenizer, self._space = model, tokenizer, space
         self._entries: list[_Entry] = []
         self._graphs: DecodeGraphs | None = None
 
@@ -71,7 +52,7 @@ class TextBatch:
     def add(self, run: TextRun) -> None:
         """Let a text take part from the next step on."""
         uniforms = text_uniforms(run.seed, run.settings.max_tokens).tolist()
-        start = self._space.take(_room(run))
+        start = self._space.take(text_kv_tokens(run))
         try:
             run.context.copy_to(self._space.slab, start)
         except BaseException:
@@ -81,7 +62,7 @@ class TextBatch:
 
     def has_room(self, run: TextRun) -> bool:
         """Whether a text can be added now; if not, it waits in line for room."""
-        return self._space.has_room(("text", id(run)), [_room(run)])
+        return self._space.has_room(("text", id(run)), [text_kv_tokens(run)])
 
     def remove(self, run: TextRun) -> None:
         """Let a text leave, or wait no more; nothing if it has left, as a finished one has."""
@@ -140,9 +121,9 @@ class TextBatch:
         return logits, best(logits)
 
     def _captured(self) -> DecodeGraphs:
-        """The graphs of the slab as it is now; a slab that has grown is another one."""
-        if self._graphs is None or self._graphs.slab is not self._space.slab:
-            place = self._space.spare()
+        """The graphs of the slab."""
+        if self._graphs is None:
+            place = self._space.spare
             spare = Fed(self.tokenizer.bos, 0, place, place)
             self._graphs = DecodeGraphs(self.model, self._space.slab, spare)
         return self._graphs
@@ -166,36 +147,8 @@ class _Entry:
     uniforms: list[float]
 
 
-class TextDecoder:
-    """Decodes texts after contexts, several in one batch."""
-
-    def __init__(self, model: Bagel, tokenizer: BagelTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def decode(self, runs: Sequence[TextRun], on_token: OnToken | None = None) -> None:
-        """Fill every run's tokens until its limit or a stop token, which is not kept.
-
-        Raises NotFinite, after all others are written, if a text overflowed.
-        """
-        batch = TextBatch(self.model, self.tokenizer, runs)
-        index = {id(run): i for i, run in enumerate(runs)}
-        for run in runs:
-            batch.add(run)
-        while len(batch):
-            for run, token in batch.step():
-                if on_token is not None:
-                    on_token(index[id(run)], token)
-        for run in runs:
-            if run.error is not None:
-                raise run.error
-
-    def reply(self, run: TextRun) -> str:
-        """The text of a finished run."""
-        return self.tokenizer.reply([self.tokenizer.bos, *run.tokens])
-
-
-def _room(run: TextRun) -> int:
-    """Tokens of K/V that a text may come to."""
+def text_kv_tokens(run: TextRun) -> int:
+    """The most tokens of K/V that a text takes."""
     return run.context.length + run.settings.max_tokens
 
 

@@ -1,212 +1,276 @@
-"""Reading prompts and writing text for many requests, fairly: a segment of one, then a token of every text."""
+"""Computing contexts and decoding text for many requests, fairly: a segment of one, then a token of every text."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from bagel.checkpoint.limits import check_positions
-from bagel.engine.context import Context, ContextBuilder, OnKv
-from bagel.engine.segments import Chain, ChainPlanner, Segment
+from torch import Tensor
+
+from bagel.checkpoint.limits import check_kv_room, check_positions
+from bagel.engine.context import Context, ContextBuilder
+from bagel.engine.loading import LoadedModel
+from bagel.engine.segments import Chain, Segment
 from bagel.engine.slab import SharedSlab
 from bagel.engine.text import TextBatch, TextRun
-from bagel.model.bagel import Bagel
-from bagel.model.tokenizer import BagelTokenizer, TextStream
+from bagel.model.tokenizer import TextStream
 from bagel.request import TextSettings
-
-OnWrite = Callable[[int, float], None]
-"""Called with (texts, seconds)."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """What a reading came to: its context (with the text appended, if it was to be), the text, its visible ids."""
+class LayerComputed:
+    """One layer of a segment is computed: k and v, each [length, kv_heads, head_dim]."""
+
+    segment: Segment
+    layer: int
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class PromptComputed:
+    """The context that the text continues is computed. computed: segments that no cache had, digest to length."""
+
+    computed: Mapping[bytes, int]
+
+
+@dataclass(frozen=True)
+class TextWritten:
+    """Some more text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ChainExtended:
+    """The text is complete and becomes the last segment of this longer chain, which is computed next."""
+
+    chain: Chain
+
+
+@dataclass(frozen=True)
+class ContextDone:
+    """A request is complete: its context (with the text appended, if asked for), its text and the visible ids.
+
+    computed: segments that no cache had, digest to length; layer_times: when each layer of them was done, by
+    time.monotonic.
+    """
 
     context: Context
     text: str
     token_ids: tuple[int, ...]
+    computed: Mapping[bytes, int] = field(default_factory=dict)
+    layer_times: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class ContextFailed:
+    """A request ended with an error."""
+
+    error: Exception
+
+
+ContextEvent = LayerComputed | PromptComputed | TextWritten | ChainExtended | ContextDone | ContextFailed
 
 
 @dataclass(eq=False)
-class Reading:
-    """One context to build, perhaps with a text to write after it, and who is told of it.
+class ContextRequest:
+    """One context to compute, perhaps with a text to decode after it.
 
-    settings: how the text is decoded, None for none; on_read hears that the context which it goes on from is computed;
-    append: the text becomes the last segment of the context, and on_chain hears of the longer chain before it is
-    computed. computed, kv_times: for whoever sets on_kv, the
-    segments (digest and length) that it saw and when it was called.
+    emit: receives each event, on the engine's thread; an error that it raises ends this request and no other.
+    settings: how the text is decoded, None for no text. append: the text becomes the last segment of the context.
     """
 
     chain: Chain
     seed: int
-    on_done: Callable[[Written], None]
-    on_error: Callable[[Exception], None]
+    emit: Callable[[ContextEvent], None]
     settings: TextSettings | None = None
     append: bool = False
-    on_read: Callable[[], None] = lambda: None
-    on_text: Callable[[str], None] = lambda text: None
-    on_chain: Callable[[Chain], None] = lambda chain: None
-    on_kv: OnKv | None = None
-    computed: dict[bytes, int] = field(default_factory=dict)
-    kv_times: list[float] = field(default_factory=list)
-    _steps: Generator[Segment, None, Context] | None = field(default=None, init=False)
-    _run: TextRun | None = field(default=None, init=False)
-    _stream: TextStream | None = field(default=None, init=False)
+    computed: dict[bytes, int] = field(default_factory=dict, init=False)
+    layer_times: list[float] = field(default_factory=list, init=False)
 
 
-class Reader:
-    """Works through readings in small units; `work` does one and is called as long as there is `busy`.
+@dataclass(eq=False)
+class _Entry:
+    """A request under way: the steps of its context, then its text."""
 
-    A long text holds up a short prompt by one token at most, a long prompt a text by one segment.
+    request: ContextRequest
+    steps: Generator[Segment, None, Context]
+    run: TextRun | None = None
+    stream: TextStream | None = None
+
+    @property
+    def writing(self) -> TextRun:
+        assert self.run is not None
+        return self.run
+
+
+class TextScheduler:
+    """Works through requests in small units: call `work` as long as there is something `busy`.
+
+    A long text delays a short prompt by one token at most, a long prompt a text by one segment.
     """
 
     def __init__(
         self,
-        model: Bagel,
-        tokenizer: BagelTokenizer,
-        planner: ChainPlanner,
+        loaded: LoadedModel,
         builder: ContextBuilder,
+        space: SharedSlab,
         *,
         max_num_seqs: int,
-        max_model_len: int,
-        on_write: OnWrite = lambda texts, seconds: None,
-        space: SharedSlab | None = None,
+        on_write: Callable[[int, float], None] = lambda texts, seconds: None,
     ) -> None:
-        """max_num_seqs: texts written at once, further ones wait; max_model_len: positions of prompt and text.
+        """space: holds the K/V of texts, which wait for room there.
 
-        on_write hears of every token written: of how many texts, and the seconds that it took. space: where the K/V
-        of texts go, which wait for room there; else one that grows.
+        max_num_seqs: texts decoded at once, further ones wait; on_write: called after each token of all texts with
+        their number and the seconds that it took.
         """
-        self.tokenizer, self.planner, self.builder = tokenizer, planner, builder
-        self.max_num_seqs, self.max_model_len, self._on_write = max_num_seqs, max_model_len, on_write
-        self._model = model
-        self._space = space
-        self._texts = TextBatch(model, tokenizer, space=space)
-        self._building: deque[Reading] = deque()
-        self._waiting: deque[tuple[Reading, TextRun]] = deque()
-        self._writing: dict[int, Reading] = {}
+        self.builder, self.max_num_seqs = builder, max_num_seqs
+        self._loaded, self._tokenizer, self._space, self._on_write = loaded, loaded.tokenizer, space, on_write
+        self._texts = TextBatch(loaded.model, loaded.tokenizer, space)
+        self._building: deque[_Entry] = deque()
+        self._waiting: deque[_Entry] = deque()
+        self._writing: dict[int, _Entry] = {}
 
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
         return bool(self._building or self._waiting or self._writing)
 
-    def add(self, reading: Reading) -> None:
-        """Take a reading on."""
-        reading._steps = self.builder.steps(reading.chain, reading.on_kv)
-        self._building.append(reading)
+    def add(self, request: ContextRequest) -> None:
+        """Start a request; raises InvalidRequest if its text can never have room."""
+        if request.settings is not None:
+            needed = self._space.needed([request.chain.length + request.settings.max_tokens])
+            check_kv_room(needed, self._space.size)
+        self._building.append(_Entry(request, self._steps(request, request.chain)))
 
-    def cancel(self, reading: Reading) -> None:
-        """Drop a reading; nobody is told. Nothing if it is over."""
-        if reading in self._building:
-            self._building.remove(reading)
-        self._waiting = deque(entry for entry in self._waiting if entry[0] is not reading)
-        if reading._run is not None:
-            self._writing.pop(id(reading._run), None)
-            self._texts.remove(reading._run)
+    def cancel(self, request: ContextRequest) -> None:
+        """Drop a request without an event; nothing if it is over."""
+        for entry in [entry for entry in self._entries() if entry.request is request]:
+            self._drop(entry)
 
     def abandon(self, error: Exception) -> None:
-        """Drop every reading, tell each of the error, and give the memory of their texts back."""
-        readings = [*self._building, *(reading for reading, _ in self._waiting), *self._writing.values()]
-        for reading in readings:
-            if reading._run is not None:
-                self._texts.remove(reading._run)
-        for queue in (self._building, self._waiting, self._writing):
-            queue.clear()
-        self._texts = TextBatch(self._model, self.tokenizer, space=self._space)
-        for reading in readings:
-            with suppress(Exception):  # a listener that fails must not keep it from the others
-                reading.on_error(error)
+        """End every request with the error, and give back the memory of their texts."""
+        entries = self._entries()
+        for entry in entries:
+            self._drop(entry)
+        self._texts = TextBatch(self._loaded.model, self._tokenizer, self._space)
+        for entry in entries:
+            with suppress(Exception):  # one receiver that fails must not keep the error from the others
+                entry.request.emit(ContextFailed(error))
 
     def work(self) -> None:
-        """One segment of the reading whose turn it is, then one token of every text.
+        """Compute one segment of the request whose turn it is, then decode one token of every text.
 
-        What goes wrong with one reading ends that one; an exception from here is about the engine as a whole.
+        An error of one request ends that request alone; an exception from here concerns the engine as a whole.
         """
         if self._building:
-            reading = self._building.popleft()
-            with self._alone(reading):
-                self._build(reading)
-        while self._waiting and len(self._texts) < self.max_num_seqs and self._texts.has_room(self._waiting[0][1]):
-            reading, run = self._waiting.popleft()
-            with self._alone(reading):  # its K/V may find no room
-                self._texts.add(run)
-                self._writing[id(run)] = reading
+            entry = self._building.popleft()
+            with self._alone(entry):
+                self._build(entry)
+        while self._waiting and len(self._texts) < self.max_num_seqs and self._texts.has_room(self._waiting[0].writing):
+            entry = self._waiting.popleft()
+            with self._alone(entry):  # memory may run out
+                self._texts.add(entry.writing)
+                self._writing[id(entry.run)] = entry
         if len(self._texts):
             self._write()
 
+    def _entries(self) -> list[_Entry]:
+        return [*self._building, *self._waiting, *self._writing.values()]
+
+    def _drop(self, entry: _Entry) -> None:
+        for queue in (self._building, self._waiting):
+            with suppress(ValueError):
+                queue.remove(entry)
+        if entry.run is not None:
+            self._writing.pop(id(entry.run), None)
+            self._texts.remove(entry.run)
+
     @contextmanager
-    def _alone(self, reading: Reading) -> Iterator[None]:
-        """What the block fails with ends this reading, and no other."""
+    def _alone(self, entry: _Entry) -> Iterator[None]:
+        """An error of the block ends this request, and no other."""
         try:
             yield
         except Exception as error:
-            self.cancel(reading)
-            reading.on_error(error)
+            self._drop(entry)
+            entry.request.emit(ContextFailed(error))
 
-    def _build(self, reading: Reading) -> None:
-        assert reading._steps is not None
+    def _steps(self, request: ContextRequest, chain: Chain) -> Generator[Segment, None, Context]:
+        def on_kv(segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
+            request.computed[segment.digest] = segment.length
+            request.layer_times.append(time.monotonic())
+            request.emit(LayerComputed(segment, layer, k, v))
+
+        return self.builder.steps(chain, on_kv)
+
+    def _build(self, entry: _Entry) -> None:
         try:
-            next(reading._steps)
+            next(entry.steps)
         except StopIteration as done:
-            self._built(reading, done.value)
+            self._built(entry, done.value)
         else:
-            self._building.append(reading)
+            self._building.append(entry)
 
-    def _built(self, reading: Reading, context: Context) -> None:
-        if reading._run is not None or reading.settings is None:
-            self._done(reading, context)
+    def _built(self, entry: _Entry, context: Context) -> None:
+        request = entry.request
+        if entry.run is not None or request.settings is None:
+            self._done(entry, context)
             return
-        reading.on_read()
-        reading._run = TextRun(context, reading.settings, reading.seed)
-        reading._stream = TextStream(self.tokenizer)
-        self._waiting.append((reading, reading._run))
+        request.emit(PromptComputed(dict(request.computed)))
+        entry.run = TextRun(context, request.settings, request.seed)
+        entry.stream = TextStream(self._tokenizer)
+        self._waiting.append(entry)
 
     def _write(self) -> None:
         texts, began = len(self._texts), time.perf_counter()
         try:
-            shown = self._texts.step()
-        except Exception as error:  # one forward for all: which text it was cannot be told
-            for reading in list(self._writing.values()):
-                self.cancel(reading)
-                reading.on_error(error)
+            tokens = self._texts.step()
+        except Exception as error:  # one forward for all: which text caused it cannot be known
+            for entry in list(self._writing.values()):
+                self._drop(entry)
+                entry.request.emit(ContextFailed(error))
             return
         self._on_write(texts, time.perf_counter() - began)
-        for run, token in shown:
-            reading = self._writing[id(run)]
-            assert reading._stream is not None
-            with self._alone(reading):
-                if text := reading._stream.push(token):
-                    reading.on_text(text)
-        for run_id, reading in list(self._writing.items()):
-            if reading._run is not None and reading._run.finished:
-                del self._writing[run_id]
-                with self._alone(reading):
-                    if reading._run.error is not None:
-                        raise reading._run.error
-                    self._written(reading)
+        for run, token in tokens:
+            entry = self._writing[id(run)]
+            assert entry.stream is not None
+            with self._alone(entry):
+                self._emit_text(entry, entry.stream.push(token))
+        for entry in [entry for entry in self._writing.values() if entry.writing.finished]:
+            del self._writing[id(entry.run)]
+            with self._alone(entry):
+                self._written(entry)
 
-    def _written(self, reading: Reading) -> None:
-        assert reading._run is not None and reading._stream is not None
-        if text := reading._stream.end():
-            reading.on_text(text)
-        if not reading.append:
-            self._done(reading, reading._run.context)
+    @staticmethod
+    def _emit_text(entry: _Entry, text: str) -> None:
+        if text:
+            entry.request.emit(TextWritten(text))
+
+    def _written(self, entry: _Entry) -> None:
+        run, request = entry.writing, entry.request
+        if run.error is not None:
+            raise run.error
+        assert entry.stream is not None
+        self._emit_text(entry, entry.stream.end())
+        if not request.append:
+            self._done(entry, run.context)
             return
-        chain = self.planner.append_text(reading._run.context.chain, self._reply(reading))
-        check_positions(chain.rope, 0, self.max_model_len)
-        reading.on_chain(chain)
-        reading._steps = self.builder.steps(chain, reading.on_kv)
-        self._building.append(reading)
+        chain = self._loaded.planner.append_text(run.context.chain, self._reply(entry))
+        check_positions(chain.rope, 0, self._loaded.max_model_len)
+        request.emit(ChainExtended(chain))
+        entry.steps = self._steps(request, chain)
+        self._building.append(entry)
 
-    def _done(self, reading: Reading, context: Context) -> None:
-        tokens = tuple(reading._run.tokens) if reading._run else ()
-        reading.on_done(Written(context, self._reply(reading), tokens))
+    def _done(self, entry: _Entry, context: Context) -> None:
+        tokens = tuple(entry.run.tokens) if entry.run else ()
+        request = entry.request
+        request.emit(ContextDone(context, self._reply(entry), tokens, request.computed, request.layer_times))
 
-    def _reply(self, reading: Reading) -> str:
-        if reading._run is None:
+    def _reply(self, entry: _Entry) -> str:
+        if entry.run is None:
             return ""
-        return self.tokenizer.reply([self.tokenizer.bos, *reading._run.tokens])
+        return self._tokenizer.reply([self._tokenizer.bos, *entry.run.tokens])

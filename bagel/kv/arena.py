@@ -1,13 +1,15 @@
 """Shared memory of a fixed budget.
 
-The memory belongs to no path: it goes with the last process that maps it, killed or not.
+On Linux it belongs to no folder: it goes with the last process that maps it, killed or not.
 """
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 
 ALIGNMENT = 64
 """Bytes that each block of an arena begins at a multiple of: a cache line."""
@@ -16,22 +18,23 @@ ALIGNMENT = 64
 class Arena:
     """`nbytes` of shared memory, which the kernel commits as it is written.
 
-    fd is its file; another process maps it with `Arena.attach(fd, nbytes)`, a spawned child after
-    `multiprocessing.reduction.DupFd(arena.fd).detach()`.
+    name: by which another process of this user on this host maps it, with `Arena.attach(name, nbytes)`.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._open(_anonymous_file(nbytes), nbytes)
+        fd, self.name = _shared_file(nbytes)
+        self._open(fd, nbytes)
 
     @classmethod
-    def attach(cls, fd: int, nbytes: int) -> Arena:
-        """The same memory in another process. Takes fd over: `close` closes it."""
+    def attach(cls, name: str, nbytes: int) -> Arena:
+        """The same memory in another process."""
         arena = cls.__new__(cls)
-        arena._open(fd, nbytes)
+        arena.name = name
+        arena._open(os.open(name, os.O_RDWR), nbytes)
         return arena
 
     def _open(self, fd: int, nbytes: int) -> None:
-        self.fd, self.nbytes = fd, nbytes
+        self._fd, self.nbytes = fd, nbytes
         self.buffer = memoryview(mmap.mmap(fd, nbytes))
 
     def slice(self, begin: int, nbytes: int) -> memoryview:
@@ -40,21 +43,30 @@ class Arena:
 
     def close(self) -> None:
         """Close the file; the memory stays mapped as long as views of it are alive."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __del__(self) -> None:
-        if hasattr(self, "fd"):
+        if hasattr(self, "_fd"):
             self.close()
 
 
-def _anonymous_file(nbytes: int) -> int:
-    """A file of `nbytes` without a name, in memory where the system can."""
+def _shared_file(nbytes: int) -> tuple[int, str]:
+    """A file of `nbytes`, in memory where the system can, and the path that other processes open it by.
+
+    On Linux the path goes with this process. Elsewhere it is that of a temporary file, removed at exit.
+    """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("bagel-kv", os.MFD_CLOEXEC)
+        path = f"/proc/{os.getpid()}/fd/{fd}"
     else:
         fd, path = tempfile.mkstemp(prefix="bagel-kv-")
-        os.unlink(path)
+        atexit.register(_remove, path)
     os.ftruncate(fd, nbytes)
-    return fd
+    return fd, path
+
+
+def _remove(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)

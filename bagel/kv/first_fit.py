@@ -43,18 +43,7 @@ class FirstFit:
         trial._free = list(self._free)
         return all(trial.allocate(size) is not None for size in sizes)
 
-    def grow(self, size: int) -> None:
-        """Make the range `size` units long."""
-        if size > self.size:
-            begin, self.size = self.size, size
-            self.free(begin, size - begin)
-
     @property
     def unused(self) -> int:
         """Units in all holes together."""
         return sum(size for _, size in self._free)
-
-    @property
-    def end(self) -> int:
-        """Where the last block ends."""
-        return self._free[-1][0] if self._free and sum(self._free[-1]) == self.size else self.size

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bagel.arguments import OnceParser
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.errors import BagelError
 from bagel.parity.bf16 import compare_bf16
 from bagel.parity.golden import Case, Golden

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.parity.golden import Case, Golden
 from bagel.parity.report import Comparison, Judge
 

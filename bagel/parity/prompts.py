@@ -8,8 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bagel.checkpoint.roles import Role
 from bagel.engine.context import Context, ContextBuilder
-from bagel.engine.engine import BagelEngine
+from bagel.engine.loading import LoadedModel
+from bagel.engine.local import BagelEngine
 from bagel.engine.segments import Chain, Segment
 from bagel.images import ImageTransform, pixel_digest, prepare
 from bagel.kv.digests import SegmentKind
@@ -155,7 +157,7 @@ def with_transforms(engine: BagelEngine, case: Case, fingerprint: bytes) -> Bage
         vae_transform=ImageTransform.from_list(transforms["vae"]),
         vit_transform=ImageTransform.from_list(transforms["vit"]),
     )
-    return BagelEngine(model, engine.tokenizer, fingerprint)
+    return BagelEngine(LoadedModel.of(model, engine.tokenizer, Role.FULL, fingerprint))
 
 
 def compare_text_segment(report: Comparison, name: str, segment: Segment, record: Recorder) -> None:

@@ -8,11 +8,12 @@ import torch
 
 from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
+from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import initial_noise
-from bagel.engine.sampler import Canvas, Picture, decode_picture
+from bagel.engine.sampler import Canvas, Drawing, Picture, Velocities, decode_picture
 from bagel.engine.segments import Chain
-from bagel.engine.text import TextRun
+from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.model.attention import KvSlab
 from bagel.model.pixels import to_image
 from bagel.parity.golden import Case
@@ -126,8 +127,11 @@ def _decode(run: PromptRun, context: Context, wanted: dict[str, Any]) -> str:
     forwards = settings.get("max_length") or settings["max_think_token_n"]
     stops = (settings["end_token_id"],) if "end_token_id" in settings else ()
     text_run = TextRun(context, TextSettings(max_tokens=forwards, stop_token_ids=stops), run.seed)
+    batch = TextBatch(engine.model, engine.tokenizer, kv_space_of(engine.model, [text_kv_tokens(text_run)]))
     with Recorder(engine.model) as record:
-        engine.texts.decode([text_run])
+        batch.add(text_run)
+        while len(batch):
+            batch.step()
     predicted = [int(logits.argmax()) for logits in record.all("lm_head.out")]
     ids = [engine.tokenizer.bos, *predicted[: forwards - 1]][: len(predicted)]
     run.calls.add_forwards(range(context.length, context.length + len(predicted)), record)
@@ -166,46 +170,49 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     report.equal("n_latent_tokens", tokens, case.result["n_latent_tokens"])
     report.equal("steps_run", picture.steps, case.result["steps_run"])
     report.equal("timesteps", picture.times, case.result["timesteps"])
-    canvas = Canvas(run.engine.model, [picture], latent_bucket(tokens))
+    bucket = latent_bucket(tokens)
+    canvas = Canvas(run.engine.model, bucket, kv_space_of(run.engine.model, picture.kv_tokens(bucket)))
+    drawing = canvas.add(picture)
     forwards = {name: case.result[f"steps_with_{name}_forward"] for name in ("cfg_text", "cfg_img")}
-    _first_step(canvas, run, forwards)
+    _first_step(canvas, drawing, run, forwards)
     report.tensor("timesteps", torch.tensor(picture.times))
-    recorded: dict[str, list[torch.Tensor]] = {"x": [canvas.latents(0).clone()]}
-    while not picture.finished:
-        _step(canvas, recorded, forwards)
+    recorded: dict[str, list[torch.Tensor]] = {"x": [drawing.latents.clone()]}
+    while not drawing.finished:
+        _step(canvas, drawing, recorded, forwards)
     report.require(*recorded, "timesteps", "decoded")
     for name, series in recorded.items():
         report.tensor(name, torch.stack(series))
-    pixels = decode_picture(run.engine.model, canvas.latents(0), grid)
+    pixels = decode_picture(run.engine.model, drawing.latents, grid)
     saved = report.tensors["decoded"].shape  # of large pictures only the top-left corner
     report.tensor("decoded", pixels[:, : saved[1], : saved[2]])
     report.equal("decoded size", list(pixels.shape[1:]), [height, width])
     return pixels
 
 
-def _step(canvas: Canvas, recorded: dict[str, list[torch.Tensor]], forwards: dict[str, list[int]]) -> None:
+def _step(
+    canvas: Canvas, drawing: Drawing, recorded: dict[str, list[torch.Tensor]], forwards: dict[str, list[int]]
+) -> None:
     """One step. A branch that the reference ran and the engine skips is evaluated beside it."""
-    step = canvas.pictures[0].step
-    extra = {name for name in (BranchName.CFG_TEXT, BranchName.CFG_IMG) if step in forwards[name.value]}
-    beside = canvas.velocities({0: frozenset(extra)})[0] if extra else {}
+    extra = {name for name in (BranchName.CFG_TEXT, BranchName.CFG_IMG) if drawing.step in forwards[name.value]}
+    beside = canvas.velocities({drawing: frozenset(extra)})[drawing] if extra else {}
 
-    def keep(_picture: int, _step: int, velocities: Any, guided: torch.Tensor) -> None:
+    def keep(_drawing: Drawing, velocities: Velocities, guided: torch.Tensor) -> None:
         for name, v in {**beside, **velocities}.items():
             if name is BranchName.GEN or name in extra:
                 recorded.setdefault(_RECORDED[name][0], []).append(v.clone())
         recorded.setdefault("v_guided", []).append(guided.clone())
 
-    canvas.step([0], keep)
-    recorded["x"].append(canvas.latents(0).clone())
+    canvas.step([drawing], keep)
+    recorded["x"].append(drawing.latents.clone())
 
 
-def _first_step(canvas: Canvas, run: PromptRun, forwards: dict[str, list[int]]) -> None:
+def _first_step(canvas: Canvas, drawing: Drawing, run: PromptRun, forwards: dict[str, list[int]]) -> None:
     """The inside of the first step, one branch at a time."""
-    report, picture = run.report, canvas.pictures[0]
+    report, picture = run.report, drawing.picture
     tokens = picture.tokens
     for branch, (_, name) in _RECORDED.items():
         with Recorder(canvas.model) as record:
-            canvas.velocities({0: frozenset({branch})})
+            canvas.velocities({drawing: frozenset({branch})})
         # equal branches share a row, whose positions were made before
         if "rotary.in" in record.calls and (branch is BranchName.GEN or forwards[branch.value]):
             run.calls.add_forwards([picture.contexts[branch].length], record)

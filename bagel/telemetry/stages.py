@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 WINDOW = 10
 """Denoise steps per window."""
@@ -33,3 +35,18 @@ def steps_of(stage: str) -> int | None:
         return None
     first, _, last = span.partition("-")
     return int(last) - int(first) + 1
+
+
+@dataclass
+class StageClock:
+    """Where the time of a request goes. began: when its present stage began, by time.perf_counter."""
+
+    began: float = field(default_factory=time.perf_counter)
+    timings: dict[str, float] = field(default_factory=dict)
+    """Seconds by stage."""
+
+    def lap(self, stage: str) -> tuple[float, float]:
+        """Count the time since the last lap to a stage, and begin the next; when the stage began and ended."""
+        began, self.began = self.began, time.perf_counter()
+        self.timings[stage] = self.timings.get(stage, 0.0) + self.began - began
+        return began, self.began

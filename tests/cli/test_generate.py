@@ -15,9 +15,9 @@ from PIL import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.cli import main
-from bagel.cli.generate import Engine
 from bagel.deployment.deploy_file import parse_deploy_config
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
+from bagel.engine.sampler import Canvas
 from bagel.images import read_settings
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -111,12 +111,12 @@ def test_stage_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
 
     seen: dict[str, object] = {}
     monkeypatch.setattr(BagelEngine, "load", lambda checkpoint, **settings: seen.update(settings))
-    loaded: Engine = local.load(
+    local.load(
         Checkpoint(Path(MODEL)),
         stage(max_num_seqs=2, max_model_len=77, vae_use_tiling=True),  # type: ignore[arg-type]
         device="cpu",
     )
-    assert (loaded.device, loaded.dtype) == ("cpu", "float32")
+    assert (seen["device"], seen["dtype"]) == (torch.device("cpu"), torch.float32)
     assert (seen["max_num_seqs"], seen["max_model_len"], seen["vae_use_tiling"]) == (2, 77, True)
 
 
@@ -133,7 +133,7 @@ def test_full_memory_is_one_line(
     def full(*_: object) -> None:
         raise kind(message)
 
-    monkeypatch.setattr(BagelEngine, "generate", full)
+    monkeypatch.setattr(Canvas, "step", full)
     assert main(["generate", "--prompts", "x"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("bagel: error: the memory of the device is full; ")
 
@@ -142,7 +142,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(BagelEngine, "generate", broken)
+    monkeypatch.setattr(Canvas, "step", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["generate", "--prompts", "x"])
 

@@ -15,7 +15,7 @@ from bagel.cli import main
 from bagel.client.batch import ask_of
 from bagel.client.omni import describe
 from bagel.deployment.deploy_file import shipped_deploy_config
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.images import read_settings

@@ -12,7 +12,7 @@ from PIL import Image
 import bagel
 from bagel.cli import main
 from bagel.client.stats import Firsts, stats_table
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.events import Accepted, Result, StepDone, TextDelta
 from bagel.telemetry.stages import window_stages
 from tests.helpers import request

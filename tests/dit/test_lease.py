@@ -11,6 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
+from bagel.engine.commands import Begin, LoadPages
+from bagel.engine.events import Begun, Done
 from bagel.errors import BagelError, LeaseLapsed
 from bagel.images.pool import ImagePool
 from bagel.kv.puller import KvPuller
@@ -20,7 +22,6 @@ from bagel.rpc.convert import image_settings_to_wire
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.transport import Host
 from bagel.v1 import dit_pb2, dit_pb2_grpc
-from bagel_dit.messages import Begin, Begun, Done, Land
 from bagel_dit.server import DitServicer
 from tests.gateway_stages import model
 from tests.kv.test_puller import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, run
@@ -30,7 +31,7 @@ TTL_S = 30.0
 
 @dataclass
 class Runner:
-    """In the driver's place: it copies pages at once, and `meanwhile` happens before it says that it has copied all."""
+    """In place of the ranks: it copies pages at once, and `meanwhile` happens before it says that it has copied all."""
 
     meanwhile: Callable[[], None] = lambda: None
     info: Any = field(default_factory=model)
@@ -45,7 +46,7 @@ class Runner:
         pass
 
     def send(self, command: object) -> None:
-        if isinstance(command, Land):
+        if isinstance(command, LoadPages):
             self.pages += len(command.pages)
         if isinstance(command, Begin):
             self.meanwhile()
@@ -132,7 +133,7 @@ def test_a_picture_that_can_never_fit_the_device_is_refused_before_anything_is_p
     async def test(pair: Pair) -> None:
         store, ref = KvStore(LAYOUT, FINGERPRINT, 64 << 20), pair.ref()
         fill(pair.there)
-        with pytest.raises(BagelError, match=r"takes \d+ tokens of K/V on the DiT's device, which holds 20 ") as told:
+        with pytest.raises(BagelError, match=r"takes \d+ tokens of K/V on the device, which holds 20 ") as told:
             await draw(pair, Runner(kv_tokens=20), store, ref)
         assert told.value.grpc_status == "INVALID_ARGUMENT"
         assert not any(store.has(digest) for digest, _ in SEGMENTS)

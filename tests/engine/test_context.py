@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from bagel.engine.context import ContextBuilder, SegmentCache
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.engine.segments import Chain
 from bagel.errors import InvalidImage
 from bagel.images import ImageTransform

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from copy import copy, deepcopy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bagel.checkpoint.files import Checkpoint
-from bagel.engine.engine import BagelEngine
+from bagel.engine import sampler, vae_worker
+from bagel.engine.local import BagelEngine
 from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import Event, Result, StepDone, TextDelta
 from bagel.prompts import ImagePart, TextPart
@@ -108,7 +111,7 @@ def test_a_text_beyond_the_last_position_is_refused_before_anything_runs(engine:
     small = small_images(engine, max_model_len=64)
     with pytest.raises(InvalidRequest, match="the limit is 64"):
         small.generate([request("text2text", max_tokens=64)])
-    assert small.contexts.segments_computed == 0
+    assert small.segments_computed == 0
 
 
 def test_the_answer_ends_at_its_limit_or_at_a_stop_token(engine: BagelEngine) -> None:
@@ -139,26 +142,38 @@ def test_a_picture_that_overflowed_is_an_error_and_not_a_picture(engine: BagelEn
     model.llm2vae = deepcopy(model.llm2vae)
     assert model.llm2vae is not None
     model.llm2vae.bias[0] = float("inf")
-    broken = BagelEngine(model, engine.tokenizer, b"tests")
+    broken = BagelEngine(replace(engine.loaded, model=model))
     with pytest.raises(NotFinite, match="smaller"):
         broken.generate([request("text2img")])
 
 
-def test_an_overflow_leaves_the_others_their_pictures(engine: BagelEngine) -> None:
+def test_an_overflow_leaves_the_others_their_pictures(engine: BagelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
-    broken = small_images(engine)
-    finish, calls = broken._finish, []
+    decode, calls = sampler.decode_picture, []
 
-    def overflow_first(*args: Any) -> Result:
+    def overflow_first(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(args)
-        if len(calls) == 1:
-            raise NotFinite("overflow")
-        return finish(*args)
+        return decode(*args, **options) * (float("inf") if len(calls) == 1 else 1.0)
 
-    broken._finish = overflow_first  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(vae_worker, "decode_picture", overflow_first)
     with pytest.raises(NotFinite):
-        broken.generate([request("text2img", seed=1), request("text2img", seed=2)], events.append)
+        small_images(engine).generate([request("text2img", seed=1), request("text2img", seed=2)], events.append)
     assert [event.index for event in events if isinstance(event, Result)] == [1]
+
+
+def test_a_call_that_is_interrupted_leaves_the_engine_as_it_was(engine: BagelEngine) -> None:
+    small = small_images(engine)
+    asked = [request("text2img", seed=1), request("text2img", seed=2, think=True)]
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        small.generate(asked, interrupt)
+    for again, wanted in zip(small.generate(asked), small_images(engine).generate(asked), strict=True):
+        assert again.image is not None and wanted.image is not None
+        assert again.text == wanted.text and agree(again.image, wanted.image)
 
 
 def test_one_image_standing_twice_is_two_images(engine: BagelEngine) -> None:

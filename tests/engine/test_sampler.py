@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from bagel.checkpoint.limits import latent_bucket
-from bagel.engine.context import Context
-from bagel.engine.engine import BagelEngine
+from bagel.engine.context import Context, ContextBuilder
+from bagel.engine.local import BagelEngine
+from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import initial_noise
 from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import Chain
 from bagel.guidance import needed_branches
+from bagel.model.bagel import Bagel
 from bagel.parity.record import Recorder
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
@@ -23,20 +25,31 @@ SETTINGS = ImageSettings(steps=5, cfg_img_scale=1.5, cfg_interval=(0.4, 1.0))
 
 def contexts(engine: BagelEngine, *, img: str = "a cup") -> dict[BranchName, Context]:
     texts = {BranchName.GEN: "a red cup", BranchName.CFG_IMG: img}
-    built = {name: engine.contexts.build(engine.planner.append_text(Chain(), text)) for name, text in texts.items()}
+    builder = ContextBuilder(engine.model)
+    built = {name: builder.build(engine.planner.append_text(Chain(), text)) for name, text in texts.items()}
     return {**built, BranchName.CFG_TEXT: Context()}
 
 
-def picture(engine: BagelEngine, grid: tuple[int, int], seed: int, settings: ImageSettings = SETTINGS) -> Picture:
+def picture(
+    engine: BagelEngine, grid: tuple[int, int], seed: int, settings: ImageSettings = SETTINGS, *, img: str = "a cup"
+) -> Picture:
     noise = initial_noise(seed, grid[0] * grid[1], engine.model.config.latent_features)
-    return Picture(settings, grid, noise, contexts(engine))
+    return Picture(settings, grid, noise, contexts(engine, img=img))
+
+
+def canvas_of(model: Bagel, pictures: list[Picture], padded: int) -> Canvas:
+    """A canvas with these pictures on it, and room for no more."""
+    canvas = Canvas(model, padded, kv_space_of(model, [each for one in pictures for each in one.kv_tokens(padded)]))
+    for one in pictures:
+        canvas.add(one)
+    return canvas
 
 
 def draw(engine: BagelEngine, pictures: list[Picture], padded: int) -> list[torch.Tensor]:
-    canvas = Canvas(engine.model, pictures, padded)
-    while active := [i for i, one in enumerate(pictures) if not one.finished]:
+    canvas = canvas_of(engine.model, pictures, padded)
+    while active := [drawing for drawing in canvas.drawings if not drawing.finished]:
         canvas.step(active)
-    return [canvas.latents(i) for i in range(len(pictures))]
+    return [drawing.latents for drawing in canvas.drawings]
 
 
 def test_padding_to_a_bucket_changes_nothing(engine: BagelEngine) -> None:
@@ -55,10 +68,10 @@ def test_pictures_of_several_sizes_and_lengths_share_a_batch(engine: BagelEngine
 
 
 def rows_per_step(engine: BagelEngine, one: Picture) -> list[int]:
-    canvas, rows = Canvas(engine.model, [one], one.tokens), []
-    while not one.finished:
+    canvas, rows = canvas_of(engine.model, [one], one.tokens), []
+    while not canvas.drawings[0].finished:
         with Recorder(engine.model) as record:
-            canvas.step([0])
+            canvas.step(canvas.drawings)
         rows.append(record.last("decoder.in")[1].shape[0])
     return rows
 
@@ -73,8 +86,7 @@ def test_only_the_branches_that_guide_a_step_are_run(engine: BagelEngine) -> Non
 
 
 def test_equal_branches_are_denoised_once(engine: BagelEngine) -> None:
-    one = picture(engine, (4, 4), 1)
-    one.contexts = contexts(engine, img="a red cup")
+    one = picture(engine, (4, 4), 1, img="a red cup")
     assert rows_per_step(engine, one) == [2, 2, 2, 2]
 
 
@@ -97,12 +109,12 @@ def test_buckets_are_few_and_at_most_an_eighth_too_large(tokens: int, bucket: in
 
 def test_a_step_writes_only_the_latents_rows(engine: BagelEngine) -> None:
     one = picture(engine, (4, 4), 1)
-    canvas = Canvas(engine.model, [one], 16)
+    canvas = canvas_of(engine.model, [one], 16)
     with Recorder(engine.model) as record:
-        canvas.step([0])
+        canvas.step(canvas.drawings)
         slab = record.last("decoder.in")[3]
         before = slab.k.clone()
-        canvas.step([0])
+        canvas.step(canvas.drawings)
     changed = (slab.k != before).any(dim=-1).any(dim=-1).any(dim=0)
     length = one.contexts[BranchName.GEN].length
     assert not changed[:length].any()
@@ -121,10 +133,10 @@ def test_the_host_never_waits_inside_a_step() -> None:
     model = random_model(config, Role.DENOISE, dtype=torch.bfloat16, device="cuda", seed=0)
     same = dict.fromkeys(BranchName, Context())
     one = Picture(replace(SETTINGS, cfg_img_scale=1.0), (8, 8), torch.randn(64, 64), same)
-    canvas = Canvas(model, [one], 64)
-    canvas.step([0])
+    canvas = canvas_of(model, [one], 64)
+    canvas.step(canvas.drawings)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        canvas.step([0])
+        canvas.step(canvas.drawings)
     finally:
         torch.cuda.set_sync_debug_mode("default")

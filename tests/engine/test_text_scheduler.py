@@ -1,59 +1,74 @@
-"""Reading for many at once: what goes wrong with one ends that one, and the others never notice."""
+"""Contexts and texts of many requests at once: what goes wrong with one ends that one, and the others never notice."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from bagel.engine.context import ContextBuilder
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
+from bagel.engine.memory import kv_space
 from bagel.engine.segments import Chain
+from bagel.engine.text import TextBatch, TextRun
 from bagel.engine.text_graphs import best
-from bagel.engine.text_scheduler import Reader, Reading, Written
+from bagel.engine.text_scheduler import (
+    ChainExtended,
+    ContextDone,
+    ContextEvent,
+    ContextFailed,
+    ContextRequest,
+    LayerComputed,
+    TextScheduler,
+    TextWritten,
+)
 from bagel.errors import BagelError, InvalidRequest, NotFinite
 from bagel.request import TextSettings
 
-MORE_THAN_ANY_MEMORY = 2**50
-
 
 @dataclass
-class Told:
-    """What a reading told."""
+class Heard:
+    """What a request emitted. failing: the event on which its receiver fails, and what that raises."""
 
-    done: list[Written] = field(default_factory=list)
+    done: list[ContextDone] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    failing: type | None = None
+
+    def emit(self, event: ContextEvent) -> None:
+        if self.failing is not None and isinstance(event, self.failing):
+            raise BagelError("gone")
+        match event:
+            case ContextDone():
+                self.done.append(event)
+            case ContextFailed():
+                self.errors.append(event.error)
+            case TextWritten():
+                self.texts.append(event.text)
 
     @property
     def over(self) -> bool:
         return len(self.done) + len(self.errors) == 1
 
 
-def reader(engine: BagelEngine, **limits: int) -> Reader:
+def scheduler(engine: BagelEngine, max_num_seqs: int = 4, max_model_len: int = 4096) -> TextScheduler:
+    loaded = replace(engine.loaded, max_model_len=max_model_len)
     builder = ContextBuilder(engine.model)
-    kept: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 4096} | limits
-    return Reader(engine.model, engine.tokenizer, engine.planner, builder, **kept)
+    return TextScheduler(loaded, builder, kv_space(engine.model, None), max_num_seqs=max_num_seqs)
 
 
-def reading(at: Reader, prompt: str, max_tokens: int = 3, **more: Any) -> tuple[Reading, Told]:
-    """A reading that writes a text, taken on; and what it will tell."""
-    told = Told()
-    made = Reading(
-        at.planner.append_text(Chain(), prompt),
-        seed=1,
-        on_done=told.done.append,
-        on_error=told.errors.append,
-        settings=TextSettings(max_tokens=max_tokens),
-        **{"on_text": told.texts.append, **more},
-    )
-    at.add(made)
-    return made, told
+def ask(
+    at: TextScheduler, prompt: str, max_tokens: int = 3, *, append: bool = False, failing: type | None = None
+) -> Heard:
+    """A request that writes a text, begun; and what it will emit."""
+    heard = Heard(failing=failing)
+    chain = at._loaded.planner.append_text(Chain(), prompt)
+    at.add(ContextRequest(chain, 1, heard.emit, TextSettings(max_tokens=max_tokens), append=append))
+    return heard
 
 
-def finish(at: Reader) -> None:
+def finish(at: TextScheduler) -> None:
     for _ in range(200):
         if not at.busy:
             return
@@ -61,58 +76,61 @@ def finish(at: Reader) -> None:
     raise AssertionError("readings are left that never end")
 
 
-def raising(error: Exception) -> Any:
-    def call(*args: object) -> None:
-        raise error
+def test_a_text_that_memory_runs_out_for_ends_alone(engine: BagelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = scheduler(engine)
+    add = TextBatch.add
 
-    return call
+    def full(batch: TextBatch, run: TextRun) -> None:
+        if run.settings.max_tokens == 7:
+            raise torch.OutOfMemoryError
+        add(batch, run)
 
-
-def test_a_text_without_room_ends_alone(engine: BagelEngine) -> None:
-    at = reader(engine)
-    _, one = reading(at, "a red cup")
-    _, huge = reading(at, "a whole library", max_tokens=MORE_THAN_ANY_MEMORY)
-    _, other = reading(at, "a blue cup")
+    monkeypatch.setattr(TextBatch, "add", full)
+    one, huge, other = ask(at, "a red cup"), ask(at, "a whole library", 7), ask(at, "a blue cup")
     finish(at)
-    assert [len(told.done[0].token_ids) for told in (one, other)] == [3, 3]
+    assert [len(heard.done[0].token_ids) for heard in (one, other)] == [3, 3]
     assert huge.over and isinstance(huge.errors[0], RuntimeError)
-    _, later = reading(at, "a red cup")
+    later = ask(at, "a red cup")
     finish(at)
     assert later.done[0].token_ids == one.done[0].token_ids
 
 
-@pytest.mark.parametrize("where", ["on_text", "on_done", "on_chain", "on_kv"])
-def test_a_reading_whose_listener_fails_ends_alone(engine: BagelEngine, where: str) -> None:
-    at = reader(engine)
-    told = {"append": where == "on_chain", where: raising(BagelError("gone"))}
-    made, failing = reading(at, "a red cup", **{name: value for name, value in told.items() if name != "on_done"})
-    if where == "on_done":
-        made.on_done = told[where]
-    _, other = reading(at, "a blue cup")
+def test_a_text_that_can_never_have_room_is_refused_at_once(engine: BagelEngine) -> None:
+    at = scheduler(engine)
+    with pytest.raises(InvalidRequest, match="kv_device_bytes"):
+        ask(at, "a whole library", 2**50)
+    assert not at.busy
+
+
+@pytest.mark.parametrize("failing", [TextWritten, ContextDone, ChainExtended, LayerComputed])
+def test_a_request_whose_receiver_fails_ends_alone(engine: BagelEngine, failing: type) -> None:
+    at = scheduler(engine)
+    broken = ask(at, "a red cup", append=failing is ChainExtended, failing=failing)
+    other = ask(at, "a blue cup")
     finish(at)
-    assert [str(error) for error in failing.errors] == ["gone"] and not failing.done
+    assert [str(error) for error in broken.errors] == ["gone"] and not broken.done
     assert len(other.done[0].token_ids) == 3
 
 
 def test_a_think_text_beyond_the_last_position_ends_alone(engine: BagelEngine) -> None:
-    at = reader(engine, max_model_len=8)
-    _, long = reading(at, "a red cup", max_tokens=12, append=True)
-    _, other = reading(at, "a blue cup")
+    at = scheduler(engine, max_model_len=8)
+    long = ask(at, "a red cup", 12, append=True)
+    other = ask(at, "a blue cup")
     finish(at)
     assert isinstance(long.errors[0], InvalidRequest) and long.over
     assert len(other.done[0].token_ids) == 3
 
 
-def test_what_is_abandoned_is_told_once_and_holds_nothing(engine: BagelEngine) -> None:
-    at = reader(engine, max_num_seqs=1)
-    every = [reading(at, f"cup number {number}", max_tokens=50)[1] for number in range(3)]
+def test_what_is_abandoned_ends_once_and_holds_nothing(engine: BagelEngine) -> None:
+    at = scheduler(engine, max_num_seqs=1)
+    every = [ask(at, f"cup number {number}", 50) for number in range(3)]
     for _ in range(3):  # one is written, one waits for its place
         at.work()
-    every.append(reading(at, "not begun")[1])
+    every.append(ask(at, "not begun"))
     at.abandon(BagelError("the engine failed"))
-    assert all(told.over and str(told.errors[0]) == "the engine failed" for told in every)
+    assert all(heard.over and str(heard.errors[0]) == "the engine failed" for heard in every)
     assert not at.busy
-    _, next_ = reading(at, "a red cup")
+    next_ = ask(at, "a red cup")
     finish(at)
     assert len(next_.done[0].token_ids) == 3
 
@@ -120,11 +138,11 @@ def test_what_is_abandoned_is_told_once_and_holds_nothing(engine: BagelEngine) -
 def test_a_text_whose_logits_are_no_numbers_ends_and_the_others_go_on(
     engine: BagelEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at = reader(engine, max_num_seqs=5)
-    alone = reading(at, "a cup", 12)[1]
+    at = scheduler(engine, max_num_seqs=5)
+    alone = ask(at, "a cup", 12)
     finish(at)
-    told = [reading(at, "a cup", 12)[1] for _ in range(4)]
-    fine = reading(at, "a cup", 12)[1]
+    told = [ask(at, "a cup", 12) for _ in range(4)]
+    fine = ask(at, "a cup", 12)
     forward, odd = at._texts._forward, (float("nan"), float("-inf"), float("inf"))
 
     def overflow() -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import platform
 import threading
-from multiprocessing.reduction import DupFd
 from typing import Any
 
 import pytest
@@ -96,8 +95,8 @@ def test_blocks_never_overlap_and_memory_comes_back(steps: list[tuple[int, int]]
     assert allocator.unused == 64 * ALIGNMENT and allocator.allocate(64 * ALIGNMENT) == 0
 
 
-def _read_and_write(fd: Any, nbytes: int, offset: int, answer: Any) -> None:
-    arena = Arena.attach(fd.detach(), nbytes)
+def _read_and_write(name: str, nbytes: int, offset: int, answer: Any) -> None:
+    arena = Arena.attach(name, nbytes)
     answer.send(bytes(arena.slice(offset, 4)))
     arena.slice(offset, 4)[:] = b"back"
     answer.send(b"")
@@ -115,7 +114,7 @@ def test_another_process_reads_and_writes_the_store() -> None:
         return receiver.recv(), receiver.recv()
 
     child = context.Process(
-        target=_read_and_write, args=(DupFd(store.arena.fd), store.arena.nbytes, offset, sender), daemon=True
+        target=_read_and_write, args=(store.arena.name, store.arena.nbytes, offset, sender), daemon=True
     )
     child.start()
     assert receiver.poll(20)

@@ -157,7 +157,7 @@ def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, ne
 
 
 def test_an_interval_of_the_slab_begins_finite_and_ends_apart_from_the_next() -> None:
-    space = SharedSlab(KvShape(2, 1, 8), dtype=torch.float32, device=CPU, read_ahead=5, lengths=(10, 10))
+    space = SharedSlab(KvShape(2, 1, 8), dtype=torch.float32, device=CPU, read_ahead=5, size=30)
     first, second = space.take(10), space.take(10)
     assert (first, second) == (0, 15)
     space.slab.k[:, second : second + 10] = space.slab.v[:, second : second + 10] = torch.nan

@@ -15,7 +15,7 @@ from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from bagel.checkpoint.files import AE, EMA, Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.deployment.deploy_file import shipped_deploy_config
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.images import ImageTransform
 from bagel.model.naming import slots
 from bagel.model.weights import random_model

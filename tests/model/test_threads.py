@@ -10,8 +10,8 @@ import torch
 from bagel.checkpoint.config import BAGEL_7B_MOT
 from bagel.checkpoint.roles import Role
 from bagel.deployment.defaults import NANO_NAME, find_model
-from bagel.engine.engine import BagelEngine
 from bagel.engine.loading import load_role
+from bagel.engine.local import BagelEngine
 from bagel.model.threads import settle_threads
 
 

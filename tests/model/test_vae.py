@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.model.vae import Vae
 
 BOUND = 1e-5

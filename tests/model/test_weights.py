@@ -18,7 +18,7 @@ from torch import Tensor
 from bagel.checkpoint.config import BAGEL_7B_MOT
 from bagel.checkpoint.files import AE, EMA, Checkpoint, find_checkpoint
 from bagel.checkpoint.roles import Role
-from bagel.engine.engine import BagelEngine
+from bagel.engine.local import BagelEngine
 from bagel.errors import CheckpointError
 from bagel.model.bagel import Bagel
 from bagel.model.naming import slots

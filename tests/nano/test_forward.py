@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.context import Context, ContextBuilder
+from bagel.engine.memory import kv_space_of
 from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import ChainPlanner
-from bagel.engine.text import TextBatch, TextRun
+from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.model.bagel import Bagel
 from bagel.model.pixels import to_pixels
 from bagel.model.tokenizer import BagelTokenizer
@@ -96,14 +97,15 @@ class _Both:
         seen: list[Tensor] = []
         settings = ImageSettings(steps=2, cfg_text_scale=1.0)
         picture = Picture(settings, (8, 8), self.noise[0], {BranchName.GEN: self.context(answer=True)})
-        Canvas(self.model, [picture], 64).step([0], lambda number, step, by, guided: seen.append(guided.clone()))
+        canvas = Canvas(self.model, 64, kv_space_of(self.model, picture.kv_tokens(64)))
+        canvas.step([canvas.add(picture)], lambda drawing, by, guided: seen.append(guided.clone()))
         return seen[0]
 
     def logits(self) -> Tensor:
         assert self.example.answer is not None
         answer = self.tokenizer.encode(self.example.answer)
         run = TextRun(self.context(answer=False), TextSettings(max_tokens=len(answer) + 2), 0)
-        batch = TextBatch(self.model, self.tokenizer)
+        batch = TextBatch(self.model, self.tokenizer, kv_space_of(self.model, [text_kv_tokens(run)]))
         batch.add(run)
         rows = []
         with torch.inference_mode():

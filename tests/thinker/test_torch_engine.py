@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
-from bagel.engine.text_scheduler import Reader
+from bagel.engine.text_scheduler import TextScheduler
 from bagel.errors import BagelError, EngineDied, InvalidImage
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
@@ -106,7 +106,7 @@ def test_what_escapes_fails_every_request_and_the_next_one_works(
     async def test(at: Served) -> None:
         whole = await at.text(build(kv=False))
         with monkeypatch.context() as patch:
-            breaks(patch, Reader, "work", after=5)
+            breaks(patch, TextScheduler, "work", after=5)
             asked = [at.text(build(text, max_tokens=500)) for text in ("a red cup", "a blue cup")]
             told = await asyncio.gather(*asked, return_exceptions=True)
         assert [getattr(error, "grpc_status", "") for error in told] == ["INTERNAL"] * 2
@@ -124,7 +124,7 @@ def test_what_escapes_fails_every_request_and_the_next_one_works(
 def test_a_request_that_cannot_be_taken_on_is_told(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(at: Served) -> None:
         with monkeypatch.context() as patch:
-            breaks(patch, Reader, "add")
+            breaks(patch, TextScheduler, "add")
             with pytest.raises(BagelError, match="internal error"):
                 await at.text(build())
         assert await at.text(build())
@@ -137,7 +137,7 @@ def test_an_engine_that_cannot_go_on_ends_its_service(engine: TorchEngine, monke
         serving = asyncio.create_task(service.serve(at.host, 5, asyncio.wrap_future(engine.failed)))
         with monkeypatch.context() as patch:
             broken = breaks(patch, ContextBuilder, "build")
-            breaks(patch, Reader, "work", after=2)
+            breaks(patch, TextScheduler, "work", after=2)
             with pytest.raises(BagelError, match="internal error of the engine"):
                 await at.text(build(max_tokens=500))
             await asyncio.to_thread(broken.wait, LIMIT_S)
@@ -156,7 +156,7 @@ def test_an_engine_that_has_failed_takes_nothing_on(engine: TorchEngine, monkeyp
     async def test(at: Served) -> None:
         with monkeypatch.context() as patch:
             breaks(patch, ContextBuilder, "build")
-            breaks(patch, Reader, "work")
+            breaks(patch, TextScheduler, "work")
             with pytest.raises(BagelError, match="internal error of the engine"):
                 await at.text(build())
             await asyncio.wait([asyncio.ensure_future(asyncio.wrap_future(engine.failed))])

@@ -26,9 +26,9 @@ LIMIT_S = 60
 HANGING = """
 import os
 import threading
-from bagel.engine.text_scheduler import Reader
-work = Reader.work
-Reader.work = lambda self: threading.Event().wait() if {when} else work(self)
+from bagel.engine.text_scheduler import TextScheduler
+work = TextScheduler.work
+TextScheduler.work = lambda self: threading.Event().wait() if {when} else work(self)
 """
 
 

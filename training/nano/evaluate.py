@@ -72,7 +72,7 @@ def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
     import torch
 
     from bagel.checkpoint.files import Checkpoint
-    from bagel.engine.engine import BagelEngine
+    from bagel.engine.local import BagelEngine
 
     engine = BagelEngine.load(
         Checkpoint(folder), dtype=getattr(torch, dtype), device=torch.device(device), max_num_seqs=batch

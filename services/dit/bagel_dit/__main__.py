@@ -23,8 +23,9 @@ from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import watch_store
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import add_DitServiceServicer_to_server
-from bagel_dit.runner_client import Driver
+from bagel_dit.runner_client import RunnerClient
 from bagel_dit.server import DitServicer
+from bagel_dit.workers import RankSettings, SharedMemory
 
 log = Log("bagel.dit")
 
@@ -53,36 +54,37 @@ async def _serve(config: DitConfig) -> None:
         await (host.ready() if healthy and added else host.not_ready())
 
     added = False
-    driver = Driver(config, checkpoint.folder, arena, on_health)
+    memory = None if arena is None else SharedMemory(arena.name, arena.nbytes)
+    runner = RunnerClient(RankSettings(config, checkpoint.folder, memory=memory), on_health)
     puller, images = None, serving.image_pool(config)
     try:
-        await driver.loaded()
+        await runner.loaded()
         checkpoint.check_unchanged()
         if arena is not None:
-            puller = _puller(config, arena, checkpoint, driver.info)
+            puller = _puller(config, arena, checkpoint, runner.info)
             watch_store(lambda: puller.store.stats().as_dict())
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)
-        servicer = _servicer(config, driver, puller, images, host.draining)
+        servicer = _servicer(config, runner, puller, images, host.draining)
         add_DitServiceServicer_to_server(servicer, host.methods)
         added = True
         keep_loaded()
         await host.ready()
-        log.info("ready", fingerprint=driver.info.checkpoint_fingerprint.hex(), device=driver.info.device)
-        await service.serve(host, config.drain_timeout_s, driver.failed, servicer.idle)
+        log.info("ready", fingerprint=runner.info.checkpoint_fingerprint.hex(), device=runner.info.device)
+        await service.serve(host, config.drain_timeout_s, runner.failed, servicer.idle)
     finally:
         await host.server.stop(None)
         if puller is not None:
             await puller.close()
         await images.close()
-        await driver.stop()
+        await runner.stop()
 
 
 def _servicer(
-    config: DitConfig, driver: Driver, puller: KvPuller | None, images: ImagePool, draining: asyncio.Event
+    config: DitConfig, runner: RunnerClient, puller: KvPuller | None, images: ImagePool, draining: asyncio.Event
 ) -> DitServicer:
     return DitServicer(
         config.name,
-        driver,
+        runner,
         puller,
         images,
         sources=tuple(config.source_addresses),

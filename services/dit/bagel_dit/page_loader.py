@@ -7,31 +7,31 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
+from bagel.engine.commands import LandedPage
 from bagel.errors import IncompleteContext
 from bagel.kv.store import KvStore
 from bagel.prompts import BranchName
 from bagel.v1 import kv_pb2
-from bagel_dit.messages import LandedPage
 
 
-class Landing:
-    """Tells of every page of some contexts once: those that are in the store, then each as it becomes ready.
+class PageLoader:
+    """Emits every page of some contexts once: those that are in the store, then each as it becomes ready.
 
-    Used in the event loop, where pages are written too. Pages that become ready together are told together. Branches
-    whose contexts are equal share their place in the slab, so only the first of them is told of.
+    Used in the event loop, where pages are written too. Pages that become ready together are emitted together. Branches
+    whose contexts are equal share their rows of the slab, so pages are emitted for the first of them alone.
     """
 
     def __init__(
         self,
         store: KvStore,
         refs: Mapping[BranchName, kv_pb2.ContextRef],
-        tell: Callable[[tuple[LandedPage, ...]], None],
+        emit: Callable[[tuple[LandedPage, ...]], None],
     ) -> None:
-        self._store, self._tell = store, tell
+        self._store, self._emit = store, emit
         self._loop = asyncio.get_running_loop()
         self._places: dict[bytes, list[tuple[BranchName, int]]] = {}
         self._lengths: dict[bytes, int] = {}
-        self._told: set[tuple[bytes, int, int]] = set()
+        self._seen: set[tuple[bytes, int, int]] = set()
         self._waiting: list[LandedPage] = []
         self.times: list[float] = []
         """When pages became ready, by time.monotonic."""
@@ -43,7 +43,7 @@ class Landing:
                 self._lengths[segment.digest] = segment.length
                 row += segment.length
 
-    def __enter__(self) -> Landing:
+    def __enter__(self) -> PageLoader:
         self._unsubscribe = self._store.subscribe(self._on_page)
         for digest, length in self._lengths.items():
             ends = dict(self._store.layout.page_ranges(length))
@@ -55,22 +55,22 @@ class Landing:
         self._unsubscribe()
 
     def flush(self) -> None:
-        """Tell of what waits to be told."""
+        """Emit the pages that wait for it."""
         if self._waiting:
-            self._tell(tuple(self._waiting))
+            self._emit(tuple(self._waiting))
             self._waiting = []
 
     def check(self) -> None:
-        """IncompleteContext unless every page was told of."""
+        """Raise IncompleteContext unless every page was emitted."""
         layout = self._store.layout
         wanted = sum(layout.layers * len(layout.page_ranges(length)) for length in self._lengths.values())
-        if len(self._told) != wanted:
-            raise IncompleteContext(f"{len(self._told)} of {wanted} pages of K/V landed; the picture was not drawn")
+        if len(self._seen) != wanted:
+            raise IncompleteContext(f"{len(self._seen)} of {wanted} pages of K/V landed; the picture was not drawn")
 
     def _on_page(self, digest: bytes, layer: int, begin: int, end: int) -> None:
-        if digest not in self._places or (digest, layer, begin) in self._told:
+        if digest not in self._places or (digest, layer, begin) in self._seen:
             return
-        self._told.add((digest, layer, begin))
+        self._seen.add((digest, layer, begin))
         self.times.append(time.monotonic())
         k, v = self._store.offsets(digest, layer)
         skip = begin * self._store.layout.row_bytes

@@ -11,10 +11,24 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.rpc import status_pb2
 from grpc.aio import ServicerContext
 
 from bagel.checkpoint.limits import check_kv_room, check_side, padded_latents, row_kv_tokens
+from bagel.engine.commands import AddPicture, AddRequest, Begin, LoadPages, Output, PlacedContext
+from bagel.engine.events import (
+    Begun,
+    Done,
+    Drawn,
+    Failed,
+    Planned,
+    Prefilled,
+    Previewed,
+    PromptRead,
+    RequestEvent,
+    StepTaken,
+    Text,
+    TextDone,
+)
 from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
 from bagel.guidance import needed_branches
 from bagel.images.pool import ImagePool
@@ -22,84 +36,60 @@ from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.held import HeldContexts
 from bagel.kv.puller import KvPuller
 from bagel.prompts import BranchName
-from bagel.request import MAX_PARTS, MAX_SEED, Modality
+from bagel.request import MAX_PARTS, MAX_SEED, Modality, Request
 from bagel.rpc.admission import Admission
 from bagel.rpc.convert import (
     branch_from_wire,
     check_output,
+    format_name,
     image_settings_from_wire,
     modality_from_wire,
     picture_format,
     picture_limits,
+    request_from_wire,
     timings_to_wire,
 )
-from bagel.rpc.errors import from_status, streaming, unary
+from bagel.rpc.errors import streaming, unary
 from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import watch_queue
-from bagel.telemetry.stages import WINDOW, stages_before
+from bagel.telemetry.stages import WINDOW, StageClock, stages_before
 from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
-from bagel_dit.messages import (
-    AddPicture,
-    Begin,
-    Begun,
-    Done,
-    Drawn,
-    Failed,
-    Land,
-    Output,
-    PlacedContext,
-    Planned,
-    Prefilled,
-    Previewed,
-    PromptRead,
-    Read,
-    Serve,
-    Text,
-    TextDone,
-)
-from bagel_dit.page_loader import Landing
-from bagel_dit.runner_client import Driver
+from bagel_dit.page_loader import PageLoader
+from bagel_dit.runner_client import Events, RunnerClient
 
 Response = dit_pb2.DitServiceGenerateResponse
-Event = (
-    Begun | Planned | PromptRead | Prefilled | int | Text | TextDone | Previewed | Drawn | Done | Failed | BagelError
-)
 
 log = Log("bagel.dit")
 
 
 @dataclass
 class _Work:
-    """One call. clock: when its last stage began."""
+    """One call."""
 
     id: int
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    clock: float = field(default_factory=time.perf_counter)
-    timings: dict[str, float] = field(default_factory=dict)
+    events: Events = field(default_factory=asyncio.Queue)
+    clock: StageClock = field(default_factory=StageClock)
     profile: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     text: TextDone | None = None
 
     def lap(self, stage: str, **attributes: int) -> float:
-        """The time since the last lap was spent on a stage, a span of the trace; its seconds."""
-        now = time.perf_counter()
-        seconds = now - self.clock
-        record(stage, self.clock, now, **attributes)
-        self.timings[stage] = self.timings.get(stage, 0.0) + seconds
-        self.clock = now
-        return seconds
+        """Count the time since the last lap to a stage, a span of the trace; its seconds."""
+        began, ended = self.clock.lap(stage)
+        record(stage, began, ended, **attributes)
+        return ended - began
 
-    async def next(self) -> Event:
-        """The next event; raises what the work failed with."""
+    async def next(self) -> RequestEvent:
+        """The next event; raises the error that the work ended with."""
         event = await self.events.get()
         if isinstance(event, BagelError):
             raise event
         if isinstance(event, Failed):
-            raise from_status(status_pb2.Status.FromString(event.status), "the runner")
+            raise event.error
         return event
 
 
@@ -112,7 +102,7 @@ class DitServicer(DitServiceServicer):
     def __init__(
         self,
         name: str,
-        driver: Driver,
+        runner: RunnerClient,
         puller: KvPuller | None,
         images: ImagePool,
         *,
@@ -121,7 +111,7 @@ class DitServicer(DitServiceServicer):
         batch_timeout_s: float,
         draining: asyncio.Event,
     ) -> None:
-        self.name, self.driver, self.puller, self.sources, self._images = name, driver, puller, sources, images
+        self.name, self._runner, self.puller, self.sources, self._images = name, runner, puller, sources, images
         self._draining, self._under_way = draining, 0
         self._admission = Admission(name, max_num_seqs, batch_timeout_s)
         watch_queue(lambda: self._admission.waiting, lambda: self._admission.under_way)
@@ -141,7 +131,7 @@ class DitServicer(DitServiceServicer):
         self._under_way += 1
         work = _Work(next(self._ids))
         try:
-            self.driver.listen(work.id, work.events)
+            self._runner.listen(work.id, work.events)
             async with AsyncExitStack() as stack:
                 if request.WhichOneof("work") == "draw":
                     responses = self._draw(request, work, stack)
@@ -150,7 +140,7 @@ class DitServicer(DitServiceServicer):
                 async for response in responses:
                     yield response
         finally:
-            self.driver.forget(work.id)
+            self._runner.forget(work.id)
             self._under_way -= 1
 
     @unary
@@ -159,7 +149,7 @@ class DitServicer(DitServiceServicer):
     ) -> dit_pb2.DitServiceDescribeResponse:
         """What this DiT is."""
         return dit_pb2.DitServiceDescribeResponse(
-            model=self.driver.info,
+            model=self._runner.info,
             single_stage=self.puller is None,
             name=self.name,
             sources=self.sources,
@@ -174,8 +164,8 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} is a single stage: it draws whole requests, not from contexts")
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
-        picture = _add_picture(request, refs, work.id, self.driver.info)  # checked before anything is pulled
-        check_kv_room(_kv_tokens(picture, self.driver.info), self.driver.kv_tokens)
+        picture = _add_picture(request, refs, work.id, self._runner.info)  # checked before anything is pulled
+        check_kv_room(_kv_tokens(picture, self._runner.info), self._runner.kv_tokens)
         # Room and place are waited for in this order by all, and neither by who has both: nobody waits in a circle.
         needed = [ref for ref in refs.values() if ref.segments]
         async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
@@ -202,25 +192,25 @@ class DitServicer(DitServiceServicer):
     ) -> None:
         """Give the runner the picture and its pages as they land, until it has copied them all."""
         assert self.puller is not None
-        self.driver.send(picture)
-        with Landing(self.puller.store, refs, lambda pages: self.driver.send(Land(work.id, pages))) as landing:
+        self._runner.send(picture)
+        with PageLoader(self.puller.store, refs, lambda pages: self._runner.send(LoadPages(work.id, pages))) as loader:
             await self._unless_failed(work, fetching)
-            landing.flush()
-        landing.check()
+            loader.flush()
+        loader.check()
         log.info(
             "contexts landed",
-            pages=len(landing.times),
+            pages=len(loader.times),
             pulled_bytes=work.counts["pulled_bytes"],
-            first_page_at=landing.times[0] if landing.times else None,
-            last_page_at=landing.times[-1] if landing.times else None,
+            first_page_at=loader.times[0] if loader.times else None,
+            last_page_at=loader.times[-1] if loader.times else None,
         )
-        self.driver.send(Begin(work.id))
+        self._runner.send(Begin(work.id))
         begun = await work.next()
         assert isinstance(begun, Begun)
         held.check()  # not before: until now the runner read the pages where they lie in the store
         work.steps = begun.steps
-        self.driver.begin(begun)
-        work.lap("transfer", pages=len(landing.times), pulled_bytes=work.counts["pulled_bytes"])
+        self._runner.begin(begun)
+        work.lap("transfer", pages=len(loader.times), pulled_bytes=work.counts["pulled_bytes"])
 
     async def _serve(
         self, request: dit_pb2.DitServiceGenerateRequest, work: _Work, stack: AsyncExitStack
@@ -231,28 +221,29 @@ class DitServicer(DitServiceServicer):
         modality_from_wire(request.request.modality)
         output = _output(request)
         # Without a place: who reads large images must not keep others from theirs.
-        whole = await self._whole(request.request, work.id, output)
+        asked = await self._read(request.request)
         if request.check_only:
-            self.driver.send(whole)
-            await work.next()  # Planned, or what it was refused with
+            self._runner.send(AddRequest(work.id, asked, output, check_only=True))
+            await work.next()  # Planned, or the error that it was refused with
             return
-        if whole.images:
+        if any(part.HasField("image") for part in request.request.prompt):
             work.lap("context")
         await stack.enter_async_context(self._admission.admit(begun=request.begun))
         admitted = dit_pb2.Admitted(waited_seconds=work.lap("queue"))
         yield Response(admitted=admitted)
-        self.driver.send(whole)
+        self._runner.send(AddRequest(work.id, asked, output))
         async for response in self._follow(work, stack):
             yield response
 
-    async def _whole(self, request: common_pb2.Request, id_: int, output: Output) -> Serve:
-        """A request for the runner, its images read."""
-        edits = modality_from_wire(request.modality) is Modality.IMG2IMG
-        images = await resized_images(self._images, request.prompt, self.driver.info, for_generation=edits)
-        for part in request.prompt:
+    async def _read(self, message: common_pb2.Request) -> Request:
+        """The request of a message, its images read: decoded and resized."""
+        edits = modality_from_wire(message.modality) is Modality.IMG2IMG
+        images = await resized_images(self._images, message.prompt, self._runner.info, for_generation=edits)
+        request = await asyncio.to_thread(request_from_wire, message, images)
+        for part in message.prompt:
             if part.HasField("image"):
-                part.image.ClearField("data")  # the runner needs the pixels alone
-        return Serve(id_, request.SerializeToString(), output, tuple(images))
+                part.image.ClearField("data")  # only the pixels are needed from here on
+        return request
 
     async def _follow(self, work: _Work, place: AsyncExitStack) -> AsyncIterator[Response]:
         """Pass on what the runner tells, until the end. The place is given back once the work is done."""
@@ -260,8 +251,7 @@ class DitServicer(DitServiceServicer):
             event = await work.next()
             match event:
                 case Planned():
-                    self.driver.send(Read(work.id))
-                    self.driver.read()
+                    pass
                 case PromptRead():
                     work.lap("context")
                 case Prefilled():
@@ -270,11 +260,11 @@ class DitServicer(DitServiceServicer):
                     yield Response(prefill=common_pb2.PrefillDone(tokens=event.tokens))
                 case Begun():
                     work.steps = event.steps
-                    self.driver.begin(event)
-                case int():
-                    if event % WINDOW == 0 or event == work.steps:
-                        work.lap("denoise", first_step=(event - 1) // WINDOW * WINDOW + 1, last_step=event)
-                    yield Response(step=common_pb2.StepDone(step=event, steps=work.steps))
+                    self._runner.begin(event)
+                case StepTaken(step=step):
+                    if step % WINDOW == 0 or step == work.steps:
+                        work.lap("denoise", first_step=(step - 1) // WINDOW * WINDOW + 1, last_step=step)
+                    yield Response(step=common_pb2.StepDone(step=step, steps=work.steps))
                 case Text():
                     yield Response(text=common_pb2.TextDelta(text=event.text, think=event.think))
                 case TextDone():
@@ -286,7 +276,7 @@ class DitServicer(DitServiceServicer):
                     yield Response(preview=preview)
                 case Drawn():
                     await place.aclose()
-                    work.timings["decode"] = event.seconds
+                    work.clock.timings["decode"] = event.seconds
                     self._tell_profile(work, event)
                     record("decode", time.perf_counter() - event.seconds, width=event.width, height=event.height)
                     yield Response(picture=_picture(event))
@@ -294,7 +284,7 @@ class DitServicer(DitServiceServicer):
                 case Done():
                     await place.aclose()
                     break
-        log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.timings.items()})
+        log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.clock.timings.items()})
         yield Response(finished=_finished(work))
 
     async def _unless_failed(self, work: _Work, fetching: asyncio.Task[None]) -> None:
@@ -319,7 +309,7 @@ class DitServicer(DitServiceServicer):
     def _tell_profile(self, work: _Work, drawn: Drawn) -> None:
         """Keep what the runner has measured, for the caller, and log it."""
         if drawn.profile:
-            work.profile = stages_before(work.timings) | dict(drawn.profile)
+            work.profile = stages_before(work.clock.timings) | dict(drawn.profile)
             seconds = {stage: round(seconds, 4) for stage, seconds in work.profile.items()}
             log.info("diffusion profile", width=drawn.width, height=drawn.height, seconds=seconds)
 
@@ -371,7 +361,7 @@ def _output(request: dit_pb2.DitServiceGenerateRequest) -> Output:
     """How the picture is given out; InvalidRequest for what there is not."""
     quality = request.output_compression if request.HasField("output_compression") else None
     check_output(request.output_format, quality, request.partial_images)
-    return Output(request.output_format, quality, request.partial_images)
+    return Output(format_name(request.output_format), quality, request.partial_images)
 
 
 def _check_draw(
@@ -390,9 +380,9 @@ def _check_draw(
 
 
 def _picture(drawn: Drawn | Previewed) -> common_pb2.Picture:
-    return common_pb2.Picture(
-        format=picture_format(drawn.data), data=drawn.data, width=drawn.width, height=drawn.height
-    )
+    data = drawn.picture
+    assert isinstance(data, bytes), "a picture came as an image, though its output names a format"
+    return common_pb2.Picture(format=picture_format(data), data=data, width=drawn.width, height=drawn.height)
 
 
 def _finished(work: _Work) -> dit_pb2.DitServiceGenerateFinished:
@@ -402,6 +392,6 @@ def _finished(work: _Work) -> dit_pb2.DitServiceGenerateFinished:
         text=written.text if written else "",
         token_ids=written.token_ids if written else (),
         usage=common_pb2.Usage(**counts),
-        timings=timings_to_wire(work.timings),
+        timings=timings_to_wire(work.clock.timings),
         profile=timings_to_wire(work.profile),
     )

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from bagel.engine.segments import ChainPlanner
-from bagel.engine.text_scheduler import Reading
+from bagel.engine.text_scheduler import ContextRequest
 from bagel.kv.store import KvStore
 from bagel.v1 import common_pb2
 from bagel_thinker.watchdog import Pulse
@@ -15,7 +15,7 @@ from bagel_thinker.watchdog import Pulse
 class Engine(Protocol):
     """Builds contexts, hands each layer's K/V to the store as it is computed, writes text if asked.
 
-    A reading's callbacks are called from the engine's own thread. K/V go to the segments of the store that a lease
+    A request's events are emitted on the engine's own thread. K/V go to the segments of the store that a lease
     has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can compute no more.
     pulse: of that thread, which is called NAME-engine.
     """
@@ -27,11 +27,11 @@ class Engine(Protocol):
     failed: Future[None]
     pulse: Pulse
 
-    def submit(self, reading: Reading) -> None:
-        """Take a reading on."""
+    def submit(self, request: ContextRequest) -> None:
+        """Start a request."""
 
-    def cancel(self, reading: Reading) -> None:
-        """Drop a reading; nothing if it is over. It is not heard of again."""
+    def cancel(self, request: ContextRequest) -> None:
+        """Drop a request; nothing if it is over. It emits nothing more."""
 
     def close(self) -> None:
-        """Stop; readings under way end with an error."""
+        """Stop; requests under way end with an error."""

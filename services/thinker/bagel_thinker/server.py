@@ -14,7 +14,15 @@ from grpc.aio import ServicerContext
 
 from bagel.checkpoint.limits import check_positions
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import Reading, Written
+from bagel.engine.text_scheduler import (
+    ChainExtended,
+    ContextDone,
+    ContextEvent,
+    ContextFailed,
+    ContextRequest,
+    PromptComputed,
+    TextWritten,
+)
 from bagel.errors import Draining
 from bagel.images import ResizedImage
 from bagel.images.pool import ImagePool
@@ -28,6 +36,7 @@ from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settin
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
+from bagel.telemetry.stages import StageClock
 from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
@@ -38,37 +47,28 @@ Response = thinker_pb2.BuildContextResponse
 log = Log("bagel.thinker")
 
 
-class _Read:
-    """The context that the text goes on from is computed."""
-
-
-Event = _Read | Chain | str | Written | Exception
-
-
 @dataclass(eq=False)
 class _Build:
-    """One call: what the engine tells from its thread, and since when."""
+    """One call: the events of the engine's thread, and where the time goes."""
 
     post: Post
-    events: CoalescingQueue[Event] = field(default_factory=lambda: CoalescingQueue[Event](_join))
-    started: float = field(default_factory=time.perf_counter)
-    timings: dict[str, float] = field(default_factory=dict)
+    events: CoalescingQueue[ContextEvent] = field(default_factory=lambda: CoalescingQueue[ContextEvent](_join))
+    clock: StageClock = field(default_factory=StageClock)
 
-    def tell(self, event: Event) -> None:
+    def emit(self, event: ContextEvent) -> None:
         """Pass an event on from the engine's thread."""
         self.post.send(self.events.put, event)
 
     def lap(self, stage: str, **attributes: int) -> None:
-        """The time since the last lap was spent on a stage, a span of the trace."""
-        now = time.perf_counter()
-        record(stage, self.started, now, **attributes)
-        self.timings[stage] = self.timings.get(stage, 0.0) + now - self.started
-        self.started = now
+        """Count the time since the last lap to a stage, a span of the trace."""
+        record(stage, *self.clock.lap(stage), **attributes)
 
 
-def _join(one: Event, other: Event) -> Event | None:
-    """Pieces of text that wait to be told become one."""
-    return one + other if isinstance(one, str) and isinstance(other, str) else None
+def _join(one: ContextEvent, other: ContextEvent) -> ContextEvent | None:
+    """Pieces of text that wait to be sent become one."""
+    if isinstance(one, TextWritten) and isinstance(other, TextWritten):
+        return TextWritten(one.text + other.text)
+    return None
 
 
 class ThinkerServicer(ThinkerServiceServicer):
@@ -140,24 +140,24 @@ class ThinkerServicer(ThinkerServiceServicer):
             while not finished:
                 event = await build.events.get()
                 match event:
-                    case Exception():
-                        raise event
-                    case _Read():
+                    case ContextFailed():
+                        raise event.error
+                    case PromptComputed():
                         build.lap("context")
-                    case str():
-                        yield Response(text=common_pb2.TextDelta(text=event, think=reading.append))
-                    case Chain():
+                    case TextWritten():
+                        yield Response(text=common_pb2.TextDelta(text=event.text, think=reading.append))
+                    case ChainExtended():
                         build.lap("text")
-                        yield Response(context=self._ref(event, lease))
-                    case Written():
+                        yield Response(context=self._ref(event.chain, lease))
+                    case ContextDone():
                         finished = True
                         build.lap(
                             "context" if reading.append or reading.settings is None else "text",
                             written_tokens=len(event.token_ids),
                         )
-                        built = _built(event, reading, build)
-                        _record_segments(reading, self.engine.store.layout.layers)
-                        _log_built(built, reading)
+                        built = _built(event, think=reading.append, build=build)
+                        _record_segments(event, self.engine.store.layout.layers)
+                        _log_built(built, event.layer_times)
                         yield Response(built=built)
         finally:
             self._builds.discard(build)
@@ -186,7 +186,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         error = None if failed.cancelled() else failed.exception()
         for build in list(self._builds):
             if isinstance(error, Exception):
-                build.tell(error)
+                build.emit(ContextFailed(error))
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -209,23 +209,17 @@ class ThinkerServicer(ThinkerServiceServicer):
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain
 
-    def _reading(self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str) -> Reading:
-        def on_chain(longer: Chain) -> None:
-            if lease:  # before the engine goes on: it stores only what a lease has reserved
-                self.engine.store.extend(lease, _lengths(longer))
-            build.tell(longer)
+    def _reading(
+        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str
+    ) -> ContextRequest:
+        def emit(event: ContextEvent) -> None:
+            if isinstance(event, ChainExtended) and lease:
+                # Before the engine goes on: it stores only what a lease has reserved.
+                self.engine.store.extend(lease, _lengths(event.chain))
+            build.emit(event)
 
-        return Reading(
-            chain,
-            request.seed,
-            on_done=build.tell,
-            on_error=build.tell,
-            settings=_settings(request) if request.HasField("decode") else None,
-            append=request.decode.append,
-            on_read=lambda: build.tell(_Read()),
-            on_text=build.tell,
-            on_chain=on_chain,
-        )
+        settings = _settings(request) if request.HasField("decode") else None
+        return ContextRequest(chain, request.seed, emit, settings, append=request.decode.append)
 
     async def _lease(self, chain: Chain, lease_id: str) -> str:
         return await self.engine.store.lease_in_time(_lengths(chain), self.lease_s, lease_id, wait_s=self._room_wait_s)
@@ -242,17 +236,16 @@ class ThinkerServicer(ThinkerServiceServicer):
         )
 
 
-def _record_segments(reading: Reading, layers: int) -> None:
+def _record_segments(done: ContextDone, layers: int) -> None:
     """A span for every segment computed with its layers one by one: from its first layer's K/V to its last's."""
-    times, ahead = reading.kv_times, time.perf_counter() - time.monotonic()
-    if len(times) == layers * len(reading.computed):
-        for i, length in enumerate(reading.computed.values()):
+    times, ahead = done.layer_times, time.perf_counter() - time.monotonic()
+    if len(times) == layers * len(done.computed):
+        for i, length in enumerate(done.computed.values()):
             record("prefill", times[i * layers] + ahead, times[(i + 1) * layers - 1] + ahead, tokens=length)
 
 
-def _log_built(built: thinker_pb2.ContextBuilt, reading: Reading) -> None:
-    """One line a context. Times are those of time.monotonic, which all processes of a machine share."""
-    times = reading.kv_times
+def _log_built(built: thinker_pb2.ContextBuilt, times: Sequence[float]) -> None:
+    """One line a context. times are those of time.monotonic, which all processes of a machine share."""
     log.info(
         "context built",
         computed_tokens=built.usage.computed_tokens,
@@ -272,10 +265,10 @@ def _settings(request: thinker_pb2.BuildContextRequest) -> TextSettings:
     return text_settings_from_wire(request.decode.settings)
 
 
-def _built(written: Written, reading: Reading, build: _Build) -> thinker_pb2.ContextBuilt:
-    segments, think = written.context.chain.segments, reading.append
+def _built(written: ContextDone, *, think: bool, build: _Build) -> thinker_pb2.ContextBuilt:
+    segments = written.context.chain.segments
     of_text = sum(segment.length for segment in segments if segment.kind is SegmentKind.TEXT)
-    tokens, computed = len(written.token_ids), sum(reading.computed.values())
+    tokens, computed = len(written.token_ids), sum(written.computed.values())
     return thinker_pb2.ContextBuilt(
         text=written.text,
         token_ids=written.token_ids,
@@ -287,5 +280,5 @@ def _built(written: Written, reading: Reading, build: _Build) -> thinker_pb2.Con
             computed_tokens=computed,
             reused_tokens=written.context.length - computed,
         ),
-        timings=timings_to_wire(build.timings),
+        timings=timings_to_wire(build.clock.timings),
     )

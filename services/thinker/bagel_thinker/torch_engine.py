@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
-from torch import Tensor
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
-from bagel.engine.segments import Chain, Segment
-from bagel.engine.text_scheduler import Reader, Reading
+from bagel.engine.memory import kv_space
+from bagel.engine.segments import Chain
+from bagel.engine.text_scheduler import ContextEvent, ContextFailed, ContextRequest, LayerComputed, TextScheduler
 from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel.model.device import DTYPES, choose_device, choose_dtype
@@ -79,7 +78,16 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, loaded: LoadedModel, store: KvStore, *, model_name: str, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        store: KvStore,
+        *,
+        model_name: str,
+        max_num_seqs: int,
+        kv_device_bytes: int | None = None,
+    ) -> None:
+        """kv_device_bytes: memory of the device for the K/V of texts under way, as `kv_space` takes it."""
         self.store, self.planner, self._loaded = store, loaded.planner, loaded
         self._filling: bytes | None = None
         self.failed: Future[None] = Future()
@@ -87,19 +95,17 @@ class TorchEngine:
         self.info = model_info(
             loaded.model.config,
             name=model_name,
-            checkpoint_fingerprint=loaded.checkpoint.fingerprint,
+            checkpoint_fingerprint=loaded.fingerprint,
             kv_fingerprint=loaded.kv_fingerprint,
             max_positions=loaded.max_model_len,
             dtype=loaded.dtype,
             device=str(loaded.model.device),
         )
-        self._reader = Reader(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.planner,
+        self._texts = TextScheduler(
+            loaded,
             ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
+            kv_space(loaded.model, kv_device_bytes),
             max_num_seqs=max_num_seqs,
-            max_model_len=loaded.max_model_len,
             on_write=partial(count_step, "text"),
         )
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -117,36 +123,28 @@ class TorchEngine:
         kv_store_bytes: int,
         max_num_seqs: int,
         max_model_len: int | None = None,
+        kv_device_bytes: int | None = None,
         role: Role = Role.CONTEXT,
     ) -> TorchEngine:
         """Load a checkpoint; device and dtype as `bagel.model.device` takes them.
 
-        role: understand loads no generation expert; readings of images to edit then end with NotSupported.
+        role: understand loads no generation expert; images to edit then end their request with NotSupported.
         """
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
         loaded = load_role(checkpoint, role, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
         store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
         log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
-        return cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs)
+        return cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs, kv_device_bytes=kv_device_bytes)
 
-    def submit(self, reading: Reading) -> None:
-        """Take a reading on."""
-        reading.on_kv = partial(self._on_kv, reading)
-        told = reading.on_error
+    def submit(self, request: ContextRequest) -> None:
+        """Start a request."""
+        request.emit = partial(self._store_kv, request.emit)
+        self._commands.put(lambda: self._start(request))
 
-        def on_error(error: Exception) -> None:
-            if self._filling is not None:  # others may want the segment that this one did not finish
-                self.store.unclaim(self._filling)
-                self._filling = None
-            told(error)
-
-        reading.on_error = on_error
-        self._commands.put(lambda: self._take_on(reading))
-
-    def cancel(self, reading: Reading) -> None:
-        """Drop a reading."""
-        self._commands.put(lambda: self._reader.cancel(reading))
+    def cancel(self, request: ContextRequest) -> None:
+        """Drop a request."""
+        self._commands.put(lambda: self._texts.cancel(request))
 
     def close(self) -> None:
         """Stop the thread after the unit of work under way."""
@@ -160,8 +158,8 @@ class TorchEngine:
             try:
                 while self._take_commands():
                     self.pulse.beat()
-                    self._reader.work()
-                self._reader.abandon(Draining("the Thinker has shut down; send the request again"))
+                    self._texts.work()
+                self._texts.abandon(Draining("the Thinker has shut down; send the request again"))
                 return
             except Exception as error:
                 log.error("the engine failed", exc_info=True)
@@ -170,10 +168,10 @@ class TorchEngine:
     def _take_commands(self) -> bool:
         """Run what waits; blocks while there is nothing else to do. False: stop."""
         while True:
-            if not self._reader.busy:
+            if not self._texts.busy:
                 self.pulse.rest()
             try:
-                command = self._commands.get(block=not self._reader.busy)
+                command = self._commands.get(block=not self._texts.busy)
             except Empty:
                 return True
             self.pulse.beat()
@@ -181,18 +179,18 @@ class TorchEngine:
                 return False
             command()
 
-    def _take_on(self, reading: Reading) -> None:
+    def _start(self, request: ContextRequest) -> None:
         if self.failed.done():
-            reading.on_error(_died())
+            request.emit(ContextFailed(_died()))
             return
         try:
-            self._reader.add(reading)
+            self._texts.add(request)
         except Exception as error:
-            reading.on_error(error)
+            request.emit(ContextFailed(error))
 
     def _recover(self, error: Exception) -> None:
-        """Fail all readings. An engine that can compute no more takes no others, and says so in `failed`."""
-        self._reader.abandon(
+        """Fail all requests. An engine that can compute no more takes no others, and says so in `failed`."""
+        self._texts.abandon(
             BagelError(f"internal error of the engine: {type(error).__name__}; the log of this service has the details")
         )
         if self.failed.done():
@@ -212,15 +210,24 @@ class TorchEngine:
         if not all(kv.k.isfinite().all() and kv.v.isfinite().all() for kv in context.kv):
             raise NotFinite("the K/V of a short text are not finite")
 
-    def _on_kv(self, reading: Reading, segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write a layer of a segment to the store, if somebody reserved it there."""
-        reading.kv_times.append(time.monotonic())
-        reading.computed[segment.digest] = segment.length
-        if layer == 0:
-            self._filling = segment.digest if claim(self.store, segment.digest) else None
-        if self._filling == segment.digest:
-            self.store.write_layer(segment.digest, layer, k, v)
-            if layer + 1 == self.store.layout.layers:
+    def _store_kv(self, emit: Callable[[ContextEvent], None], event: ContextEvent) -> None:
+        """Write each layer that is computed to the store, if a lease has reserved its segment; pass on the rest."""
+        match event:
+            case LayerComputed():
+                self._write(event)
+                return
+            case ContextFailed() if self._filling is not None:
+                self.store.unclaim(self._filling)  # others may want the segment that this request did not finish
+                self._filling = None
+        emit(event)
+
+    def _write(self, event: LayerComputed) -> None:
+        digest = event.segment.digest
+        if event.layer == 0:
+            self._filling = digest if claim(self.store, digest) else None
+        if self._filling == digest:
+            self.store.write_layer(digest, event.layer, event.k, event.v)
+            if event.layer + 1 == self.store.layout.layers:
                 self._filling = None
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import Reading, Written
+from bagel.engine.text_scheduler import ChainExtended, ContextDone, ContextEvent, ContextRequest, TextWritten
 from bagel.errors import BagelError, EngineDied, IncompleteContext, InvalidRequest, NotFinite, NotSupported
 from bagel.images import ImageTransform
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode, TextSettings
 from bagel_thinker.engine import Engine
 from bagel_thinker.torch_engine import TorchEngine
-from tests.helpers import sketch
+from tests.helpers import keep_in, sketch
 
 pytestmark = [
     pytest.mark.slow,
@@ -106,26 +106,27 @@ class Answer:
     chain: Chain
     lease: str
     over: threading.Event = field(default_factory=threading.Event)
-    came: list[Written | Exception] = field(default_factory=list)
+    came: list[ContextDone | Exception] = field(default_factory=list)
     shown: str = ""
-    reading: Reading | None = None
+    reading: ContextRequest | None = None
 
-    def end(self, came: Written | Exception) -> None:
-        self.came.append(came)
-        self.over.set()
-
-    def extend(self, chain: Chain) -> None:
-        self.engine.store.extend(self.lease, lengths(chain))
-
-    def show(self, text: str) -> None:
-        self.shown += text
+    def emit(self, event: ContextEvent) -> None:
+        match event:
+            case ChainExtended():
+                self.engine.store.extend(self.lease, lengths(event.chain))
+            case TextWritten():
+                self.shown += event.text
+            case _:
+                keep_in(self.came)(event)
+                if self.came:
+                    self.over.set()
 
     def wait(self) -> Answer:
         assert self.over.wait(LIMIT_S), "the reading never ended"
         return self
 
     @property
-    def written(self) -> Written:
+    def written(self) -> ContextDone:
         (came,) = self.wait().came
         if isinstance(came, Exception):
             raise came
@@ -147,16 +148,7 @@ def ask(engine: Engine, what: Ask, *, submit: bool = True) -> Answer:
     images = engine.planner.prepare_images(what.prompt, what.mode, what.seed)
     chain = engine.planner.chain(what.prompt, images)
     answer = Answer(engine, chain, engine.store.lease(lengths(chain), 600))
-    answer.reading = Reading(
-        chain,
-        what.seed,
-        answer.end,
-        answer.end,
-        settings=what.settings,
-        append=what.append,
-        on_text=answer.show,
-        on_chain=answer.extend,
-    )
+    answer.reading = ContextRequest(chain, what.seed, answer.emit, what.settings, append=what.append)
     if submit:
         engine.submit(answer.reading)
     return answer
@@ -286,7 +278,7 @@ def test_a_context_that_is_there_is_not_computed_again(vllm: Any) -> None:
     first = ask(vllm, Ask(prompt))
     assert first.written and first.reading is not None
     assert sum(first.reading.computed.values()) == first.chain.length
-    assert len(first.reading.kv_times) == 4 * len(first.chain.segments)
+    assert len(first.reading.layer_times) == 4 * len(first.chain.segments)
     before = vllm.store.stats()
     again = ask(vllm, Ask(prompt))
     assert again.written and again.reading is not None

@@ -13,7 +13,7 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.defaults import NANO_FOLDERS
-from bagel.engine.text_scheduler import Reading, Written
+from bagel.engine.text_scheduler import ContextDone, ContextRequest
 from bagel.errors import IncompleteContext, NotFinite, StoreFull
 from bagel.prompts import TextPart
 from bagel.request import TextSettings
@@ -21,6 +21,7 @@ from bagel_thinker.vllm import engine as engine_module
 from bagel_thinker.vllm.engine import VllmEngine
 from bagel_thinker.vllm.settings import VllmSettings
 from bagel_thinker.vllm.sink import Notice, Outlet
+from tests.helpers import keep_in
 
 RANKS = 2
 LIMIT_S = 20
@@ -78,7 +79,7 @@ class Stand:
 
         self.engine._sink.on_notice = count
         self.sent = 0
-        self.came: list[Written | Exception] = []
+        self.came: list[ContextDone | Exception] = []
 
     @property
     def core(self) -> Core:
@@ -86,13 +87,13 @@ class Stand:
         assert isinstance(core, Core)
         return core
 
-    def read(self, words: str, settings: TextSettings | None = None) -> tuple[Reading, str]:
+    def read(self, words: str, settings: TextSettings | None = None) -> tuple[ContextRequest, str]:
         """A reading under way, and the lease of its context."""
         planner = self.engine.planner
         prompt = (TextPart(words),)
         chain = planner.chain(prompt, {})
         lease = self.engine.store.lease([(each.digest, each.length) for each in chain.segments], 600)
-        reading, before = Reading(chain, 7, self.came.append, self.came.append, settings), len(self.core.exports)
+        reading, before = ContextRequest(chain, 7, keep_in(self.came), settings), len(self.core.exports)
         self.engine.submit(reading)
         until(lambda: len(self.core.exports) > before)
         return reading, lease
@@ -148,7 +149,7 @@ def test_a_reading_waits_for_the_rank_that_is_last(stand: Stand, first: int) -> 
     stand.send(Notice(name, rank=1 - first, over=True))
     stand.settle()
     (came,) = stand.came
-    assert isinstance(came, Written) and not stand.engine._requests
+    assert isinstance(came, ContextDone) and not stand.engine._requests
     k, v = stand.engine.store.load(reading.chain.segments[0].digest)
     half = k.shape[2] // RANKS
     assert all((part[:, :, :half] == 1).all() and (part[:, :, half:] == 2).all() for part in (k, v))
@@ -194,7 +195,7 @@ def test_an_overflow_is_told_where_texts_use_all_of_the_vocabulary(monkeypatch: 
         core, writing = stand.core, TextSettings(max_tokens=1)
         core.token = stand.engine.planner.config.llm.vocab_size - 1
 
-        def came(words: str, settings: TextSettings | None, overflown: int) -> Written | Exception:
+        def came(words: str, settings: TextSettings | None, overflown: int) -> ContextDone | Exception:
             stand.came.clear()
             core.overflowed += overflown
             stand.read(words, settings)
@@ -206,9 +207,9 @@ def test_an_overflow_is_told_where_texts_use_all_of_the_vocabulary(monkeypatch: 
             (ended,) = stand.came
             return ended
 
-        assert isinstance(came("a red cube", writing, 0), Written)
+        assert isinstance(came("a red cube", writing, 0), ContextDone)
         assert isinstance(came("a blue cube", writing, 1), NotFinite)
-        assert isinstance(came("a green cube", None, 1), Written)  # its logits are nobody's
-        assert isinstance(came("a black cube", writing, 0), Written)
+        assert isinstance(came("a green cube", None, 1), ContextDone)  # its logits are nobody's
+        assert isinstance(came("a black cube", writing, 0), ContextDone)
     finally:
         stand.engine.close()

@@ -16,7 +16,7 @@ from bagel.checkpoint.limits import check_positions
 from bagel.engine.loading import kv_layout
 from bagel.engine.segments import Chain, ChainPlanner
 from bagel.engine.text import prompt_ids
-from bagel.engine.text_scheduler import Reading
+from bagel.engine.text_scheduler import ChainExtended, ContextFailed, ContextRequest, PromptComputed, TextWritten
 from bagel.errors import (
     BagelError,
     Draining,
@@ -103,11 +103,11 @@ class VllmEngine:
             self.close()
             raise
 
-    def submit(self, reading: Reading) -> None:
-        """Start a reading; its callbacks run in the engine's thread."""
+    def submit(self, reading: ContextRequest) -> None:
+        """Start a request; it emits its events on the engine's thread."""
         self._commands.put(lambda: self._take(reading))
 
-    def cancel(self, reading: Reading) -> None:
+    def cancel(self, reading: ContextRequest) -> None:
         """Drop a reading."""
         self._commands.put(lambda: self._cancel(reading))
 
@@ -179,15 +179,15 @@ class VllmEngine:
 
     # Readings
 
-    def _take(self, reading: Reading) -> None:
+    def _take(self, reading: ContextRequest) -> None:
         if self.failed.done():
-            reading.on_error(_died())
+            reading.emit(ContextFailed(_died()))
             return
         job = Job(reading, reading.chain, TextStream(self.tokenizer))
         try:
             self._check(job)
         except BagelError as error:
-            reading.on_error(error)
+            reading.emit(ContextFailed(error))
             return
         self._waiting.append(job)
         self._admit()
@@ -209,7 +209,7 @@ class VllmEngine:
                 "context"
             )
 
-    def _cancel(self, reading: Reading) -> None:
+    def _cancel(self, reading: ContextRequest) -> None:
         self._waiting = [job for job in self._waiting if job.reading is not reading]
         for request in list(self._requests.values()):
             if request.job is not None and request.job.reading is reading:
@@ -225,7 +225,7 @@ class VllmEngine:
                 self._start(job)
             except Exception as error:
                 log.error("a reading could not be started", error=repr(error))
-                job.reading.on_error(error)
+                job.reading.emit(ContextFailed(error))
 
     def _start(self, job: Job) -> None:
         segments = job.chain.segments
@@ -300,7 +300,7 @@ class VllmEngine:
         if request.job is not None:
             _count(request, request.job, cached_tokens(output), self._core.block_size)
             if request.job.writes:
-                request.job.reading.on_read()
+                request.job.reading.emit(PromptComputed(dict(request.job.reading.computed)))
         self._claims.computed(request)
 
     def _show(self, job: Job, tokens: list[int]) -> None:
@@ -311,11 +311,11 @@ class VllmEngine:
                 continue
             job.tokens.append(token)
             if text := job.stream.push(token):
-                job.reading.on_text(text)
+                job.reading.emit(TextWritten(text))
 
     def _text_done(self, request: Request, job: Job) -> None:
         if text := job.stream.end():
-            job.reading.on_text(text)
+            job.reading.emit(TextWritten(text))
         job.written = True
         self._finish(request)
 
@@ -336,9 +336,9 @@ class VllmEngine:
             job.chain = self.planner.append_text(job.chain, job.reply(self.tokenizer))
             check_positions(job.chain.rope, 0, self._settings.max_model_len)
             self._check_rows(job.chain)
-            job.reading.on_chain(job.chain)
+            job.reading.emit(ChainExtended(job.chain))
         except Exception as error:
-            job.reading.on_error(error)
+            job.reading.emit(ContextFailed(error))
             return
         self._waiting.append(job)
 
@@ -349,7 +349,7 @@ class VllmEngine:
             )
 
     def _done(self, job: Job) -> None:
-        job.reading.on_done(job.result(self.tokenizer))
+        job.reading.emit(job.result(self.tokenizer))
 
     # Exports
 
@@ -371,7 +371,7 @@ class VllmEngine:
         if ranks < self._settings.tensor_parallel_size:
             return None
         if (job := request.job) is not None:
-            job.reading.kv_times.append(time.monotonic())
+            job.reading.layer_times.append(time.monotonic())
         try:
             self.store.mark_layer(filling.digest, notice.layer)
         except UnknownSegment as gone:
@@ -424,12 +424,12 @@ class VllmEngine:
         job = request.job
         self._abandon(request)
         if job is not None:
-            job.reading.on_error(error)
+            job.reading.emit(ContextFailed(error))
 
     def _fail_all(self, error: Exception) -> None:
         waiting, self._waiting = self._waiting, []
         for job in waiting:
-            job.reading.on_error(error)
+            job.reading.emit(ContextFailed(error))
         for request in list(self._requests.values()):
             self._fail(request, error)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bagel.engine.context import Context
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import Reading, Written
+from bagel.engine.text_scheduler import ContextDone, ContextRequest
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 
@@ -46,7 +46,7 @@ class Request:
 class Job:
     """A reading in progress. The text is appended to `chain` if the reading wants that."""
 
-    reading: Reading
+    reading: ContextRequest
     chain: Chain
     stream: TextStream
     tokens: list[int] = field(default_factory=list)
@@ -62,6 +62,8 @@ class Job:
         """The text so far, trimmed as the reference trims it."""
         return "" if self.reading.settings is None else tokenizer.reply([tokenizer.bos, *self.tokens])
 
-    def result(self, tokenizer: BagelTokenizer) -> Written:
-        """The result of the reading. Its context has no tensors, since the K/V are in the store."""
-        return Written(Context(self.chain), self.reply(tokenizer), tuple(self.tokens))
+    def result(self, tokenizer: BagelTokenizer) -> ContextDone:
+        """The result of the request. Its context has no tensors, since the K/V are in the store."""
+        reading = self.reading
+        reply = self.reply(tokenizer)
+        return ContextDone(Context(self.chain), reply, tuple(self.tokens), reading.computed, reading.layer_times)

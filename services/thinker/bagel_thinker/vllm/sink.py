@@ -55,7 +55,7 @@ class Sink:
         return {
             "name": self.name,
             "layout": asdict(self.layout),
-            "memory": _path(self.arena.fd),
+            "memory": self.arena.name,
             "nbytes": self.arena.nbytes,
             "notices": self._listen() if other_processes else "",
         }
@@ -92,7 +92,7 @@ class Outlet:
         """Find the sink by the fields that `Sink.open` returned."""
         if (sink := _HERE.get(given["name"])) is not None:
             return cls(sink.arena, sink.layout, sink.on_notice)
-        arena = Arena.attach(os.open(given["memory"], os.O_RDWR), given["nbytes"])
+        arena = Arena.attach(given["memory"], given["nbytes"])
         pipe = os.open(given["notices"], os.O_WRONLY)
         return cls(arena, KvLayout(**given["layout"]), lambda notice: _send(pipe, notice))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bagel.checkpoint.limits import check_kv_room
+from bagel.engine.commands import LandedPage, Output
 from bagel.engine.sampler import Picture
 from bagel.engine.slab import SharedSlab
-from bagel_dit.messages import LandedPage, Output
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Waiting:
 
 
 class WaitingLine:
-    """Whoever came first is placed first, so that a large picture is not passed by small ones for ever."""
+    """The picture that came first is placed first, so that a large one is not passed by small ones for ever."""
 
     def __init__(self, space: SharedSlab) -> None:
         self._space = space
@@ -43,7 +43,7 @@ class WaitingLine:
             self._space.withdraw(("picture", id_))
 
     def next(self) -> tuple[int, Waiting] | None:
-        """Take out the picture that there is room for now, if it is its turn."""
+        """Take out the first picture, if there is room for it now."""
         for id_, waiting in self._waiting.items():
             if self._space.has_room(("picture", id_), waiting.picture.kv_tokens(waiting.padded)):
                 del self._waiting[id_]

@@ -1,4 +1,4 @@
-"""Memory that runs out anywhere in a runner ends the request that needed it, and leaves no trace."""
+"""Memory that runs out anywhere in an engine ends the request that needed it, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bagel.engine import device_check
+from bagel.engine.commands import StepPlan
+from bagel.engine.device_check import DeviceCheck
+from bagel.engine.diffusion import DiffusionEngine
+from bagel.engine.events import Begun, Drawn, Event, Failed, Health, Stepped
 from bagel.engine.text import TextBatch
-from bagel_dit import device_check
-from bagel_dit.decoding import Decoder
-from bagel_dit.device_check import DeviceCheck
-from bagel_dit.messages import Begun, Drawn, Failed, Health, Reply, Stepped, StepPlan
-from bagel_dit.runner import Runner
-from tests.dit.runner_server import Server, failures, of, serving
+from bagel.engine.vae_worker import VaeWorker
+from tests.engine.driven import Driven, driven, failures, of
 from tests.helpers import agree
 
 STEPS = 3
@@ -56,87 +57,87 @@ class Memory(TorchDispatchMode):
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[Memory]:
     """That of a picture that joins, of a text that joins, of all steps, and of the VAE's thread."""
     memories = [Memory(), Memory(), Memory(), Memory()]
-    owners = ((Runner, "_place"), (TextBatch, "add"), (Runner, "_step"), (Decoder, "_image"))
+    owners = ((DiffusionEngine, "_place"), (TextBatch, "add"), (DiffusionEngine, "step"), (VaeWorker, "_image"))
     for each, (owner, name) in zip(memories, owners, strict=True):
         monkeypatch.setattr(owner, name, each.within(getattr(owner, name)))
     return memories
 
 
 @pytest.fixture
-def server(memory: object) -> Iterator[Server]:
-    with serving() as server:
-        yield server
+def engine(memory: object) -> Iterator[Driven]:
+    with driven() as engine:
+        yield engine
 
 
-def draw(server: Server, id_: int) -> list[Reply]:
+def draw(engine: Driven, id_: int) -> list[Event]:
     """Draw a picture that is planned with a text first; what came of it."""
-    server.begin(id_, "text2img", steps=STEPS, think=True, max_think_tokens=3)
-    replies = server.read()
-    if of(replies, Begun):
-        return replies + finish(server, id_)
-    return replies
+    engine.begin(id_, "text2img", steps=STEPS, think=True, max_think_tokens=3)
+    events = engine.read()
+    if of(events, Begun):
+        return events + finish(engine, id_)
+    return events
 
 
-def finish(server: Server, id_: int) -> list[Reply]:
+def finish(engine: Driven, id_: int) -> list[Event]:
     """Take a picture's steps, until it is there or has failed."""
-    replies: list[Reply] = []
+    events: list[Event] = []
     for _ in range(STEPS - 1):
-        server.send(StepPlan((id_,), read=False))
-        replies += server.until(Stepped)
-    return replies if of(replies, Failed) + of(replies, Drawn) else replies + server.until(Drawn, Failed)
+        engine.send(StepPlan((id_,), read=False))
+        events += engine.until(Stepped)
+    return events if of(events, Failed) + of(events, Drawn) else events + engine.until(Drawn, Failed)
 
 
-def held(server: Server) -> int:
+def held(engine: Driven) -> int:
     """Tokens of K/V that pictures and texts hold."""
-    assert server.runner is not None
-    return server.runner._space.taken
+    return engine.engine.space.taken
 
 
-def pixels(replies: list[Reply]) -> bytes:
-    (drawn,) = [reply for reply in replies if isinstance(reply, Drawn)]
-    return drawn.data
+def pixels(events: list[Event]) -> bytes:
+    (drawn,) = [event for event in events if isinstance(event, Drawn)]
+    assert isinstance(drawn.picture, bytes)
+    return drawn.picture
 
 
 def test_memory_that_runs_out_at_any_point_ends_one_request_and_leaves_no_trace(
-    server: Server, memory: list[Memory]
+    engine: Driven, memory: list[Memory]
 ) -> None:
-    server.begin(BYSTANDER, "text2img", steps=STEPS)  # on the same canvas all the while
-    assert of(server.read(), Begun) == [BYSTANDER]
-    wanted = pixels(draw(server, 1))
+    engine.begin(BYSTANDER, "text2img", steps=STEPS)  # on the same canvas all the while
+    assert of(engine.read(), Begun) == [BYSTANDER]
+    wanted = pixels(draw(engine, 1))
     for each in memory:
         each.fail_at(0)
-    assert pixels(draw(server, 3)) == wanted  # its prompt is read already: the fewest operators
-    before = held(server)
+    assert pixels(draw(engine, 3)) == wanted  # its prompt is read already: the fewest operators
+    before = held(engine)
     operators = [each.count for each in memory]
     assert all(count > 5 for count in operators)
     for at, (each, count) in enumerate(zip(memory, operators, strict=True)):
         for operator in range(1, count + 1, 1 if at < 2 else count // 10):  # each one of what joins
             id_ = 10_000 * at + 2 * operator
             each.fail_at(operator)
-            assert "memory of the device is full" in failures(draw(server, id_))[id_], operator
+            assert "memory of the device is full" in failures(draw(engine, id_))[id_], operator
             each.fail_at(0)
-            assert held(server) == before, operator
+            assert held(engine) == before, operator
             if operator % 3 == 1:
-                assert pixels(draw(server, id_ + 1)) == wanted, operator
-    assert pixels(draw(server, 2)) == wanted
-    assert pixels(finish(server, BYSTANDER))
+                assert pixels(draw(engine, id_ + 1)) == wanted, operator
+    assert pixels(draw(engine, 2)) == wanted
+    assert pixels(finish(engine, BYSTANDER))
 
 
-def test_a_runner_whose_device_is_full_is_not_healthy_until_it_can_draw(
-    server: Server, memory: list[Memory], monkeypatch: pytest.MonkeyPatch
+def test_an_engine_whose_device_is_full_is_not_healthy_until_it_can_draw(
+    engine: Driven, memory: list[Memory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(check: DeviceCheck) -> bool:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    wanted = pixels(draw(server, 1))
+    wanted = pixels(draw(engine, 1))
     monkeypatch.setattr(device_check, "LOOK_AGAIN_S", 0.1)
     with monkeypatch.context() as taken:
         taken.setattr(device_check, "decode_picture", full)
         memory[0].fail_at(1)
-        assert failures(draw(server, 2))
-        assert server.until(Health)[-1] == Health(healthy=False)
-    assert server.until(Health)[-1] == Health(healthy=True)
-    assert pixels(draw(server, 3)) == wanted
+        assert failures(draw(engine, 2))
+        assert engine.until(Health)[-1] == Health(healthy=False)
+    assert engine.until(Health)[-1] == Health(healthy=True)
+    assert pixels(draw(engine, 3)) == wanted
 
 
 def fill() -> list[torch.Tensor]:
@@ -153,17 +154,17 @@ def fill() -> list[torch.Tensor]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_full_gpu_fails_pictures_and_draws_them_as_before_once_it_has_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_check, "LOOK_AGAIN_S", 0.5)
-    with serving(device="cuda", kv_device_bytes=1 << 24) as server:
-        wanted = pixels(draw(server, 1))
-        before = held(server)
+    with driven(device="cuda", kv_device_bytes=1 << 24) as engine:
+        wanted = pixels(draw(engine, 1))
+        before = held(engine)
         torch.cuda.empty_cache()
         taken = fill()
-        assert "memory of the device is full" in failures(draw(server, 2))[2]
-        assert server.until(Health)[-1] == Health(healthy=False)
-        assert "memory of the device is full" in failures(draw(server, 3))[3]
-        assert held(server) == before == 0
+        assert "memory of the device is full" in failures(draw(engine, 2))[2]
+        assert engine.until(Health)[-1] == Health(healthy=False)
+        assert "memory of the device is full" in failures(draw(engine, 3))[3]
+        assert held(engine) == before == 0
         del taken
         torch.cuda.empty_cache()
-        assert server.until(Health)[-1] == Health(healthy=True)
-        ours, theirs = (Image.open(BytesIO(data)) for data in (pixels(draw(server, 4)), wanted))
+        assert engine.until(Health)[-1] == Health(healthy=True)
+        ours, theirs = (Image.open(BytesIO(data)) for data in (pixels(draw(engine, 4)), wanted))
         assert agree(ours, theirs)

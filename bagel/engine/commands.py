@@ -1,0 +1,102 @@
+"""What an engine is told: small, frozen and picklable, so that one stream of them drives every rank. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bagel.prompts import BranchName
+from bagel.request import ImageSettings, Request
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a picture is given out.
+
+    image_format: Pillow's name of it; None gives the image itself, for a caller in the same process. quality: of a
+    JPEG or WebP, 0 to 100. previews: how many of the picture under way.
+    """
+
+    image_format: str | None = None
+    quality: int | None = None
+    previews: int = 0
+
+
+@dataclass(frozen=True)
+class PlacedContext:
+    """A context whose K/V arrive later: its digest, its rows of K/V, the position after it."""
+
+    digest: bytes
+    length: int
+    rope: int
+
+
+@dataclass(frozen=True)
+class AddPicture:
+    """Make room for a picture whose K/V arrive later. posterior_shapes: drawn before its noise."""
+
+    id: int
+    settings: ImageSettings
+    grid: tuple[int, int]
+    seed: int
+    posterior_shapes: tuple[tuple[int, ...], ...]
+    contexts: Mapping[BranchName, PlacedContext]
+    output: Output
+
+
+@dataclass(frozen=True)
+class LandedPage:
+    """Rows of one layer of a context that are in shared memory: where they go, and their byte offsets there."""
+
+    branch: BranchName
+    layer: int
+    row: int
+    rows: int
+    k_offset: int
+    v_offset: int
+
+
+@dataclass(frozen=True)
+class LoadPages:
+    """Copy pages into a picture's rows of the slab."""
+
+    id: int
+    pages: tuple[LandedPage, ...]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """All K/V of a picture have arrived."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Serve a whole request: plan it, then read its prompt, write its text and draw its picture.
+
+    check_only: stop after the plan.
+    """
+
+    id: int
+    request: Request
+    output: Output = Output()
+    check_only: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One turn: an Euler step of these pictures (all of one bucket), and a unit of reading and writing text."""
+
+    pictures: tuple[int, ...]
+    read: bool
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Forget a request; nothing if it is over."""
+
+    id: int
+
+
+Command = AddPicture | LoadPages | Begin | AddRequest | StepPlan | Remove

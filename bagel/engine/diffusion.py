@@ -1,0 +1,217 @@
+"""The diffusion engine: pictures wait for room, take steps in batches, and are decoded beside the steps of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bagel.checkpoint.limits import padded_latents
+from bagel.engine.clock import WindowClock
+from bagel.engine.commands import LandedPage, Output
+from bagel.engine.events import Begun, Event, StepTaken, StepTimed
+from bagel.engine.line import Waiting, WaitingLine
+from bagel.engine.progress import Heartbeat
+from bagel.engine.sampler import (
+    Canvas,
+    Drawing,
+    OnVelocity,
+    Picture,
+    StepGate,
+    Velocities,
+    clean_estimate,
+    preview_steps,
+)
+from bagel.engine.slab import SharedSlab
+from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
+from bagel.model.bagel import Bagel
+
+
+@dataclass
+class _Active:
+    """A picture on a canvas. previews: steps that one is made in; windows: times it, if it is profiled."""
+
+    canvas: Canvas
+    drawing: Drawing
+    output: Output
+    previews: tuple[int, ...]
+    windows: WindowClock | None
+
+
+class DiffusionEngine:
+    """Draws pictures on one model. Each is known by its request's id from `add` to Drawn, an error or `remove`."""
+
+    def __init__(
+        self,
+        model: Bagel,
+        space: SharedSlab,
+        heartbeat: Heartbeat,
+        *,
+        emit: Callable[[Event], None],
+        fail: Callable[[int, Exception], None],
+        pages: Tensor | None = None,
+        profile: bool = False,
+    ) -> None:
+        """space: holds the pictures' K/V; emit: receives Begun, StepTaken, Previewed and Drawn.
+
+        fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8; profile:
+        pictures come with the durations of their stages.
+        """
+        self._model, self._device, self._pages, self._profile = model, model.device, pages, profile
+        self._emit, self._fail = emit, fail
+        self._gate, self._line = StepGate(model.device), WaitingLine(space)
+        self._space = space
+        self._canvases: dict[int, Canvas] = {}
+        self._active: dict[int, _Active] = {}
+        self._vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)
+        self.latest_grid = (1, 1)
+        """Latent rows and columns of the picture that was placed last."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any picture is under way."""
+        return bool(self._active) or self._vae.busy
+
+    def close(self) -> None:
+        """Wait for the pictures that are being decoded, and end."""
+        self._vae.close()
+
+    def add(self, id_: int, picture: Picture, output: Output, *, begun: bool) -> None:
+        """Let a picture wait for room for its K/V; emits Begun once it has room and its K/V are there.
+
+        begun: they are there already. Raises InvalidRequest for a picture that will never have room.
+        """
+        padded = padded_latents(picture.tokens, self._device.type)
+        self._line.join(id_, Waiting(picture, output, padded, begun))
+        self.admit()
+
+    def load_pages(self, id_: int, pages: Sequence[LandedPage]) -> None:
+        """Copy pages of K/V from shared memory into a picture's rows; nothing if the picture has left."""
+        if (waiting := self._line.get(id_)) is not None:
+            waiting.pages += pages  # they stay in shared memory until it has begun
+        elif (active := self._active.get(id_)) is not None:
+            self._copy(active.drawing, pages)
+
+    def begin(self, id_: int) -> None:
+        """All K/V of a picture have arrived; nothing if it has left."""
+        if (waiting := self._line.get(id_)) is not None:
+            waiting.begun = True
+        elif (active := self._active.get(id_)) is not None:
+            self._announce(id_, active)
+
+    def admit(self) -> None:
+        """Place the pictures that there is room for now."""
+        while (turn := self._line.next()) is not None:
+            id_, waiting = turn
+            try:
+                active = self._place(id_, waiting)
+                self._copy(active.drawing, waiting.pages)
+                if waiting.begun:
+                    self._announce(id_, active)
+            except Exception as error:
+                self._end(id_, error)
+
+    def step(self, ids: Sequence[int]) -> list[StepTimed]:
+        """One Euler step of pictures of one bucket; emits StepTaken. Returns a step that is known to be done.
+
+        Pictures that have left are skipped. An error ends all of them, as they share one forward.
+        """
+        active = {id_: self._active[id_] for id_ in ids if id_ in self._active}
+        if not active:
+            return []
+        try:
+            timed = self._launch(active)
+        except Exception as error:
+            for id_ in active:
+                self._end(id_, error)
+            return []
+        for id_, each in active.items():
+            self._emit(StepTaken(id_, each.drawing.step))
+            if each.drawing.finished:
+                try:
+                    self._decode(id_, each)
+                except Exception as error:
+                    self._end(id_, error)
+        return timed
+
+    def remove(self, id_: int) -> None:
+        """Let a picture leave; nothing if it has."""
+        self._line.leave(id_)
+        if (active := self._active.pop(id_, None)) is not None:
+            active.canvas.remove(active.drawing)
+            if not active.canvas.drawings:
+                self._canvases.pop(active.canvas.padded, None)
+
+    def _end(self, id_: int, error: Exception) -> None:
+        self.remove(id_)
+        self._fail(id_, error)
+
+    def _place(self, id_: int, waiting: Waiting) -> _Active:
+        """Give a picture a place on the canvas of its bucket."""
+        picture, bucket = waiting.picture, waiting.padded
+        self.latest_grid = picture.grid
+        previews = preview_steps(picture.steps, waiting.output.previews)
+        windows = WindowClock(self._device, picture.steps) if self._profile else None
+        canvas = self._canvases.get(bucket) or Canvas(self._model, bucket, self._space)
+        drawing = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
+        self._canvases[bucket] = canvas
+        active = self._active[id_] = _Active(canvas, drawing, waiting.output, previews, windows)
+        return active
+
+    def _announce(self, id_: int, active: _Active) -> None:
+        picture = active.drawing.picture
+        self._emit(Begun(id_, picture.steps, active.canvas.padded, len(picture.distinct())))
+
+    @torch.inference_mode()
+    def _copy(self, drawing: Drawing, pages: Sequence[LandedPage]) -> None:
+        slab = self._space.slab
+        for page in pages:
+            start = drawing.place(page.branch) + page.row
+            for tensor, offset in ((slab.k, page.k_offset), (slab.v, page.v_offset)):
+                tensor[page.layer, start : start + page.rows] = self._rows(page, offset)
+
+    def _rows(self, page: LandedPage, offset: int) -> Tensor:
+        """Rows of K or V in shared memory, [rows, kv_heads, head_dim]."""
+        assert self._pages is not None
+        shape = (page.rows, *self._space.slab.k.shape[2:])
+        nbytes = page.rows * self._space.slab.k[0, 0].nbytes
+        return self._pages[offset : offset + nbytes].view(self._model.dtype).view(shape)
+
+    def _launch(self, active: Mapping[int, _Active]) -> list[StepTimed]:
+        """One step of pictures that are on one canvas; a step that is now known to be done."""
+        canvas = next(iter(active.values())).canvas
+        for each in active.values():
+            if each.windows is not None:
+                each.windows.reach(each.drawing.step)
+        with self._gate.step(len(active)):
+            canvas.step([each.drawing for each in active.values()], self._previews(active))
+        return [] if self._gate.done is None else [StepTimed("picture", *self._gate.done)]
+
+    def _decode(self, id_: int, active: _Active) -> None:
+        """Hand a finished picture to the VAE's thread, so that the next step need not wait."""
+        drawing = active.drawing
+        latents, grid, step = drawing.latents, drawing.picture.grid, drawing.step
+        if active.windows is not None:
+            active.windows.reach(step)
+        launched = self._vae.launched()
+        self.remove(id_)
+        # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
+        self._vae.finish(FinishedPicture(id_, latents, grid, active.output, active.windows, launched))
+
+    def _previews(self, active: Mapping[int, _Active]) -> OnVelocity | None:
+        """What hands previews on while a step is taken; None where it makes none."""
+        wanted = {each.drawing: id_ for id_, each in active.items() if each.drawing.step + 1 in each.previews}
+        if not wanted:
+            return None
+
+        def on_velocity(drawing: Drawing, velocities: Velocities, guided: Tensor) -> None:
+            if (id_ := wanted.get(drawing)) is None:
+                return
+            each, step = active[id_], drawing.step + 1
+            estimate = clean_estimate(drawing.latents, guided, drawing.time)
+            index = each.previews.index(step)
+            self._vae.preview(EarlyPicture(id_, index, step, estimate, drawing, each.output, self._vae.launched()))
+
+        return on_velocity

@@ -1,0 +1,142 @@
+"""What an engine says of its requests, each event given to one `emit`. Small, frozen and picklable. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+
+from bagel.errors import BagelError
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A whole request has passed its checks."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """The context that a whole request's text continues is computed."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """The contexts of a whole request are computed: their distinct rows of K/V, and how many no cache had."""
+
+    id: int
+    tokens: int
+    computed: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """More text of a request."""
+
+    id: int
+    text: str
+    think: bool
+
+
+@dataclass(frozen=True)
+class TextDone:
+    """A request's text is complete. counts: fields of bagel.v1.Usage."""
+
+    id: int
+    text: str
+    token_ids: tuple[int, ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A picture can take steps. bucket: latents a row is padded to; rows: its distinct contexts."""
+
+    id: int
+    steps: int
+    bucket: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """Euler step `step` (from 1) of a picture is launched; all before it are done."""
+
+    id: int
+    step: int
+
+
+@dataclass(frozen=True)
+class StepTimed:
+    """A step is done: its kind (picture or text), how many requests it served, and its seconds."""
+
+    kind: str
+    requests: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A plan was carried out. reading: whether text is still to be done.
+
+    timed: steps that were found to be done. On a GPU those of pictures come one late, as the host runs ahead.
+    """
+
+    reading: bool
+    timed: tuple[StepTimed, ...] = ()
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """A picture under way, given out as its output says: its preview `index` (from 0), made in `step`."""
+
+    id: int
+    index: int
+    step: int
+    picture: bytes | Image
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, given out as its output says. profile: seconds of its stages on the device, if it is profiled."""
+
+    id: int
+    picture: bytes | Image
+    width: int
+    height: int
+    seconds: float
+    profile: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request without a picture is over."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request ended with an error."""
+
+    id: int
+    error: BagelError
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether the engine can draw: not while its device's memory is full with nothing under way."""
+
+    healthy: bool
+
+
+RequestEvent = (
+    Planned | PromptRead | Prefilled | Text | TextDone | Begun | StepTaken | Previewed | Drawn | Done | Failed
+)
+Event = RequestEvent | Stepped | Health

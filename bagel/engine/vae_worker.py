@@ -1,0 +1,149 @@
+"""The VAE's thread: decodes and encodes pictures, finished or under way, while the steps of others go on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
+from bagel.engine.commands import Output
+from bagel.engine.events import Drawn, Event, Previewed
+from bagel.engine.progress import Heartbeat
+from bagel.engine.sampler import Drawing, decode_picture
+from bagel.errors import NotFinite
+from bagel.images.encoding import encode_image
+from bagel.model.bagel import Bagel
+from bagel.model.pixels import to_image
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinishedPicture:
+    """A picture whose last step is launched: its latents, valid after the event `launched`."""
+
+    id: int
+    latents: Tensor
+    grid: tuple[int, int]
+    output: Output
+    windows: WindowClock | None
+    launched: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class EarlyPicture:
+    """A preview to decode: the clean estimate of a picture under way, valid after the event `launched`."""
+
+    id: int
+    index: int
+    step: int
+    latents: Tensor
+    drawing: Drawing
+    output: Output
+    launched: torch.cuda.Event | None
+
+
+class VaeWorker:
+    """One thread, and on a GPU one stream.
+
+    emit: receives Drawn and Previewed; fail: the error of a picture; is_drawing: whether an id is still on a canvas.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        heartbeat: Heartbeat,
+        *,
+        emit: Callable[[Event], None],
+        fail: Callable[[int, Exception], None],
+        is_drawing: Callable[[int], bool],
+    ) -> None:
+        self._model, self._device, self._heartbeat = model, model.device, heartbeat
+        self._emit, self._fail, self._is_drawing = emit, fail, is_drawing
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
+        self._jobs: set[Future[None]] = set()
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def launched(self) -> torch.cuda.Event | None:
+        """An event after all work that was launched so far; None on a CPU, where that work is done."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream else None
+
+    def finish(self, picture: FinishedPicture) -> None:
+        """Decode a picture; emits Drawn."""
+        self._submit(self._finish, picture)
+
+    def preview(self, picture: EarlyPicture) -> None:
+        """Decode a preview; emits Previewed."""
+        self._submit(self._preview, picture)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being decoded, or waits for it."""
+        return bool(self._jobs)
+
+    def close(self) -> None:
+        """Wait for the work under way, and end."""
+        self._thread.shutdown()
+
+    def _submit(self, work: Callable[[Any], None], job: object) -> None:
+        future = self._thread.submit(self._watched, work, job)
+        self._jobs.add(future)
+        future.add_done_callback(self._jobs.discard)
+
+    def _watched(self, work: Callable[[Any], None], job: object) -> None:
+        with self._heartbeat.work():
+            work(job)
+
+    def _finish(self, job: FinishedPicture) -> None:
+        start = time.perf_counter()
+        try:
+            image, decoding = self._image(job.latents, job.grid, job.launched)
+            picture = _given_out(image, job.output)
+            profile = {}
+            if job.windows is not None:
+                profile = job.windows.stages() | {"decode": seconds_between(*decoding)}
+            seconds = time.perf_counter() - start
+            self._emit(Drawn(job.id, picture, image.width, image.height, seconds, profile))
+        except Exception as error:
+            self._fail(job.id, error)
+
+    def _preview(self, job: EarlyPicture) -> None:
+        if not self._is_drawing(job.id) and not job.drawing.finished:
+            return  # the request was cancelled
+        try:
+            image, _ = self._image(job.latents, job.drawing.picture.grid, job.launched, quick=True)
+            picture = _given_out(image, job.output)
+            self._emit(Previewed(job.id, job.index, job.step, picture, image.width, image.height))
+        except Exception as error:  # the picture itself may come out right, and reports an error if it does not
+            logger.warning("a preview failed", extra={"fields": {"why": str(error)}})
+
+    def _image(
+        self, latents: Tensor, grid: tuple[int, int], launched: torch.cuda.Event | None, *, quick: bool = False
+    ) -> tuple[Image.Image, tuple[Moment, Moment]]:
+        """The image of latents, and when the VAE began and ended on the device.
+
+        Raises NotFinite for one that overflowed.
+        """
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            if launched is not None and self._stream is not None:
+                self._stream.wait_event(launched)
+                latents.record_stream(self._stream)
+            begin = mark(self._device)
+            decoded = decode_picture(self._model, latents, grid, quick=quick)
+            end = mark(self._device)
+            if not decoded.isfinite().all():
+                raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
+            return to_image(decoded), (begin, end)
+
+
+def _given_out(image: Image.Image, output: Output) -> bytes | Image.Image:
+    return image if output.image_format is None else encode_image(image, output.image_format, output.quality)

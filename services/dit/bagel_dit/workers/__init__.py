@@ -1,0 +1,50 @@
+"""The ranks of an engine: processes that run one program on the same stream of commands. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from bagel.deployment.dit_config import DitConfig
+from bagel.engine.commands import Command
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Memory that K/V arrive in; a rank on the same host attaches it by name."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What each rank is started with, whole and picklable.
+
+    folder: of the checkpoint. fingerprint: the checkpoint's, where the service has told its callers of it, else empty;
+    a rank loads no other. memory: None for ranks that serve whole requests, to which no K/V are sent.
+    """
+
+    config: DitConfig
+    folder: Path
+    fingerprint: bytes = b""
+    memory: SharedMemory | None = None
+
+
+class WorkerGroup(Protocol):
+    """All ranks of one engine, from their start to their end. A group whose rank ends is over as a whole.
+
+    Whoever makes a group gives it `emit`, which receives the events of the rank that answers, and `on_death`, which is
+    called once with the cause when a rank has ended unasked. Both are called in the event loop.
+    """
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the ranks on this host."""
+
+    def send(self, command: Command) -> None:
+        """Give every rank a command, in the same order. It is lost if a rank has ended, which on_death reports."""
+
+    async def stop(self) -> None:
+        """End all ranks, by force if they do not end by themselves; on_death is not called."""

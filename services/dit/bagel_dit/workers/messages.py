@@ -1,0 +1,54 @@
+"""What a rank says of itself, beside the events of its engine, and how it is told to stop. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bagel.engine.commands import Command
+from bagel.engine.events import Event
+from bagel.errors import BagelError
+
+SILENCE_S = 30.0
+"""A rank that has sent nothing for so long is taken for dead, once its model is loaded."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the process."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded: a serialized ModelInfo, and bytes of weights by component.
+
+    kv_tokens: tokens of K/V that its device has room for.
+    """
+
+    info: bytes
+    memory: Mapping[str, int]
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The model could not be loaded. The process ends."""
+
+    error: BagelError
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The process runs; sent about every second."""
+
+
+@dataclass(frozen=True)
+class Hung:
+    """A thread has made no progress for the step timeout. stack: where it is; loading: whether it loads the model."""
+
+    loading: bool
+    stack: str
+
+
+Order = Command | Stop
+Report = Event | Ready | LoadFailed | Alive | Hung

@@ -1,0 +1,124 @@
+"""One rank: loads the model, then carries out the server's commands one after the other."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
+from bagel.engine.engine import Engine
+from bagel.engine.loading import LoadedModel, load_role
+from bagel.engine.memory import is_out_of_memory
+from bagel.engine.progress import Heartbeat
+from bagel.errors import BagelError, CheckpointError, OutOfMemory
+from bagel.kv.arena import Arena
+from bagel.model.bagel import Bagel
+from bagel.model.device import DTYPES, choose_device, choose_dtype
+from bagel.model.mot import MoTLayer
+from bagel.model.vit import VitLayer
+from bagel.rpc.convert import model_info
+from bagel.rpc.heap import keep_loaded
+from bagel.telemetry.logs import set_up_logs
+from bagel_dit.workers import RankSettings
+from bagel_dit.workers.messages import LoadFailed, Ready, Stop
+from bagel_dit.workers.pipe import Pipe
+from bagel_dit.workers.watch import Watch
+
+NICENESS = 5
+"""Of a process that computes on a CPU: the services beside it need little of it, and that at once (bench/README.md)."""
+
+
+def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings) -> None:
+    """Load the model, then serve until Stop or until the server is gone."""
+    set_up_logs("dit-runner", settings.config.log_level)
+    try:
+        if choose_device(settings.config.device).type == "cpu":
+            os.nice(NICENESS)
+        loaded = load(settings)
+        keep_loaded()
+        engine = make_engine(pipe, heartbeat, settings, loaded)
+    except Exception as error:
+        if is_out_of_memory(error):
+            error = OutOfMemory(f"the device has too little memory to load the model: {error}")
+        if not isinstance(error, BagelError):
+            raise
+        pipe.send(LoadFailed(error))
+        return
+    watch.loading = False
+    serve(pipe, engine, settings.config.model)
+
+
+def load(settings: RankSettings) -> LoadedModel:
+    """The model of a rank, on its device."""
+    config, checkpoint = settings.config, Checkpoint(settings.folder)
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _check_same(checkpoint, settings.fingerprint)
+    return load_role(
+        checkpoint,
+        Role.FULL if config.single_stage else Role.DENOISE,
+        dtype=DTYPES[choose_dtype(config.dtype, device)],
+        device=device,
+        max_model_len=config.max_model_len,
+        vae_use_tiling=config.vae_use_tiling,
+    )
+
+
+def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded: LoadedModel) -> Engine:
+    """The rank's engine; its events go through the pipe."""
+    config, memory = settings.config, settings.memory
+    arena = None if memory is None else Arena.attach(memory.name, memory.nbytes)
+    beat_in_layers(loaded.model, heartbeat)
+    return Engine(
+        loaded,
+        pipe.send,
+        max_num_seqs=config.max_num_seqs,
+        kv_device_bytes=config.kv_device_bytes,
+        profile=config.enable_diffusion_pipeline_profiler,
+        pages=None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8),
+        heartbeat=heartbeat,
+    )
+
+
+def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
+    """Report the model, then carry out commands until Stop or until the server is gone."""
+    loaded = engine.loaded
+    info = model_info(
+        loaded.model.config,
+        name=model_name,
+        checkpoint_fingerprint=loaded.fingerprint,
+        kv_fingerprint=loaded.kv_fingerprint,
+        max_positions=loaded.max_model_len,
+        dtype=loaded.dtype,
+        device=str(loaded.model.device),
+    )
+    pipe.send(Ready(info.SerializeToString(), loaded.memory(), engine.space.size))
+    try:
+        while not isinstance(order := pipe.next(engine.look_again_s), Stop):
+            if order is None:
+                engine.look()
+            else:
+                engine.execute(order)
+    except (EOFError, OSError):
+        return
+    engine.close()
+
+
+def beat_in_layers(model: Bagel, heartbeat: Heartbeat) -> None:
+    """Let every layer that is done count as progress of its thread."""
+    layers = [module for module in model.modules() if isinstance(module, MoTLayer | VitLayer)]
+    parts = model.vae.modules() if model.vae is not None else ()
+    for layer in (*layers, *(part for part in parts if not list(part.children()))):
+        layer.register_forward_hook(lambda *_: heartbeat.beat())
+
+
+def _check_same(checkpoint: Checkpoint, served: bytes) -> None:
+    """Refuse another model than the one that the service has told its callers of, and whose K/V it holds."""
+    if served and checkpoint.fingerprint != served:
+        raise CheckpointError(
+            f"{checkpoint.folder} now holds another model, of fingerprint {checkpoint.fingerprint.hex()}; this service "
+            f"serves {served.hex()}. Start it again, and the Thinker with it, to serve what is there now"
+        )
