@@ -1,7 +1,7 @@
-"""Settings of the services: a field of a configuration object each, which says everything there is to say of it.
+"""Settings of the services. Each is one field of a configuration object, with its default, range and help.
 
-The flag, the checks, the place in the JSON for another process and the line in the log all follow from the field. The
-standard library alone, as the command line reads this for --help.
+The flag, the checks, the JSON for another process and the line in the log all follow from the field. This module needs
+the standard library alone, since the command line reads it for --help.
 """
 
 from __future__ import annotations
@@ -32,39 +32,19 @@ _NOUNS = {
 }
 
 
-def setting(
-    help: str,
-    *,
-    default: Any = MISSING,
-    default_factory: Any = MISSING,
-    flag: str = "",
-    metavar: str | None = None,
-    choices: Sequence[Any] | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    shape: tuple[str, str] | None = None,
-    heading: str = "",
-    stage: bool = False,
-    elsewhere: str = "",
-    everywhere: bool = False,
-) -> Any:
-    """A field of a configuration object. Without a default it must be given.
-
-    help: without the default, which is added. flag: where the field's name does not give it. shape: of a text, a
-    regular expression and its words. heading: in --help.
-    stage: a key of a deploy file's stage too. elsewhere: what sets it in `bagel serve`, where that is
-    no flag of the same name. everywhere: `bagel serve` gives it to all services, not to the gateway alone.
-    """
-    say = {name: value for name, value in locals().items() if not name.startswith("default")}
-    return field(default=default, default_factory=default_factory, metadata=say)
+def setting(help: str, *, default: Any = MISSING, default_factory: Any = MISSING, **say: Any) -> Any:
+    """A field of a configuration object; `say` are fields of `Setting`. A setting without a default must be given."""
+    return field(default=default, default_factory=default_factory, metadata={"help": help, **say})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting: what `setting` was given, with the name and the type of the field.
+    """One setting of a service, by its field.
 
-    kind: of the value, or of each where there are several; optional: None is a value too.
+    kind: of the value, or of each where there are several; optional: None is a value too. help: without the default,
+    which is added. flag: where the field's name does not give it. shape: of a text, a regular expression and its words.
+    heading: in --help. stage: a key of a deploy file's stage too. elsewhere: what sets it in `bagel serve`, where that
+    is no flag of the same name. everywhere: `bagel serve` gives it to all services, not to the gateway alone.
     """
 
     name: str
@@ -75,16 +55,16 @@ class Setting:
     required: bool
     help: str
     flag: str
-    metavar: str | None
-    choices: Sequence[Any] | None
-    at_least: float | None
-    above: float | None
-    at_most: float | None
-    shape: tuple[str, str] | None
-    heading: str
-    stage: bool
-    elsewhere: str
-    everywhere: bool
+    metavar: str | None = None
+    choices: Sequence[Any] | None = None
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    shape: tuple[str, str] | None = None
+    heading: str = ""
+    stage: bool = False
+    elsewhere: str = ""
+    everywhere: bool = False
 
     @property
     def dest(self) -> str:
@@ -118,19 +98,21 @@ class Setting:
         return self.kind(value) if isinstance(value, str) and self.kind not in (bool, int, float, dict) else value
 
     def check(self, value: Any) -> None:
-        """Raise ConfigError, naming the flag, for a value that the setting cannot have."""
+        """Raise ConfigError, naming the setting, for a value that it cannot have."""
         if value is None and self.optional:
             return
-        for each in value if self.several and isinstance(value, tuple) else (value,):
+        if self.several and not isinstance(value, tuple):
+            raise ConfigError(f"{self.dest} is {value!r:.80}; it must be a list", self.dest)
+        for each in value if self.several else (value,):
+            wanted = ""
             if self.choices is not None and each not in self.choices:
-                told = ", ".join(map(str, self.choices))
-                raise ConfigError(f"{self.flag} is {each!r:.80}; it must be one of {told}")
-            if not self._is(each):
-                raise ConfigError(
-                    f"{self.flag} is {each!r:.80}; it must be {'a ' * (self.kind is not bool)}{self._noun()}"
-                )
-            if not self._holds(each):
-                raise ConfigError(f"{self.flag} is {each!r:.80}; it must be {self._range()}")
+                wanted = f"one of {', '.join(map(str, self.choices))}"
+            elif not self._is(each):
+                wanted = "a " * (self.kind is not bool) + self._noun()
+            elif not self._holds(each):
+                wanted = self._range()
+            if wanted:
+                raise ConfigError(f"{self.dest} is {each!r:.80}; it must be {wanted}", self.dest)
 
     def _is(self, value: object) -> bool:
         kinds = (int, float) if self.kind is float else self.kind
@@ -234,7 +216,7 @@ def settings_of(cls: type[Config]) -> tuple[Setting, ...]:
         options = get_args(hints[each.name]) if isinstance(hints[each.name], UnionType) else (hints[each.name],)
         kind = next(option for option in options if option is not type(None))
         several = get_origin(kind) is tuple
-        say = {**each.metadata, "flag": each.metadata["flag"] or flag_of(each.name)}
+        say = {"flag": flag_of(each.name), **each.metadata}
         kind = get_args(kind)[0] if several else get_origin(kind) or kind
         how = {"kind": kind, "several": several, "optional": len(options) > 1}
         how["required"] = each.default is MISSING and each.default_factory is MISSING

@@ -61,13 +61,13 @@ class ThinkerConfig(ReadingImages, OfModel, Listening):
         "GPUs of one model",
         default=1, metavar="N", at_least=1, heading=VLLM, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
-    gpu_memory_utilization: float | None = setting(
-        "share of the GPU's memory",
-        default=None, metavar="X", above=0, at_most=1, heading=VLLM, stage=True, elsewhere=OF_STAGE,
-    )  # fmt: skip
     max_num_batched_tokens: int | None = setting(
         "tokens of one forward pass",
         default=None, metavar="N", at_least=1, heading=VLLM, stage=True, elsewhere=OF_STAGE,
+    )  # fmt: skip
+    gpu_memory_utilization: float | None = setting(
+        "share of the GPU's memory",
+        default=None, metavar="X", above=0, at_most=1, heading=VLLM, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
     enforce_eager: bool | None = setting("no CUDA graphs", default=None, heading=VLLM, stage=True, elsewhere=OF_STAGE)
     enable_prefix_caching: bool | None = setting(
