@@ -78,6 +78,11 @@ class ThinkerConfig(ReadingImages, OfModel, Listening):
         default=None, metavar="NAME", heading=VLLM, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
     kv_store_bytes: int = setting("shared memory for K/V", default=KV_BYTES, at_least=1)
+    kv_device_bytes: int | None = setting(
+        "the torch engine's memory of the device for K/V of texts under way (default: 131,072 tokens, at most half of "
+        "what the model leaves free on a GPU, a quarter of the memory for a CPU)",
+        default=None, metavar="N", at_least=1,
+    )  # fmt: skip
     lease_seconds: float = setting("how long unrenewed K/V are kept", default=LEASE_S, above=0)
     # A long prompt of the full-size model on a CPU takes minutes.
     step_timeout_s: float = setting(

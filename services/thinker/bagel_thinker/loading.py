@@ -45,6 +45,7 @@ def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
         kv_store_bytes=config.kv_store_bytes,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
+        kv_device_bytes=config.kv_device_bytes,
         role=config.role,
     )
 
@@ -54,6 +55,11 @@ def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -
         raise ConfigError(
             "--engine vllm needs vLLM, which is not installed here: pip install 'bagel-serving[vllm]', or choose "
             "--engine torch"
+        )
+    if config.kv_device_bytes is not None:
+        raise NotSupported(
+            "vLLM divides the device's memory itself and has no --kv-device-bytes; set --gpu-memory-utilization, or "
+            "start the Thinker with --engine torch"
         )
     from bagel_thinker.vllm.engine import VllmEngine
     from bagel_thinker.vllm.settings import VllmSettings
