@@ -12,11 +12,12 @@ import torch
 
 from bagel.checkpoint.roles import Role
 from bagel.deployment.defaults import NANO_NAME, find_model
-from bagel.engine.commands import AddPicture, Begin, LandedPage, LoadPages, Output, PlacedContext
+from bagel.engine.commands import AddPicture, Begin, LandedPage, LoadPages, PlacedContext
 from bagel.engine.engine import Engine
 from bagel.engine.events import Drawn, Event, Failed, Previewed
 from bagel.engine.loading import LoadedModel
 from bagel.engine.scheduler import Scheduler
+from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.prompts import BranchName
@@ -79,7 +80,7 @@ class _Drawer:
         rows = side // 16
         gen, empty = PlacedContext(b"gen", cases.PROMPT, cases.PROMPT), PlacedContext(b"", 0, 0)
         contexts = {BranchName.GEN: gen, BranchName.CFG_TEXT: empty}
-        output = Output("PNG", None, previews)
+        output = OutputFormat("PNG", None, previews)
         add = AddPicture(self._count, settings, (rows, rows), self._count, (), contexts, output)
         pages = tuple(
             LandedPage(BranchName.GEN, layer, 0, cases.PROMPT, 0, self._half) for layer in range(self._layers)

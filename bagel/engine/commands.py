@@ -5,21 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bagel.images.output import OutputFormat
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings, Request
-
-
-@dataclass(frozen=True)
-class Output:
-    """How a picture is given out.
-
-    image_format: Pillow's name of it; None gives the image itself, for a caller in the same process. quality: of a
-    JPEG or WebP, 0 to 100. previews: how many of the picture under way.
-    """
-
-    image_format: str | None = None
-    quality: int | None = None
-    previews: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,7 +21,10 @@ class PlacedContext:
 
 @dataclass(frozen=True)
 class AddPicture:
-    """Make room for a picture whose K/V arrive later. posterior_shapes: drawn before its noise."""
+    """Make room for a picture whose K/V arrive later. posterior_shapes: drawn before its noise.
+
+    output: None gives the image itself, for a caller in the same process.
+    """
 
     id: int
     settings: ImageSettings
@@ -41,7 +32,7 @@ class AddPicture:
     seed: int
     posterior_shapes: tuple[tuple[int, ...], ...]
     contexts: Mapping[BranchName, PlacedContext]
-    output: Output
+    output: OutputFormat | None
 
 
 @dataclass(frozen=True)
@@ -75,12 +66,12 @@ class Begin:
 class AddRequest:
     """Serve a whole request: plan it, then read its prompt, write its text and draw its picture.
 
-    check_only: stop after the plan.
+    output: as of AddPicture; check_only: stop after the plan.
     """
 
     id: int
     request: Request
-    output: Output = Output()
+    output: OutputFormat | None = None
     check_only: bool = False
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bagel.checkpoint.limits import padded_latents
 from bagel.engine.clock import WindowClock
-from bagel.engine.commands import LandedPage, Output
+from bagel.engine.commands import LandedPage
 from bagel.engine.events import Begun, Event, StepTaken, StepTimed
 from bagel.engine.line import Waiting, WaitingLine
 from bagel.engine.progress import Heartbeat
@@ -26,6 +26,7 @@ from bagel.engine.sampler import (
 )
 from bagel.engine.slab import SharedSlab
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
+from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
 
 
@@ -35,7 +36,7 @@ class _Active:
 
     canvas: Canvas
     drawing: Drawing
-    output: Output
+    output: OutputFormat | None
     previews: tuple[int, ...]
     windows: WindowClock | None
 
@@ -78,7 +79,7 @@ class DiffusionEngine:
         """Wait for the pictures that are being decoded, and end."""
         self._vae.close()
 
-    def add(self, id_: int, picture: Picture, output: Output, *, begun: bool) -> None:
+    def add(self, id_: int, picture: Picture, output: OutputFormat | None, *, begun: bool) -> None:
         """Let a picture wait for room for its K/V; emits Begun once it has room and its K/V are there.
 
         begun: they are there already. Raises InvalidRequest for a picture that will never have room.
@@ -152,7 +153,7 @@ class DiffusionEngine:
         """Give a picture a place on the canvas of its bucket."""
         picture, bucket = waiting.picture, waiting.padded
         self.latest_grid = picture.grid
-        previews = preview_steps(picture.steps, waiting.output.previews)
+        previews = preview_steps(picture.steps, waiting.output.previews if waiting.output else 0)
         windows = WindowClock(self._device, picture.steps) if self._profile else None
         canvas = self._canvases.get(bucket) or Canvas(self._model, bucket, self._space)
         drawing = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it

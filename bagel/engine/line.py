@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bagel.checkpoint.limits import check_kv_room
-from bagel.engine.commands import LandedPage, Output
+from bagel.engine.commands import LandedPage
 from bagel.engine.sampler import Picture
 from bagel.engine.slab import SharedSlab
+from bagel.images.output import OutputFormat
 
 
 @dataclass
@@ -15,7 +16,7 @@ class Waiting:
     """A picture. begun: all its K/V are there; pages: those that have landed, in shared memory, meanwhile."""
 
     picture: Picture
-    output: Output
+    output: OutputFormat | None
     padded: int
     begun: bool
     pages: list[LandedPage] = field(default_factory=list)

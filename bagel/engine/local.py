@@ -19,7 +19,7 @@ from PIL.Image import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
-from bagel.engine.commands import Output, Remove
+from bagel.engine.commands import Remove
 from bagel.engine.engine import DEFAULT_MAX_NUM_SEQS, Engine
 from bagel.engine.events import Begun, Done, Drawn, Event, Failed, Prefilled, PromptRead, StepTaken, Text, TextDone
 from bagel.engine.loading import LoadedModel, load_role
@@ -187,7 +187,7 @@ class _Batch:
         assert self._engine.single_stage is not None
         self._under_way[id_] = job
         job.clock = StageClock()
-        self._engine.single_stage.add(id_, job.plan, Output())
+        self._engine.single_stage.add(id_, job.plan, None)
 
     def _observe(self, event: Event) -> None:
         self._scheduler.observe(event)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from bagel.checkpoint.limits import check_kv_room, padded_latents, row_kv_tokens
-from bagel.engine.commands import AddRequest, Output
+from bagel.engine.commands import AddRequest
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.events import Done, Event, Planned, Prefilled, PromptRead, StepTimed, Text, TextDone
 from bagel.engine.loading import LoadedModel
@@ -26,6 +26,7 @@ from bagel.engine.text_scheduler import (
     TextScheduler,
     TextWritten,
 )
+from bagel.images.output import OutputFormat
 from bagel.prompts import BranchName
 from bagel.request import Request, text_settings
 
@@ -35,7 +36,7 @@ class _Serving:
     """A whole request whose contexts are being computed. left: distinct contexts that are not done yet."""
 
     plan: RequestPlan
-    output: Output
+    output: OutputFormat | None
     requests: list[ContextRequest] = field(default_factory=list)
     contexts: dict[BranchName, Context] = field(default_factory=dict)
     left: int = 0
@@ -59,12 +60,12 @@ class SingleStage:
         max_num_seqs: int,
         emit: Callable[[Event], None],
         fail: Callable[[int, Exception], None],
-        draw: Callable[[int, Picture, Output], None],
+        draw: Callable[[int, Picture, OutputFormat | None], None],
     ) -> None:
         self._loaded, self._space, self._heartbeat = loaded, space, heartbeat
         self._emit, self._fail, self._draw = emit, fail, draw
         self._planning: set[int] = set()
-        self._planned: deque[tuple[int, RequestPlan, Output]] = deque()
+        self._planned: deque[tuple[int, RequestPlan, OutputFormat | None]] = deque()
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._timed: list[StepTimed] = []
@@ -99,7 +100,7 @@ class SingleStage:
         self._planning.add(command.id)
         self._thread.submit(self._plan_in_thread, command)
 
-    def add(self, id_: int, plan: RequestPlan, output: Output) -> None:
+    def add(self, id_: int, plan: RequestPlan, output: OutputFormat | None) -> None:
         """Serve a planned request from the next unit of work on; emits Planned."""
         self._planned.append((id_, plan, output))
         self._emit(Planned(id_))
@@ -159,7 +160,7 @@ class SingleStage:
             needed = max(needed, self._space.needed([text]))
         check_kv_room(needed, self._space.size)
 
-    def _begin(self, id_: int, plan: RequestPlan, output: Output) -> None:
+    def _begin(self, id_: int, plan: RequestPlan, output: OutputFormat | None) -> None:
         """Begin to compute a request's contexts, each distinct one once."""
         self._planning.discard(id_)
         serving = self._serving[id_] = _Serving(plan, output)

@@ -15,12 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
-from bagel.engine.commands import Output
 from bagel.engine.events import Drawn, Event, Previewed
 from bagel.engine.progress import Heartbeat
 from bagel.engine.sampler import Drawing, decode_picture
 from bagel.errors import NotFinite
-from bagel.images.encoding import encode_image
+from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
 from bagel.model.pixels import to_image
 
@@ -34,7 +33,7 @@ class FinishedPicture:
     id: int
     latents: Tensor
     grid: tuple[int, int]
-    output: Output
+    output: OutputFormat | None
     windows: WindowClock | None
     launched: torch.cuda.Event | None
 
@@ -48,7 +47,7 @@ class EarlyPicture:
     step: int
     latents: Tensor
     drawing: Drawing
-    output: Output
+    output: OutputFormat | None
     launched: torch.cuda.Event | None
 
 
@@ -145,5 +144,5 @@ class VaeWorker:
             return to_image(decoded), (begin, end)
 
 
-def _given_out(image: Image.Image, output: Output) -> bytes | Image.Image:
-    return image if output.image_format is None else encode_image(image, output.image_format, output.quality)
+def _given_out(image: Image.Image, output: OutputFormat | None) -> bytes | Image.Image:
+    return image if output is None else output.encode(image)

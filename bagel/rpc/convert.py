@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from io import BytesIO
 from typing import Any
-
-from PIL.Image import Image
 
 from bagel.checkpoint.config import ModelConfig
 from bagel.checkpoint.limits import PictureLimits
@@ -59,9 +56,6 @@ FORMATS = {
     "WEBP": common_pb2.IMAGE_FORMAT_WEBP,
 }
 """Pillow's name of each format."""
-QUALITY = 95
-"""Of a JPEG or WebP where none is asked for."""
-MAX_PREVIEWS = 3
 _TEXT_FIELDS = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_tokens")
 _IMAGE_FIELDS = ("steps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min", "height", "width")
 _OF_REQUEST = ("seed", "think", "max_think_tokens", "negative_prompt")
@@ -81,7 +75,7 @@ def part_to_wire(part: Part) -> common_pb2.Part:
     if isinstance(part, TextPart):
         return common_pb2.Part(text=common_pb2.TextPart(text=part.text))
     image = common_pb2.ImagePart(
-        data=encode_picture(part.pixels, common_pb2.IMAGE_FORMAT_PNG),
+        data=OutputFormat().encode(part.pixels),
         for_generation=part.for_generation,
         for_understanding=part.for_understanding,
     )
@@ -279,34 +273,8 @@ def output_from_wire(message: OutputMessage) -> OutputFormat:
     return OutputFormat(format_, quality, message.partial_images)
 
 
-def check_output(format_: common_pb2.ImageFormat.ValueType, quality: int | None, previews: int) -> None:
-    """Refuse an output that no picture is given out in; raises InvalidRequest. bagel.effect says what goes together."""
-    if format_ not in (common_pb2.IMAGE_FORMAT_UNSPECIFIED, *FORMATS.values()):
-        raise InvalidRequest("output_format", f"output_format is {format_}; it must be one of {', '.join(FORMATS)}")
-    if quality is not None and not 0 <= quality <= 100:
-        raise InvalidRequest("output_compression", f"output_compression is {quality}; it must be from 0 to 100")
-    if not 0 <= previews <= MAX_PREVIEWS:
-        raise InvalidRequest("partial_images", f"partial_images is {previews}; it must be from 0 to {MAX_PREVIEWS}")
-
-
-def format_name(format_: common_pb2.ImageFormat.ValueType) -> str:
-    """Pillow's name of a format; PNG where none is set."""
-    return next((name for name, number in FORMATS.items() if number == format_), "PNG")
-
-
-def encode_picture(image: Image, format_: common_pb2.ImageFormat.ValueType, quality: int | None = None) -> bytes:
-    """A picture as a file: PNG by default; quality is that of JPEG and WebP, from 0 to 100."""
-    name = format_name(format_)
-    stream = BytesIO()
-    options: dict[str, Any] = (
-        {"compress_level": 1} if name == "PNG" else {"quality": QUALITY if quality is None else quality}
-    )
-    image.save(stream, name, **options)
-    return stream.getvalue()
-
-
 def picture_format(data: bytes) -> common_pb2.ImageFormat.ValueType:
-    """The format of a file that `encode_picture` made."""
+    """The format of a file that `OutputFormat.encode` made."""
     if data.startswith(b"\xff\xd8"):
         return common_pb2.IMAGE_FORMAT_JPEG
     return common_pb2.IMAGE_FORMAT_WEBP if data.startswith(b"RIFF") else common_pb2.IMAGE_FORMAT_PNG

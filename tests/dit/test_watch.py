@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from bagel.engine import single_stage
-from bagel.engine.commands import AddRequest, Command, Output, StepPlan
+from bagel.engine.commands import AddRequest, Command, StepPlan
 from bagel.engine.events import Begun, Drawn, Planned, Stepped
 from bagel.engine.sampler import Canvas
 from bagel.engine.text_scheduler import TextScheduler
 from bagel.engine.vae_worker import VaeWorker
+from bagel.images.output import OutputFormat
 from bagel.model.mot import MoTLayer
 from bagel_dit.workers.messages import Alive, Hung, Report
 from bagel_dit.workers.rank import beat_in_layers
@@ -67,7 +68,7 @@ def watched() -> Iterator[Watched]:
 
 def draw(rank: Watched) -> None:
     """Begin a picture, up to where it takes steps."""
-    rank.send(AddRequest(1, request("text2img", steps=2), Output("PNG")))
+    rank.send(AddRequest(1, request("text2img", steps=2), OutputFormat("PNG")))
     rank.until(Planned)
     reports: list[Report] = []
     while not of(reports, Begun):  # type: ignore[arg-type]
@@ -95,7 +96,7 @@ def test_work_that_hangs_is_reported_with_where_it_is(owner: Any, name: str, mon
             if owner in (Canvas, VaeWorker):
                 rank.send(StepPlan((1,), read=False))
             else:
-                rank.send(AddRequest(1, request("text2img", steps=2), Output("PNG")))
+                rank.send(AddRequest(1, request("text2img", steps=2), OutputFormat("PNG")))
                 if owner is TextScheduler:
                     rank.until(Planned)
                     rank.send(READ)

@@ -12,10 +12,11 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
-from bagel.engine.commands import AddRequest, Command, Output, StepPlan
+from bagel.engine.commands import AddRequest, Command, StepPlan
 from bagel.engine.engine import Engine
 from bagel.engine.events import Event, Failed, Planned, Stepped
 from bagel.engine.loading import load_role
+from bagel.images.output import OutputFormat
 from tests.conftest import GOLDEN
 from tests.helpers import request
 
@@ -52,7 +53,7 @@ class Driven:
 
     def begin(self, id_: int, modality: str = "text2text", **options: Any) -> Event:
         """Add a request; what its planning came to."""
-        self.send(AddRequest(id_, request(modality, **options), Output("PNG")))
+        self.send(AddRequest(id_, request(modality, **options), OutputFormat("PNG")))
         return self.until(Planned, Failed)[-1]
 
     def read(self) -> list[Event]:

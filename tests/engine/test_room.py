@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bagel.checkpoint.files import Checkpoint
-from bagel.engine.commands import AddPicture, Begin, LandedPage, LoadPages, Output, PlacedContext, Remove, StepPlan
+from bagel.engine.commands import AddPicture, Begin, LandedPage, LoadPages, PlacedContext, Remove, StepPlan
 from bagel.engine.events import Begun, Done, Drawn, Event, Failed, Stepped
 from bagel.engine.slab import NoRoom, SharedSlab
+from bagel.images.output import OutputFormat
 from bagel.model.attention import KvShape
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
@@ -109,7 +110,7 @@ def test_pages_that_land_while_a_picture_waits_are_drawn_from(checkpoint: Checkp
         for i in range(llm.num_hidden_layers)
     )
     picture = AddPicture(
-        1, SETTINGS, (4, 4), 7, (), {BranchName.GEN: PlacedContext(b"a", length, length)}, Output("PNG")
+        1, SETTINGS, (4, 4), 7, (), {BranchName.GEN: PlacedContext(b"a", length, length)}, OutputFormat("PNG")
     )
     with driven(kv.view(torch.uint8).flatten(), kv_device_bytes=40 * TOKEN_BYTES) as engine:
         for id_ in (1, 2):

@@ -14,7 +14,7 @@ from typing import Any
 from grpc.aio import ServicerContext
 
 from bagel.checkpoint.limits import check_kv_room, check_side, padded_latents, row_kv_tokens
-from bagel.engine.commands import AddPicture, AddRequest, Begin, LoadPages, Output, PlacedContext
+from bagel.engine.commands import AddPicture, AddRequest, Begin, LoadPages, PlacedContext
 from bagel.engine.events import (
     Begun,
     Done,
@@ -40,10 +40,9 @@ from bagel.request import MAX_PARTS, MAX_SEED, Modality, Request
 from bagel.rpc.admission import Admission
 from bagel.rpc.convert import (
     branch_from_wire,
-    check_output,
-    format_name,
     image_settings_from_wire,
     modality_from_wire,
+    output_from_wire,
     picture_format,
     picture_limits,
     request_from_wire,
@@ -219,7 +218,7 @@ class DitServicer(DitServiceServicer):
         if self.puller is not None:
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
-        output = _output(request)
+        output = output_from_wire(request)
         # Without a place: who reads large images must not keep others from theirs.
         asked = await self._read(request.request)
         if request.check_only:
@@ -346,7 +345,7 @@ def _add_picture(
             )
             for branch, ref in refs.items()
         },
-        _output(request),
+        output_from_wire(request),
     )
 
 
@@ -355,13 +354,6 @@ def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo) -> int:
     padded = padded_latents(picture.grid[0] * picture.grid[1], info.device)
     lengths = {context.digest: context.length for context in picture.contexts.values()}
     return sum(row_kv_tokens(length, padded) for length in lengths.values())
-
-
-def _output(request: dit_pb2.DitServiceGenerateRequest) -> Output:
-    """How the picture is given out; InvalidRequest for what there is not."""
-    quality = request.output_compression if request.HasField("output_compression") else None
-    check_output(request.output_format, quality, request.partial_images)
-    return Output(format_name(request.output_format), quality, request.partial_images)
 
 
 def _check_draw(
