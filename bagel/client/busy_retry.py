@@ -50,7 +50,7 @@ class BusyRetry:
         try:
             yield attempt
         except Busy as busy:
-            with self._lock:  # one that has just ended left no place unless others took it, who came before
+            with self._lock:  # where one has just ended, other callers took its place
                 alone = self._running == 1 and self._served == served
             if attempt.begun or alone:
                 raise

@@ -91,7 +91,7 @@ def make_call(
 def calls_of(requests: Iterable[Mapping[str, Any] | str], on_event: OnServiceEvent | None) -> list[Call]:
     """A call for each request: the arguments of `generate`, or a prompt alone.
 
-    InvalidRequest for what is no list of requests, or asks for events where there is nobody to get them.
+    InvalidRequest for what is no list of requests, or for a setting that only adds events where on_event is None.
     """
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         raise InvalidRequest("requests", f"requests is {requests!r:.80}; give a list, like ['a cat', 'a dog']")
@@ -121,7 +121,7 @@ def check_at_once(at_once: object) -> None:
 
 
 def refuse_unheard(settings: Mapping[str, Any], on_event: OnServiceEvent | None) -> None:
-    """Raise InvalidRequest for settings that ask for events where nobody listens."""
+    """Raise InvalidRequest for settings that only add events, where on_event is None."""
     if on_event is None:
         UNHEARD.refuse(settings)
 

@@ -220,7 +220,7 @@ class ServedEngine:
 
     @contextmanager
     def _ended_told(self) -> Iterator[None]:
-        """A service that has ended is told as the cause of what fails because of it."""
+        """Report a service that has ended as the cause of the failures it led to."""
         try:
             yield
         except BagelError as error:

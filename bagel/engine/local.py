@@ -233,7 +233,7 @@ def load(
     """
     place = choose_device(device, stage.device_ids[0])
     dtype = choose_dtype(dtype, place)
-    with _memory_told("choose a device with more, or --dtype bfloat16"):
+    with _memory_remedy("choose a device with more, or --dtype bfloat16"):
         return BagelEngine.load(
             checkpoint,
             dtype=DTYPES[dtype],
@@ -246,7 +246,7 @@ def load(
 
 
 @contextmanager
-def _memory_told(remedy: str) -> Iterator[None]:
+def _memory_remedy(remedy: str) -> Iterator[None]:
     """Turn PyTorch's ways to say that memory ran out into one line."""
     try:
         yield

@@ -37,14 +37,14 @@ def load_image(source: StrPath | bytes) -> Image.Image:
     An animation gives its first frame. Raises InvalidImage for a file that is unreadable, damaged or too large.
     """
     data, name = _read(source)
-    with _told(data, name):
+    with _as_invalid_image(data, name):
         return _decode(data, name)
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """The upright (width, height) of an image file, from its headers. Raises InvalidImage as load_image does."""
     data, name = _read(data)
-    with _told(data, name), _opened(data, name, pixels=False) as image:
+    with _as_invalid_image(data, name), _opened(data, name, pixels=False) as image:
         return upright_size(image)
 
 
@@ -102,7 +102,7 @@ def _read(source: StrPath | bytes) -> tuple[bytes, str]:
 
 
 @contextmanager
-def _told(data: bytes, name: str) -> Iterator[None]:
+def _as_invalid_image(data: bytes, name: str) -> Iterator[None]:
     """Turn whatever Pillow raises into an InvalidImage that says what is wrong."""
     try:
         with warnings.catch_warnings():

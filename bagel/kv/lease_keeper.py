@@ -131,7 +131,7 @@ class LeaseKeeper:
         self._held.clear()
 
     def release(self, *lease_ids: str) -> None:
-        """Give some leases back, or all. Those that are not this keeper's, or no more, are left alone."""
+        """Give some leases back, or all. Only leases that this keeper still has are released."""
         if released := sorted(self._named.intersection(lease_ids) if lease_ids else self._named):
             self._named.difference_update(released)
             self._held = {lease_id: seconds for lease_id, seconds in self._held.items() if lease_id in self._named}

@@ -19,7 +19,7 @@ LONGEST_ID = 64
 class Ledger:
     """Segments and leases in `capacity_bytes`, and what of it was wanted again (reused).
 
-    flag: the setting of the capacity, for messages; room_waiters: who waits for memory, the first that came first.
+    flag: the setting of the capacity, for messages; room_waiters: callers that wait for memory, in the order they came.
     """
 
     def __init__(self, layout: KvLayout, capacity_bytes: int, clock: Callable[[], float], flag: str) -> None:

@@ -44,7 +44,7 @@ class _Wanted:
     causes: dict[PageKey | None, str] = field(default_factory=dict)
 
     def note(self, key: PageKey | None, cause: str) -> None:
-        """A page was damaged; the key is None if it cannot be told which, as when nobody wants the one it names."""
+        """A page was damaged. key: None if it is unknown, as when the page names one that is not wanted."""
         self.causes[key if key in self.ends else None] = cause
 
     def cause(self, key: PageKey) -> str:
@@ -136,7 +136,7 @@ class KvPuller:
                         await self._pull(ref, {digest: fetch.waiting[digest] for digest in mine})
                 for digest in list(fetch.waiting):
                     if not await self.store.wait_segment(digest):
-                        break  # who filled it gave up: claim it
+                        break  # the fetch that filled it gave up: claim it
                     del fetch.waiting[digest]
         finally:
             self._fetches.discard(fetch)
@@ -156,10 +156,10 @@ class KvPuller:
 
     @contextmanager
     def _claimed(self, source: str, digests: Sequence[bytes]) -> Iterator[None]:
-        """What happens to claims if the pull ends early: whoever waits may claim them, and goes on from what is there.
+        """Gives claims back when the pull ends: a fetch that waits may claim them and go on from the pages there are.
 
         A pull that was cancelled or refused says nothing about the context: another request goes on with its own lease.
-        Any other failure is the source's: who waits for the same from it fails too, who has another source goes on.
+        Any other failure is the source's: fetches that wait for the same segments from it fail too, others go on.
         """
         try:
             yield

@@ -49,7 +49,7 @@ class Segment:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody needs it: who fills it goes on to the end, whatever becomes of the leases meanwhile."""
+        """Whether it may be evicted. A writer keeps its segment to the end, even if all leases end meanwhile."""
         return not self.leases and not self.pins and not self.claimed
 
     def alive(self) -> Segment:
@@ -59,12 +59,12 @@ class Segment:
         return self
 
     def wake(self) -> None:
-        """Let all who wait for a change look again."""
+        """Wake all callers that wait for a change."""
         wake(self.waiters)
 
 
 def wake(waiters: dict[Waiter, None]) -> None:
-    """Let all of them look again, in their order; from any thread."""
+    """Wake all waiters in their order; from any thread."""
     for loop, future in waiters:
         with suppress(RuntimeError):  # a loop that is closed waits for nothing
             loop.call_soon_threadsafe(_resolve, future)

@@ -65,8 +65,8 @@ class KvBlocksServicer:
         heads = _interval("head", request.head_begin, request.head_end, layout.kv_heads)
         wanted = [key for digest in request.digests for key in self.store.page_keys(digest, layers)]
         wanted += [PageKey(ref.digest, ref.layer, ref.token_begin) for ref in request.pages]
-        tell_s = max(request.waiting_seconds, SHORTEST_WAITING_S) if request.waiting_seconds > 0 else math.inf
-        async with aclosing(self.store.pages(wanted, request.lease_id, tell_s)) as pages:
+        sign_s = max(request.waiting_seconds, SHORTEST_WAITING_S) if request.waiting_seconds > 0 else math.inf
+        async with aclosing(self.store.pages(wanted, request.lease_id, sign_s)) as pages:
             async for page in pages:
                 yield encode_waiting(page) if isinstance(page, int) else self._encode(page, heads)
 

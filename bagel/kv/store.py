@@ -35,7 +35,7 @@ LOOK_AGAIN_S = 0.5
 class KvStore:
     """Segments of K/V of one layout and fingerprint in `capacity_bytes` of shared memory (`arena`).
 
-    A segment is reserved by a lease, claimed by whoever fills it, and ready page by page. A complete one stays as cache
+    A segment is reserved by a lease, claimed by its writer, and ready page by page. A complete one stays as cache
     when its leases are gone, until room is needed; an incomplete one is freed, unless pinned or being filled: a holder
     that needs it no more, as it has its K/V already, takes it from nobody.
     """
@@ -133,12 +133,12 @@ class KvStore:
             return True
 
     def unclaim(self, digest: bytes) -> None:
-        """Give a claim back: whoever waits for the segment may claim it. No effect on one that is complete or gone."""
+        """Give a claim back: another writer may claim the segment. No effect on one that is complete or gone."""
         with self._entered():
             self._ledger.unclaim(digest)
 
     def fail(self, digest: bytes, error: BagelError) -> None:
-        """Free a segment that cannot be filled; whoever waits for it gets the error. No effect on a complete one."""
+        """Free a segment that cannot be filled; callers that wait for it get the error. No effect on a complete one."""
         with self._entered():
             if (segment := self._ledger.segments.get(digest)) and not segment.complete:
                 self._ledger.discard(segment, error)
@@ -245,7 +245,7 @@ class KvStore:
         return page
 
     async def wait_segment(self, digest: bytes) -> bool:
-        """True once a segment is complete, False if nobody fills it (any more): claim it. Raises its error."""
+        """True once a segment is complete, False if it has no writer: claim it. Raises its error."""
         with self._entered():
             segment = self._ledger.get(digest)
 
@@ -263,11 +263,11 @@ class KvStore:
             return [PageKey(digest, layer, begin) for layer in layers for begin, _ in ranges]
 
     async def pages(
-        self, wanted: Iterable[PageKey], lease_id: str, tell_s: float = math.inf
+        self, wanted: Iterable[PageKey], lease_id: str, sign_s: float = math.inf
     ) -> AsyncGenerator[ReadyPage | int, None]:
         """The pages wanted, each once, in whatever order they become ready. Pins their segments meanwhile.
 
-        After every tell_s seconds without a page, how many are still to come. Raises a segment's error, or LeaseLapsed
+        After every sign_s seconds without a page, how many are still to come. Raises a segment's error, or LeaseLapsed
         if the lease runs out while there is something to wait for.
         Close it (`contextlib.aclosing`) if it is left early.
         """
@@ -282,7 +282,7 @@ class KvStore:
         try:
             while True:
                 try:
-                    batch = await self._until(list(open_), lambda: self._news(open_, lease_id), tell_s)
+                    batch = await self._until(list(open_), lambda: self._news(open_, lease_id), sign_s)
                 except TimeoutError:
                     yield sum(len(each.pages) for each in open_.values())
                     continue
@@ -335,7 +335,7 @@ class KvStore:
         return [begin for begin, _ in ranges if (layer, begin) not in segment.ready]
 
     def _news(self, open_: dict[Segment, OpenPages], lease_id: str) -> list[ReadyPage] | None:
-        """Open pages that are ready, which are open no more; [] if none is open, None for: wait."""
+        """Take the open pages that are ready; [] if no page is open any more, None if the caller must wait."""
         news = []
         for segment, each in open_.items():
             log = segment.alive().log

@@ -1,1 +1,1 @@
-"""Everything about gRPC: messages and errors on the wire, channels and servers, and who may call. No torch here."""
+"""Everything about gRPC: messages, errors, channels, servers, and access to them. No torch here."""

@@ -79,7 +79,7 @@ class KeyRing:
 def read_keys(path: Path) -> tuple[KeyRing, bytes]:
     """The keys of a file, and its bytes; ConfigError for a file that is missing, malformed, empty or not safe.
 
-    Others may read it, as nothing in it opens anything; who can write it can let themselves in.
+    Others may read it, as nothing in it opens anything; anybody who can write it can add a key.
     """
     try:
         with path.open("rb") as file:

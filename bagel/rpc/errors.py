@@ -21,7 +21,7 @@ from bagel.errors import SERVER_FAULTS, BagelError, Busy, InvalidRequest, Remote
 from bagel.rpc.structure import MAX_FIELDS, check_fields
 from bagel.telemetry.logs import Log, adopt_request_id
 from bagel.telemetry.metrics import timed_call
-from bagel.telemetry.tracing import serving, tell_failure
+from bagel.telemetry.tracing import record_failure, serving
 
 DOMAIN = "bagel-serving"
 _Violation = error_details_pb2.BadRequest.FieldViolation
@@ -35,7 +35,7 @@ _INSIDE = {
     "UNAUTHENTICATED": "refuses the service that called it",
     "PERMISSION_DENIED": "refuses the service that called it",
 }
-"""What callers are told of a call between services that ended without a status of ours."""
+"""What a caller gets if a call between services ended without a status of this tree."""
 _OURS = "Locally cancelled by application!"
 """What gRPC says of a call that this side cancelled."""
 
@@ -79,7 +79,7 @@ async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
 def from_rpc_error(error: grpc.RpcError, peer: str, *, inside: bool = False) -> BagelError:
     """The error that a call to a peer ended with: as it was raised there, or a RemoteError with its status.
 
-    inside: the call was between services. What the transport says names addresses, which only the log is told then.
+    inside: the call was between services. The transport's text names addresses, so only the log gets it.
     """
     status = _status(error)
     if status is None:
@@ -92,14 +92,14 @@ def from_rpc_error(error: grpc.RpcError, peer: str, *, inside: bool = False) -> 
 
 
 def _unnamed(peer: str, code: str, message: str, *, inside: bool) -> RemoteError:
-    """An error that is none of ours: of the transport, or of what stands between."""
+    """An error from outside this tree: of the transport, or of a proxy."""
     if not inside:
         return RemoteError(f"{peer}: {message or code}", code)
     return RemoteError(f"{peer} {_INSIDE.get(code, f'broke the call off ({code})')}; {_LOG}", code, hidden=message)
 
 
 def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -> BagelError:
-    """The error that `rpc_status_of` told a peer's of; a RemoteError if this tree has no such class."""
+    """The error that a peer's `rpc_status_of` wrote; a RemoteError if this tree has no such class."""
     code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
@@ -151,9 +151,9 @@ def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, A
                 _check_decoded(request)
                 return await handler(self, request, context)
             except Exception as error:
-                told = _told(error)
-                call.status = told.grpc_status
-                await abort(context, told)
+                reported = _reported(error)
+                call.status = reported.grpc_status
+                await abort(context, reported)
                 raise
 
     return handle
@@ -175,10 +175,10 @@ def streaming(handler: Callable[[Any, Q, Any], AsyncIterator[R]]) -> Callable[[A
                 async for response in responses:
                     yield response
             except Exception as error:
-                failed = _told(error)
+                failed = _reported(error)
                 call.status = failed.grpc_status
                 span.set_attribute("rpc.response.status_code", failed.grpc_status)
-                tell_failure(span, failed, fault=failed.grpc_status in SERVER_FAULTS)
+                record_failure(span, failed, fault=failed.grpc_status in SERVER_FAULTS)
             finally:
                 await responses.aclose()  # type: ignore[attr-defined]
         if failed is not None:  # last: a client that reads nothing does not take this either
@@ -200,13 +200,13 @@ def _method(handler: Callable[..., object]) -> str:
     return f"bagel.v1.{servicer.replace('Servicer', 'Service')}/{method}"
 
 
-def _told(error: Exception) -> BagelError:
-    """The error to tell the caller. What is no BagelError is a bug: logged whole, told in general."""
+def _reported(error: Exception) -> BagelError:
+    """The error that the caller gets. Anything but a BagelError is a bug: the log has it whole, the caller its type."""
     if isinstance(error, BagelError):
         log.info("refused" if error.grpc_status == "INVALID_ARGUMENT" else "failed", **error.for_log())
         return error
     if isinstance(error, grpc.RpcError):
-        return _told(from_rpc_error(error, "another service", inside=True))
+        return _reported(from_rpc_error(error, "another service", inside=True))
     if isinstance(error, asyncio.TimeoutError):
         return RemoteError("the deadline passed", "DEADLINE_EXCEEDED")
     log.error("internal error", exc_info=True)

@@ -38,7 +38,7 @@ log = Log("bagel.guard")
 
 
 class Guard(aio.ServerInterceptor):
-    """Checks who calls before a request is read, and bounds what a caller can hold without asking for anything."""
+    """Checks the caller before a request is read, and bounds what a caller can hold without asking for anything."""
 
     def __init__(self, security: Security, limits: Limits) -> None:
         self._security, self._limits = security, limits
@@ -132,10 +132,8 @@ class Guard(aio.ServerInterceptor):
         watches = self._limits.watches
         own = max(1, watches // _OF_ONE_CALLER)
         if self._watching.total() >= watches or self._watching[caller] >= own:
-            told = (
-                f"{watches} streams may watch or reflect at once, {own} of one caller, and as many do; end some first"
-            )
-            yield Busy(told, RETRY_S)
+            why = f"{watches} streams may watch or reflect at once, {own} of one caller, and as many do; end some first"
+            yield Busy(why, RETRY_S)
             return
         self._watching[caller] += 1
         try:

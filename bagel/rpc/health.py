@@ -41,14 +41,14 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # that pack
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """The state now, and again whenever it has changed; states between two readings are left out."""
-        told: int | None = None
+        sent: int | None = None
         while True:
             changed, status = self._changed, self._status.get(request.service, _UNKNOWN)
-            if status == told:
+            if status == sent:
                 await changed.wait()
                 continue
             yield health_pb2.HealthCheckResponse(status=status)
-            told = status
+            sent = status
 
     def set(self, status: int) -> None:
         """The state of all services from now on, unless they are ending."""

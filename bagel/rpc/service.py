@@ -18,7 +18,7 @@ from bagel.telemetry.otlp import shut_down
 from bagel.telemetry.tracing import set_up_tracing
 
 LAST_WORDS_S = 1.0
-"""For the calls of a service that has failed: they were told, and the telling may take a moment."""
+"""For a failed service to send its callers their errors before it ends."""
 
 log = Log("bagel.service")
 
@@ -34,7 +34,7 @@ C = TypeVar("C", bound=Logging)
 
 
 def announce(host: Host, listen: str, http: str | None = None) -> None:
-    """Say on stdout where the service listens, for who started it with port 0. http: where it speaks HTTP too."""
+    """Print where the service listens, for a parent that started it with port 0. http: where it speaks HTTP too."""
     addresses = {"address": f"{listen.rpartition(':')[0]}:{host.port}", **({"http": http} if http else {})}
     print(json.dumps({"event": "listening", **addresses}), flush=True)
     log.info("listening", **addresses)

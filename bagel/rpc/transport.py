@@ -155,7 +155,7 @@ async def _loading(request: bytes, context: aio.ServicerContext[Any, Any]) -> by
 def _reflection_v1(servicer: Any) -> grpc.GenericRpcHandler:
     """grpc.reflection.v1, which is v1alpha under another name and which the library does not have yet.
 
-    It is not listed among the services: those who ask for the file of each that is listed would find none.
+    It is not listed among the services: a client that asks for the file of each listed service would find none.
     """
     method = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,

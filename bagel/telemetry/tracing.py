@@ -70,7 +70,7 @@ def trace_metadata() -> tuple[tuple[str, str], ...]:
 def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iterator[Span]:
     """The span of a call that this service handles: a child of the caller's span, and the parent of this task's spans.
 
-    Only cancellation marks it as failed here. For an error, the code that turns it into a status calls `tell_failure`.
+    Only cancellation marks it as failed here. Code that turns an error into a status calls `record_failure` for it.
     """
     parent = extract(metadata)
     service, _, method = name.partition("/")
@@ -87,13 +87,13 @@ def serving(name: str, metadata: Mapping[str, str], **attributes: Value) -> Iter
     try:
         yield span
     except (asyncio.CancelledError, GeneratorExit) as error:
-        tell_failure(span, error)
+        record_failure(span, error)
         raise
     finally:
         span.end()
 
 
-def tell_failure(span: Span, error: BaseException, *, fault: bool = True) -> None:
+def record_failure(span: Span, error: BaseException, *, fault: bool = True) -> None:
     """Mark a span as failed, as refused, or as cancelled.
 
     fault: the failure is the service's own. By OpenTelemetry's conventions a caller's mistake is no error of a server's
@@ -108,17 +108,17 @@ def tell_failure(span: Span, error: BaseException, *, fault: bool = True) -> Non
         span.set_attribute("bagel.refused", str(error))
 
 
-def tell_request(**attributes: Value) -> None:
+def annotate_request(**attributes: Value) -> None:
     """Add attributes to the span of the request that this task serves."""
     trace.get_current_span().set_attributes(attributes)
 
 
-def tell_request_failed(error: BaseException, *, fault: bool = True) -> None:
-    """As `tell_failure`, for the request that this task serves, if a framework made its span."""
+def record_request_failure(error: BaseException, *, fault: bool = True) -> None:
+    """As `record_failure`, for the request that this task serves, if a framework made its span."""
     current = trace.get_current_span()
     if isinstance(error, Exception) and fault:  # as an event too: the framework records only the number of the status
         current.record_exception(error)
-    tell_failure(current, error, fault=fault)
+    record_failure(current, error, fault=fault)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def span(name: str, **attributes: Value) -> Iterator[Span]:
     try:
         yield begun
     except BaseException as error:
-        tell_failure(begun, error)
+        record_failure(begun, error)
         raise
     finally:
         begun.end()

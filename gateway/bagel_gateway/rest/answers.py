@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from bagel.errors import BagelError
 from bagel.telemetry.logs import Log
-from bagel.telemetry.tracing import tell_request_failed
+from bagel.telemetry.tracing import record_request_failure
 from bagel_gateway.rest.errors import ClientGone, error_body, status_of
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ class EventStream(Response):
             leaving.cancel()
             told = await asyncio.gather(sending, leaving, return_exceptions=True)
         if isinstance(told[0], asyncio.CancelledError):  # the client has left, which is no failure
-            tell_request_failed(told[0])
+            record_request_failure(told[0])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         if isinstance(told[0], Exception) and not isinstance(told[0], OSError):
             raise told[0]
@@ -85,11 +85,11 @@ class EventStream(Response):
                     await _send_event(send, payload)
             except BagelError as error:
                 log.info("failed", **error.for_log())
-                tell_request_failed(error, fault=status_of(error) >= 500)
+                record_request_failure(error, fault=status_of(error) >= 500)
                 await _send_event(send, {**error_body(error), "type": "error"})
             except Exception as error:
                 log.error("internal error", exc_info=True)
-                tell_request_failed(error)
+                record_request_failure(error)
                 told = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
                 await _send_event(send, {**error_body(told), "type": "error"})
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 import bagel
 from bagel.errors import BagelError, Draining, NoBackend
 from bagel.telemetry.logs import LONGEST_REQUEST_ID, REQUEST_ID, Log, current_caller, current_request, new_request_id
-from bagel.telemetry.tracing import tell_request, tell_request_failed
+from bagel.telemetry.tracing import annotate_request, record_request_failure
 from bagel_gateway.backends import Backends
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import GrpcFront, add_playground
@@ -122,7 +122,7 @@ def _told(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
         given = request.headers.get(REQUEST_ID, "")[:LONGEST_REQUEST_ID]
         request_id = given if given and given.isascii() and given.isprintable() else new_request_id()
         current_request.set(request_id)
-        tell_request(request_id=request_id)
+        annotate_request(request_id=request_id)
         response = await _answered(endpoint, request)
         response.headers[REQUEST_ID] = request_id
         metrics.http(route, response.status_code)
@@ -137,15 +137,15 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
     except BagelError as error:
         fault = status_of(error) >= 500
         log.info("failed" if fault else "refused", **error.for_log())
-        tell_request_failed(error, fault=fault)
+        record_request_failure(error, fault=fault)
         return error_response(error)
     except (ClientGone, ClientDisconnect):  # the second while its body was read
         log.info("the client left")
-        tell_request_failed(asyncio.CancelledError())
+        record_request_failure(asyncio.CancelledError())
         return Response(status_code=GONE)
     except Exception as error:
         log.error("internal error", exc_info=True)
-        tell_request_failed(error)
+        record_request_failure(error)
         told = f"internal error: {type(error).__name__}; the log of this service has the details"
         return error_response(BagelError(told))
 

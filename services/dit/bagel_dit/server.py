@@ -276,7 +276,7 @@ class DitServicer(DitServiceServicer):
                 case Drawn():
                     await place.aclose()
                     work.clock.timings["decode"] = event.seconds
-                    self._tell_profile(work, event)
+                    self._keep_profile(work, event)
                     record("decode", time.perf_counter() - event.seconds, width=event.width, height=event.height)
                     yield Response(picture=_picture(event))
                     break
@@ -305,7 +305,7 @@ class DitServicer(DitServiceServicer):
         nbytes = {digest: store.layout.segment_bytes(length) for digest, length in lengths.items()}
         return sum(nbytes.values()), sum(each for digest, each in nbytes.items() if not store.is_complete(digest))
 
-    def _tell_profile(self, work: _Work, drawn: Drawn) -> None:
+    def _keep_profile(self, work: _Work, drawn: Drawn) -> None:
         """Keep what the runner has measured, for the caller, and log it."""
         if drawn.profile:
             work.profile = stages_before(work.clock.timings) | dict(drawn.profile)

@@ -1,4 +1,4 @@
-"""ThinkerService: one context a call, told of first, then computed; text as it is written."""
+"""ThinkerService: one context a call, announced first, then computed; text as it is written."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ class ThinkerServicer(ThinkerServiceServicer):
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = 0
         self._builds: set[_Build] = set()
-        self._told: Post | None = None
-        engine.failed.add_done_callback(self._tell_all)
+        self._loop_post: Post | None = None
+        engine.failed.add_done_callback(self._report_failure)
 
     def idle(self) -> bool:
         """Whether no context is built, and none is held for somebody."""
@@ -176,13 +176,13 @@ class ThinkerServicer(ThinkerServiceServicer):
         )
 
     def _post(self) -> Post:
-        """What the engine's thread tells goes through one post, that of the loop which serves."""
-        if self._told is None:
-            self._told = Post(asyncio.get_running_loop())
-        return self._told
+        """The one post from the engine's thread to the event loop."""
+        if self._loop_post is None:
+            self._loop_post = Post(asyncio.get_running_loop())
+        return self._loop_post
 
-    def _tell_all(self, failed: Future[None]) -> None:
-        """Whoever waits for an engine that has failed hears of it, also if the engine itself cannot say so."""
+    def _report_failure(self, failed: Future[None]) -> None:
+        """Report an engine's failure to every build, also if the engine itself cannot."""
         error = None if failed.cancelled() else failed.exception()
         for build in list(self._builds):
             if isinstance(error, Exception):
