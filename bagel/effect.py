@@ -168,12 +168,14 @@ def check_effect(facts: Facts, options: Mapping[str, Any]) -> None:
         raise together(problems)
 
 
-def effective(request: Request, options: Mapping[str, Any]) -> dict[str, Any]:
+def effective(request: Request, options: Mapping[str, Any], output_format: str = "PNG") -> dict[str, Any]:
     """Reduce a full set of options, defaults included, to those that have an effect on a request.
+
+    output_format: Pillow's name of how its picture is given out.
 
     A service that receives only these makes the same request, whatever its own defaults are.
     """
-    facts, kept = Facts(request, given=frozenset(options)), dict(options)
+    facts, kept = Facts(request, frozenset(options), output_format), dict(options)
     for rule in RULES:
         for name in rule.settings:
             if asks_for_something(name, kept.get(name)) and rule.holds(facts):

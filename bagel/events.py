@@ -88,6 +88,11 @@ class Result:
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def images(self) -> list[Image]:
+        """The picture in a list, as vllm-omni's results have it; an answer has none."""
+        return [] if self.image is None else [self.image]
+
 
 Event = TextDelta | StepDone | Result
 OnEvent = Callable[[Event], None]

@@ -175,8 +175,6 @@ DEPLOY_INSTEAD: Mapping[str, str] = {
     "model": "give --model",
     "model_arch": "say pipeline: bagel",
     "model_stage": "the pipeline says which stage a stage_id is; leave it out",
-    "output_connectors": "name the connector in the DiT's input_connectors; leave it out here",
-    "platforms": "one file is for one platform; leave it out",
 }
 """Keys of a deploy file: what to do instead."""
 

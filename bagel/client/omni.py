@@ -25,7 +25,7 @@ from bagel.deployment.defaults import deployment_for, find_model, request_defaul
 from bagel.deployment.launcher import Deployment, OnReady, reachable
 from bagel.deployment.process import Logs
 from bagel.deployment.schema import DeployConfig
-from bagel.errors import BagelError, InvalidRequest, RemoteError, SourceUnavailable
+from bagel.errors import BagelError, ConfigError, InvalidRequest, NotSupported, RemoteError, SourceUnavailable
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
 from bagel.prompts import ImagePart, Prompt, TextPart
@@ -39,12 +39,24 @@ ENDED_S = 0.1
 """Seconds from the end of a connection to the end of its process."""
 
 
+InputImage = Image | str | Path | bytes
+"""An image of a prompt: of Pillow's, or a file by its path or as its bytes."""
+_INSTEAD = {
+    "stage_configs_path": "give deploy_config",
+    "stage_init_timeout": "give init_timeout",
+    "shm_threshold_bytes": "K/V moves over gRPC; leave it out",
+    "init_sleep_seconds": "services are waited for by their health; leave it out",
+}
+"""Keywords of vllm-omni's Omni that are called otherwise here, or set nothing."""
+
+
 class Omni:
     """All services of a deploy file on this machine, started at once and ended by `close` or the end of `with`.
 
     model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
     (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
-    as a keyword (engine="vllm" for the Thinker), override it. device: auto, cpu, cuda (the deploy file's GPUs) or
+    as a keyword (engine="vllm" for the Thinker), override it; what has no effect is noted in a line on stderr.
+    worker_backend: process alone so far. device: auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype: auto, bfloat16 or float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after
     each `generate`, of where the time of each request went, and of the durations of each picture's diffusion stages.
     logs: a folder or stream for the services' logs.
@@ -61,6 +73,8 @@ class Omni:
         cfg_parallel_size: int | None = None,
         vae_patch_parallel_size: int | None = None,
         vae_use_tiling: bool | None = None,
+        worker_backend: str = "process",
+        ray_address: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         init_timeout: float = 300,
@@ -71,6 +85,7 @@ class Omni:
         on_ready: OnReady | None = None,
         **overrides: object,
     ) -> None:
+        _check_keywords(overrides, worker_backend, ray_address)
         self.model, checkpoint = find_model(None if model is None else str(model))
         config = deployment_for(
             checkpoint,
@@ -81,6 +96,8 @@ class Omni:
             vae_use_tiling=vae_use_tiling,
             **overrides,
         )
+        for note in config.notes():
+            print(f"note: {note}", file=sys.stderr)
         self._log_stats, self._profile = log_stats, enable_diffusion_pipeline_profiler
         deployment = Deployment(
             config,
@@ -109,16 +126,17 @@ class Omni:
         self,
         prompts: str | Request | Sequence[str | Request],
         *,
-        modality: str = Modality.TEXT2IMG,
-        image: Image | str | Path | bytes | None = None,
+        modality: str | None = None,
+        image: InputImage | Sequence[InputImage] | None = None,
         seed: int | None = None,
         on_event: OnServiceEvent | None = None,
         **options: Any,
     ) -> list[Result]:
         """One result a prompt, in their order; several prompts are served together.
 
-        image is each prompt's input image. options are those of bagel.request, like steps or think. on_event sees text
-        and steps as they come. Raises InvalidRequest before anything is sent for what can be seen to be wrong.
+        modality is text2img by default. image is each prompt's input image, or several, which stand before its text.
+        options are those of bagel.request, like steps or think. on_event sees text and steps as they come.
+        Raises InvalidRequest before anything is sent for what can be seen to be wrong.
         """
         requests = self._requests(prompts, modality, image, {"seed": seed, **options})
         firsts = Firsts()
@@ -139,8 +157,8 @@ class Omni:
         self,
         prompt: str | Request,
         *,
-        modality: str = Modality.TEXT2IMG,
-        image: Image | str | Path | bytes | None = None,
+        modality: str | None = None,
+        image: InputImage | Sequence[InputImage] | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> Iterator[ServiceEvent]:
@@ -163,8 +181,8 @@ class Omni:
     def _requests(
         self,
         prompts: str | Request | Sequence[str | Request],
-        modality: str,
-        image: Image | str | Path | bytes | None,
+        modality: str | None,
+        image: InputImage | Sequence[InputImage] | None,
         options: dict[str, Any],
     ) -> list[Request]:
         if not isinstance(prompts, Iterable | Request):
@@ -172,10 +190,13 @@ class Omni:
         several = [prompts] if isinstance(prompts, str | Request) else list(prompts)
         if not several:
             raise InvalidRequest("prompt", "there is no prompt; give at least one")
-        defaults = request_defaults(self.config)
-        picture = to_rgb(image) if isinstance(image, Image) else None if image is None else load_image(image)
+        if all(isinstance(each, Request) for each in several):
+            _refuse_beside_requests({"modality": modality, "image": image, **options})
+        defaults, images = request_defaults(self.config), _images(image)
         return [
-            each if isinstance(each, Request) else _request(each, modality, picture, options, defaults)
+            each
+            if isinstance(each, Request)
+            else _request(each, modality or Modality.TEXT2IMG, images, options, defaults)
             for each in several
         ]
 
@@ -244,16 +265,37 @@ def describe(
             raise
 
 
+def _check_keywords(overrides: dict[str, object], worker_backend: str, ray_address: str | None) -> None:
+    """Raise ConfigError for keywords of vllm-omni's Omni, all at once; NotSupported for what is not built."""
+    if told := [f"{name}: {_INSTEAD[name]}" for name in overrides if name in _INSTEAD]:
+        raise ConfigError(f"Omni has no {'; no '.join(told)}")
+    if worker_backend not in ("process", "ray"):
+        raise ConfigError(f"worker_backend is {worker_backend!r}; it must be process")
+    if worker_backend == "ray" or ray_address is not None:
+        raise NotSupported("worker_backend='ray' and ray_address are not built yet; only process works")
+
+
+def _refuse_beside_requests(given: dict[str, Any]) -> None:
+    """Raise InvalidRequest for settings that nothing takes: a Request has its own."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise InvalidRequest(names[0], f"{', '.join(names)} has no effect on a Request, which has its own settings")
+
+
+def _images(given: InputImage | Sequence[InputImage] | None) -> list[Image]:
+    several = [given] if isinstance(given, Image | str | Path | bytes) else [] if given is None else list(given)
+    return [to_rgb(each) if isinstance(each, Image) else load_image(each) for each in several]
+
+
 def _request(
-    prompt: object, modality: str, image: Image | None, options: dict[str, Any], defaults: dict[str, Any]
+    prompt: object, modality: str, images: Sequence[Image], options: dict[str, Any], defaults: dict[str, Any]
 ) -> Request:
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidRequest("prompt", f"a prompt is {prompt!r:.80}; it must be a text that is not empty")
-    parts: Prompt = (TextPart(prompt),)
-    if image is not None:
-        parts = (ImagePart(image, for_generation=modality == Modality.IMG2IMG), *parts)
+    shown = [ImagePart(image, for_generation=modality == Modality.IMG2IMG) for image in images]
+    parts: Prompt = (*shown, TextPart(prompt))
     request = resolve(cast(Modality, modality), parts, options, defaults)  # which checks the modality
-    if request.modality.reads_image != (image is not None):
-        reads = "needs an input image; give image" if image is None else "reads no image; leave image out"
+    if request.modality.reads_image != bool(images):
+        reads = "reads no image; leave image out" if images else "needs an input image; give image"
         raise InvalidRequest("image", f"{modality} {reads}")
     return request

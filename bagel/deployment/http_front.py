@@ -9,6 +9,8 @@ from bagel.deployment.settings import Config, setting, settings_of
 from bagel.errors import ConfigError
 
 MIB = 2**20
+COMPAT = ("none", "vllm-omni")
+"""Values of --compat: whose clients' requests are taken beside those of docs/rest.md."""
 _ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _HOST = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9._-]+")
 _SHORTEST_S, _LONGEST_S = 0.1, 86_400.0
@@ -26,6 +28,7 @@ class HttpFront(Config):
     served_model_names: tuple[str, ...] = setting(
         "its name there; again: its aliases", default=(), flag="--served-model-name", metavar="NAME"
     )
+    compat: str = setting("take the requests of its clients there too", default="none", choices=COMPAT)
     allow_image_hosts: tuple[str, ...] = setting(
         "fetch https images from it", default=(), flag="--allow-image-host", metavar="HOST"
     )

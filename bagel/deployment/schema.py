@@ -6,6 +6,7 @@ The settings of a service that a stage may have come from the service's own conf
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, field_validator, model_validator
@@ -23,6 +24,13 @@ VLLM_KEYS = tuple(each.name for each in VLLM_ONLY if each.name not in {row.key f
 REAL_CONNECTOR = "GrpcConnector"
 FOREIGN_CONNECTOR = re.compile(r"(SharedMemory|Mooncake|Nixl|Mori|Yuanrong|CudaI[Pp][Cc]|Pris[Kk][Vv])\w*Connector")
 """vllm-omni's connectors: accepted and noted, since K/V moves over gRPC here."""
+FOREIGN_KEYS: Mapping[str, str] = {
+    "hf_overrides": "positions are built in",
+    "limit_mm_per_prompt": "the gateway's --max-images says how many images a request may have",
+    "enable_chunked_prefill": "prefill reads a prompt part by part in any case",
+    "output_connectors": "a stage's input_connectors say where its K/V come from",
+}
+"""Stage keys of vllm-omni's own deploy files that are accepted and noted, each with the reason."""
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -42,6 +50,18 @@ class ParallelConfig(_Model):
     use_hsdp: bool = False
     hsdp_shard_size: Count = 1
     hsdp_replicate_size: Count = 1
+    pipeline_parallel_size: Count = 1
+    data_parallel_size: Count = 1
+    sequence_parallel_size: Count = 1
+    ulysses_degree: Count = 1
+    ring_degree: Count = 1
+    allgather_degree: Count = 1
+    enable_expert_parallel: bool = False
+
+    @field_validator("hsdp_shard_size", mode="before")
+    @classmethod
+    def _shard_size(cls, value: object) -> object:
+        return 1 if value == -1 else value  # how vllm-omni's files leave it open
 
 
 DIT_PARALLEL_KEYS = tuple(key for key in ParallelConfig.model_fields if key != "tensor_parallel_size")
@@ -110,6 +130,10 @@ class StageDeploy(_keys_of_services()):  # type: ignore[misc]  # keys that no ty
     parallel_config: ParallelConfig = ParallelConfig()
     default_sampling_params: SamplingDefaults = SamplingDefaults()
     input_connectors: dict[str, str] = Field(default={})
+    output_connectors: dict[str, str] | None = None
+    hf_overrides: dict[str, Any] | None = None
+    limit_mm_per_prompt: dict[str, Any] | None = None
+    enable_chunked_prefill: bool | None = None
 
     @field_validator("devices")
     @classmethod
@@ -172,6 +196,7 @@ class DeployConfig(_Model):
     async_chunk: bool = False
     stages: Annotated[tuple[StageDeploy, ...], Field(strict=False)] = ()
     connectors: dict[str, ConnectorConfig] = {}
+    platforms: dict[str, Any] | None = None
     _source: str = PrivateAttr("deploy settings")
 
     @field_validator("pipeline")
@@ -225,4 +250,11 @@ class DeployConfig(_Model):
                 notes.append(f"{stage.where}: no meaning for the torch engine, only for vLLM: {', '.join(unused)}")
             if stage.trust_remote_code:
                 notes.append(f"{stage.where}: trust_remote_code has no effect, no remote code is ever run")
+            notes += [
+                f"{stage.where}: {key} has no effect, {why}"
+                for key, why in FOREIGN_KEYS.items()
+                if getattr(stage, key) is not None
+            ]
+        if self.platforms is not None:
+            notes.append("platforms has no effect: the stages' own settings are used on every platform")
         return notes

@@ -50,6 +50,11 @@ class Requests:
         self._deployed, self._backends, self._admission, self._defaults = deployed, backends, admission, defaults
         self._metrics, self._unread, self.images, self._log_stats = metrics, unread, images, log_stats
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """The deployment's settings for what a request leaves open."""
+        return {"think": bool(self._deployed.thinks), **self._defaults}
+
     async def serve(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> AsyncGenerator[Event, None]:
         """What happens to one request, `accepted` first and `finished` last; raises the BagelError that it ends with.
 

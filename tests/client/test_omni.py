@@ -16,11 +16,11 @@ from bagel.client.batch import ask_of
 from bagel.client.omni import describe
 from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.engine.local import BagelEngine
-from bagel.errors import BagelError, InvalidRequest, NotSupported, SourceUnavailable
+from bagel.errors import BagelError, ConfigError, InvalidRequest, NotSupported, SourceUnavailable
 from bagel.events import Result, StepDone, TextDelta
 from bagel.images import read_settings
 from bagel.prompts import ImagePart, TextPart
-from bagel.request import Modality
+from bagel.request import Modality, resolve
 from bagel.rpc.transport import sync_channel
 from bagel.v1 import thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
@@ -52,6 +52,17 @@ def test_every_modality_is_the_engines(omni: bagel.Omni, engine: BagelEngine) ->
     ]
     served, expected = omni.generate(requests), engine.generate(requests)
     assert [same(*pair) for pair in zip(served, expected, strict=True)] == [True] * len(requests)
+
+
+def test_several_images_are_one_context(omni: bagel.Omni) -> None:
+    images = [sketch(), sketch(64, 64, "navy")]
+    drawn: dict[str, Any] = {"height": 64, "width": 64, "steps": 3, "seed": 5}
+    for modality, settings in (("img2img", drawn), ("img2text", {"max_tokens": 4, "seed": 5})):
+        parts = [ImagePart(image, for_generation=modality == "img2img") for image in images]
+        [result] = omni.generate("join them", modality=modality, image=images, **settings)
+        whole = resolve(Modality(modality), (*parts, TextPart("join them")), settings)
+        assert same(result, omni.generate(whole)[0])
+        assert result.images == ([result.image] if modality == "img2img" else [])
 
 
 def test_several_prompts_are_in_order(omni: bagel.Omni) -> None:
@@ -97,6 +108,8 @@ def test_what_is_wrong_with_a_request_is_told(omni: bagel.Omni) -> None:
         omni.generate("x", modality="video")
     with pytest.raises(InvalidRequest, match="no prompt"):
         omni.generate([])
+    with pytest.raises(InvalidRequest, match="seed, steps has no effect on a Request"):
+        omni.generate(request("text2img"), seed=1, steps=3)
     events: list[object] = []
     with pytest.raises(InvalidRequest, match="prompt takes") as caught:  # told before any is begun
         omni.generate(["x", "y", "far too long " * 20_000, "z"], steps=2, height=64, width=64, on_event=events.append)
@@ -160,6 +173,16 @@ def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str,
         bagel.Omni(MODEL, **override)  # type: ignore[arg-type]
     with pytest.raises(BagelError, match="nonsense is not a known setting"):
         bagel.Omni(MODEL, nonsense=1)
+
+
+def test_keywords_of_vllm_omni_are_taken_or_told() -> None:
+    with pytest.raises(ConfigError, match="no stage_configs_path: give deploy_config; no stage_init_"):
+        bagel.Omni(MODEL, stage_configs_path="x.yaml", stage_init_timeout=3)
+    with pytest.raises(ConfigError, match="worker_backend is 'mp'; it must be process"):
+        bagel.Omni(MODEL, worker_backend="mp")
+    for keywords in ({"worker_backend": "ray"}, {"ray_address": "auto"}):
+        with pytest.raises(NotSupported, match="only process works"):
+            bagel.Omni(MODEL, **keywords)  # type: ignore[arg-type]
 
 
 def test_request_is_sent_with_every_setting() -> None:

@@ -344,6 +344,61 @@ def test_vllm_omnis_connectors_and_remote_code_are_noted(name: str) -> None:
     ]
 
 
+def test_the_files_of_todays_vllm_omni_load(tmp_path: Path) -> None:
+    """Its keys that mean nothing here are noted with the reason."""
+    two = write(
+        tmp_path,
+        """
+        async_chunk: false
+        stages:
+          - stage_id: 0
+            hf_overrides:
+              rope_parameters: {rope_type: default, mrope_section: [16, 24, 24]}
+            limit_mm_per_prompt: {image: 4}
+            max_num_batched_tokens: 32768
+            max_num_seqs: 3
+            trust_remote_code: true
+            enable_prefix_caching: false
+            enable_chunked_prefill: true
+            devices: "0"
+            output_connectors: {to_stage_1: mooncake_connector}
+            default_sampling_params: {temperature: 0.1, top_p: 0.9, top_k: 1, max_tokens: 8192, seed: 52,
+                                      detokenize: true, repetition_penalty: 1.03}
+          - stage_id: 1
+            max_num_seqs: 1
+            enforce_eager: true
+            enable_chunked_prefill: true
+            devices: "1"
+            input_connectors: {from_stage_0: mooncake_connector}
+            default_sampling_params: {seed: 52}
+        connectors:
+          mooncake_connector: {name: MooncakeConnector, extra: {host: auto, segment: 64000000}}
+        """,
+    )
+    told = "\n".join(load_deploy_config(two).notes())
+    for key in ("hf_overrides", "limit_mm_per_prompt", "enable_chunked_prefill", "output_connectors"):
+        assert re.search(rf"stages\[stage_id=0\]: {key} has no effect, \w+", told)
+    one = write(
+        tmp_path,
+        """
+        pipeline: bagel_single_stage
+        stages:
+          - stage_id: 0
+            enforce_eager: true
+            parallel_config: {pipeline_parallel_size: 1, data_parallel_size: 1, enable_expert_parallel: false,
+                              sequence_parallel_size: 1, ulysses_degree: 1, ring_degree: 1, allgather_degree: 1,
+                              hsdp_shard_size: -1}
+        platforms:
+          xpu: {stages: [{stage_id: 0, devices: "0,1", tensor_parallel_size: 2}]}
+        """,
+        "one.yaml",
+    )
+    assert any(note.startswith("platforms has no effect") for note in load_deploy_config(one).notes())
+    one.write_text(one.read_text().replace("allgather_degree: 1", "allgather_degree: 4"))
+    with pytest.raises(NotSupported, match=r"allgather_degree is 4, .*; only 1 works"):
+        load_deploy_config(one)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

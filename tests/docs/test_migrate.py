@@ -15,6 +15,8 @@ from bagel.deployment.deploy_file import load_deploy_config
 from bagel.deployment.overlay import with_overrides
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import ConfigError, NotSupported
+from bagel.request import REFERENCE_EDIT, ImageSettings
+from bagel_gateway.rest.dialect import GUIDANCE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "migrate.md").read_text()
 TOP = ("pipeline", "async_chunk", "connectors", "platforms")
@@ -73,3 +75,26 @@ def test_keys(tmp_path: Path, stage: int, key: str, example: str, here: list[str
 
 def test_every_flag_of_the_page_is_read() -> None:
     assert len(FLAGS) > 25 and len(KEYS) > 18
+
+
+def guidance(page: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The rows of the table of guidance by default, by kind of picture and whose they are."""
+    found, kind = {}, ""
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and re.fullmatch(r"\d\.\d", cells[2]):
+            kind = cells[0] or kind
+            found[kind, cells[1]] = tuple(cells[2:])
+    return found
+
+
+def test_both_pages_print_the_guidance_that_there_is() -> None:
+    options = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
+    table = guidance(PAGE)
+    assert table == guidance(options) and len(table) == 8
+    for kind, own in (("text-to-image", {}), ("edits", REFERENCE_EDIT)):
+        for whose, more in (("here", own), ("vllm-omni, and `--compat vllm-omni`", GUIDANCE)):
+            settings = ImageSettings(**{**own, **more})
+            interval = " ".join(map(str, settings.cfg_interval))
+            scales = (str(settings.cfg_text_scale), str(settings.cfg_img_scale))
+            assert table[kind, whose] == (*scales, interval, settings.cfg_renorm_type)

@@ -123,6 +123,16 @@ def test_guidance_of_every_kind(renorm: RenormType, a: float, b: float) -> None:
     )
 
 
+@pytest.mark.parametrize("renorm", [RenormType.GLOBAL, RenormType.CHANNEL])
+def test_without_an_image_the_image_scale_raises_the_texts(renorm: RenormType) -> None:
+    """docs/options.md: a text scale of 4.0 with an image scale of 1.5 is one of 5.5."""
+    draw = np.random.default_rng(0).standard_normal
+    c, text = (draw((TOKENS, FEATURES), dtype=np.float32) for _ in range(2))
+    both = ImageSettings(cfg_text_scale=4.0, cfg_img_scale=1.5, cfg_renorm_type=renorm)
+    alone = ImageSettings(cfg_text_scale=5.5, cfg_img_scale=1.0, cfg_renorm_type=renorm)
+    np.testing.assert_allclose(guided((c, text, c), both), guided((c, text, c), alone), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "branches"),
     [

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import types
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import json_format
@@ -110,6 +114,55 @@ def test_node(services: Stages, tmp_path: Path) -> None:
     said = run("node", "client.js", services.address, tmp_path / "pictures", folder=node)
     assert "step 23 of 23" in said and "finished: 23 steps" in said and "given up after step 3" in said
     assert pictures(tmp_path / "pictures") == ["node.png"] and red(tmp_path / "pictures" / "node.png")
+
+
+def test_comfyui_nodes(services: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ComfyUI imports and calls them; of ComfyUI only the progress bar and the cancel button are not real."""
+    steps: list[tuple[int, int]] = []
+    bar = type(
+        "ProgressBar", (), {"__init__": lambda self, total: None, "update_absolute": lambda self, *at: steps.append(at)}
+    )
+    pressed = threading.Event()
+
+    def stop_if_pressed() -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+
+    utils, management, comfy = (types.ModuleType(f"comfy{name}") for name in (".utils", ".model_management", ""))
+    vars(utils)["ProgressBar"], vars(management)["throw_exception_if_processing_interrupted"] = bar, stop_if_pressed
+    vars(comfy).update(utils=utils, model_management=management)
+    for module in (comfy, utils, management):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    nodes = runpy.run_path(str(ROOT / "examples" / "comfyui" / "bagel_nodes.py"))["NODE_CLASS_MAPPINGS"]
+
+    def call(name: str, **inputs: Any) -> tuple[Any, ...]:
+        """With the defaults of every input that is not given, as ComfyUI's front end sends them."""
+        node, declared = nodes[name], nodes[name].INPUT_TYPES()
+        defaults = {
+            key: kind[1]["default"]
+            for key, kind in (declared["required"] | declared["optional"]).items()
+            if len(kind) > 1 and "default" in kind[1]
+        }
+        given = {**defaults, "endpoint": services.address, **inputs}
+        assert given.keys() <= (declared["required"] | declared["optional"]).keys() >= declared["required"].keys()
+        results = getattr(node(), node.FUNCTION)(**given)
+        assert len(results) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+        return tuple(results)
+
+    image, thought = call("BagelDraw", prompt="a large red circle", seed=7, steps=24)
+    assert image.shape == (1, 128, 128, 3) and image.min() >= 0 and image.max() <= 1 and thought == ""
+    r, g, b = image[0, 56:72, 56:72].mean((0, 1))
+    assert r > 2 * max(g, b) and steps[-1] == (23, 23)
+    edited, _ = call("BagelEdit", image=image, prompt="make the circle blue", seed=7, steps=24)
+    r, g, b = edited[0, 56:72, 56:72].mean((0, 1))
+    assert b > 2 * r
+    [answer] = call("BagelAsk", image=edited, prompt="describe the image")
+    assert "blue" in answer
+    [answer] = call("BagelAsk", prompt="hello")
+    assert answer
+    pressed.set()
+    with pytest.raises(KeyboardInterrupt):
+        call("BagelDraw", prompt="a large red circle")
 
 
 @pytest.mark.parametrize("page", ["grpc.md", "rest.md"])

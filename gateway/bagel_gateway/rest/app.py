@@ -77,7 +77,7 @@ def make_app(
         # The root span of a request over HTTP; what happens in it is told by spans of our own.
         telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
     )
-    images, chat = Images(front, bodies), Chat(front, bodies, fetcher)
+    images, chat = Images(front, bodies, fetcher), Chat(front, bodies, fetcher)
 
     def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any], answer: type[Answer]) -> None:
         app.add_api_route(
@@ -107,7 +107,8 @@ def make_app(
     get("/v1/models/{model:path}", models.one, "One of them", responses(Model, MODELS), **named)
     get("/healthz", _healthz, "Whether the process lives", {}, **text)
     readyz = _readyz(backends, draining, keyed)
-    get("/readyz", readyz, "Whether requests can be served", responses(None, (503,)), **text)
+    for path in ("/readyz", "/health") if front.compat == "vllm-omni" else ("/readyz",):
+        get(path, readyz, "Whether requests can be served", responses(None, (503,)), **text)
     get("/metrics", _metrics(metrics), "Prometheus", responses(None, (401,)), **text)
     add_docs(app)
     add_playground(app, grpc)

@@ -44,12 +44,18 @@ class Bodies:
         return await asyncio.get_running_loop().run_in_executor(self._parser, _object, body, most)
 
     async def read_form(
-        self, request: Request, files: Sequence[str], known: Collection[str], ignored_files: Collection[str]
+        self,
+        request: Request,
+        files: Sequence[str],
+        known: Collection[str],
+        ignored_files: Collection[str],
+        repeated: Collection[str] = (),
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Fields of a form, and the contents of its files called `files` in their order.
 
         known: names of fields. A field of another name is refused later, by its name, so nothing else of it is checked.
         ignored_files: fields that may be files too, of which the file's name is given; they are refused later as well.
+        repeated: fields that may come more than once, given as lists.
         """
         _check_type(request, "multipart/form-data")
         reader = FormReader(request.headers["content-type"])
@@ -61,6 +67,8 @@ class Bodies:
             name = part.name.removesuffix("[]")
             if part.filename is not None and name in files:
                 contents.append(bytes(part.data))
+            elif name in repeated:
+                fields.setdefault(name, []).append(part.text())
             elif name not in known and name not in files:
                 fields.setdefault(part.name, part.text() if part.filename is None else part.filename)
             elif name in files or (part.filename is not None and name not in ignored_files):

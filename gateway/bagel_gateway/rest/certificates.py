@@ -13,7 +13,7 @@ from bagel_gateway.rest.pieces import Abortable
 from bagel_gateway.rest.refusals import READS, refuse
 
 CERTIFICATE = "bagel.certificate"
-PROBES = frozenset({"/healthz", "/readyz"})
+PROBES = frozenset({"/healthz", "/health", "/readyz"})
 
 
 class Certified(Abortable):

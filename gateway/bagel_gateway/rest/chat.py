@@ -16,10 +16,11 @@ from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
 from bagel_gateway.rest.bodies import Bodies
+from bagel_gateway.rest.dialect import Reading
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import usage as picture_usage
 from bagel_gateway.rest.messages import parts_of
-from bagel_gateway.rest.parameters import REFUSED_CHAT, ChatParameters, options_of, read
+from bagel_gateway.rest.parameters import FIELD_NAMES, REFUSED_CHAT, ChatParameters, options_of, read
 from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, outcomes
 from bagel_gateway.rest.stops import Stop, stopped
 
@@ -35,24 +36,29 @@ class Chat:
 
     async def complete(self, request: Request) -> Response:
         """Answer, or draw; roles are not rendered, each text and image becomes a segment, images of a message first."""
-        given = read(ChatParameters, REFUSED_CHAT, await self._bodies.read_json(request), typed=True)
+        reading = self._front.reading()
+        body = reading.body(await self._bodies.read_json(request))
+        given = read(ChatParameters, REFUSED_CHAT, body, typed=True)
         if given.stream_options is not None and not given.stream:
             raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
         model = await self._front.check_model(given.model)
-        return await self._answer(request, given, model)
+        return reading.noted(await self._answer(request, given, model, reading))
 
-    async def _answer(self, request: Request, given: ChatParameters, model: str) -> Response:
-        reading = parts_of(given.messages, self._fetcher, self._front.max_images, interleave=bool(given.interleave))
-        parts = await unless_gone(request, reading)
+    async def _answer(self, request: Request, given: ChatParameters, model: str, reading: Reading) -> Response:
+        found = parts_of(given.messages, self._fetcher, self._front.max_images, interleave=bool(given.interleave))
+        parts = await unless_gone(request, found)
         given.messages.clear()  # they hold the images once more, as text
         images = sum(part.HasField("image") for part in parts)
+        modality, names = _modality(given, images), _names(given)
+        given, options = await reading.settings(given, options_of(given), modality, {**FIELD_NAMES, **names})
         reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
-        events = self._front.events(given, _modality(given, images), parts, options_of(given), _names(given))
+        events = self._front.events(given, modality, parts, options, names)
         if given.stop:
             events = stopped(events, reply.stops)
         if given.stream:
-            return await event_stream(request, reply.stream(events))
-        return JSONResponse(reply.whole(await unless_gone(request, outcomes(events, given.count))))
+            return await event_stream(request, reading.chunks(reply.stream(events), draws=given.makes_image))
+        whole = reply.whole(await unless_gone(request, outcomes(events, given.count)))
+        return JSONResponse(reading.completion(whole))
 
     async def _stride(self) -> int:
         return (await self._front.requests.describe()).model.latent_stride

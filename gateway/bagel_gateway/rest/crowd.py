@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bagel.errors import Busy
 from bagel_gateway.rest.refusals import refuse
 
-PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+PROBES = frozenset({"/healthz", "/health", "/readyz", "/metrics"})
 
 
 class Crowd:

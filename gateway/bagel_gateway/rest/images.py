@@ -15,7 +15,11 @@ from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
 from bagel_gateway.rest.bodies import Bodies
+from bagel_gateway.rest.dialect import Reading
+from bagel_gateway.rest.fetch import Fetcher
+from bagel_gateway.rest.messages import image_at
 from bagel_gateway.rest.parameters import (
+    FIELD_NAMES,
     REFUSED_EDIT,
     REFUSED_GENERATION,
     ImageParameters,
@@ -40,36 +44,56 @@ _NAMES = {"max_tokens": "max_think_tokens"}
 class Images:
     """The two endpoints."""
 
-    def __init__(self, front: Front, bodies: Bodies) -> None:
-        self._front, self._bodies = front, bodies
+    def __init__(self, front: Front, bodies: Bodies, fetcher: Fetcher) -> None:
+        self._front, self._bodies, self._fetcher = front, bodies, fetcher
 
     async def generate(self, request: Request) -> Response:
         """Draw n pictures."""
-        data = await self._bodies.read_json(request)
-        return await self._answer(request, read(ImageParameters, REFUSED_GENERATION, data, typed=True), ())
+        reading = self._front.reading()
+        body = reading.body(await self._bodies.read_json(request))
+        given = read(ImageParameters, REFUSED_GENERATION, body, typed=True)
+        return reading.noted(await self._answer(request, given, (), reading))
 
     async def edit(self, request: Request) -> Response:
         """Edit images: those of one request are one interleaved context, before the prompt."""
+        reading = self._front.reading()
         known = (*ImageParameters.model_fields, *REFUSED_EDIT)
-        fields, images = await self._bodies.read_form(request, ("image",), known, REFUSED_EDIT)
-        given = read(ImageParameters, REFUSED_EDIT, fields, typed=False)
-        if not images:
+        fields, images = await self._bodies.read_form(request, ("image",), known, REFUSED_EDIT, reading.urls)
+        urls = [url for name in reading.urls for url in fields.pop(name, ())]
+        given = read(ImageParameters, REFUSED_EDIT, reading.body(fields), typed=False)
+        if not images and not urls:
             raise InvalidRequest("image", "image is missing; send one or several image files")
-        check_images(len(images), "image", self._front.max_images)
-        return await self._answer(request, given, images)
+        check_images(len(images) + len(urls), "image", self._front.max_images)
+        images += await unless_gone(request, self._fetched(urls))
+        return reading.noted(await self._answer(request, given, images, reading))
 
-    async def _answer(self, request: Request, given: ImageParameters, images: Sequence[bytes]) -> Response:
-        options = options_of(given)
+    async def _fetched(self, urls: Sequence[str]) -> list[bytes]:
+        try:
+            return [await image_at(url, self._fetcher) for url in urls]
+        except InvalidRequest as error:
+            raise error.named({error.field: "url"}) from None
+
+    async def _answer(
+        self, request: Request, given: ImageParameters, images: Sequence[bytes], reading: Reading
+    ) -> Response:
         await self._front.check_model(given.model)
         stride = (await self._front.requests.describe()).model.latent_stride
         modality = Modality.IMG2IMG if images else Modality.TEXT2IMG
         parts = [*map(image_part, images), text_part(given.prompt)]
+        given, options = await reading.settings(given, options_of(given), modality, {**FIELD_NAMES, **_NAMES})
         events = self._front.events(given, modality, parts, options, _NAMES)
         if given.stream:
             name = "image_edit" if images else "image_generation"
             return await event_stream(request, _stream(name, given, events, stride))
         results = await unless_gone(request, outcomes(events, given.count))
-        return JSONResponse(_response(given, results, stride))
+        return _file(given, results[0]) if reading.as_file else JSONResponse(_response(given, results, stride))
+
+
+def _file(given: ImageParameters, result: Outcome) -> Response:
+    """The picture itself, as a download."""
+    format_ = given.output_format or "png"
+    name = f'attachment; filename="image_{result.accepted.seed}.{format_}"'
+    return Response(result.picture.data, media_type=f"image/{format_}", headers={"Content-Disposition": name})
 
 
 def _response(given: ImageParameters, results: list[Outcome], stride: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from bagel_gateway.metrics import Metrics
 from bagel_gateway.playground import PREFIX, STATIC
 from bagel_gateway.rest.refusals import READS, refuse
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", *(f"{PREFIX}/{file.name}" for file in STATIC.iterdir())})
+OPEN_PATHS = frozenset({"/healthz", "/health", "/readyz", "/", *(f"{PREFIX}/{file.name}" for file in STATIC.iterdir())})
 """Probes have no key; the playground's page is where a person gives theirs, and its files are the same for everyone."""
 
 

@@ -57,7 +57,7 @@ async def parts_of(
     for content in reading.contents:
         if "url" in content:
             try:
-                parts.append(image_part(await _image(content["url"], fetcher)))
+                parts.append(image_part(await image_at(content["url"], fetcher)))
             except InvalidRequest as error:
                 raise type(error)(error.field, f"{content['where']}: {error}") from None
         else:
@@ -142,7 +142,8 @@ def _text(where: str, text: str) -> dict[str, str]:
     return {"text": text}
 
 
-async def _image(url: str, fetcher: Fetcher) -> bytes:
+async def image_at(url: str, fetcher: Fetcher) -> bytes:
+    """The file of an image, in a data URL or at an https one."""
     url = url.strip()  # as browsers do
     if url[:5].lower() != "data:":
         return await fetcher.fetch(url)

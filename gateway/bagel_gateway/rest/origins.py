@@ -13,6 +13,7 @@ from bagel.deployment.http_front import HttpFront
 from bagel.rpc.api_keys import is_local
 from bagel.telemetry.logs import REQUEST_ID
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.rest.dialect import NOTES
 from bagel_gateway.rest.errors import ForeignOrigin, WrongHost
 from bagel_gateway.rest.refusals import READS, refuse
 
@@ -32,7 +33,7 @@ def guard_origins(app: ASGIApp, listen: str, guards: HttpFront, metrics: Metrics
             allow_origins=guards.allow_origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=(ANY,),
-            expose_headers=(REQUEST_ID, "Retry-After"),
+            expose_headers=(REQUEST_ID, "Retry-After", NOTES),
             allow_private_network=True,
         )
     return CheckHost(app, listen, guards.allow_hosts, metrics)

@@ -299,9 +299,7 @@ def options_of(given: Parameters) -> dict[str, Any]:
     if isinstance(given, ImageParameters) and options["steps"] is None:
         options["steps"] = QUALITY.get(given.quality or "auto")
     if isinstance(given, ChatParameters):
-        if not given.makes_image:
-            _refuse_undrawn(given, options)
-        elif given.stop:
+        if given.makes_image and given.stop:
             raise InvalidRequest("stop", "stop has no effect on a picture; leave it out")
         options["max_tokens"] = _limit(given)
         options |= _temperature(given)
@@ -311,8 +309,8 @@ def options_of(given: Parameters) -> dict[str, Any]:
     return options
 
 
-def _refuse_undrawn(given: ChatParameters, options: Mapping[str, Any]) -> None:
-    """Refuse what says how to draw in a chat that does not ask for a picture."""
+def refuse_undrawn(given: ChatParameters, options: Mapping[str, Any]) -> None:
+    """Refuse what says how to draw in a chat that does not ask for a picture; raises InvalidRequest."""
     output = {"output_format": (given.output_format or "png").upper(), "output_compression": given.output_compression}
     try:
         UNDRAWN.refuse({**options, **output}, 'send modalities: ["image"] to draw, or leave it out')

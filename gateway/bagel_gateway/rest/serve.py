@@ -14,6 +14,7 @@ from bagel.request import Modality
 from bagel.rpc import convert
 from bagel.telemetry.logs import Log
 from bagel.v1 import common_pb2, gateway_pb2
+from bagel_gateway.rest.dialect import OmniReading, Reading
 from bagel_gateway.rest.errors import UnknownModel, renamed
 from bagel_gateway.rest.parameters import FIELD_NAMES, Parameters, generate_request
 from bagel_gateway.serving import Requests
@@ -53,10 +54,17 @@ class Outcome:
 
 
 class Front:
-    """What endpoints serve requests with. names: of the model, its own first; none: what the service calls it."""
+    """What endpoints serve requests with.
 
-    def __init__(self, requests: Requests, names: tuple[str, ...]) -> None:
-        self.requests, self._names = requests, names
+    names: of the model, its own first; none: what the service calls it. compat: whose clients' requests are taken too.
+    """
+
+    def __init__(self, requests: Requests, names: tuple[str, ...], compat: str = "none") -> None:
+        self.requests, self._names, self.compat = requests, names, compat
+
+    def reading(self) -> Reading:
+        """How the next request is read."""
+        return OmniReading(self.requests) if self.compat == "vllm-omni" else Reading()
 
     @property
     def max_images(self) -> int:

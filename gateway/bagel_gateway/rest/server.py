@@ -68,7 +68,7 @@ class RestServer:
         self.port: int = self._socket.getsockname()[1]
         host = config.http.rpartition(":")[0]
         self.address = f"{host}:{self.port}"
-        front = Front(requests, config.served_model_names)
+        front = Front(requests, config.served_model_names, config.compat)
         most = connections_allowed(config.max_connections)
         fetcher, bodies = Fetcher(config.allow_image_hosts, config.max_body_bytes), Bodies(config)
         grpc, keyed = GrpcFront(grpc_port, tls=security.serves_tls), keys is not None

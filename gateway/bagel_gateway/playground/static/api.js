@@ -96,7 +96,7 @@ async function bodyOf(asked) {
   if (!mode.makesImage) {
     const urls = await Promise.all(asked.images.map(({ blob }) => dataUrl(blob)));
     const messages = [{ role: "user", content: contentOf(asked.prompt, urls) }];
-    return JSON.stringify({ ...fields, messages, stream_options: { include_usage: true } });
+    return JSON.stringify({ ...fields, messages, modalities: ["text"], stream_options: { include_usage: true } });
   }
   Object.assign(fields, { partial_images: fields.partial_images ?? (fields.num_inference_steps === 2 ? 0 : 3), progress: true });
   if (!mode.readsImage) return JSON.stringify(fields);

@@ -68,12 +68,12 @@ function python(asked, base, key) {
     ? [`[`, ...asked.images.map(({ name, blob }) => `        {"type": "image_url", "image_url": {"url": ${literal(`data:${blob.type};base64,`)} + base64.b64encode(${file(name)}.read()).decode()}},`), `        {"type": "text", "text": ${literal(asked.prompt)}},`, "    ]"].join("\n")
     : literal(asked.prompt);
   const model = named.some((line) => line.startsWith("    model=")) ? [] : ['    model="bagel",'];
-  return [...setup, "answer = client.chat.completions.create(", ...model, ...named, `    messages=[{"role": "user", "content": ${content}}],`, ")", "print(answer.choices[0].message.content)", ""].join("\n");
+  return [...setup, "answer = client.chat.completions.create(", ...model, ...named, `    messages=[{"role": "user", "content": ${content}}],`, '    modalities=["text"],', ")", "print(answer.choices[0].message.content)", ""].join("\n");
 }
 
 function chatOf(asked) {
   const urls = asked.images.map(({ blob }, i) => `data:${blob.type};base64,${placeholder(i)}`);
-  return { ...fieldsOf(asked), messages: [{ role: "user", content: contentOf(asked.prompt, urls) }] };
+  return { ...fieldsOf(asked), messages: [{ role: "user", content: contentOf(asked.prompt, urls) }], modalities: ["text"] };
 }
 
 function grpcOf(asked) {
