@@ -19,7 +19,7 @@ VLLM_TESTS := $(addprefix tests/,thinker/vllm/test_spans.py thinker/vllm/test_gp
 STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(shell { cat pyproject.toml $(VLLM_LISTS); grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
 # A process of tests starts services of its own: with more than four, starting takes longer than they save.
-PARALLEL := -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 

@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from bagel.engine.local import BagelEngine
     from bagel.model.tokenizer import BagelTokenizer
 
+BORROWERS = {
+    "the recordings' model": ("services/test_services", "client/test_omni", "client/test_stats", "cli/test_keys"),
+    "bagel-nano": ("services/test_openai_client", "services/test_examples", "nano/test_meaning"),
+    "one place a stage": ("services/test_grpc_fuzz", "services/test_batch_timeout"),
+    "a browser": ("browser/",),
+}
+"""Files that share services, by whose."""
 GOLDEN = Path(__file__).parent / "golden"
 
 # A shell that runs the tests in the background makes them ignore Ctrl-C, and their children would inherit that.
@@ -34,15 +41,24 @@ settings.register_profile("bagel", deadline=None, derandomize=os.environ.get("CI
 settings.load_profile("bagel")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first. With -n, one process runs a file, and one all tests that `borrow` the same."""
+    """Files that take long come first."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in long)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            file = item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group("browser" if item.get_closest_marker("browser") else file))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """With -n, one process runs a file, and one all files that `borrow` the same services."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Grouped(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            shared = (of for of, files in BORROWERS.items() if file.removeprefix("tests/").startswith(files))
+            return next(shared, file)
+
+    return Grouped(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

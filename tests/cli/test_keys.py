@@ -135,7 +135,6 @@ def test_serve_asks_for_keys_on_both_ports_and_says_how_to_show_one(keys: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("golden")
 def test_services_for_ones_own_use_ask_for_no_keys_whatever_the_environment_says(
     borrow: Borrow,
 ) -> None:

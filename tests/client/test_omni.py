@@ -27,7 +27,7 @@ from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.helpers import agree, request, sketch
 from tests.shared import MODEL, Borrow
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("golden")]  # each start of services takes seconds
+pytestmark = pytest.mark.slow  # each start of services takes seconds
 
 SMALL = "--height 64 --width 96 --steps 4 --seed 3".split()
 

@@ -98,7 +98,6 @@ def test_an_engine_profiles_only_if_asked(engine: BagelEngine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("golden")
 @pytest.mark.parametrize("topology", ["bagel", "bagel_single_stage"])
 def test_services_tell_both_tables(
     borrow: Borrow, topology: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -23,7 +23,7 @@ from training.nano.checker import Seen, read
 from training.nano.rows import ROWS, Case, cases, judge, picture_of
 from training.nano.world import CELLS, Item, Scene
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]
+pytestmark = pytest.mark.slow
 STEPS = 20
 SEED = 20261
 

@@ -25,7 +25,7 @@ from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from bench.attack_files import large_png
 from tests.shared import Borrow, Stages
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tight")]  # each start of services takes seconds
+pytestmark = pytest.mark.slow  # each start of services takes seconds
 
 TIMEOUT_S = 1
 LONG: dict[str, Any] = {"steps": 1000, "height": 512, "width": 512}

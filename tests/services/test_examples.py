@@ -24,7 +24,7 @@ from bagel.v1 import gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.shared import Borrow, Stages
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]  # each example takes seconds
+pytestmark = pytest.mark.slow  # each example takes seconds
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 240

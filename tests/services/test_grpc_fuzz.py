@@ -22,7 +22,7 @@ from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub
 from tests.services.grpc_messages import DIGESTS, image_file, messages, near
 from tests.shared import Borrow
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tight")]
+pytestmark = pytest.mark.slow
 
 LIMIT_S = 60
 SMALL = '{"steps": 3, "height": 32, "width": 32, "max_tokens": 3, "max_think_tokens": 3}'

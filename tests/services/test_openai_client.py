@@ -27,7 +27,7 @@ from examples import openai_client
 from tests.helpers import agree, sketch
 from tests.shared import Borrow, Stages, released, stats
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nano")]  # each start of services takes seconds
+pytestmark = pytest.mark.slow  # each start of services takes seconds
 
 LEAVERS = 200
 STEPS: dict[str, Any] = {"num_inference_steps": 8, "seed": 5}

@@ -20,7 +20,7 @@ from bagel.rpc.transport import sync_channel
 from tests.helpers import agree, sketch
 from tests.shared import Borrow, Stages, released, stats
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("golden")]  # each start of services takes seconds
+pytestmark = pytest.mark.slow  # each start of services takes seconds
 
 CANCELS = 200
 EDIT: dict[str, Any] = {"modality": "img2img", "steps": 3, "cfg_img_scale": 2.0, "height": 64, "width": 64}
