@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bagel.deployment.not_built import NOT_BUILT, NotBuilt, unbuilt
-from bagel.deployment.schema import DIT_PARALLEL_KEYS, DeployConfig, ParallelConfig, StageDeploy
+from bagel.deployment.schema import DIT_KEYS, DIT_PARALLEL_KEYS, DeployConfig, ParallelConfig, StageDeploy
 from bagel.errors import ConfigError, NotSupported
 from bagel.pipelines import StageConfig, StageExecutionType
 
@@ -61,7 +61,10 @@ def _role_problem(stage: StageDeploy, spec: StageConfig) -> str | None:
         value = getattr(stage.parallel_config, key)
         if value != ParallelConfig.model_fields[key].default:
             return f"parallel_config.{key} is {value}; it is for the DiT stage only, leave it out here"
-    return "vae_use_tiling is True; it is for the DiT stage only, leave it out here" if stage.vae_use_tiling else None
+    for key in DIT_KEYS:
+        if value := getattr(stage, key):
+            return f"{key} is {value}; it is for the DiT stage only, leave it out here"
+    return None
 
 
 def _parallel_problem(stage: StageDeploy) -> str | None:

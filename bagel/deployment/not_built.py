@@ -12,7 +12,7 @@ from bagel.errors import NotSupported
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """A setting without its effect: a key of a stage, of the whole deploy file, or of the command line alone.
+    """A setting that has no effect yet. of: it is a key of a stage, of the whole deploy file, or a flag of a command.
 
     works: the one value that is right; None: none is, and it is left out. on_vllm: a Thinker on vLLM has it.
     """

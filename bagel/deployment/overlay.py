@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel.deployment.checks import check, refuse_unbuilt
-from bagel.deployment.schema import DIT_PARALLEL_KEYS, DeployConfig, StageDeploy
+from bagel.deployment.schema import DIT_KEYS, DIT_PARALLEL_KEYS, DeployConfig, StageDeploy
 from bagel.deployment.schema_errors import suggest, validate
 from bagel.deployment.yaml_files import merge, read_yaml
 from bagel.errors import ConfigError
@@ -62,7 +62,7 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
         for key, value in given.items():
             if key == "tensor_parallel_size":
                 spread.pop(key, None)  # stated in one place only
-            others = ("engine",) if stage["stage_id"] == dit else (*DIT_PARALLEL_KEYS, "vae_use_tiling")
+            others = ("engine",) if stage["stage_id"] == dit else (*DIT_PARALLEL_KEYS, *DIT_KEYS)
             if key not in others:
                 (spread if key in DIT_PARALLEL_KEYS else stage)[key] = value
     return data

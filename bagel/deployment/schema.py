@@ -21,6 +21,9 @@ from bagel.request import MAX_SEED, TextSettings
 
 VLLM_KEYS = tuple(each.name for each in VLLM_ONLY if each.name not in {row.key for row in NOT_BUILT})
 """Stage keys that only the vLLM engine honours."""
+_THINKER = {each.name for each in settings_of(ThinkerConfig) if each.stage}
+DIT_KEYS = tuple(each.name for each in settings_of(DitConfig) if each.stage and each.name not in _THINKER)
+"""Stage keys that mean something to the DiT stage only."""
 REAL_CONNECTOR = "GrpcConnector"
 FOREIGN_CONNECTOR = re.compile(r"(SharedMemory|Mooncake|Nixl|Mori|Yuanrong|CudaI[Pp][Cc]|Pris[Kk][Vv])\w*Connector")
 """vllm-omni's connectors: accepted and noted, since K/V moves over gRPC here."""

@@ -27,10 +27,6 @@ TEXTS = {
     "--pipeline": "bagel_think",
     "--http": "127.0.0.1:9",
     "--sampling-defaults": '{"steps": 9}',
-    "--log-level": "DEBUG",
-    "--dtype": "float32",
-    "--engine": "torch",
-    "--role": "understand",
     "--tls-server-name": "thinker-0=a",
     "--source": "thinker-1=a:1",
     "--thinker": "thinker-0=a:1",
@@ -53,6 +49,8 @@ def text_of(each: Setting) -> str:
     """A text for a flag that is not its default."""
     if each.flag in TEXTS:
         return TEXTS[each.flag]
+    if each.choices is not None:
+        return str([choice for choice in each.choices if choice != each.default][-1])
     return str(int((each.at_most or 99) - 2)) if each.kind in (int, float) else "mine"
 
 
