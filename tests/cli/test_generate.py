@@ -71,6 +71,7 @@ def test_seed_makes_a_run_again(tmp_path: Path) -> None:
     assert np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_edit_has_the_resized_inputs_size(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save("in.png")
     edit = ["--modality", "img2img", "--image-path", "in.png", "--prompts", "snow", "--steps", "2", "--seed", "1"]

@@ -98,6 +98,7 @@ def pixels(events: list[Event]) -> bytes:
     return drawn.picture
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_at_any_point_ends_one_request_and_leaves_no_trace(
     engine: Driven, memory: list[Memory]
 ) -> None:

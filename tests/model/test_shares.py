@@ -107,6 +107,7 @@ def test_every_linear_layer_knows_its_name_and_its_split(whole: Bagel) -> None:
 
 
 @pytest.mark.parametrize("role", [Role.FULL, Role.DENOISE])
+@pytest.mark.slow
 def test_a_rank_reads_its_slices_and_no_other_byte(
     checkpoint: Checkpoint, whole: Bagel, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_two_ranks_compute_what_one_does(checkpoint: Checkpoint, whole: Bagel, n
 
 
 @pytest.mark.parametrize(("kv_heads", "tp"), [(1, 2), (2, 4), (4, 2)])
+@pytest.mark.slow
 def test_more_ranks_than_kv_heads_keep_copies_of_them(checkpoint: Checkpoint, kv_heads: int, tp: int) -> None:
     llm = replace(checkpoint.config.llm, num_attention_heads=8, num_key_value_heads=kv_heads, num_hidden_layers=2)
     config: ModelConfig = replace(checkpoint.config, llm=replace(llm, hidden_size=64))
