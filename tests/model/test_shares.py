@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
@@ -19,6 +19,7 @@ from bagel.errors import ConfigError
 from bagel.model.bagel import Bagel
 from bagel.model.linear import Linear, Split
 from bagel.model.naming import Slot, slots
+from bagel.model.threads import settle_threads
 from bagel.model.weights import empty_model, load_model, random_model
 from bagel.parallel.mesh import Mesh, Rank
 from tests.model.forwards import FORWARDS, Outputs
@@ -46,19 +47,20 @@ def ranks_of(tp: int) -> list[Rank]:
     return [Mesh(tp=tp).rank(index) for index in range(tp)]
 
 
-def sliced(whole: Bagel, slot: Slot) -> Tensor:
-    """What a slot must hold, cut from the tensor of the whole model."""
-    wanted = {(each.file, each.name): each for each in slots(whole)}[slot.file, slot.name]
-    part = slot.part
-    tensor = wanted.target.reshape(wanted.shape).narrow(part.dimension, part.start, part.stop - part.start)
-    return tensor.reshape(slot.target.shape)
+def sliced(whole: Bagel, share: Bagel) -> Iterator[tuple[Slot, Tensor]]:
+    """Every slot of a rank's share, and what it must hold, cut from the tensor of the whole model."""
+    tensors = {(each.file, each.name): each.target.reshape(each.shape) for each in slots(whole)}
+    for slot in slots(share):
+        part = slot.part
+        tensor = tensors[slot.file, slot.name].narrow(part.dimension, part.start, part.stop - part.start)
+        yield slot, tensor.reshape(slot.target.shape)
 
 
 def share_of(whole: Bagel, rank: Rank) -> Bagel:
     """A rank's share of a model in memory."""
     model = empty_model(whole.config, whole.role, dtype=whole.dtype, device="cpu", rank=rank)
-    for slot in slots(model):
-        slot.target.copy_(sliced(whole, slot))
+    for slot, tensor in sliced(whole, model):
+        slot.target.copy_(tensor)
     return model.eval()
 
 
@@ -82,6 +84,7 @@ class Sum:
 
 def together(shares: Sequence[Bagel], forward: Callable[[Bagel], Outputs]) -> list[Outputs]:
     """A forward on every rank at once; their outputs in the order of ranks."""
+    settle_threads(shares[0].config, "cpu")  # ranks that each compute with several threads get in each other's way
     attention, mlp = Sum(len(shares)), Sum(len(shares))
     for index, model in enumerate(shares):
         decoder = model.language_model
@@ -123,8 +126,8 @@ def test_a_rank_reads_its_slices_and_no_other_byte(
     for rank in ranks_of(2):
         read = 0
         model = load_model(checkpoint, role, delimiter_ids=DELIMITERS, rank=rank)
-        for slot in slots(model):
-            assert torch.equal(slot.target, sliced(whole, slot)), slot.part
+        for slot, tensor in sliced(whole, model):
+            assert torch.equal(slot.target, tensor), slot.part
         stored = {"ema.safetensors": 2, "ae.safetensors": 4}  # bytes a number
         assert read == sum(slot.target.numel() * stored[slot.file] for slot in slots(model))
 
@@ -141,8 +144,7 @@ def test_two_ranks_compute_what_one_does(checkpoint: Checkpoint, whole: Bagel, n
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, float(theirs.abs().max())))
 
 
-@pytest.mark.parametrize(("kv_heads", "tp"), [(1, 2), (2, 4), (4, 2)])
-@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "tp"), [(1, 2), (2, 4)])
 def test_more_ranks_than_kv_heads_keep_copies_of_them(checkpoint: Checkpoint, kv_heads: int, tp: int) -> None:
     llm = replace(checkpoint.config.llm, num_attention_heads=8, num_key_value_heads=kv_heads, num_hidden_layers=2)
     config: ModelConfig = replace(checkpoint.config, llm=replace(llm, hidden_size=64))
