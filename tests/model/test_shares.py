@@ -110,7 +110,6 @@ def test_every_linear_layer_knows_its_name_and_its_split(whole: Bagel) -> None:
 
 
 @pytest.mark.parametrize("role", [Role.FULL, Role.DENOISE])
-@pytest.mark.slow
 def test_a_rank_reads_its_slices_and_no_other_byte(
     checkpoint: Checkpoint, whole: Bagel, role: Role, monkeypatch: pytest.MonkeyPatch
 ) -> None:
