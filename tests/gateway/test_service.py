@@ -444,7 +444,7 @@ def parse(*flags: str) -> GatewayConfig:
         (("--sampling-defaults", "{"), "no JSON"),
         (("--sampling-defaults", "[]"), "an object"),
         (("--sampling-defaults", '{"steps": 1}'), "steps is 1"),
-        (("--tls-key", "key.pem"), "--tls-certificate"),
+        (("--tls-key", "key.pem"), "tls_certificate"),
     ],
 )
 def test_a_wrong_flag_is_told(flags: tuple[str, ...], told: str) -> None:
