@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _make_printable()
     try:
         _run(argv)
-        sys.stdout.flush()  # here, so that a full disk or a closed pipe is told below and not at exit
+        sys.stdout.flush()  # here, so that a full disk or a closed pipe is reported below and not at exit
         return 0
     except SystemExit as exit:  # argparse's --help and --version
         return _flushed(int(exit.code or 0))

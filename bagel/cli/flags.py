@@ -101,7 +101,7 @@ def complain_of_unknown(
     problems: list[str] = []
     if not unknown[0].startswith("-"):
         places = {"--prompts": "a prompt goes behind --prompts", "--model": "a model goes behind --model"}
-        hint = next((told for flag, told in places.items() if flag in known), "leave it out")
+        hint = next((remedy for flag, remedy in places.items() if flag in known), "leave it out")
         problems.append(f"{unknown[0]!r} belongs to no flag; {hint}")
     flags = dict.fromkeys(argument for argument in unknown if argument.startswith("-"))
     problems += [_of_unknown(flag, parser.prog, known, elsewhere) for flag in flags]
@@ -113,7 +113,9 @@ def _of_unknown(argument: str, command: str, known: list[str], elsewhere: Mappin
     plain = flag.replace("--no-", "--", 1)
     if plain in elsewhere:
         return f"{plain} is no flag of {command}: {elsewhere[plain]}"
-    remedies = {name: told for name, told in FLAG_INSTEAD.items() if set(re.findall(r"--[a-z-]+", told)) <= {*known}}
+    remedies = {
+        name: remedy for name, remedy in FLAG_INSTEAD.items() if set(re.findall(r"--[a-z-]+", remedy)) <= {*known}
+    }
     if instead := instead_of(flag, remedies, known):
         return f"unknown flag {argument!r}; {instead}"
     dash = "" if flag.startswith("--") else "; a value that begins with a dash goes behind =, as in --prompts=-x"

@@ -1,7 +1,7 @@
 """`bagel generate`: flags to requests, whatever serves them, pictures and answers out.
 
 A deploy file of one stage, and none, run the model in this process; one of two stages starts its services for the
-command's own time; --endpoint asks a gateway that runs. Whatever can be wrong with the flags is told first.
+command's own time; --endpoint asks a gateway that runs. Errors in the flags are reported first.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from bagel.cli.progress import say, shown
 from bagel.cli.prompts import GivenPrompt
 from bagel.client.stats import Firsts, stats_table
 from bagel.client.tables import profile_table
-from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_told, named_model, request_defaults
+from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_named, named_model, request_defaults
 from bagel.deployment.deploy_file import effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.deployment.not_built import refuse_flags
 from bagel.deployment.schema import DeployConfig
@@ -202,7 +202,7 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
     seconds = args.init_timeout or INIT_TIMEOUT_S
 
     def load() -> Engine:
-        with missing_install_told():
+        with missing_install_named():
             local = import_module(LOCAL_ENGINE)
         options = {"device": args.device or "auto", "dtype": args.dtype or "auto"}
         profile = bool(args.enable_diffusion_pipeline_profiler)

@@ -71,8 +71,8 @@ def make_folder(path: str) -> Path:
             pass
     except OSError as error:
         if folder.is_file():
-            told = f"--output {path!r} cannot be written: it is a file; choose another folder"
-            raise InvalidRequest("output", told) from None
+            why = f"--output {path!r} cannot be written: it is a file; choose another folder"
+            raise InvalidRequest("output", why) from None
         raise write_error(f"--output {path!r} cannot be written", error) from None
     return folder
 

@@ -70,8 +70,8 @@ def _prompts_of(file: str) -> list[GivenPrompt]:
     lines = list(enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1))
     for number, line in lines:
         if (bad := _control_character(line)) is not None:
-            told = f"line {number} of {source} holds {_named(line[bad])}"
-            raise InvalidRequest("prompt", f"{told}; prompts are plain text, take it out")
+            found = f"line {number} of {source} holds {_named(line[bad])}"
+            raise InvalidRequest("prompt", f"{found}; prompts are plain text, take it out")
     prompts = [GivenPrompt(line.strip(), f"line {number} of {source}") for number, line in lines if line.strip()]
     if not prompts:
         raise InvalidRequest("prompt", f"--txt-prompts {source} has no prompt; write one a line")
@@ -96,21 +96,21 @@ def _read(file: str) -> bytes:
 def _decoded(data: bytes, source: str) -> str:
     """A file's text: UTF-8, or what its byte-order mark says; InvalidRequest naming what it seems to be instead."""
     mark, encoding = mark_of(data)
-    told = f"--txt-prompts {source}"
+    found = f"--txt-prompts {source}"
     if not mark and (wide := _unmarked(data)):
         raise InvalidRequest(
             "prompt",
-            f"{told} seems to be {wide.upper()} without a byte-order mark; convert it to UTF-8, or save it with one",
+            f"{found} seems to be {wide.upper()} without a byte-order mark; convert it to UTF-8, or save it with one",
         )
     try:
         return decode_marked(data)
     except UnicodeDecodeError as error:
         if mark:
-            told = f"{told} begins as {encoding.upper()} does, but is damaged: {error.reason}"
-            raise InvalidRequest("prompt", f"{told}; save it as UTF-8") from None
+            found = f"{found} begins as {encoding.upper()} does, but is damaged: {error.reason}"
+            raise InvalidRequest("prompt", f"{found}; save it as UTF-8") from None
         line = data.count(b"\n", 0, error.start) + 1
         raise InvalidRequest(
-            "prompt", f"{told} is not UTF-8 in line {line} (byte 0x{data[error.start]:02x}); {_guess(data)}"
+            "prompt", f"{found} is not UTF-8 in line {line} (byte 0x{data[error.start]:02x}); {_guess(data)}"
         ) from None
 
 

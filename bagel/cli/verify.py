@@ -20,7 +20,7 @@ from bagel.checkpoint.files import AE, CONFIG_FILES, EMA, TEXT_FILES, Checkpoint
 from bagel.checkpoint.headers import read_header
 from bagel.cli.outputs import write_out
 from bagel.cli.progress import say
-from bagel.deployment.defaults import find_model, missing_install_told
+from bagel.deployment.defaults import find_model, missing_install_named
 from bagel.errors import CheckpointError
 
 ROLES = "bagel.model.verify"
@@ -71,7 +71,7 @@ def verify(args: argparse.Namespace) -> None:
     if unfinished := _unfinished(checkpoint.folder):
         say(f"note: the hub's cache has {unfinished} bytes of downloads that broke off; fetch the model again")
     report = _Report(checkpoint.folder)
-    with missing_install_told():
+    with missing_install_named():
         _examine(report, checkpoint, args.role)
     write_out(_as_json(report) if args.json else _as_text(report))
     if report.problems:

@@ -35,7 +35,7 @@ def find_model(name: str | None, *, cached_only: bool = False) -> tuple[str, Che
     name = named_model(name) or NANO_NAME
     if name == NANO_NAME:
         return name, find_checkpoint(str(_shipped_model()))
-    with missing_install_told():  # a name on the hub needs its client
+    with missing_install_named():  # a name on the hub needs its client
         return name, find_checkpoint(name, cached_only=cached_only)
 
 
@@ -71,7 +71,7 @@ def _chosen_pipeline(checkpoint: Checkpoint) -> str:
 
 
 @contextlib.contextmanager
-def missing_install_told() -> Iterator[None]:
+def missing_install_named() -> Iterator[None]:
     """What only the engine needs is not part of the smallest installation; ConfigError says what to install."""
     try:
         yield

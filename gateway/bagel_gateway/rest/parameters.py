@@ -12,8 +12,10 @@ from pydantic_core import ErrorDetails
 
 from bagel.effect import UNDRAWN, UNHEARD
 from bagel.errors import InvalidRequest, together
+from bagel.images.output import MAX_PREVIEWS, OutputFormat
 from bagel.ranges import in_words
 from bagel.request import MAX_STOP_TOKENS, RenormType
+from bagel.rpc import convert
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel.vocabulary import REST_INSTEAD, instead_of
 from bagel_gateway.rest.errors import UnknownParameter, renamed
@@ -21,11 +23,6 @@ from bagel_gateway.rest.errors import UnknownParameter, renamed
 MAX_N = 10
 
 Format = Literal["png", "jpeg", "webp"]
-FORMATS: Mapping[str, common_pb2.ImageFormat.ValueType] = {
-    "png": common_pb2.IMAGE_FORMAT_PNG,
-    "jpeg": common_pb2.IMAGE_FORMAT_JPEG,
-    "webp": common_pb2.IMAGE_FORMAT_WEBP,
-}
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class Parameters(BaseModel):
     size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto; sides are rounded down to the grid")
     output_format: Format | None = Field(None, description="png, jpeg or webp (png)")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp (95)")
-    partial_images: int | None = Field(None, ge=0, le=3, description="previews in a stream (0)")
+    partial_images: int | None = Field(None, ge=0, le=MAX_PREVIEWS, description="previews in a stream (0)")
 
     @property
     def count(self) -> int:
@@ -277,12 +274,10 @@ def _range(model: type[BaseModel], name: str) -> str:
 
 def generate_request(given: Parameters, request: common_pb2.Request) -> gateway_pb2.GenerateRequest:
     """The request with how its picture is given out."""
-    return gateway_pb2.GenerateRequest(
-        request=request,
-        output_format=FORMATS[given.output_format] if given.output_format else common_pb2.IMAGE_FORMAT_UNSPECIFIED,
-        output_compression=given.output_compression,
-        partial_images=given.partial_images or 0,
-    )
+    message = gateway_pb2.GenerateRequest(request=request)
+    output = OutputFormat(given.output_format or "png", given.output_compression, given.partial_images or 0)
+    convert.output_to_wire(output, message)
+    return message
 
 
 def options_of(given: Parameters) -> dict[str, Any]:
