@@ -29,13 +29,13 @@ async def _serve(config: GatewayConfig) -> None:
     log.info("configuration", **config.shown(), **gateway.tls.shown())
     if exposes_keys(config):
         log.warning("API keys come in plaintext", remedy="--tls-certificate and --tls-key, or TLS before this gateway")
-    telling = asyncio.create_task(_tell_ready(gateway))
+    announcing = asyncio.create_task(_announce_ready(gateway))
     await gateway.until_stopped()
-    telling.cancel()
+    announcing.cancel()
 
 
-async def _tell_ready(gateway: Gateway) -> None:
-    """For who started it, and may have no certificate to ask with."""
+async def _announce_ready(gateway: Gateway) -> None:
+    """Say on stdout that the gateway is ready: the process that started it may have no certificate to ask with."""
     await gateway.was_ready.wait()
     service.announce_ready()
 

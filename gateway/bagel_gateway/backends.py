@@ -56,7 +56,7 @@ class Backend:
 
     kind = "service"
     role = ""
-    """What its certificate names it, unless the gateway is told another name."""
+    """The name in its certificate, unless --tls-server-name gives another."""
 
     def __init__(
         self, address: Address, security: Security, silence_s: float = SILENCE_S, server_name: str | None = None
@@ -70,7 +70,7 @@ class Backend:
         self._unanswered_since: float | None = None
         self._waiting: set[Callable[[], object]] = set()
         name = server_name or self.role
-        # gRPC says that a certificate is for another name, and not for which it should be.
+        # gRPC's own error does not say which name the certificate should have.
         self._certificate = (
             f" (its certificate must be for {name!r}, see --tls-server-name)" if security.encrypted else ""
         )
@@ -134,7 +134,7 @@ class Backend:
             self.silent = asyncio.Event()
 
     def lost(self, why: str, hidden: str = "") -> None:
-        """Choose it no more until a check finds it ready. Callers are told why; what is hidden goes to the log."""
+        """Choose it no more until a check finds it ready. Callers see why; hidden goes to the log alone."""
         if self.model is not None:
             log.warning("backend lost", backend=str(self.address), why=why, details=hidden)
         elif why != self.why_not:
@@ -258,8 +258,8 @@ class Backends:
         return all(any(backend.model is not None for backend in stage) for stage in self._stages)
 
     def start(self, on_ready: Callable[[bool], Awaitable[None]]) -> None:
-        """Check every service from now on; on_ready hears whenever `ready` has changed."""
-        self._on_ready, self._told = on_ready, False
+        """Check every service from now on; on_ready is called with each change of `ready`."""
+        self._on_ready, self._was_ready = on_ready, False
         every = (*self.thinkers, *self.dits)
         self._watches = [asyncio.create_task(self._watch(backend), name=f"watch {backend.name}") for backend in every]
 
@@ -327,10 +327,10 @@ class Backends:
             except Exception:  # a bug; the watch goes on
                 log.error("check failed", exc_info=True, backend=str(backend.address))
                 backend.lost("its check failed; the gateway's log says how")
-            if self.ready != self._told:
-                self._told = self.ready
-                log.info("gateway ready" if self._told else "gateway not ready")
-                await self._on_ready(self._told)
+            if self.ready != self._was_ready:
+                self._was_ready = self.ready
+                log.info("gateway ready" if self._was_ready else "gateway not ready")
+                await self._on_ready(self._was_ready)
             await asyncio.sleep(self._check_every_s)
 
 
@@ -364,7 +364,7 @@ def _ready(kind: str, backends: Sequence[B]) -> list[B]:
 
 
 def _misfit(thinker: ThinkerBackend | None, model: ModelInfo | None, dit: DitBackend) -> str | None:
-    """Why a DiT cannot go on with what a Thinker of that model begins; None if it can. No Thinker: a single stage."""
+    """Why a DiT cannot go on with what a Thinker of that model began; None if it can. No Thinker: a single stage."""
     assert model is not None and dit.model is not None
     if thinker is None:
         same = model.checkpoint_fingerprint == dit.model.checkpoint_fingerprint

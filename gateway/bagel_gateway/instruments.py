@@ -15,7 +15,7 @@ from bagel.telemetry import metrics
 class Exported:
     """How OpenTelemetry knows an instrument.
 
-    labels: its attributes, in the order of Prometheus' labels; always: attributes that Prometheus has not.
+    labels: its attributes, in the order of Prometheus' labels; always: attributes that Prometheus does not have.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Counter:
         self._exported = metrics.meter.create_counter(exported.name, exported.unit, about)
 
     def add(self, amount: int, *values: str | int) -> None:
-        """Count so much more under these values of the labels."""
+        """Add to the count under these values of the labels."""
         (self._scraped.labels(*values) if values else self._scraped).inc(amount)
         self._exported.add(amount, self._as.attributes(values))
 
@@ -51,7 +51,7 @@ class Histogram:
         )
 
     def record(self, seconds: float, *values: str | int) -> None:
-        """Take a duration in under these values of the labels."""
+        """Record a duration under these values of the labels."""
         (self._scraped.labels(*values) if values else self._scraped).observe(seconds)
         self._exported.record(seconds, self._as.attributes(values))
 
@@ -72,14 +72,14 @@ class Instruments:
         return Histogram(self._scraped(name, about, labels), exported, about)
 
     def histograms(self, name: str, about: str, label: str, each: Mapping[str, Exported]) -> dict[str, Histogram]:
-        """One for each value of a label, for which OpenTelemetry has names of their own."""
+        """A histogram for each value of a label; OpenTelemetry has a name for each."""
         scraped = self._scraped(name, about, (label,))
         return {value: Histogram(scraped.labels(value), exported, about) for value, exported in each.items()}
 
     def gauge(
         self, name: str, about: str, labels: tuple[str, ...], exported: Exported, read: Mapping[str, Callable[[], int]]
     ) -> None:
-        """What `read` gives now, by the value of the label; the empty one where there is no label."""
+        """A gauge that is read when it is asked for. read: by the value of its label, "" if it has no label."""
         gauge = Gauge(name, f"{about}.", labels, registry=self._registry)
         for value, reading in read.items():
             (gauge.labels(value) if labels else gauge).set_function(reading)

@@ -18,7 +18,7 @@ from bagel.telemetry.logs import Log, current_caller
 
 LOOK_EVERY_S = 1.0
 OPEN_METHODS = HEALTH_METHODS
-"""What a health probe calls, which has no key. Everything else needs one, also what is added later."""
+"""Methods for health probes, which have no key. All others need one, also those that are added later."""
 
 Continue = Callable[[grpc.HandlerCallDetails], Awaitable["grpc.RpcMethodHandler[Any, Any] | None"]]
 
@@ -28,7 +28,7 @@ log = Log("bagel_gateway.keys")
 class Keys:
     """The keys of a file. Raises ConfigError for one that cannot be used.
 
-    ring: those that are known now; it follows the file while `watch` runs.
+    ring: the keys known now; it follows the file while `watch` runs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,16 +37,16 @@ class Keys:
         self._problem = ""
 
     async def watch(self) -> None:
-        """Follow the file until cancelled. Its content is compared: a mounted file's times tell little.
+        """Follow the file until cancelled, by its content: the times of a mounted file say little.
 
-        A file that cannot be used changes nothing: it may be half written, and nobody is to be locked out by it.
+        A file that cannot be used changes nothing: it may be half written, and must lock no one out.
         """
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
                 ring, data = await asyncio.to_thread(read_keys, self._path)
             except ConfigError as error:
-                self._tell(str(error))
+                self._report(str(error))
                 continue
             except Exception:  # a bug; without the watch no key could be revoked
                 log.error("looking at the API keys failed", exc_info=True)
@@ -60,7 +60,7 @@ class Keys:
         self.ring, self._data = ring, data
         log.info("API keys changed", known=len(after), added=sorted(after - before), removed=sorted(before - after))
 
-    def _tell(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
         if problem != self._problem:
             log.error("the API keys cannot be read again; those read last stay in force", problem=problem)
         self._problem = problem
@@ -91,5 +91,5 @@ def _refusing(error: Unauthenticated, method: str) -> grpc.RpcMethodHandler[Any,
         log.info("refused", method=method, peer=context.peer(), error=str(error))
         await abort(context, error)
 
-    # Of streams, whatever the method: only their handlers are called before a request has come in.
+    # A handler of streams for any method: only those are called before the request has arrived.
     return grpc.stream_stream_rpc_method_handler(refuse)

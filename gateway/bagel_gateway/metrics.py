@@ -1,4 +1,4 @@
-"""What an operator watches of a gateway, scraped from /metrics as Prometheus text and exported by OpenTelemetry."""
+"""What a gateway measures, for Prometheus at /metrics and for OpenTelemetry's export."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bagel_gateway.instruments import Exported, Instruments
 
 _TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens", "think_tokens", "computed_tokens", "reused_tokens")
 _GEN_AI = {"gen_ai.operation.name": "generate_content", "gen_ai.provider.name": "bagel-serving"}
-"""What OpenTelemetry's conventions ask of every gen_ai metric."""
+"""Attributes that OpenTelemetry's conventions require of every gen_ai metric."""
 
 Seen = Callable[[gateway_pb2.GenerateResponse], None]
 
@@ -107,7 +107,7 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """All of them, to be scraped."""
+        """All metrics as Prometheus text."""
         return generate_latest(self._registry)
 
     def http(self, route: str, code: int) -> None:
@@ -116,7 +116,7 @@ class Metrics:
 
     @contextmanager
     def request(self, modality: common_pb2.Modality.ValueType) -> Iterator[Seen]:
-        """Count a request for the block, which tells of every event."""
+        """Count a request for the block, which passes in every event."""
         try:
             named = str(convert.modality_from_wire(modality))
         except InvalidRequest:
@@ -126,7 +126,7 @@ class Metrics:
 
     @contextmanager
     def request_of(self, modality: Modality) -> Iterator[Seen]:
-        """As `request`, of a modality that is known."""
+        """As `request`, for a modality that has been checked."""
         with self._counted(str(modality)) as seen:
             yield seen
 

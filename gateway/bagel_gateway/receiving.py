@@ -1,8 +1,8 @@
 """gRPC requests as they come in: bounded in bytes, all of them together, also while they are on their way.
 
-gRPC says neither how large a message will be nor how much of it has come, and once a message is asked for, all of it
-comes. So only so many are asked for at once. One that is not there at once counts as the largest that there may be
-until it is there; where many are slow, the slowest makes way for the next.
+gRPC reports neither the size of a message nor how much of it has arrived, and once asked for a message it takes in all
+of it. So the gateway asks for few messages at once. One that does not arrive at once counts as one of the largest size
+until it is complete; if too many are slow, the slowest makes way for the next.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bagel.rpc.limits import MAX_MESSAGE_BYTES
 from bagel_gateway.room import Room
 
 AT_ONCE = 2
-"""Messages that may turn out to be small are asked for at once; thousands of small ones come in a second."""
+"""Messages asked for at once. Most are small, and thousands of small ones arrive in a second."""
 AT_ONCE_S = 0.05
-"""For a small one, which has come before it is asked for."""
+"""How long a message may take to count as small; a small one has usually arrived before it is asked for."""
 TURN_S = 5.0
-"""To wait until it is asked for."""
+"""Longest wait for a message's turn to be asked for."""
 PATIENCE_S = 10.0
-"""That a slow message has, even if others wait for its room."""
+"""How long a slow message keeps its room even if others wait for it."""
 
 
 class Receiving:
@@ -42,13 +42,14 @@ class Receiving:
 
     @asynccontextmanager
     async def message(self, context: aio.ServicerContext[Any, Any]) -> AsyncIterator[list[bytes]]:
-        """The one message of a call, in a list to be taken out of; its bytes are held until the end of the block.
+        """The one message of a call, in a list that the caller empties; its bytes count until the end of the block.
 
-        Raises Busy where there is no room for it, RequestTooSlow if it does not come, InvalidRequest if none is sent.
+        Raises Busy if there is no room for it, RequestTooSlow if it does not arrive in time, InvalidRequest if none is
+        sent.
         """
         with self._room.hold() as held:
             async with self._turn(context.peer()):
-                # Never cancelled: what is being read ends with its call.
+                # It is never cancelled: a read ends with its call.
                 reading: asyncio.Future[Any] = asyncio.ensure_future(_read(context))
                 await asyncio.wait({reading}, timeout=AT_ONCE_S)
                 if not reading.done():
@@ -66,7 +67,7 @@ class Receiving:
 
     @asynccontextmanager
     async def _turn(self, caller: str) -> AsyncIterator[None]:
-        """One message of a connection at a time: a thousand calls of one that sends none must not take every turn."""
+        """Wait for a turn. A connection has one at a time, so that its idle calls cannot take all turns."""
         mine = self._callers.setdefault(caller, asyncio.Lock())
         async with AsyncExitStack() as held:
             try:
@@ -78,7 +79,7 @@ class Receiving:
             yield
 
     async def _slowly(self, reading: asyncio.Future[bytes]) -> None:
-        """Wait for a message; another one's wait may end for it, and its own for another's."""
+        """Wait for a slow message. Another message may push it out, and it may push out another (`_make_way`)."""
         waiting: asyncio.Future[bytes] = asyncio.shield(reading)
         self._slow[waiting] = time.monotonic()
         try:
@@ -108,7 +109,7 @@ class Receiving:
 
 
 async def _read(context: aio.ServicerContext[Any, Any]) -> Any:
-    """The message, or EOF, or what the call ended with: nobody may be left to be told."""
+    """The message, EOF, or the error that the call ended with: returned, as no one may be left to catch it."""
     try:
         return await context.read()
     except Exception as error:

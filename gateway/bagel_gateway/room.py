@@ -8,7 +8,7 @@ from typing import Self
 from bagel.errors import Busy
 
 SMALL_BYTES = 2**18
-"""What a request may have without being counted: texts find room whatever others hold. --max-requests bounds them."""
+"""Requests up to this size are not counted, so that texts always find room; --max-requests bounds these."""
 
 
 class Room:

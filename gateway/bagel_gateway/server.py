@@ -41,7 +41,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServiceServicer):
         """Serve one request."""
 
         def remaining() -> float | None:
-            return deadline_of(context.time_remaining())  # of a client's thousands of years gRPC cannot ask the stages
+            # gRPC cannot pass on a deadline in thousands of years, as some clients set it.
+            return deadline_of(context.time_remaining())
 
         async with aclosing(self._requests.serve(request, remaining)) as events:
             async for event in events:
@@ -108,7 +109,7 @@ class Gateway:
         """Set once every stage had a service that is ready."""
         self.rest = None
         if config.http is not None:
-            # Only here: a gateway that speaks gRPC alone needs none of what REST is made of.
+            # Imported here alone: a gateway without HTTP loads no web framework.
             from bagel_gateway.rest.server import RestServer
 
             draining, port = self.host.draining.is_set, self.host.port
