@@ -4,7 +4,7 @@ How one request passes, file by file:
 
 1. server.py    `GatewayService.Generate` takes its message, which receiving.py has let in; rest/ makes the same message
 2. serving.py   `Requests.serve` puts the work behind an outbox (outbox.py), so that a slow reader holds no place
-3. serving.py   it waits for a place of the gateway's own (bagel/rpc/admission.py), then goes on in `_run`
+3. serving.py   `_run_all` waits for a place of the gateway's own (bagel/rpc/admission.py), and goes on with 4 and 5
 4. planning.py  `read_request`: the message becomes a valid `Request`; images.py reads the headers of its images
 5. backends.py  `Backends.begin` chooses the services, least busy first, and so the model that is asked
 6. planning.py  `plan`: the request with final sizes, and the stages of its pipeline that it goes through

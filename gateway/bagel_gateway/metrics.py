@@ -11,11 +11,9 @@ from functools import partial
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 
-from bagel.errors import BagelError, InvalidRequest
-from bagel.request import Modality
-from bagel.rpc import convert
+from bagel.errors import BagelError
 from bagel.rpc.admission import Admission
-from bagel.v1 import common_pb2, gateway_pb2
+from bagel.v1 import gateway_pb2
 from bagel_gateway.backends import Backend, Backends
 from bagel_gateway.instruments import Exported, Instruments
 
@@ -115,23 +113,8 @@ class Metrics:
         self._http.labels(route, str(code)).inc()
 
     @contextmanager
-    def request(self, modality: common_pb2.Modality.ValueType) -> Iterator[Seen]:
+    def request(self, modality: str) -> Iterator[Seen]:
         """Count a request for the block, which passes in every event."""
-        try:
-            named = str(convert.modality_from_wire(modality))
-        except InvalidRequest:
-            named = "none"
-        with self._counted(named) as seen:
-            yield seen
-
-    @contextmanager
-    def request_of(self, modality: Modality) -> Iterator[Seen]:
-        """As `request`, for a modality that has been checked."""
-        with self._counted(str(modality)) as seen:
-            yield seen
-
-    @contextmanager
-    def _counted(self, modality: str) -> Iterator[Seen]:
         began, firsts, status = time.perf_counter(), set[str](), "OK"
 
         def seen(event: gateway_pb2.GenerateResponse) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import bagel
 from bagel.errors import Busy, InvalidRequest
 from bagel.pipelines import PipelineConfig
 from bagel.request import MAX_SEED
+from bagel.rpc import convert
 from bagel.rpc.admission import Admission
 from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log
@@ -25,8 +27,9 @@ from bagel_gateway.planning import Asked, plan, read_request
 from bagel_gateway.routes import route_of
 from bagel_gateway.routes.base import Event, Put, Remaining
 
-PutOne = Callable[[tuple[int, Event]], None]
-"""Takes an event of one of several results."""
+Numbered = tuple[int, Event]
+"""An event of one of several results, and which result it is of."""
+PutNumbered = Callable[[Numbered], None]
 
 log = Log("bagel_gateway.serving")
 
@@ -58,42 +61,31 @@ class Requests:
     async def serve(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> AsyncGenerator[Event, None]:
         """What happens to one request, `accepted` first and `finished` last; raises the BagelError that it ends with.
 
-        remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage. The
-        work does not wait for the reader of these events, and gives its place back when it is done.
+        remaining: seconds until the caller's deadline. Closing the generator cancels the request in every stage.
         """
         if message.check_only:
             yield Event(accepted=await self._check(message, remaining))
             return
-
-        async def work(put: Put) -> None:
-            with self._metrics.request(message.request.modality) as seen:
-                async with self._admission.admit() as waited_s:
-                    await self._run(await self._read(message), None, remaining, waited_s, _both(seen, put))
-
-        async with aclosing(delivered(work, _joined, _size, self._unread)) as events:
-            async for event in events:
+        async with aclosing(self.serve_many(message, 1, remaining)) as events:
+            async for _, event in events:
                 yield event
 
     async def serve_many(
         self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining
-    ) -> AsyncGenerator[tuple[int, Event], None]:
+    ) -> AsyncGenerator[Numbered, None]:
         """As `serve`, for several results of one prompt with rising seeds: (which, event).
 
         Their images are read once, and all go to one Thinker, which computes their prompt once. Each takes a place of
-        its own and gives it back when it is done. Once the first is accepted all are: the others wait for their places.
+        its own. Once the first is accepted all are: the others wait for their places. The work does not wait for the
+        reader of these events, and gives its places back when it is done.
         """
-        if count == 1:
-            async with aclosing(self.serve(message, remaining)) as events:
-                async for event in events:
-                    yield 0, event
-            return
 
-        async def work(put: PutOne) -> None:
+        async def work(put: PutNumbered) -> None:
             await self._run_all(message, count, remaining, put)
 
-        async with aclosing(delivered(work, _joined_of_many, _size_of_one, self._unread)) as many:
-            async for item in many:
-                yield item
+        async with aclosing(delivered(work, _joined, _size, self._unread)) as events:
+            async for event in events:
+                yield event
 
     async def describe(self) -> gateway_pb2.DescribeModelResponse:
         """What is served; NoBackend while nothing is."""
@@ -102,8 +94,72 @@ class Requests:
             model=services.model, pipeline=self._deployed.model_type, version=bagel.__version__
         )
 
-    async def _read(self, message: gateway_pb2.GenerateRequest) -> Asked:
-        return await read_request(message, self._deployed, self._defaults, self.images)
+    async def _run_all(
+        self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining, put: PutNumbered
+    ) -> None:
+        """The first result, and all others once it is accepted. Ends with the first error, the others cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                with self._metrics.request(_modality(message)) as seen:
+                    async with self._admission.admit() as waited_s:
+                        asked = await self._read(message)
+                        services = await self._backends.begin(asked.path)
+                        first, *others = _copies(asked, count)
+
+                        def tell(event: Event) -> None:
+                            seen(event)
+                            put((0, event))
+                            if event.HasField("accepted"):
+                                for number, copy in enumerate(others, 1):
+                                    group.create_task(self._run_later(number, copy, services, remaining, put))
+
+                        await self._run(first, services, remaining, waited_s, tell)
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _run(
+        self, asked: Asked, services: Services, remaining: Remaining, waited_s: float, put: Put, *, begun: bool = False
+    ) -> None:
+        """One request that has its place, for which it waited so long. begun: as a `Route` takes it."""
+        began, firsts = time.perf_counter(), dict[str, float]()
+        planned = plan(asked, services.model)
+
+        def tell(event: Event) -> None:
+            firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
+            if self._log_stats and event.HasField("finished"):
+                log.info("stats", **_stats(event.finished, firsts))
+            put(event)
+
+        with services.busy():
+            thinker = None if services.thinker is None else services.thinker.name
+            log.info("accepted", pipeline=planned.pipeline.model_type, thinker=thinker)
+            await route_of(planned)(planned, services, remaining, tell, waited_s=waited_s, begun=begun).run()
+            log.info("finished", seconds=round(time.perf_counter() - began, 4))
+
+    async def _run_later(
+        self, number: int, asked: Asked, services: Services, remaining: Remaining, put: PutNumbered
+    ) -> None:
+        """One more result of a call that was accepted. If its K/V find no room it gives all back and tries again."""
+        told: set[str] = set()
+
+        def tell(seen: Put, event: Event) -> None:
+            seen(event)
+            kind = event.WhichOneof("event") or ""
+            if kind not in ("accepted", "prefill") or kind not in told:  # which come again with each try
+                told.add(kind)
+                put((number, event))
+
+        while True:
+            try:
+                async with self._admission.admit(begun=True) as waited_s:
+                    with self._metrics.request(str(asked.request.modality)) as seen:
+                        await self._run(asked, services, remaining, waited_s, partial(tell, seen), begun=True)
+                return
+            except Busy as busy:
+                if told & {"text", "drawing", "step"}:
+                    raise
+                log.info("too busy for one more result; it is tried again", number=number, why=str(busy))
+                await asyncio.sleep(busy.retry_after_s)
 
     async def _check(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> gateway_pb2.Accepted:
         """What a request that can be served would be accepted as; nothing is computed for it."""
@@ -115,81 +171,16 @@ class Requests:
             await route.check()
             return route.accepted
 
-    async def _run(
-        self,
-        asked: Asked,
-        services: Services | None,
-        remaining: Remaining,
-        waited_s: float,
-        put: Put,
-        *,
-        begun: bool = False,
-    ) -> None:
-        """One request that has its place, for which it waited so long. begun: as a `Route` takes it."""
-        began = time.perf_counter()
-        services = services or await self._backends.begin(asked.path)
-        planned = plan(asked, services.model)
-        with services.busy():
-            thinker = services.thinker
-            log.info(
-                "accepted", pipeline=planned.pipeline.model_type, thinker=thinker.name if thinker is not None else None
-            )
-            firsts: dict[str, float] = {}
+    async def _read(self, message: gateway_pb2.GenerateRequest) -> Asked:
+        return await read_request(message, self._deployed, self._defaults, self.images)
 
-            def tell(event: Event) -> None:
-                firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
-                if self._log_stats and event.HasField("finished"):
-                    log.info("stats", **_stats(event.finished, firsts))
-                put(event)
 
-            route = route_of(planned)(planned, services, remaining, tell, waited_s=waited_s, begun=begun)
-            await route.run()
-            log.info("finished", seconds=round(time.perf_counter() - began, 4))
-
-    async def _run_all(
-        self, message: gateway_pb2.GenerateRequest, count: int, remaining: Remaining, put: PutOne
-    ) -> None:
-        """The first result, and all others once it is accepted. Ends with the first error, the others cancelled."""
-        try:
-            async with asyncio.TaskGroup() as group, self._admission.admit() as waited_s:
-                asked = await self._read(message)
-                services = await self._backends.begin(asked.path)
-                first, *others = _copies(asked, count)
-
-                def tell(event: Event) -> None:
-                    put((0, event))
-                    if event.HasField("accepted"):
-                        for number, copy in enumerate(others, 1):
-                            group.create_task(self._run_later(number, copy, services, remaining, put))
-
-                with self._metrics.request_of(first.request.modality) as seen:
-                    await self._run(first, services, remaining, waited_s, _both(seen, tell))
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-    async def _run_later(
-        self, number: int, asked: Asked, services: Services, remaining: Remaining, put: PutOne
-    ) -> None:
-        """One more result of a call that was accepted. If its K/V find no room it gives all back and tries again."""
-        told: set[str] = set()
-
-        def tell(event: Event) -> None:
-            kind = event.WhichOneof("event") or ""
-            if kind not in ("accepted", "prefill") or kind not in told:  # which come again with each try
-                told.add(kind)
-                put((number, event))
-
-        while True:
-            try:
-                async with self._admission.admit(begun=True) as waited_s:
-                    with self._metrics.request_of(asked.request.modality) as seen:
-                        await self._run(asked, services, remaining, waited_s, _both(seen, tell), begun=True)
-                return
-            except Busy as busy:
-                if told & {"text", "drawing", "step"}:
-                    raise
-                log.info("too busy for one more result; it is tried again", number=number, why=str(busy))
-                await asyncio.sleep(busy.retry_after_s)
+def _modality(message: gateway_pb2.GenerateRequest) -> str:
+    """The modality by which a request is counted."""
+    try:
+        return str(convert.modality_from_wire(message.request.modality))
+    except InvalidRequest:
+        return "none"
 
 
 def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:
@@ -208,32 +199,14 @@ def _copies(asked: Asked, count: int) -> list[Asked]:
     return [replace(asked, request=replace(asked.request, seed=seed + number)) for number in range(count)]
 
 
-def _both(seen: Put, put: Put) -> Put:
-    def tell(event: Event) -> None:
-        seen(event)
-        put(event)
-
-    return tell
-
-
-def _joined(one: Event, other: Event) -> Event | None:
-    """Pieces of text that wait to be sent, as one; None for other events."""
-    if not (one.HasField("text") and other.HasField("text")):
+def _joined(one: Numbered, other: Numbered) -> Numbered | None:
+    """Pieces of one text that wait to be sent, as one; None for other events."""
+    (number, event), (same, more) = one, other
+    if number != same or not (event.HasField("text") and more.HasField("text")) or event.text.think != more.text.think:
         return None
-    if one.text.think != other.text.think:
-        return None
-    one.text.text += other.text.text
-    return one
+    event.text.text += more.text.text
+    return number, event
 
 
-def _joined_of_many(one: tuple[int, Event], other: tuple[int, Event]) -> tuple[int, Event] | None:
-    both = _joined(one[1], other[1]) if one[0] == other[0] else None
-    return None if both is None else (one[0], both)
-
-
-def _size(event: Event) -> int:
-    return event.ByteSize()
-
-
-def _size_of_one(item: tuple[int, Event]) -> int:
-    return item[1].ByteSize()
+def _size(numbered: Numbered) -> int:
+    return numbered[1].ByteSize()
