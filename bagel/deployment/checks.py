@@ -15,10 +15,10 @@ def refuse_unbuilt(config: DeployConfig) -> None:
 
     What vLLM has is left to the Thinker: it is refused there on torch.
     """
-    thinkers = [spec.stage_id for spec in config.spec.stages if spec.model_stage == "thinker"]
+    writing = [spec.stage_id for spec in config.spec.stages if spec.execution_type is StageExecutionType.LLM_AR]
     owners: list[tuple[str, object, list[NotBuilt]]] = [("", config, [row for row in NOT_BUILT if row.of == "file"])]
     for stage in config.stages:
-        on_vllm = stage.stage_id in thinkers
+        on_vllm = stage.stage_id in writing
         rows = [row for row in NOT_BUILT if row.of == "stage" and not (row.on_vllm and on_vllm)]
         owners.append((f"{stage.where}.", stage, rows))
     problems = [

@@ -23,7 +23,7 @@ from bagel_gateway.metrics import Metrics
 from bagel_gateway.receiving import Receiving
 from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
-from bagel_gateway.settings import tls_of
+from bagel_gateway.settings import Tls, tls_of
 
 SERVICE = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
@@ -60,8 +60,7 @@ class Gateway:
     """A gateway that listens, watches its backends, and is ready while each stage has one. Ends with `close`."""
 
     def __init__(self, config: GatewayConfig, *, check_every_s: float = CHECK_EVERY_S) -> None:
-        tls, topology = tls_of(config), pipeline(config.pipeline)
-        self.tls = tls
+        self.tls = tls = tls_of(config)
         keys = None if config.api_keys is None else Keys(config.api_keys)
         guards = () if keys is None else (KeyInterceptor(keys),)
         limits = serving.limits(config)
@@ -69,16 +68,7 @@ class Gateway:
         self.room = Room(config.max_bytes_in_flight)
         receive = Receiving(self.room, limits.message_s).message
         self.host = Host(config.listen, (SERVICE,), tls.front, guards, unread, limits, receive)
-        self.backends = Backends(
-            topology,
-            [Address.parse(service) for service in config.thinkers],
-            [Address.parse(service) for service in config.dits],
-            security=tls.inner,
-            check_every_s=check_every_s,
-            silence_s=config.silence_timeout_s,
-            wait_s=config.backend_timeout_s,
-            server_names=tls.server_names,
-        )
+        self.backends = _backends(config, tls, check_every_s)
         self.admission = Admission(
             "the gateway",
             config.max_requests,
@@ -93,7 +83,7 @@ class Gateway:
         pool = serving.image_pool(config)
         self.images = InputImages(pool, config.max_images, config.max_image_pixels)
         self.requests = Requests(
-            topology,
+            pipeline(config.pipeline),
             self.backends,
             self.admission,
             config.sampling_defaults,
@@ -161,3 +151,16 @@ class Gateway:
         await (self.host.ready() if ready else self.host.not_ready())
         if ready:
             self.was_ready.set()
+
+
+def _backends(config: GatewayConfig, tls: Tls, check_every_s: float) -> Backends:
+    return Backends(
+        pipeline(config.pipeline),
+        [Address.parse(service) for service in config.thinkers],
+        [Address.parse(service) for service in config.dits],
+        security=tls.inner,
+        check_every_s=check_every_s,
+        silence_s=config.silence_timeout_s,
+        wait_s=config.backend_timeout_s,
+        server_names=tls.server_names,
+    )

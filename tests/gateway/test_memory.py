@@ -183,7 +183,7 @@ def test_images_of_one_request_are_bounded() -> None:
 def test_limits_are_checked(name: str, value: int) -> None:
     async def main() -> None:
         limits: dict[str, Any] = {name: value}
-        with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
+        with pytest.raises(ConfigError, match=name.replace("_", "[_-]")):
             async with deployment(**limits):
                 pass
 
