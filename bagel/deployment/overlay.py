@@ -11,6 +11,7 @@ from bagel.deployment.schema import DIT_KEYS, DIT_PARALLEL_KEYS, DeployConfig, S
 from bagel.deployment.schema_errors import suggest, validate
 from bagel.deployment.yaml_files import merge, read_yaml
 from bagel.errors import ConfigError
+from bagel.pipelines import StageExecutionType
 
 
 def with_overrides(config: DeployConfig, **overrides: object) -> DeployConfig:
@@ -54,15 +55,16 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
     for key in given:
         if key not in known:
             raise ConfigError(f"{source}: {key} is not a known setting; {suggest(key, known)}")
-    data, dit = config.model_dump(exclude_unset=True), config.spec.stage("dit").stage_id
-    if "engine" in given and len(config.spec.stages) == 1:
+    data = config.model_dump(exclude_unset=True)
+    drawing = [spec.stage_id for spec in config.spec.stages if spec.execution_type is StageExecutionType.DIFFUSION]
+    if "engine" in given and len(drawing) == len(config.spec.stages):
         raise ConfigError(f"{source}: engine is the Thinker's, and {config.pipeline} has none; leave it out")
     for stage in data.get("stages", ()):
         spread = stage.setdefault("parallel_config", {})
         for key, value in given.items():
             if key == "tensor_parallel_size":
                 spread.pop(key, None)  # stated in one place only
-            others = ("engine",) if stage["stage_id"] == dit else (*DIT_PARALLEL_KEYS, *DIT_KEYS)
+            others = ("engine",) if stage["stage_id"] in drawing else (*DIT_PARALLEL_KEYS, *DIT_KEYS)
             if key not in others:
                 (spread if key in DIT_PARALLEL_KEYS else stage)[key] = value
     return data
