@@ -1,4 +1,4 @@
-"""Between a request's work and its reader: the work does not wait, what it makes does, and that is bounded."""
+"""Events between a request's work and its reader. The work does not wait; its events do, up to a bound."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = Log("bagel_gateway.outbox")
 async def delivered(
     work: Callable[[Callable[[T], None]], Awaitable[None]], join: Join[T], size: Callable[[T], int], unread: Unread
 ) -> AsyncGenerator[T, None]:
-    """What work puts, as it is read; then raises what the work has failed with. Closed early it cancels the work.
+    """What `work` puts, at the reader's pace; then raises what the work failed with. Closed early it cancels the work.
 
-    join: of two that wait, one, or None if they stay apart. Raises NotRead, and cancels the work, once more waits than
-    `unread` allows.
+    join makes one of two items that wait, or gives None if they stay apart. Raises NotRead, and cancels the work, once
+    more bytes wait than `unread` allows.
     """
     box = _Outbox(join, size, unread.call_bytes)
     with unread.waiting(box.give_up) as waiting:
@@ -66,7 +66,7 @@ class _Outbox(Generic[T]):
             )
 
     async def take(self) -> Sized[T] | None:
-        """The next one; None at the end. The one before has been read."""
+        """The next item; None at the end. The one before has been read."""
         self._waiting.take(self._in_hand)
         self._in_hand = 0
         item = await self._items.get()
@@ -87,7 +87,7 @@ class _Outbox(Generic[T]):
             self._work.cancel()
 
     async def ended(self) -> None:
-        """Raises what the work has failed with."""
+        """Raise what the work failed with."""
         await self._work
 
     async def stop(self) -> None:
