@@ -55,6 +55,7 @@ class Vae(nn.Module):
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
+        self.autoencoder.to(torch.float32)  # also where another default type is set, as vLLM does
         if not encoder:
             self.autoencoder.encoder = None
         if not decoder:

@@ -35,3 +35,13 @@ def test_a_large_picture_is_encoded_exactly(vae: Vae) -> None:
     pixels = 2 * torch.rand(1, SIDE, SIDE, 3, generator=torch.manual_seed(0)).permute(0, 3, 1, 2) - 1
     for ours, theirs in zip(vae.encode(pixels), exact.encode(pixels.double()), strict=True):
         assert (ours.double() - theirs).abs().max() < BOUND
+
+
+def test_the_autoencoder_is_float32_whatever_the_default_type_is(engine: BagelEngine) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        vae = Vae(engine.model.config.vae, encoder=True, decoder=True)
+    finally:
+        torch.set_default_dtype(before)
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
