@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
-from bagel.deployment.shared_settings import Calling, Listening
+from bagel.deployment.shared_settings import Calling, Listening, ReadingImages
 from bagel.errors import ConfigError
 from bagel.images.pool import ImagePool
 from bagel.rpc.limits import CONNECTIONS, Limits
 from bagel.rpc.open_files import limit
 from bagel.rpc.security import Security
 from bagel.rpc.unread import Unread
-
-
-class Reader(Protocol):
-    """The configuration of a service that reads images, and bounds how long a request waits for a place."""
-
-    @property
-    def image_workers(self) -> int: ...
-    @property
-    def image_timeout_s(self) -> float: ...
-    @property
-    def batch_timeout_s(self) -> float: ...
 
 
 def security(config: Listening) -> Security:
@@ -57,9 +45,9 @@ def unread(config: Listening) -> Unread:
     return Unread(config.reader_timeout_s, config.max_unread_bytes)
 
 
-def image_pool(config: Reader) -> ImagePool:
-    """What the service reads images with."""
-    return ImagePool(config.image_workers, config.image_timeout_s, config.batch_timeout_s)
+def image_pool(config: ReadingImages, wait_s: float) -> ImagePool:
+    """What the service reads images with; wait_s: the longest wait for a place."""
+    return ImagePool(config.image_workers, config.image_timeout_s, wait_s)
 
 
 def server_names(config: Calling, services: Iterable[str], *, tls: bool) -> dict[str, str]:

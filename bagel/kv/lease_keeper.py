@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
 from bagel.telemetry.logs import Log, request_metadata
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
+
+if TYPE_CHECKING:  # the gateway, which has no store, keeps leases too
+    from bagel.kv.store import KvStore
 
 CALL_TIMEOUT_S = 5.0
 """Most seconds of a Renew or Release; a peer that is gone forgets its leases by itself."""
@@ -37,24 +40,12 @@ class Lessor(Protocol):
         ...
 
 
-class Leases(Protocol):
-    """What a store of this process offers (`bagel.kv.store.KvStore`)."""
-
-    def renew(self, lease_ids: Iterable[str]) -> list[str]:
-        """Start the time of leases anew; those that had run out."""
-        ...
-
-    def release(self, lease_ids: Iterable[str]) -> None:
-        """Give leases back."""
-        ...
-
-
 class LocalLessor:
     """The store of this process."""
 
     name = "this service"
 
-    def __init__(self, store: Leases) -> None:
+    def __init__(self, store: KvStore) -> None:
         self._store = store
 
     async def renew(self, lease_ids: Sequence[str]) -> Sequence[str]:

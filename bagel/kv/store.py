@@ -19,7 +19,6 @@ from bagel.kv.counters import Counters, KvStats
 from bagel.kv.ledger import Ledger
 from bagel.kv.pages import KvLayout, PageKey
 from bagel.kv.segment import OpenPages, ReadyPage, Segment, Waiter, name
-from bagel.kv.tensors import segment_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,11 +110,6 @@ class KvStore:
         with self._entered():
             self._ledger.release(lease_ids)
 
-    def expire(self) -> None:
-        """Drop the leases that have run out. Every other method does so too."""
-        with self._entered():
-            pass
-
     def check_lease(self, lease_id: str) -> None:
         """Raises LeaseLapsed if a lease does not run."""
         with self._entered():
@@ -194,20 +188,9 @@ class KvStore:
 
     # Reading
 
-    def has(self, digest: bytes) -> bool:
-        """Whether a segment is here, complete or not."""
-        with self._entered():
-            return digest in self._ledger.segments
-
     def is_complete(self, digest: bytes) -> bool:
         with self._entered():
             return (segment := self._ledger.segments.get(digest)) is not None and segment.complete
-
-    def layer_ready(self, digest: bytes, layer: int) -> bool:
-        """Whether all pages of a layer are there."""
-        with self._entered():
-            segment = self._ledger.segments.get(digest)
-            return segment is not None and not self._missing(segment, layer)
 
     def ready_pages(self, digest: bytes) -> list[tuple[int, int]]:
         """The pages that are there as (layer, token begin), in the order they became ready."""
@@ -231,18 +214,6 @@ class KvStore:
         with self._entered():
             segment = self._ledger.get(digest)
             return self._offsets(segment, layer)
-
-    async def wait_page(self, digest: bytes, layer: int, token_begin: int) -> ReadyPage:
-        """The page, once it is there. Raises the segment's error."""
-        with self._entered():
-            segment = self._ledger.get(digest)
-            page = self._page(segment, layer, token_begin)
-
-        def probe() -> bool | None:
-            return True if (layer, token_begin) in segment.alive().ready else None
-
-        await self._until([segment], probe)
-        return page
 
     async def wait_segment(self, digest: bytes) -> bool:
         """True once a segment is complete, False if it has no writer: claim it. Raises its error."""
@@ -430,5 +401,10 @@ class KvStore:
         return ReadyPage(PageKey(segment.digest, layer, begin), end, k, v)
 
     def _tensor(self, segment: Segment) -> Tensor:
-        memory = self.arena.slice(segment.offset, segment.nbytes)
-        return segment_tensor(self.layout, memory, segment.length)
+        """A segment's memory as [layers, 2, length, kv_heads, head_dim], without a copy."""
+        import torch  # by the engines alone, which have loaded it already
+
+        flat = torch.frombuffer(
+            self.arena.slice(segment.offset, segment.nbytes), dtype=getattr(torch, self.layout.dtype)
+        )
+        return flat.view(self.layout.layers, 2, segment.length, self.layout.kv_heads, self.layout.head_dim)

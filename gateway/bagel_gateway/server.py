@@ -80,7 +80,7 @@ class Gateway:
         )
         self.metrics = Metrics()
         self.metrics.watch(self.admission, self.backends)
-        pool = serving.image_pool(config)
+        pool = serving.image_pool(config, config.batch_timeout_s)
         self.images = InputImages(pool, config.max_images, config.max_image_pixels)
         self.requests = Requests(
             pipeline(config.pipeline),

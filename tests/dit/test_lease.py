@@ -24,7 +24,7 @@ from bagel.rpc.transport import Host
 from bagel.v1 import dit_pb2, dit_pb2_grpc
 from bagel_dit.server import DitServicer
 from tests.gateway_stages import model
-from tests.kv.test_puller import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, run
+from tests.kv.test_puller import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, has, run
 
 TTL_S = 30.0
 
@@ -119,7 +119,7 @@ def test_a_picture_is_begun_only_under_a_lease_that_never_lapsed() -> None:
             """Another request needs the room, and gets it."""
             clock.stand_still()
             store.lease([(b"o" * 16, store.capacity_bytes // LAYOUT.segment_bytes(1))], 600)
-            assert not any(store.has(digest) for digest, _ in SEGMENTS)
+            assert not any(has(store, digest) for digest, _ in SEGMENTS)
 
         runner.meanwhile = lapse
         with pytest.raises(LeaseLapsed, match=r"ran out here.*30 s.*send the request again") as told:
@@ -136,7 +136,7 @@ def test_a_picture_that_can_never_fit_the_device_is_refused_before_anything_is_p
         with pytest.raises(BagelError, match=r"takes \d+ tokens of K/V on the device, which holds 20 ") as told:
             await draw(pair, Runner(kv_tokens=20), store, ref)
         assert told.value.grpc_status == "INVALID_ARGUMENT"
-        assert not any(store.has(digest) for digest, _ in SEGMENTS)
+        assert not any(has(store, digest) for digest, _ in SEGMENTS)
 
     run(test)
 

@@ -23,6 +23,7 @@ from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
+from tests.kv.test_puller import has
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32")
 A, B, C, D = (bytes((letter,)) * 16 for letter in b"abcd")
@@ -138,7 +139,7 @@ def test_a_segment_is_claimed_once_and_complete_after_its_last_layer() -> None:
     store.lease([(A, LENGTH)], 9)
     fill(store, A, layers=1)
     assert not store.claim(A) and not store.is_complete(A)
-    assert store.layer_ready(A, 0) and not store.layer_ready(A, 1)
+    assert store.ready_pages(A) == [(0, 0)]
     with pytest.raises(IncompleteContext):
         store.load(A)
     store.write_layer(A, 1, rows(2), rows(-2))
@@ -159,7 +160,7 @@ def test_eviction_takes_the_least_recently_used_and_never_what_is_leased() -> No
     store.release([lease])  # A was used last
     store.lease([(B, LENGTH)], 9)
     store.lease([(D, LENGTH)], 9)
-    assert [store.has(digest) for digest in (A, B, C, D)] == [True, True, False, True]
+    assert [has(store, digest) for digest in (A, B, C, D)] == [True, True, False, True]
     store.lease([(A, LENGTH)], 9)
     with pytest.raises(StoreFull, match="--kv-store-bytes"):
         store.lease([(A, LENGTH), (C, LENGTH)], 9)
@@ -172,7 +173,7 @@ def test_a_lease_that_does_not_fit_evicts_and_holds_nothing() -> None:
     cached(store, B, C)
     with pytest.raises(StoreFull):
         store.lease([(D, 3 * LENGTH)], 9)
-    assert store.is_complete(B) and store.is_complete(C) and not store.has(D)
+    assert store.is_complete(B) and store.is_complete(C) and not has(store, D)
     assert store.stats().held_bytes == SIZE
 
 
@@ -249,7 +250,7 @@ def test_leases_lapse_unless_renewed() -> None:
     assert store.renew([one, "gone"]) == ["gone"]
     clock.now = 10
     assert store.renew([one, other]) == [other]
-    assert store.is_complete(A) and not store.has(B)  # incomplete and without a lease
+    assert store.is_complete(A) and not has(store, B)  # incomplete and without a lease
     with pytest.raises(LeaseLapsed):
         store.extend(other, [(B, LENGTH)])
     store.release([one, "gone"])
@@ -269,7 +270,7 @@ def test_a_pinned_segment_outlives_its_leases() -> None:
     assert store.is_complete(A)
     store.unpin(A)
     store.lease([(B, LENGTH)], 9)
-    assert not store.has(A)
+    assert not has(store, A)
 
 
 def test_what_is_being_filled_outlives_its_leases() -> None:
@@ -286,15 +287,14 @@ def test_what_is_being_filled_outlives_its_leases() -> None:
     fill(store, B, layers=1)
     store.release([again])
     store.unclaim(B)
-    assert not store.has(B) and store.stats().stored_bytes == 0
+    assert not has(store, B) and store.stats().stored_bytes == 0
 
 
-def test_waiters_get_the_page_the_claim_or_the_error() -> None:
+def test_waiters_get_the_segment_the_claim_or_the_error() -> None:
     async def main() -> None:
         store = KvStore(LAYOUT, b"tests", 3 * SIZE)
         lease = store.lease([(A, LENGTH), (B, LENGTH)], 9)
         assert store.claim(A) and store.claim(B)
-        page = asyncio.create_task(store.wait_page(A, 1, 0))
         whole, given_up = asyncio.create_task(store.wait_segment(A)), asyncio.create_task(store.wait_segment(B))
         await asyncio.sleep(0.01)
         store.unclaim(B)
@@ -306,7 +306,7 @@ def test_waiters_get_the_page_the_claim_or_the_error() -> None:
 
         writer = threading.Thread(target=write)
         writer.start()
-        assert bytes((await page).k) == rows(1).numpy().tobytes() and await whole is True
+        assert await whole is True and torch.equal(store.load(A)[0][1], rows(1))
         writer.join()
         assert store.claim(B)
         waits = asyncio.create_task(store.wait_segment(B))

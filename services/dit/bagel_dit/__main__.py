@@ -56,7 +56,7 @@ async def _serve(config: DitConfig) -> None:
     added = False
     memory = None if arena is None else SharedMemory(arena.name, arena.nbytes)
     runner = RunnerClient(RankSettings(config, checkpoint.folder, memory=memory), on_health)
-    puller, images = None, serving.image_pool(config)
+    puller, images = None, serving.image_pool(config, config.batch_timeout_s)
     try:
         await runner.loaded()
         checkpoint.check_unchanged()

@@ -51,7 +51,7 @@ async def _serve(config: ThinkerConfig) -> None:
         await host.server.stop(None)
         raise
     watching = asyncio.create_task(watch(engine, config.step_timeout_s))
-    images = serving.image_pool(config)
+    images = serving.image_pool(config, config.batch_timeout_s)
     try:
         servicer = _add_servicers(host, engine, images, config)
         keep_loaded()
