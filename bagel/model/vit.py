@@ -38,9 +38,9 @@ class VitLayer(nn.Module):
 
     def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
         self.self_attn = VitAttention(linears, f"{name}.self_attn", config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
         self.mlp = Mlp(linears, f"{name}.mlp", config.hidden_size, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Vit(nn.Module):
         self.embeddings = VitEmbeddings(linears, f"{name}.embeddings", config)
         layers = range(config.num_hidden_layers)
         self.layers = nn.ModuleList(VitLayer(linears, f"{name}.encoder.layers.{i}", config) for i in layers)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
         """position_ids [n]: row * positions per side + column, from the grid's corner."""
