@@ -32,7 +32,7 @@ help: ## list these targets
 setup: $(STAMP) ## create the environment (.venv) and install everything into it
 	@:
 
-run: setup ## bagel generate with ARGS, like ARGS="--prompts 'a red cube'"
+run: setup ## bagel generate with ARGS, like ARGS="--prompts 'a large red circle'"
 	$(BIN)/bagel generate $(ARGS)
 
 demo: setup ## every modality once, on the small model

@@ -164,7 +164,7 @@ class Request:
         refuse_control_marks("prompt", texts)
         refuse_control_marks("negative_prompt", [self.negative_prompt])
         if not self.prompt:
-            raise InvalidRequest("prompt", "the prompt is empty; give a text, like 'a red cube'")
+            raise InvalidRequest("prompt", "the prompt is empty; give a text, like 'a large red circle'")
 
 
 REFERENCE_EDIT = {"cfg_img_scale": 1.5, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": RenormType.TEXT_CHANNEL}

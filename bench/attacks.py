@@ -171,7 +171,7 @@ class _Quiet:
     async def _ask_once(self, client: AsyncClient) -> None:
         began = time.perf_counter()
         try:
-            await client.generate("a red cube", modality="text2text", max_tokens=2, timeout=LATE_S)
+            await client.generate("a large red circle", modality="text2text", max_tokens=2, timeout=LATE_S)
             self._latencies.append(time.perf_counter() - began)
         except BagelError as error:
             self._latencies.append(LATE_S)

@@ -45,7 +45,8 @@ def _measure(table: Table, name: str, clients: list[Client], options: Mapping[st
 
     def draw(client: Client) -> None:
         seed = next(seeds)
-        client.generate(f"a red cube, take {seed}", seed=seed, **options)  # a new prompt, so that no K/V is reused
+        # A new prompt each time, so that no K/V are reused.
+        client.generate(f"a large red circle, take {seed}", seed=seed, **options)
 
     two, one = clients
     result = compare(lambda: draw(two), lambda: draw(one), repeats)

@@ -43,7 +43,7 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[GivenP
     if file is not None:
         found += _prompts_of(file)
     if not found:
-        raise InvalidRequest("prompt", "there is no prompt; give --prompts 'a red cube', or --txt-prompts FILE")
+        raise InvalidRequest("prompt", "there is no prompt; give --prompts 'a large red circle', or --txt-prompts FILE")
     for prompt in found:
         if (size := len(prompt.text.encode())) > MAX_TEXT_BYTES:
             raise InvalidRequest("prompt", f"{prompt.where}: has {size} bytes of text; it may have {MAX_TEXT_BYTES}")
@@ -53,7 +53,7 @@ def read_prompts(prompts: Sequence[str] | None, file: str | None) -> list[GivenP
 def check_text(flag: str, text: str) -> None:
     """Refuse a text of a flag that is blank, no Unicode, or that holds control characters."""
     if not text.strip():
-        raise InvalidRequest("prompt", f"{flag} has an empty text; write what is wanted, like 'a red cube'")
+        raise InvalidRequest("prompt", f"{flag} has an empty text; write what is wanted, like 'a large red circle'")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

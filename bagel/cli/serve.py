@@ -108,7 +108,7 @@ def _say_how_to_call(address: str, security: Security, keys: Path | None) -> Non
     write_out(f"{address}\n")
     tls = " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca) if security.serves_tls else ""
     key = "" if keys is None else " --api-key-file FILE"
-    say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls}{key} --prompts 'a red cube'")
+    say(f"ready; try: bagel generate --endpoint {reachable(address)}{tls}{key} --prompts 'a large red circle'")
     say("Ctrl-C stops it")
 
 

@@ -110,7 +110,7 @@ def call_of(arguments: Mapping[str, Any] | str, index: int) -> Call:
         )
     given = {"prompt": arguments} if isinstance(arguments, str) else arguments
     if "prompt" not in given:
-        raise InvalidRequest("prompt", "a request has no prompt; give each one, like {'prompt': 'a red cube'}")
+        raise InvalidRequest("prompt", "a request has no prompt; give each one, like {'prompt': 'a large red circle'}")
     return replace(make_call(**given), index=index)
 
 

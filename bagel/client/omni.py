@@ -1,6 +1,6 @@
 """BAGEL as a Python object: the services of a deploy file as child processes, and requests to them. No torch here.
 
-`with bagel.Omni("ByteDance-Seed/BAGEL-7B-MoT") as omni: [result] = omni.generate("a red cube", seed=42)`, and
+`with bagel.Omni("ByteDance-Seed/BAGEL-7B-MoT") as omni: [result] = omni.generate("a large red circle", seed=42)`, and
 `result.image` is a Pillow image.
 """
 

@@ -1,7 +1,7 @@
 """The client of a running gateway for threads. No torch here.
 
 with Client("127.0.0.1:50051") as client:
-    client.generate("a red cube", steps=24).image.save("cube.png")
+    client.generate("a large red circle", steps=24).image.save("circle.png")
 """
 
 from __future__ import annotations

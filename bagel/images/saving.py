@@ -67,7 +67,7 @@ def read_settings(path: StrPath) -> dict[str, str]:
 
 
 def picture_name(prompt: str, seed: int) -> str:
-    """A file name made from the prompt: 'A red cube!', 42 -> 'a-red-cube_seed42.png'.
+    """A file name made from the prompt: 'A red circle!', 42 -> 'a-red-circle_seed42.png'.
 
     Keeps letters and digits of any script (NFKC, lower-case) and turns the rest into '-'; at most 60 characters and
     200 bytes precede '_seed'. The suffix also avoids the names that Windows reserves (con, nul).

@@ -97,7 +97,7 @@ def check_prompt(parts: Sequence[common_pb2.Part]) -> None:
     read.
     """
     if not parts or any(part.HasField("text") and not part.text.text for part in parts):
-        raise InvalidRequest("prompt", "the prompt is empty, or a text of it is; write what is wanted, as 'a red cube'")
+        raise InvalidRequest("prompt", "the prompt is empty, or one of its texts is; write one: 'a large red circle'")
     if any(part.WhichOneof("part") is None for part in parts):
         raise InvalidRequest("prompt", "a part of the prompt is neither text nor image; set one of them")
     check_prompt_size("prompt", len(parts), [part.text.text for part in parts])

@@ -94,7 +94,7 @@ def _check_parts(modality: Modality, parts: Sequence[common_pb2.Part]) -> None:
         raise InvalidRequest("prompt", "a part of the prompt is neither text nor image; set one of them")
     texts = [part.text.text for part in parts if part.HasField("text")]
     if not texts or not all(text.strip() for text in texts):
-        raise InvalidRequest("prompt", "the prompt has no text, or an empty one; write what is wanted, as 'a red cube'")
+        raise InvalidRequest("prompt", "the prompt has no text, or an empty one; write one, as 'a large red circle'")
     if modality.reads_image and "image" not in kinds:
         raise InvalidRequest("image", f"{modality} needs an input image; add an image part to the prompt")
     if not modality.reads_image and "image" in kinds:
