@@ -74,7 +74,8 @@ class Result:
     text: the answer, or the think text before a picture ("" if there is none); token_ids: its visible ids.
     timings: seconds per stage (context, text, denoise, decode). profile: seconds of the diffusion stages in order,
     by the device's clock, if they are profiled. A service also fills in usage (tokens and steps, named as in
-    bagel.v1.Usage), request_id, and the settings of `Accepted`.
+    bagel.v1.Usage), request_id, the settings of `Accepted`, and file: the picture as a file of the format that was
+    asked for, with its settings in its metadata (`bagel.images.read_settings`).
     """
 
     index: int
@@ -87,6 +88,7 @@ class Result:
     request_id: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, float] = field(default_factory=dict)
+    file: bytes = field(default=b"", repr=False)
 
     @property
     def images(self) -> list[Image]:

@@ -36,7 +36,14 @@ from bagel.cli.progress import say, shown
 from bagel.cli.prompts import GivenPrompt
 from bagel.client.stats import Firsts, stats_table
 from bagel.client.tables import profile_table
-from bagel.deployment.defaults import NANO_NOTE, find_model, missing_install_named, named_model, request_defaults
+from bagel.deployment.defaults import (
+    NANO_NOTE,
+    find_model,
+    missing_install_named,
+    model_label,
+    named_model,
+    request_defaults,
+)
 from bagel.deployment.deploy_file import effective_settings, load_deploy_config, shipped_deploy_config
 from bagel.deployment.not_built import refuse_flags
 from bagel.deployment.schema import DeployConfig
@@ -98,7 +105,7 @@ def _generate_here(args: argparse.Namespace) -> None:
     say(f"loading {model}")
     open_engine = _in_process if in_process else _in_services
     with open_engine(args, config, model, checkpoint) as engine:
-        about = {"model": model, "fingerprint": engine.fingerprint.hex(), "dtype": engine.dtype}
+        about = {"model": model_label(model), "fingerprint": engine.fingerprint.hex(), "dtype": engine.dtype}
         _produce(args, prompts, requests, folder, about, engine.generate)
 
 
@@ -113,7 +120,7 @@ def _generate_there(args: argparse.Namespace) -> None:
 
     security, api_key = security_of(args), api_key_of(args)
     model = describe(args.endpoint, security=security, api_key=api_key)
-    about = {"model": model.name, "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
+    about = {"model": model_label(model.name), "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
     folder = _folder(args, requests)
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
         say(f"note: {note}")

@@ -6,16 +6,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL.Image import Image
 
-from bagel import __version__
 from bagel.cli.progress import Progress
 from bagel.errors import InvalidRequest
 from bagel.events import Result, ServiceEvent, StepDone, TextDelta
 from bagel.images import free_path, picture_name, save_png, write_error
+from bagel.picture_settings import picture_settings
 from bagel.prompts import prompt_text
 from bagel.request import Request, with_settings
 
@@ -51,7 +51,7 @@ class Output:
         request = replace(with_settings(self._requests[result.index], result.settings), seed=result.seed)
         if result.image is not None and self._folder is not None:
             with self._progress.finish(result):
-                path = save_picture(self._folder, result.image, picture_settings(request, result, self._engine))
+                path = save_picture(self._folder, result.image, _settings(request, result, self._engine))
                 write_out(f"{path}\n")
         elif len(self._requests) == 1:
             write_out("\n")  # the text itself has been written as it came
@@ -84,27 +84,10 @@ def save_picture(folder: Path, image: Image, settings: Mapping[str, str]) -> Pat
     return path
 
 
-def picture_settings(request: Request, result: Result, engine: Mapping[str, str]) -> dict[str, str]:
-    """Text chunks of a picture: everything that made it. engine: model, fingerprint, dtype and the like."""
+def _settings(request: Request, result: Result, engine: Mapping[str, str]) -> dict[str, str]:
     assert result.image is not None
-    drawing = asdict(request.image) | {"width": result.image.width, "height": result.image.height}
-    drawing["cfg_interval"] = " ".join(map(str, request.image.cfg_interval))
-    settings: dict[str, object] = {
-        "prompt": prompt_text(request.prompt),
-        "negative_prompt": request.negative_prompt,
-        "modality": request.modality,
-        "seed": request.seed,
-        **drawing,
-        "think": request.think,
-    }
-    if request.modality.reads_image:
-        settings["posterior"] = request.posterior
-    if request.think:
-        settings |= {"think_text": result.text, "max_think_tokens": request.max_think_tokens}
-        settings |= {name: getattr(request.text, name) for name in ("do_sample", "temperature", "top_p", "top_k")}
-        settings["repetition_penalty"] = request.text.repetition_penalty
-    settings |= {**engine, "bagel_version": __version__}
-    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in settings.items()}
+    image = replace(request.image, width=result.image.width, height=result.image.height)
+    return picture_settings(replace(request, image=image), result.text, engine)
 
 
 def write_out(text: str) -> None:

@@ -26,7 +26,7 @@ class ResponseReader:
         self._index, self._target = index, target
         self._accepted = gateway_pb2.Accepted()
         self._settings: Mapping[str, Any] = {}
-        self._image: Image.Image | None = None
+        self._picture = common_pb2.Picture()
         self._finished = False
 
     def read(self, response: gateway_pb2.GenerateResponse) -> ServiceEvent | None:
@@ -48,7 +48,7 @@ class ResponseReader:
                 preview = response.preview
                 return Preview(self._index, preview.index, preview.step, _image(preview.picture))
             case "picture":
-                self._image = _image(response.picture)
+                self._picture = response.picture
             case "finished":
                 self._finished = True
                 return self._result(response.finished)
@@ -70,7 +70,7 @@ class ResponseReader:
         usage = {field.name: getattr(finished.usage, field.name) for field in common_pb2.Usage.DESCRIPTOR.fields}
         return Result(
             self._index,
-            self._image,
+            _image(self._picture) if self._picture.data else None,
             finished.text,
             tuple(finished.token_ids),
             self._accepted.seed,
@@ -79,6 +79,7 @@ class ResponseReader:
             self._accepted.request_id,
             self._settings,
             convert.timings_from_wire(finished.profile),
+            self._picture.data,
         )
 
 

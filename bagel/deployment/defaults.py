@@ -39,6 +39,19 @@ def find_model(name: str | None, *, cached_only: bool = False) -> tuple[str, Che
         return name, find_checkpoint(name, cached_only=cached_only)
 
 
+def model_label(name: str) -> str:
+    """What a picture's file calls a model: its name on the hub, or its folder's name, but no path of this machine.
+
+    In the hub's cache the folder is models--OWNER--NAME/snapshots/REVISION.
+    """
+    path = Path(name)
+    if path in NANO_FOLDERS:
+        return NANO_NAME
+    if cached := [part for part in path.parts if part.startswith("models--")]:
+        return cached[-1].removeprefix("models--").replace("--", "/")
+    return path.name if path.is_dir() or path.is_absolute() else name
+
+
 def _shipped_model() -> Path:
     for folder in NANO_FOLDERS:
         if (folder / "config.json").is_file():

@@ -33,6 +33,7 @@ MAX_IMAGES = 7
 the stage that reads them refuses."""
 MOST_IMAGES = 8
 """What the setting may be: as many files as a form may have."""
+PICTURE_SETTINGS = ("full", "no-prompt", "none")
 KEYS_FILE = "BAGEL_API_KEYS_FILE"
 """The environment's variable that names the file of API keys."""
 
@@ -100,6 +101,10 @@ class GatewayConfig(HttpFront, ReadingImages, Calling, Listening):
         "input images of one request", default=MAX_IMAGES, metavar="N", at_least=1, at_most=MOST_IMAGES
     )
     max_image_pixels: int = setting("of one request's images together", default=4 * 64_000_000, metavar="N", at_least=1)
+    picture_settings: str = setting(
+        "what the file of a picture says of its making: all, no texts, or nothing",
+        default="full", choices=PICTURE_SETTINGS,
+    )  # fmt: skip
     api_keys: Path | None = setting(
         f"callers need one of them (default: {KEYS_FILE}'s, else none)", default_factory=default_keys, metavar="FILE"
     )

@@ -6,12 +6,14 @@ transforms.py   the resize rule
 pool.py         decodes in worker processes, which run worker.py and talk in frames.py
 prompt.py       reads the images of a request with the pool
 output.py       encodes pictures for clients
+embedding.py    puts the settings of a picture into its file, and reads them
 saving.py       writes pictures to files
 """
 
 from __future__ import annotations
 
 from bagel.images.colour import pixel_digest, plain, to_rgb
+from bagel.images.embedding import embed, read_settings
 from bagel.images.reading import (
     FORMATS,
     MAX_INPUT_BYTES,
@@ -21,7 +23,7 @@ from bagel.images.reading import (
     image_size,
     load_image,
 )
-from bagel.images.saving import free_path, picture_name, read_settings, save_png, write_error
+from bagel.images.saving import free_path, picture_name, save_png, write_error
 from bagel.images.transforms import (
     MAX_PIXELS,
     VAE_TRANSFORM,
@@ -50,6 +52,7 @@ __all__ = [
     "ResizedImage",
     "StrPath",
     "UnreadImage",
+    "embed",
     "free_path",
     "image_size",
     "load_image",

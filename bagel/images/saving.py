@@ -12,10 +12,11 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from bagel.errors import BagelError, InvalidImage, InvalidRequest, OutputFailed
-from bagel.images.reading import StrPath, check_file, check_size, reason, shown
+from bagel.errors import BagelError, InvalidRequest, OutputFailed
+from bagel.images.embedding import png_texts
+from bagel.images.reading import StrPath, reason, shown
 
 _NAME_CHARACTERS, _NAME_BYTES = 60, 200
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -27,14 +28,10 @@ def save_png(image: Image.Image, path: StrPath, settings: Mapping[str, str]) -> 
     Raises InvalidRequest (field output) if the path cannot be written to, OutputFailed if the disk is full.
     """
     path = Path(path)
-    texts = PngImagePlugin.PngInfo()
-    for name, value in settings.items():
-        # A prompt that was not UTF-8 has lone surrogates; they must not cost the user a finished picture.
-        texts.add_text(name, value.encode("utf-8", "backslashreplace").decode("utf-8"))
     part = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with part.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=texts)
+            image.save(file, format="PNG", pnginfo=png_texts(settings))
         part.replace(path)
     except OSError as error:
         raise write_error(f"cannot write {shown(path)}", error) from error
@@ -48,22 +45,6 @@ def write_error(what: str, error: OSError) -> BagelError:
     if error.errno in _DISK_ERRORS:
         return OutputFailed(f"{what}: {reason(error)}; make room, or choose another folder")
     return InvalidRequest("output", f"{what}: {reason(error)}; choose another folder")
-
-
-def read_settings(path: StrPath) -> dict[str, str]:
-    """The text chunks of a PNG as save_png wrote them; raises InvalidImage for anything but a readable PNG."""
-    check_file(path)
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            check_size(image.size, shown(path))
-            assert isinstance(image, PngImagePlugin.PngImageFile)
-            return {str(name): str(value) for name, value in image.text.items()}
-    except InvalidImage:
-        raise
-    except Exception as error:  # as in reading.py: Pillow raises almost any class
-        raise InvalidImage(
-            "image", f"{shown(path)} is not a readable PNG ({reason(error)}); give a picture saved here"
-        ) from error
 
 
 def picture_name(prompt: str, seed: int) -> str:

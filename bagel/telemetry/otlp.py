@@ -7,6 +7,8 @@ OTEL_EXPORTER_OTLP_METRICS_ENDPOINT) is set, or its OTEL_…_EXPORTER is otlp or
 from __future__ import annotations
 
 import os
+import time
+from threading import Thread
 from typing import TYPE_CHECKING, Literal
 
 from opentelemetry import metrics, trace
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
 
 Signal = Literal["traces", "metrics"]
+LAST_EXPORT_S = 2.0
+"""Seconds that a process waits at its end for the last export."""
 
 
 def exporter_name(signal: Signal) -> str:
@@ -52,10 +56,21 @@ def resource(service: str, instance: str) -> Resource:
 
 
 def shut_down() -> None:
-    """Export what is still waiting. Call it at the end of a process, also of one that skips Python's exit handlers."""
-    for provider in (trace.get_tracer_provider(), metrics.get_meter_provider()):
-        if (stop := getattr(provider, "shutdown", None)) is not None:  # without an exporter the API's providers lack it
-            stop()
+    """Export what is still waiting, traces and metrics at once.
+
+    It gives up after LAST_EXPORT_S, as the collector may be gone. Call it at the end of a process, also of one that
+    skips Python's exit handlers.
+    """
+    providers = (trace.get_tracer_provider(), metrics.get_meter_provider())
+    # Without an exporter the API's providers have no shutdown.
+    stops = [stop for each in providers if (stop := getattr(each, "shutdown", None)) is not None]
+    # Daemons, so that an export that still waits does not hold up the process's end.
+    threads = [Thread(target=stop, name="last export", daemon=True) for stop in stops]
+    deadline = time.monotonic() + LAST_EXPORT_S
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _of_otlp(signal: Signal, what: str) -> str | None:

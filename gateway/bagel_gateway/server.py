@@ -90,6 +90,7 @@ class Gateway:
             self.metrics,
             self.host.unread,
             self.images,
+            picture_settings=config.picture_settings,
             log_stats=config.log_stats,
         )
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayService(self.requests), self.host.methods)

@@ -20,6 +20,7 @@ from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log
 from bagel.v1 import gateway_pb2
 from bagel_gateway.backends import Backends, Services
+from bagel_gateway.embedding import embedding
 from bagel_gateway.images import InputImages
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.outbox import delivered
@@ -47,11 +48,16 @@ class Requests:
         unread: Unread,
         images: InputImages,
         *,
+        picture_settings: str = "full",
         log_stats: bool = False,
     ) -> None:
-        """unread: what the gateway holds for clients that read slowly; log_stats: log each request's time by stage."""
+        """unread: what the gateway holds for clients that read slowly; log_stats: log each request's time by stage.
+
+        picture_settings: what is put into pictures' files, see `bagel_gateway.embedding`.
+        """
         self._deployed, self._backends, self._admission, self._defaults = deployed, backends, admission, defaults
         self._metrics, self._unread, self.images, self._log_stats = metrics, unread, images, log_stats
+        self._picture_settings = picture_settings
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -123,8 +129,10 @@ class Requests:
         """One request that has its place, for which it waited so long. begun: as a `Route` takes it."""
         began, firsts = time.perf_counter(), dict[str, float]()
         planned = plan(asked, services.model)
+        put_settings = embedding(planned, self._picture_settings)
 
         def tell(event: Event) -> None:
+            put_settings(event)
             firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
             if self._log_stats and event.HasField("finished"):
                 log.info("stats", **_stats(event.finished, firsts))

@@ -59,7 +59,7 @@ def test_process_draws_what_the_engine_draws(engine: BagelEngine, tmp_path: Path
     assert expected.image is not None
     with Image.open(path) as picture:
         assert agree(picture, expected.image)
-    assert read_settings(path)["model"] == MODEL
+    assert read_settings(path)["model"] == Path(MODEL).name
     assert "bagel-nano" not in done.stderr
     assert "Warning" not in done.stderr
 

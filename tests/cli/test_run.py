@@ -143,7 +143,7 @@ def test_picture_is_saved_with_what_made_it(capsys: Captured) -> None:
         "width": "48",
         "think": "true",
         "think_text": "".join(THOUGHT),
-        "model": str(GOLDEN / "checkpoint"),
+        "model": "checkpoint",  # the folder's name: no path of the machine
         "dtype": "float32",
     }
     settings = read_settings(path)

@@ -18,6 +18,7 @@ from PIL import Image
 from bagel import images
 from bagel.errors import CheckpointError, InvalidImage, InvalidRequest, OutputFailed
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ImageTransform
+from bagel.images.output import OUTPUT_FORMATS, OutputFormat
 
 SMALL_VAE = ImageTransform(128, 64, 16)
 SMALL_VIT = ImageTransform(140, 56, 14)
@@ -338,10 +339,28 @@ class TestSave:
             with pytest.raises(InvalidRequest, match=r"cannot write .*choose another folder"):
                 images.save_png(gradient(2, 2), tmp_path / folder / "a.png", {})
 
-    def test_settings_of_what_is_no_png(self, tmp_path: Path) -> None:
-        gradient(8, 8).save(tmp_path / "a.jpg")
-        with pytest.raises(InvalidImage, match="not a readable PNG"):
-            images.read_settings(tmp_path / "a.jpg")
+    def test_settings_of_what_is_no_picture(self, tmp_path: Path) -> None:
+        gradient(8, 8).save(tmp_path / "a.bmp")
+        with pytest.raises(InvalidImage, match="not a readable PNG, JPEG or WebP"):
+            images.read_settings(tmp_path / "a.bmp")
+
+    @pytest.mark.parametrize("format_", OUTPUT_FORMATS)
+    def test_settings_are_put_into_a_file_of_each_format(self, format_: str, tmp_path: Path) -> None:
+        plain = OutputFormat(format_).encode(gradient(37, 21))
+        assert images.read_settings(plain) == {}
+        made = images.embed(plain, SETTINGS)
+        (tmp_path / "picture").write_bytes(made)
+        assert images.read_settings(made) == images.read_settings(tmp_path / "picture") == SETTINGS
+        assert images.load_image(made).tobytes() == images.load_image(plain).tobytes()
+
+    @pytest.mark.parametrize("format_", ["JPEG", "WEBP"])
+    def test_long_texts_fit_into_a_jpeg_cut_short(self, format_: str) -> None:
+        long = {
+            name: text * 20_000 for name, text in (("prompt", '"'), ("negative_prompt", "🎉"), ("think_text", "\\"))
+        }
+        read = images.read_settings(images.embed(OutputFormat(format_).encode(gradient(8, 8)), {**long, "seed": "1"}))
+        assert read["seed"] == "1"
+        assert all(read[name] == text[: len(read[name]) - 1] + "…" for name, text in long.items())
 
 
 class TestNames:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,18 +13,19 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
 
 from bagel.images import FORMATS
 from bagel_gateway.rest.messages import FIELD, MESSAGE, NOT_BLANK
 from bagel_gateway.rest.parameters import Only
 
 ASSETS = "/docs/assets"
+UI_PACKAGE = "fastapi_offline"
+"""The package that carries Swagger UI 5, which reads OpenAPI 3.1. Its files alone are used, so it is never imported."""
 
 
 def add_docs(app: FastAPI) -> None:
     """Serve the page and what it is made of."""
-    app.mount(ASSETS, StaticFiles(directory=swagger_ui_path), name="docs-assets")
+    app.mount(ASSETS, StaticFiles(directory=_swagger_ui()), name="docs-assets")
 
     @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
@@ -31,8 +34,15 @@ def add_docs(app: FastAPI) -> None:
             title="bagel-serving",
             swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
             swagger_css_url=f"{ASSETS}/swagger-ui.css",
-            swagger_favicon_url=f"{ASSETS}/favicon-32x32.png",
+            swagger_favicon_url=f"{ASSETS}/favicon.png",
         )
+
+
+def _swagger_ui() -> Path:
+    found = find_spec(UI_PACKAGE)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"No module named {UI_PACKAGE!r}", name=UI_PACKAGE)
+    return Path(found.origin).parent / "static"
 
 
 def json_body(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
