@@ -139,7 +139,7 @@ class _Rest:
         size = f"{OPTIONS['width']}x{OPTIONS['height']}"
         request = {"prompt": PROMPT, "size": size, "num_inference_steps": OPTIONS["steps"], "seed": seed}
         body = json.dumps(request).encode()
-        head = "POST /v1/images/generations HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\nContent-Type: application/json\r\n"
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         answer = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
