@@ -151,7 +151,8 @@ def test_the_effective_settings_make_the_same_request_whatever_the_defaults(
     modality: Modality, options: dict[str, Any], deploy: dict[str, Any]
 ) -> None:
     whole = resolve(modality, prompt(modality), {}, options)
-    again = resolve(modality, prompt(modality), dict(ask_of(whole).options), deploy)
+    options = {name: value for name, value in ask_of(whole).items() if name not in ("prompt", "modality")}
+    again = resolve(modality, prompt(modality), options, deploy)
     assert again.seed == whole.seed and again.think == whole.think
     if modality.makes_image:
         kept = effective(whole, {field.name: getattr(whole.image, field.name) for field in fields(ImageSettings)})

@@ -50,7 +50,7 @@ from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout
 from bagel.events import Result, ServiceEvent
 from bagel.pipelines import BAGEL_SINGLE_STAGE
-from bagel.prompts import ImagePart, TextPart, prompt_text
+from bagel.prompts import TextPart, prompt_text
 from bagel.request import Request
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ def _generate_there(args: argparse.Namespace) -> None:
         raise ConfigError(f"--endpoint is a gateway that runs as it is; leave out {', '.join(given)}")
     prompts = prompts_of(args)
     requests = make_requests(args, prompts, {})
-    from bagel.client.batch import Ask, generate_all
+    from bagel.client.batch import generate_all
     from bagel.client.omni import describe
 
     security, api_key = security_of(args), api_key_of(args)
@@ -125,11 +125,7 @@ def _generate_there(args: argparse.Namespace) -> None:
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
         say(f"note: {note}")
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
-    images = (next((part.pixels for part in each.prompt if isinstance(part, ImagePart)), None) for each in requests)
-    asks = [
-        Ask(prompt_text(each.prompt), each.modality, image, options)
-        for each, image in zip(requests, images, strict=True)
-    ]
+    asks = [{"prompt": each.prompt, "modality": each.modality, **options} for each in requests]
 
     def run(_: Sequence[Request], on_event: OnEvent) -> list[Result]:
         return generate_all(args.endpoint, asks, on_event, security=security, api_key=api_key)

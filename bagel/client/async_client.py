@@ -12,7 +12,7 @@ import grpc
 
 from bagel.client.base import ClientBase
 from bagel.client.busy_retry import BusyRetry
-from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, call_of, calls_of, check_at_once, refuse_unheard
+from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, call_of, check_at_once, listed, refuse_unheard
 from bagel.events import Result, ServiceEvent
 from bagel.rpc.transport import PLAINTEXT, Security, channel
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
@@ -53,13 +53,13 @@ class AsyncClient(ClientBase[AsyncEvents]):
         at_once: int = MANY,
     ) -> list[Result]:
         """Several at once, results in their order; see Client.generate_many."""
-        calls, retry = calls_of(requests, on_event), BusyRetry()
+        calls = [call_of(request, index) for index, request in enumerate(listed(requests, on_event))]
         check_at_once(at_once)
-        places = asyncio.Semaphore(at_once)
+        retry, places = BusyRetry(), asyncio.Semaphore(at_once)
 
         async def run(call: Call) -> Result:
             async with places:
-                return await _last(self._retried(call, retry), on_event)
+                return await self._served(call, retry, on_event)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -68,7 +68,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def check_many(self, requests: Sequence[Mapping[str, Any]], *, at_once: int = MANY) -> None:
+    async def check_many(self, requests: Sequence[Mapping[str, Any] | str], *, at_once: int = MANY) -> None:
         """Ask whether all of these can be served, computing nothing; each is the arguments of `generate`.
 
         Raises the error of the first that cannot be; an InvalidRequest says which it is in its `index`.
@@ -94,20 +94,16 @@ class AsyncClient(ClientBase[AsyncEvents]):
             raise self._reader().error(error) from None
         return described
 
-    async def _retried(self, call: Call, retry: BusyRetry) -> AsyncEvents:
-        left: Call | None = call
-        while left is not None:
+    async def _served(self, call: Call, retry: BusyRetry, on_event: OnServiceEvent | None) -> Result:
+        """The result of one of several calls, which is made again when the gateway was too busy with the others."""
+        result: Result | None = None
+        while result is None:
             with retry.attempt() as attempt:
-                async with aclosing(self._events(left)) as events:
-                    async for event in events:
-                        attempt.begun = True
-                        yield event
-            left = None
+                result = await _last(self._events(call), attempt.hearing(on_event))
             if attempt.refused is not None:
-                turn = retry.turn(attempt.refused)
-                await asyncio.wait([asyncio.wrap_future(turn.free)], timeout=call.until(turn.seconds))
-                turn.free.cancel()
-                left = call.again(attempt.refused)
+                await retry.turn(attempt.refused, call.left_s)
+                call = call.again(attempt.refused)
+        return result
 
     async def _events(self, call: Call) -> AsyncEvents:
         responses, reader = self._generate(call)

@@ -27,7 +27,8 @@ class ClientBase(ABC, Generic[Stream]):
     """Of GatewayService, made by the subclass with its own kind of channel."""
 
     def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
-        self._target, self._key = target, key_metadata(api_key, target, security)
+        self._target, self._security, self._api_key = target, security, api_key
+        self._key = key_metadata(api_key, target, security)
 
     def stream(
         self,

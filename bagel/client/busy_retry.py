@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 
+from bagel.client.calls import OnServiceEvent
 from bagel.errors import Busy
+from bagel.events import ServiceEvent
 
 
 @dataclass
 class Attempt:
-    """One call. begun: set by the caller once the call is accepted; refused: why to try again, if so."""
+    """One call. begun: whether it was accepted; refused: why to try again, if so."""
 
     begun: bool = False
     refused: Busy | None = None
 
+    def hearing(self, on_event: OnServiceEvent | None) -> OnServiceEvent:
+        """What hears the call's events, of which the first shows that it was accepted."""
 
-@dataclass(frozen=True)
-class Turn:
-    """When to try a refused call again: once `free` is done, or after `seconds`."""
+        def heard(event: ServiceEvent) -> None:
+            self.begun = True
+            if on_event is not None:
+                on_event(event)
 
-    free: Future[None]
-    seconds: float
+        return heard
 
 
 class BusyRetry:
-    """Decides whether and when a request that is refused as busy is tried again. Thread-safe.
+    """Decides whether and when a request that is refused as busy is tried again. For one event loop.
 
     While other requests of the same caller run, the gateway is busy with those: the refused one is tried again as soon
     as one of them ends. Where none of them ran, other callers keep the gateway busy: Busy is raised, and the caller
@@ -37,41 +40,37 @@ class BusyRetry:
     """
 
     def __init__(self) -> None:
-        self._lock, self._running, self._served = Lock(), 0, 0
-        self._refused: deque[Future[None]] = deque()
+        self._running = self._served = 0
+        self._refused: deque[asyncio.Future[None]] = deque()
 
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
         """The block makes one call."""
-        attempt = Attempt()
-        with self._lock:
-            self._running += 1
-            served = self._served
+        attempt, served = Attempt(), self._served
+        self._running += 1
         try:
             yield attempt
         except Busy as busy:
-            with self._lock:  # where one has just ended, other callers took its place
-                alone = self._running == 1 and self._served == served
-            if attempt.begun or alone:
+            # Where one has just ended, other callers took its place.
+            if attempt.begun or (self._running == 1 and self._served == served):
                 raise
             attempt.refused = busy
         finally:
-            self._end(attempt)
-
-    def turn(self, refused: Busy) -> Turn:
-        """When a refused call is tried again: refused calls come one after the other, not all at once."""
-        with self._lock:
-            free: Future[None] = Future()
-            self._refused = deque(each for each in self._refused if not each.done())
-            self._refused.append(free)
-            return Turn(free, refused.retry_after_s * len(self._refused))
-
-    def _end(self, attempt: Attempt) -> None:
-        with self._lock:
             self._running -= 1
             self._served += attempt.begun
-            while attempt.begun and self._refused:
-                free = self._refused.popleft()
-                if free.set_running_or_notify_cancel():
-                    free.set_result(None)
-                    return
+            if attempt.begun and self._refused:
+                self._refused.popleft().set_result(None)
+
+    async def turn(self, refused: Busy, left_s: float | None) -> None:
+        """Wait until a refused call may be tried again, at most so long.
+
+        Refused calls come one after the other, not all at once.
+        """
+        free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._refused.append(free)
+        seconds = refused.retry_after_s * len(self._refused)
+        try:
+            await asyncio.wait([free], timeout=seconds if left_s is None else min(seconds, left_s))
+        finally:
+            if not free.done():
+                self._refused.remove(free)

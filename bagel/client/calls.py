@@ -42,17 +42,16 @@ class Call:
     deadline: float | None = None
     index: int = 0
 
-    def until(self, seconds: float) -> float:
-        """So many seconds, or those until the deadline."""
-        return seconds if self.deadline is None else max(0.0, min(seconds, self.deadline - time.monotonic()))
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the deadline."""
+        return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 
     def again(self, refused: Busy) -> Call:
         """The call to make once more; Busy if its time is over."""
-        if self.deadline is None:
-            return self
-        if (left := self.deadline - time.monotonic()) <= 0:
+        if self.left_s == 0:
             raise refused
-        return replace(self, timeout=left)
+        return replace(self, timeout=self.left_s)
 
     def check_only(self) -> Call:
         """The call that asks whether this one can be served."""
@@ -88,18 +87,17 @@ def make_call(
     return Call(message, seconds, ((REQUEST_ID, request_id or new_request_id()), *trace_metadata()), deadline)
 
 
-def calls_of(requests: Iterable[Mapping[str, Any] | str], on_event: OnServiceEvent | None) -> list[Call]:
-    """A call for each request: the arguments of `generate`, or a prompt alone.
-
-    InvalidRequest for what is no list of requests, or for a setting that only adds events where on_event is None.
-    """
+def listed(
+    requests: Iterable[Mapping[str, Any] | str], on_event: OnServiceEvent | None
+) -> list[Mapping[str, Any] | str]:
+    """The requests; InvalidRequest for what is no list of them, or a setting that only adds events without on_event."""
     if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable):
         raise InvalidRequest("requests", f"requests is {requests!r:.80}; give a list, like ['a cat', 'a dog']")
     requests = list(requests)
     for request in requests:
         if isinstance(request, Mapping):
             refuse_unheard(request, on_event)
-    return [call_of(request, index) for index, request in enumerate(requests)]
+    return requests
 
 
 def call_of(arguments: Mapping[str, Any] | str, index: int) -> Call:

@@ -17,7 +17,8 @@ from typing import Any, Self, cast
 
 from PIL.Image import Image
 
-from bagel.client.batch import AT_ONCE, OnServiceEvent, ask_of, events_of, generate_all
+from bagel.client.batch import AT_ONCE, ask_of, events_of, generate_all
+from bagel.client.calls import OnServiceEvent
 from bagel.client.stats import Firsts, stats_table
 from bagel.client.sync_client import Client
 from bagel.client.tables import profile_table

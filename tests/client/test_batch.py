@@ -116,19 +116,26 @@ def test_what_has_begun_waits_for_a_place_in_its_turn() -> None:
 
 
 def test_of_a_batch_that_nobody_of_it_serves_the_first_refusal_is_told() -> None:
-    together = BusyRetry()
-    with pytest.raises(Busy), together.attempt():
-        refuse()
-    with together.attempt() as one:
-        one.begun = True
-        with together.attempt() as other:
+    async def work() -> None:
+        together = BusyRetry()
+        with pytest.raises(Busy), together.attempt():
             refuse()
-    assert other.refused is not None
-    turns = [together.turn(other.refused) for _ in range(3)]
-    assert [turn.seconds for turn in turns] == [1.0, 2.0, 3.0] and not any(turn.free.done() for turn in turns)
-    with together.attempt() as one:
-        one.begun = True
-    assert [turn.free.done() for turn in turns] == [True, False, False]
+        with together.attempt() as one:
+            one.begun = True
+            with together.attempt() as other:
+                refuse()
+        assert other.refused is not None
+        soon = Busy("full", 0.3)
+        turns = [asyncio.create_task(together.turn(soon, left_s)) for left_s in (None, None, 0.05)]
+        await asyncio.sleep(0.15)
+        assert [turn.done() for turn in turns] == [False, False, True]
+        with together.attempt() as one:
+            one.begun = True
+        await asyncio.sleep(0.01)
+        assert [turn.done() for turn in turns] == [True, False, True]
+        await turns[1]
+
+    asyncio.run(work())
 
 
 def test_one_that_is_refused_as_its_last_companion_ends_is_tried_again() -> None:

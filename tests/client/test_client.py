@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from bagel.client import AsyncClient, Client, PromptPart
-from bagel.client.batch import Ask, events_of, generate_all
+from bagel.client.batch import events_of, generate_all
 from bagel.errors import Busy, InvalidImage, InvalidRequest, RemoteError
 from bagel.events import Accepted, Result, ServiceEvent
 from bagel.images import load_image
@@ -108,7 +108,7 @@ def test_an_iterator_that_is_closed_cancels(at: Deployment, client: Client) -> N
 def test_requests_that_are_left_leave_no_connection(at: Deployment) -> None:
     at.dits[0].go.clear()
     for _ in range(3):
-        with events_of(at.target, [Ask("a red cube", "text2img")]) as events:
+        with events_of(at.target, ["a red cube"]) as events:
             assert isinstance(next(events), Accepted)
         assert not still(lambda: [at.target] * connections(at.target))
 
@@ -213,7 +213,7 @@ def drawn_by(way: str, target: str, count: int) -> list[Result]:
             return await client.generate_many(requests)
 
     if way == "batch":
-        return generate_all(target, [Ask("a red cube", "text2img", options={"seed": seed}) for seed in range(count)])
+        return generate_all(target, requests)
     if way == "asyncio":
         return asyncio.run(from_asyncio())
     with Client(target) as client:

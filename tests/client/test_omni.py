@@ -187,11 +187,11 @@ def test_keywords_of_vllm_omni_are_taken_or_told() -> None:
 
 def test_request_is_sent_with_every_setting() -> None:
     ask = ask_of(request("img2img", "snow", steps=9, posterior="mean"))
-    assert (ask.modality, ask.options["steps"], ask.options["posterior"]) == ("img2img", 9, "mean")
-    image, text = list(ask.prompt)
+    assert (ask["modality"], ask["steps"], ask["posterior"]) == ("img2img", 9, "mean")
+    image, text = list(ask["prompt"])
     assert isinstance(image, ImagePart) and text == TextPart("snow")
-    assert ask.options["cfg_img_scale"] == 1.5
-    assert Modality(ask.modality).reads_image
+    assert ask["cfg_img_scale"] == 1.5
+    assert Modality(ask["modality"]).reads_image
 
 
 def test_command_with_services_of_its_own(
