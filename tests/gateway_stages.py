@@ -107,8 +107,9 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
             built.timings.append(common_pb2.StageTiming(stage="context", seconds=0.5))
             if request.HasField("decode"):
                 built.text, built.token_ids[:] = "so be it", [5, 6]
-                for text in ("so ", "be it"):
-                    yield thinker_pb2.BuildContextResponse(text=common_pb2.TextDelta(text=text))
+                for text, tokens in (("so ", 3), ("be it", 8)):
+                    delta = common_pb2.TextDelta(text=text, think=request.decode.append, tokens=tokens)
+                    yield thinker_pb2.BuildContextResponse(text=delta)
                     await self.think_go.wait()
                 if request.decode.append:
                     ref.segments.add(digest=b"think", length=7)

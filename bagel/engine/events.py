@@ -35,11 +35,12 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class Text:
-    """More text of a request."""
+    """More text of a request. tokens: those of the whole text so far."""
 
     id: int
     text: str
     think: bool
+    tokens: int
 
 
 @dataclass(frozen=True)

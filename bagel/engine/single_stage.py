@@ -186,7 +186,7 @@ class SingleStage:
                     self._emit(PromptRead(id_))
                     self._emit_prefill(id_, serving)
                 case TextWritten():
-                    self._emit(Text(id_, event.text, think=plan.draws))
+                    self._emit(Text(id_, event.text, think=plan.draws, tokens=event.tokens))
                 case ContextDone():
                     self._context_done(id_, serving, names, event, writes=writes)
                 case ContextFailed() if not serving.failed:  # of several contexts, the first error is reported

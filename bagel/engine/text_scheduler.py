@@ -39,9 +39,10 @@ class PromptComputed:
 
 @dataclass(frozen=True)
 class TextWritten:
-    """Some more text."""
+    """Some more text. tokens: those of the whole text so far."""
 
     text: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ class TextScheduler:
     @staticmethod
     def _emit_text(entry: _Entry, text: str) -> None:
         if text:
-            entry.request.emit(TextWritten(text))
+            entry.request.emit(TextWritten(text, len(entry.writing.tokens)))
 
     def _written(self, entry: _Entry) -> None:
         run, request = entry.writing, entry.request

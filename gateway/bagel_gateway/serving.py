@@ -213,6 +213,7 @@ def _joined(one: Numbered, other: Numbered) -> Numbered | None:
     if number != same or not (event.HasField("text") and more.HasField("text")) or event.text.think != more.text.think:
         return None
     event.text.text += more.text.text
+    event.text.tokens = more.text.tokens
     return number, event
 
 

@@ -34,6 +34,7 @@ class Heard:
     done: list[ContextDone] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    tokens: int = 0
     failing: type | None = None
 
     def emit(self, event: ContextEvent) -> None:
@@ -46,6 +47,7 @@ class Heard:
                 self.errors.append(event.error)
             case TextWritten():
                 self.texts.append(event.text)
+                self.tokens = event.tokens
 
     @property
     def over(self) -> bool:
@@ -88,7 +90,7 @@ def test_a_text_that_memory_runs_out_for_ends_alone(engine: BagelEngine, monkeyp
     monkeypatch.setattr(TextBatch, "add", full)
     one, huge, other = ask(at, "a red cup"), ask(at, "a whole library", 7), ask(at, "a blue cup")
     finish(at)
-    assert [len(heard.done[0].token_ids) for heard in (one, other)] == [3, 3]
+    assert [(len(heard.done[0].token_ids), heard.tokens) for heard in (one, other)] == [(3, 3), (3, 3)]
     assert huge.over and isinstance(huge.errors[0], RuntimeError)
     later = ask(at, "a red cup")
     finish(at)

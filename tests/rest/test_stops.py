@@ -35,6 +35,8 @@ def told(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
         (["b", "ab"], ["xab"], (["x"], True)),
         (["aab"], ["aa", "ab"], (["", "a"], True)),
         (["\n"], ["one\ntwo"], (["one"], True)),
+        (["abcd", "c"], ["ab", "c", "d"], (["", "ab"], True)),
+        (["abcd", "c"], ["abcd"], (["ab"], True)),
         ([], ["one", "two"], (["one", "two", ""], False)),
     ],
 )
@@ -49,10 +51,10 @@ def test_what_is_given_out_is_the_text_up_to_the_first_stop_text(stops: list[str
     whole = "".join(pieces)
     given_out, ended = told(stops, pieces)
     read = ""
-    for piece in pieces:  # the first piece that completes a stop text ends the answer, at the earliest place
-        read += piece
-        if found := [read.find(stop) for stop in stops if stop in read]:
-            assert ended and "".join(given_out) == whole[: min(found)]
+    for letter in whole:  # the first letter that completes a stop text ends the answer, wherever pieces are cut
+        read += letter
+        if found := [stop for stop in stops if read.endswith(stop)]:
+            assert ended and "".join(given_out) == read.removesuffix(max(found, key=len))
             return
     assert not ended and "".join(given_out) == whole
 
@@ -81,6 +83,7 @@ def test_the_stages_end_with_the_answer() -> None:
         at.thinkers[0].think_go.clear()  # the second piece of the text never comes
         answer = await client.chat.completions.create(**ASK, stop="o")
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("s", "stop")
+        assert answer.usage is not None and answer.usage.completion_tokens == 3  # of the first piece, which was written
         await at.settled()
         assert "build is cancelled" in at.journal.events
 

@@ -24,10 +24,11 @@ class Stop:
     def push(self, text: str) -> str:
         """Take in more of the answer; what of it is certain to be given out."""
         text = self._held + text
-        found = [at for stop in self._texts if (at := text.find(stop)) >= 0]
+        # The one that is complete first, wherever pieces are cut; of several that end together, the longest.
+        found = [(at + len(stop), at) for stop in self._texts if (at := text.find(stop)) >= 0]
         self.stopped = bool(found)
         begun = [n for stop in self._texts for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        end = min(found) if found else len(text) - max(begun, default=0)
+        end = min(found)[1] if found else len(text) - max(begun, default=0)
         self._held = text[end:]
         self.given += text[:end]
         return text[:end]
@@ -44,7 +45,7 @@ class Stop:
             case "prefill":
                 self._prompt = event.prefill.tokens
             case "text":
-                self._tokens += 1
+                self._tokens = event.text.tokens
                 told = _text(self.push(event.text.text))
                 return [*told, self._finished()] if self.stopped else told
             case "finished":
@@ -54,7 +55,7 @@ class Stop:
         return [event]
 
     def _finished(self) -> Event:
-        """The end of an answer whose work is cancelled: its tokens are counted by the pieces that they came in."""
+        """The end of an answer whose work is cancelled. Its tokens are those that were written by then."""
         usage = common_pb2.Usage(prompt_tokens=self._prompt, completion_tokens=self._tokens)
         return Event(finished=gateway_pb2.Finished(text=self.given, usage=usage))
 

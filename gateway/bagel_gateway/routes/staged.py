@@ -139,7 +139,7 @@ class Staged(Route):
                         build.handed_over.set_result(event.context)
                 case "text":
                     await self._begun.wait()  # for the other contexts, which may have to wait for room
-                    self._tell(Event(text=common_pb2.TextDelta(text=event.text.text, think=True)))
+                    self._tell(Event(text=event.text))
                 case "built":
                     build.built = event.built
         built = result_of(build.built if refs else None, self._thinker, "context")

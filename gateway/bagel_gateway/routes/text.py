@@ -5,7 +5,7 @@ from __future__ import annotations
 from bagel.prompts import text_prompt
 from bagel.request import Request, text_settings
 from bagel.rpc import convert
-from bagel.v1 import common_pb2, gateway_pb2, thinker_pb2
+from bagel.v1 import gateway_pb2, thinker_pb2
 from bagel_gateway.routes.base import Context, Event, Route, context_settings, length_of, without_total
 from bagel_gateway.routes.calls import result_of
 
@@ -26,7 +26,7 @@ class Text(Route):
                     self._begin()
                 case "text":  # by then the prompt is computed
                     self._tell_prefill(length or 0)
-                    self._tell(Event(text=common_pb2.TextDelta(text=event.text.text)))
+                    self._tell(Event(text=event.text))
                 case "built":
                     built = event.built
         built = result_of(None if length is None else built, self._thinker, "context")

@@ -265,7 +265,8 @@ class DitServicer(DitServiceServicer):
                         work.lap("denoise", first_step=(step - 1) // WINDOW * WINDOW + 1, last_step=step)
                     yield Response(step=common_pb2.StepDone(step=step, steps=work.steps))
                 case Text():
-                    yield Response(text=common_pb2.TextDelta(text=event.text, think=event.think))
+                    delta = common_pb2.TextDelta(text=event.text, think=event.think, tokens=event.tokens)
+                    yield Response(text=delta)
                 case TextDone():
                     if event.token_ids:
                         work.lap("text", tokens=len(event.token_ids))

@@ -67,7 +67,7 @@ class _Build:
 def _join(one: ContextEvent, other: ContextEvent) -> ContextEvent | None:
     """Pieces of text that wait to be sent become one."""
     if isinstance(one, TextWritten) and isinstance(other, TextWritten):
-        return TextWritten(one.text + other.text)
+        return TextWritten(one.text + other.text, other.tokens)
     return None
 
 
@@ -145,7 +145,8 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case PromptComputed():
                         build.lap("context")
                     case TextWritten():
-                        yield Response(text=common_pb2.TextDelta(text=event.text, think=reading.append))
+                        delta = common_pb2.TextDelta(text=event.text, think=reading.append, tokens=event.tokens)
+                        yield Response(text=delta)
                     case ChainExtended():
                         build.lap("text")
                         yield Response(context=self._ref(event.chain, lease))

@@ -311,11 +311,11 @@ class VllmEngine:
                 continue
             job.tokens.append(token)
             if text := job.stream.push(token):
-                job.reading.emit(TextWritten(text))
+                job.reading.emit(TextWritten(text, len(job.tokens)))
 
     def _text_done(self, request: Request, job: Job) -> None:
         if text := job.stream.end():
-            job.reading.emit(TextWritten(text))
+            job.reading.emit(TextWritten(text, len(job.tokens)))
         job.written = True
         self._finish(request)
 
