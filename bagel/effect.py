@@ -2,11 +2,12 @@
 
 A setting takes effect or is refused. Only the user's own settings count: defaults, also those of a deploy file, ask for
 nothing. A value that switches its own setting off (`NEUTRAL`) asks for nothing either, since some clients send every
-field. docs/options.md prints the table.
+field. docs/options.md prints them.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -186,10 +187,12 @@ def effective(request: Request, options: Mapping[str, Any], output_format: str =
     return kept
 
 
-def table() -> str:
-    """The rules as a table for docs/options.md."""
-    rows = [f"| {_names(rule.settings)} | {rule.when} |" for rule in RULES]
-    return "\n".join(["| settings | have no effect |", "|---|---|", *rows])
+def rule_list() -> str:
+    """The rules as a list for docs/options.md."""
+    return "\n".join(
+        textwrap.fill(f"- {_names(rule.settings)}: {rule.when}", 118, subsequent_indent="  ", break_on_hyphens=False)
+        for rule in RULES
+    )
 
 
 def neutral_table() -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bagel.client.batch import ask_of
-from bagel.effect import NEUTRAL, RULES, Facts, Rule, check_effect, effective, neutral_table, table
+from bagel.effect import NEUTRAL, RULES, Facts, Rule, check_effect, effective, neutral_table, rule_list
 from bagel.errors import InvalidRequest
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import ImageSettings, Modality, Request, TextSettings, resolve, text_settings
@@ -175,6 +175,6 @@ def decoding(request: Request) -> object:
     return (chosen, text.repetition_penalty, text.max_tokens, text.stop_token_ids)
 
 
-def test_docs_print_the_table() -> None:
+def test_docs_print_the_rules() -> None:
     text = DOCS.read_text()
-    assert table() in text and neutral_table() in text
+    assert rule_list() in text and neutral_table() in text

@@ -24,7 +24,7 @@ from PIL import Image
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.v1 import common_pb2
-from bagel_gateway.rest.compat import ROWS, WITHOUT_EFFECT, Row, table, translate, without_marks
+from bagel_gateway.rest.compat import ROWS, WITHOUT_EFFECT, Row, row_list, translate, without_marks
 from bagel_gateway.rest.dialect import NOTES
 from tests.gateway_stages import Deployment
 from tests.rest.test_front import data_url, drawn, parts, photo, through
@@ -102,8 +102,8 @@ def test_a_row_does_what_it_says(row: Row) -> None:
     assert bool(notes) == ("noted" in row.here)
 
 
-def test_the_page_prints_the_table() -> None:
-    assert table() in (DOCS / "migrate.md").read_text()
+def test_the_page_prints_the_rows() -> None:
+    assert row_list() in (DOCS / "migrate.md").read_text()
 
 
 async def no_effect(at: Deployment, http: Http) -> None:
@@ -174,7 +174,7 @@ async def health(at: Deployment, http: Http) -> None:
 
 
 SERVED: dict[str, Work] = {
-    "a setting without effect, as steps of a text answer": no_effect,
+    "a setting without effect, such as steps for a text answer": no_effect,
     "a size above the model's largest": too_large,
     "no `cfg_img_scale`, `cfg_interval` or `cfg_renorm_type`": guidance,
     "`url` of an edit, once or more": urls,

@@ -6,6 +6,7 @@ The tests walk the rows, docs/migrate.md prints them. What no row names is taken
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,14 +61,20 @@ def translate(body: Body) -> list[str]:
     return [note for row in ROWS if row.apply is not None and (note := row.apply(body))]
 
 
-def table() -> str:
+def row_list() -> str:
     """The rows as docs/migrate.md prints them."""
-    lines = [f"| {row.sent} | {_shown(row.example)} | {row.here} |" for row in ROWS]
-    return "\n".join(["| sent | for example | here |", "|---|---|---|", *lines])
+    return "\n".join(
+        textwrap.fill(
+            line, 118, initial_indent=mark, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        for row in ROWS
+        for mark, line in (("- ", f"{row.sent} → {row.here}."), ("  ", _shown(row.example)))
+        if line
+    )
 
 
 def _shown(example: Body | None) -> str:
-    return "" if example is None else f"`{json.dumps(example, ensure_ascii=False)}`".replace("|", "\\|")
+    return "" if example is None else f"Example: `{json.dumps(example, ensure_ascii=False)}`"
 
 
 def _unpack(body: Body) -> str | None:
@@ -242,12 +249,12 @@ _DRAWN: Body = {"modalities": ["image"]}
 ROWS: tuple[Row, ...] = (
     Row(
         "`extra_body`, `extra_args` or `extra_params` in the JSON",
-        "what it holds stands at the top",
+        "its keys count as parameters of the request",
         _unpack,
         {"extra_body": {"seed": 42}},
         {"seed": 42},
     ),
-    Row("`null`", "left out, also of a name that is unknown", _drop_nulls, {"lora": None}, {}),
+    Row("`null`", "counts as left out, also for an unknown parameter", _drop_nulls, {"lora": None}, {}),
     Row(
         ", ".join(f"`{name}`" for name in WITHOUT_EFFECT),
         "noted: they change nothing in vllm-omni's BAGEL either",
@@ -267,14 +274,14 @@ ROWS: tuple[Row, ...] = (
     Row("`output_format` `jpg`", "`jpeg`", _jpg, {"output_format": "jpg"}, {"output_format": "jpeg"}),
     Row(
         "a chat without `modalities`, or with `audio` beside others",
-        "draws; `audio` is not given, and noted",
+        "a picture is drawn; no sound is made, and `audio` is noted",
         _modalities,
         {**_said("a cat"), "modalities": ["text", "audio"]},
         {**_said("a cat"), "modalities": ["text"]},
     ),
     Row("`stop` of a picture", "noted", _stop_of_a_picture, {**_DRAWN, "stop": ["."]}, _DRAWN),
     Row(
-        "parts without `type`, an `image` in base64, an `image_url` that is a text",
+        "parts without `type`, an `image` in base64, an `image_url` that is a string",
         "OpenAI's parts",
         _typed_parts,
         {**_said([{"text": "make it red"}, {"image": "iVBOR..."}]), **_DRAWN},
@@ -282,18 +289,18 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "control marks and role words at the ends of a text",
-        "taken off; inside of a text they are refused",
+        "removed; inside a text they are refused",
         _take_marks_off,
         {**_said("<|im_start|>user\n<|image_pad|>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"), **_DRAWN},
         {**_said("What is it?"), **_DRAWN},
     ),
     Row("`partial_images`, `progress` without `stream`", "noted", _heard_by_nobody, {"partial_images": 2}, {}),
-    Row("a setting without effect, as steps of a text answer", "noted"),
-    Row("a size above the model's largest", "the largest of that shape; noted"),
+    Row("a setting without effect, such as steps for a text answer", "noted"),
+    Row("a size above the model's largest", "the largest size of that shape is used; noted"),
     Row("no `cfg_img_scale`, `cfg_interval` or `cfg_renorm_type`", "vllm-omni's: 1.5, [0.4, 1.0] and global"),
     Row("`url` of an edit, once or more", "an image, as a data URL or from a host of `--allow-image-host`"),
-    Row("`response_format` `file`", "the answer is the picture's file, of one picture"),
-    Row("a chat that draws", "its pictures are parts in `message.content`, of all results in one choice"),
+    Row("`response_format` `file`", "the answer is the file of the picture; only one picture can be asked for"),
+    Row("a chat that draws", "its pictures are parts of `message.content`; one choice holds all results"),
     Row("`GET /health`", "200 once requests can be served, else 503"),
 )  # fmt: skip
 """In the order in which they apply."""
