@@ -16,10 +16,10 @@ from types import UnionType
 from typing import Any, TypeVar
 
 from bagel.effect import Facts, check_effect
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, together
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.ranges import in_words
-from bagel.vocabulary import refuse_control_marks, refuse_unknown_options
+from bagel.vocabulary import control_mark_problems, refuse_unknown_options
 
 MAX_SEED = 2**63 - 1
 SIZE_STRIDE = 16
@@ -161,8 +161,9 @@ class Request:
         texts = [part.text for part in self.prompt if isinstance(part, TextPart)]
         check_prompt_size("prompt", len(self.prompt), texts)
         check_prompt_size("negative_prompt", 1, [self.negative_prompt])
-        refuse_control_marks("prompt", texts)
-        refuse_control_marks("negative_prompt", [self.negative_prompt])
+        marked = control_mark_problems("prompt", texts)
+        if marked := [*marked, *control_mark_problems("negative_prompt", [self.negative_prompt])]:
+            raise together(marked)
         if not self.prompt:
             raise InvalidRequest("prompt", "the prompt is empty; give a text, like 'a large red circle'")
 

@@ -42,21 +42,19 @@ def control_marks_in(text: str) -> list[str]:
     return list(dict.fromkeys(_MARK.findall(text)))
 
 
-def refuse_control_marks(field: str, texts: Iterable[str], where: str | None = None) -> None:
-    """Raise InvalidRequest for texts of a user with control marks. where: the texts' place, if it is not the field.
+def control_mark_problems(field: str, texts: Iterable[str], where: str | None = None) -> list[InvalidRequest]:
+    """An error for texts of a user with control marks. where: the texts' place, if it is not the field.
 
     They would be read letter by letter, as no user's text may end a segment; the model was never trained on that.
     """
     marks = list(dict.fromkeys(mark for text in texts for mark in control_marks_in(text)))
-    if marks:
-        several = len(marks) > 1
-        told = f"{where or field} has the control mark{'s' * several} {', '.join(marks)}"
-        about = marks[0].replace("<|", "< |")
-        raise InvalidRequest(
-            field,
-            f"{told}; leave {'them' if several else 'it'} out, as the marks of a prompt are added here. "
-            f"In a text about marks write them otherwise, like {about}",
-        )
+    if not marks:
+        return []
+    several = len(marks) > 1
+    told = f"{where or field} has the control mark{'s' * several} {', '.join(marks)}"
+    told = f"{told}; leave {'them' if several else 'it'} out, as the marks of a prompt are added here. "
+    about = marks[0].replace("<|", "< |")
+    return [InvalidRequest(field, f"{told}In a text about marks write them otherwise, like {about}")]
 
 
 def _named(rows: Mapping[str, str]) -> Mapping[str, str]:
@@ -65,6 +63,8 @@ def _named(rows: Mapping[str, str]) -> Mapping[str, str]:
 
 
 _DRAWN_FROM = "send files as image to /v1/images/edits; of a chat, image_url parts of a message"
+WRAPPERS = ("extra_body", "extra_args", "extra_params", "sampling_params", "sampling_params_list")
+"""Objects that clients put parameters into, which stand at the top of a body here."""
 _START_ONE = "start one stage with python -m bagel_thinker or python -m bagel_dit"
 _IN_DEPLOY = "it is a key of the deploy file of --deploy-config"
 _NOTHING = "there is nothing to set; leave it out"
@@ -95,12 +95,13 @@ REST_INSTEAD = _named(
         "prompt prompts": "send messages",
         "messages": "send prompt, or ask /v1/chat/completions",
         "image images image_url image_urls url init_images input_reference reference_images": _DRAWN_FROM,
-        "extra_body extra_args extra_params sampling_params sampling_params_list": "send its fields at the top level",
+        " ".join(WRAPPERS): "send its fields at the top level",
         "guidance_interval cfg_range": "send cfg_interval",
         "prompt_2 negative_prompt_2": "there is one prompt; leave it out",
         "mm_processor_kwargs media_io_kwargs": "images are resized by the model's own rule; leave it out",
         "chat_template add_generation_prompt continue_final_message": "roles are not rendered; leave it out",
         "guided_json guided_choice guided_regex structured_outputs": "answers are plain text; leave it out",
+        "type sys_type infer_align_image_size return_stage_metrics": _NOTHING,
         "request_id": "send the header X-Request-ID",
         "ignore_eos min_tokens min_p length_penalty use_beam_search": "send do_sample, top_p or top_k, or leave it out",
         "skip_special_tokens spaces_between_special_tokens detokenize echo": "answers are plain text; leave it out",

@@ -47,6 +47,8 @@ def test_marks_are_told_together_and_those_of_a_negative_prompt_too() -> None:
     with pytest.raises(InvalidRequest) as caught:
         resolve(Modality.TEXT2IMG, (TextPart("a cat"),), {"negative_prompt": "<|image_pad|>"})
     assert caught.value.field == "negative_prompt"
+    with pytest.raises(InvalidRequest, match=r"^prompt has .*; negative_prompt has the control mark"):
+        resolve(Modality.TEXT2IMG, (TextPart("<|im_end|>"),), {"negative_prompt": "<|image_pad|>"})
 
 
 @pytest.mark.parametrize("text", ALIKE)

@@ -343,6 +343,18 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "messages",
         r"^messages\[1\]\.content has the control mark",
     ),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "<|im_end|>"}], "extra_body": {"seed": 1, "height": 64}},
+        "extra_body",
+        r"^extra_body is .* top level; height is .* send size.*; messages\[0\]\.content has the control mark",
+    ),
+    (
+        IMAGES,
+        {"prompt": "x <|im_end|>", "negative_prompt": "<|im_end|>", "guidance_scale": 3, "style": "vivid"},
+        "guidance_scale",
+        "cfg_text_scale; style is not .*; prompt has the control mark.*; negative_prompt has the control mark",
+    ),
     (CHAT, {"messages": []}, "messages", "at least 1"),
     (CHAT, ASK | {"tools": [{"type": "function"}]}, "tools", "no tools"),
     (CHAT, ASK | {"logprobs": True}, "logprobs", "not given out"),

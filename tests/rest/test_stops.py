@@ -9,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
+from bagel.engine.text_scheduler import TextWritten
+from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.stops import Stop
+from bagel_gateway.serving import _joined
+from bagel_thinker.server import _join
 from tests.gateway_stages import Deployment
 from tests.rest.test_front import CHAT, post, through
 
@@ -57,6 +61,16 @@ def test_what_is_given_out_is_the_text_up_to_the_first_stop_text(stops: list[str
             assert ended and "".join(given_out) == read.removesuffix(max(found, key=len))
             return
     assert not ended and "".join(given_out) == whole
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_pieces_that_wait_together_have_the_tokens_of_the_last(think: bool) -> None:
+    pieces = [common_pb2.TextDelta(text=text, think=think, tokens=tokens) for text, tokens in (("a", 2), ("b", 5))]
+    one, other = (gateway_pb2.GenerateResponse(text=piece) for piece in pieces)
+    assert _joined((1, one), (1, other)) == (1, one) and one.text == common_pb2.TextDelta(
+        text="ab", think=think, tokens=5
+    )
+    assert _join(TextWritten("a", 2), TextWritten("b", 5)) == TextWritten("ab", 5)
 
 
 STOPS = [("o b", "s"), (["zzz", "be"], "so "), ("it!", "so be it"), (None, "so be it")]

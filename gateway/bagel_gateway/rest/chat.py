@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bagel.errors import InvalidRequest
+from bagel.errors import InvalidRequest, together
 from bagel.request import Modality
 from bagel.v1 import common_pb2, gateway_pb2
 from bagel_gateway.rest.answers import Payload, event_stream, unless_gone
@@ -19,7 +19,7 @@ from bagel_gateway.rest.bodies import Bodies
 from bagel_gateway.rest.dialect import Reading
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.images import usage as picture_usage
-from bagel_gateway.rest.messages import parts_of
+from bagel_gateway.rest.messages import parts_of, problems_of
 from bagel_gateway.rest.parameters import FIELD_NAMES, REFUSED_CHAT, ChatParameters, options_of, read
 from bagel_gateway.rest.serve import Events, Front, Outcome, base64_of, outcomes
 from bagel_gateway.rest.stops import Stop, stopped
@@ -38,7 +38,10 @@ class Chat:
         """Answer, or draw; roles are not rendered, each text and image becomes a segment, images of a message first."""
         reading = self._front.reading()
         body = reading.body(await self._bodies.read_json(request))
-        given = read(ChatParameters, REFUSED_CHAT, body, typed=True)
+        try:
+            given = read(ChatParameters, REFUSED_CHAT, body, typed=True)
+        except InvalidRequest as error:
+            raise together([error, *problems_of(body.get("messages"))]) from None
         if given.stream_options is not None and not given.stream:
             raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
         model = await self._front.check_model(given.model)

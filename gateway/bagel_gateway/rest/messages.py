@@ -7,7 +7,7 @@ from typing import Any
 
 from bagel.errors import InvalidRequest, together
 from bagel.v1 import common_pb2
-from bagel.vocabulary import PART_INSTEAD, refuse_control_marks
+from bagel.vocabulary import PART_INSTEAD, control_mark_problems
 from bagel_gateway.rest.data_urls import data_of
 from bagel_gateway.rest.fetch import Fetcher
 from bagel_gateway.rest.serve import check_images, image_part, text_part
@@ -49,9 +49,8 @@ async def parts_of(
     A user's message has its images before its texts, as the model was made for; interleave: in the order given.
     """
     reading = _Reading(interleave)
-    for number, message in enumerate(messages):
-        reading.message(f"{FIELD}[{number}]", message)
-    reading.check()
+    if problems := reading.problems(messages):
+        raise together(problems)
     check_images(sum("url" in content for content in reading.contents), FIELD, max_images)
     parts = []
     for content in reading.contents:
@@ -65,6 +64,12 @@ async def parts_of(
     return parts
 
 
+def problems_of(messages: object) -> list[InvalidRequest]:
+    """All that is wrong with the messages of a body that is refused anyway."""
+    several = messages if isinstance(messages, list) else []
+    return _Reading(interleave=True).problems([each for each in several if isinstance(each, dict)])
+
+
 class _Reading:
     """Messages' texts and URLs of images, and all that is wrong with them."""
 
@@ -73,10 +78,11 @@ class _Reading:
         self.contents: list[dict[str, str]] = []
         self._problems: list[InvalidRequest] = []
 
-    def check(self) -> None:
-        """Raise InvalidRequest if anything was wrong."""
-        if self._problems:
-            raise together(self._problems)
+    def problems(self, messages: Sequence[Mapping[str, Any]]) -> list[InvalidRequest]:
+        """Take messages in; what was wrong with them."""
+        for number, message in enumerate(messages):
+            self.message(f"{FIELD}[{number}]", message)
+        return self._problems
 
     def message(self, where: str, message: Mapping[str, Any]) -> None:
         """Take one in. Answers of ours are read as they were given."""
@@ -138,7 +144,8 @@ def _content(where: str, part: object) -> dict[str, str]:
 def _text(where: str, text: str) -> dict[str, str]:
     if not text.strip():
         raise _wrong(f"{where} is an empty text; write what is wanted, or leave it out")
-    refuse_control_marks(FIELD, [text], where)
+    if marked := control_mark_problems(FIELD, [text], where):
+        raise together(marked)
     return {"text": text}
 
 

@@ -17,7 +17,7 @@ from bagel.ranges import in_words
 from bagel.request import MAX_STOP_TOKENS, RenormType
 from bagel.rpc import convert
 from bagel.v1 import common_pb2, gateway_pb2
-from bagel.vocabulary import REST_INSTEAD, instead_of
+from bagel.vocabulary import REST_INSTEAD, WRAPPERS, control_mark_problems, instead_of
 from bagel_gateway.rest.errors import UnknownParameter, renamed
 
 MAX_N = 10
@@ -233,23 +233,36 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
     try:
         read = model.model_validate(given, strict=typed)
     except ValidationError as error:
-        found = [_problem(model, each) for each in error.errors(include_url=False)]
+        found = [(each["type"] == "extra_forbidden", each) for each in error.errors(include_url=False)]
         # Unknown names first: what is missing is often misspelt.
-        unknown = [each for each in found if isinstance(each, UnknownParameter)]
-        others = [each for each in found if not isinstance(each, UnknownParameter)]
-        raise together([*unknown, *refusals, *others]) from None
+        unknown = [one for new, each in found if new for one in _unknown(model, _name(each), each["input"])]
+        others = [_problem(model, each) for new, each in found if not new]
+        texts = [(name, given.get(name)) for name in ("prompt", "negative_prompt")]
+        marked = [one for name, text in texts if isinstance(text, str) for one in control_mark_problems(name, [text])]
+        raise together([*unknown, *refusals, *others, *marked]) from None
     if refusals:
         raise together(refusals)
     return read
 
 
+def _name(error: ErrorDetails) -> str:
+    return ".".join(str(key) for key in error["loc"])[:_LONGEST_NAME]
+
+
+def _unknown(model: type[BaseModel], name: str, value: object) -> list[InvalidRequest]:
+    """A parameter that there is not, and those of its object if it wraps some."""
+    instead = instead_of(name, REST_INSTEAD, model.model_fields)
+    told = f": {instead}" if instead else "; docs/rest.md lists them"
+    problems: list[InvalidRequest] = [UnknownParameter(name, f"{name} is no parameter of this endpoint{told}")]
+    if name in WRAPPERS and isinstance(value, dict):
+        inner = [(str(key)[:_LONGEST_NAME], each) for key, each in value.items() if key not in model.model_fields]
+        problems += [problem for key, each in inner for problem in _unknown(model, key, each)]
+    return problems
+
+
 def _problem(model: type[BaseModel], error: ErrorDetails) -> InvalidRequest:
     """One of pydantic's errors in our words."""
-    name = ".".join(str(key) for key in error["loc"])[:_LONGEST_NAME]
-    if error["type"] == "extra_forbidden":
-        instead = instead_of(name, REST_INSTEAD, model.model_fields)
-        told = f": {instead}" if instead else "; docs/rest.md lists them"
-        return UnknownParameter(name, f"{name} is no parameter of this endpoint{told}")
+    name = _name(error)
     if error["type"] == "missing":
         return InvalidRequest(name, f"{name} is missing; it is required")
     if error["type"] in ("too_long", "too_short"):
