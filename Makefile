@@ -24,7 +24,7 @@ PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test setup-vllm test-vllm test-browser test-compose bench protos protos-check clean
+.PHONY: help setup run demo format lint check test setup-vllm test-vllm test-browser test-compose bench protos protos-check wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,11 @@ protos: setup ## generate bagel/v1 from protos/
 protos-check: ## lint protos/, and compare them with the wire contract of the last release
 	$(BUF) lint protos
 	$(BUF) breaking protos --against protos/released.binpb
+
+wheel: ## build the wheel, and say where it lies
+	@$(PYTHON) -m venv build/venv
+	@build/venv/bin/python -m pip --disable-pip-version-check wheel -q --no-deps --wheel-dir dist .
+	@ls -t dist/bagel_serving-*.whl | head -n 1
 
 clean: ## remove caches and build output; the environment stays
 	rm -rf build dist demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

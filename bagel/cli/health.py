@@ -7,15 +7,19 @@ import argparse
 from bagel.cli.endpoint import security_of
 from bagel.cli.flags import HEALTH_TIMEOUT_S
 from bagel.cli.outputs import write_out
-from bagel.deployment.launcher import health_of
+from bagel.deployment.launcher import UNREACHABLE, health_of
 from bagel.errors import ConfigError, NoBackend
+from bagel.rpc.reach import unreachable
 
 
 def health(args: argparse.Namespace) -> None:
-    """Run the command; raises NoBackend unless the service says SERVING."""
+    """Run the command; raises NoBackend unless the service says SERVING, and the cause if it cannot be reached."""
     if args.endpoint is None:
         raise ConfigError("no --endpoint; name the service, like --endpoint 127.0.0.1:50051")
-    status = health_of(args.endpoint, args.timeout or HEALTH_TIMEOUT_S, security_of(args))
+    security = security_of(args)
+    status = health_of(args.endpoint, args.timeout or HEALTH_TIMEOUT_S, security)
+    if status == UNREACHABLE:
+        raise unreachable("service", args.endpoint, security)
     if status != "SERVING":
         raise NoBackend(f"the service at {args.endpoint} is {status}; its log says why")
     write_out(f"{status}\n")

@@ -23,6 +23,7 @@ from bagel.deployment.process import Logs
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import ConfigError
 from bagel.rpc.api_keys import read_keys
+from bagel.rpc.reach import check_free
 from bagel.rpc.transport import Security
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES, LogFolder
 
@@ -35,16 +36,16 @@ def serve(args: argparse.Namespace) -> None:
     model, checkpoint = find_model(args.model)
     config = deployment_for(checkpoint, args.deploy_config, engine=args.engine)
     settings = _settings(args)
-    for note in config.notes():
+    where = _where(args)
+    starting = deployment(args, config, model, checkpoint, **where, logs=_logs(args), **settings)
+    for note in config.notes():  # an error stands alone
         say(f"note: {note}")
     if not named_model(args.model):
         say(NANO_NOTE)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         say(f"loading {model}")
-        port = GATEWAY_PORT if args.port is None else args.port
-        host, logs = args.host or GATEWAY_HOST, _logs(args)
-        with deployment(args, config, model, checkpoint, host=host, port=port, logs=logs, **settings) as running:
+        with starting as running:
             security, keys = security_of(args), settings["api_keys"]
             _say_how_to_call(running.address, security, keys)
             if running.http:
@@ -92,6 +93,15 @@ def deployment(
         on_ready=on_ready,
         **{**{name: value for name, value in asked.items() if value is not None}, **settings},
     )
+
+
+def _where(args: argparse.Namespace) -> dict[str, Any]:
+    """Host and port of the gateway; ConfigError for one that is not free, before anything is loaded."""
+    host, port = args.host or GATEWAY_HOST, GATEWAY_PORT if args.port is None else args.port
+    check_free(f"{f'[{host}]' if ':' in host else host}:{port}", "--host and --port")
+    if args.http is not None:
+        check_free(args.http, "--http")
+    return {"host": host, "port": port}
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

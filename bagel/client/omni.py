@@ -26,11 +26,12 @@ from bagel.deployment.defaults import deployment_for, find_model, request_defaul
 from bagel.deployment.launcher import Deployment, OnReady, reachable
 from bagel.deployment.process import Logs
 from bagel.deployment.schema import DeployConfig
-from bagel.errors import BagelError, ConfigError, InvalidRequest, NotSupported, RemoteError, SourceUnavailable
+from bagel.errors import BagelError, ConfigError, InvalidRequest, NotSupported, RemoteError
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
 from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import Modality, Request, resolve
+from bagel.rpc.reach import unreachable
 from bagel.rpc.transport import PLAINTEXT, Security
 from bagel.v1 import common_pb2
 
@@ -255,14 +256,13 @@ class ServedEngine:
 def describe(
     address: str, timeout_s: float = DESCRIBE_S, security: Security = PLAINTEXT, api_key: str | None = None
 ) -> common_pb2.ModelInfo:
-    """What the gateway there serves; SourceUnavailable if none answers."""
+    """What the gateway there serves; SourceUnavailable if none answers, ConfigError if its TLS is another."""
     with Client(address, security, api_key=api_key) as client:
         try:
             return client.describe(timeout_s).model
         except BagelError as error:
             if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                how = "or TLS failed: check its name, --tls-ca" if security.encrypted else "start one with bagel serve"
-                raise SourceUnavailable(f"no gateway answers at {address}; {how}") from None
+                raise unreachable("gateway", address, security) from None
             raise
 
 

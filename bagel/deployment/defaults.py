@@ -75,6 +75,12 @@ def request_defaults(config: DeployConfig) -> dict[str, Any]:
     return {**config.sampling_defaults(), **({"think": True} if config.spec.thinks else {})}
 
 
+def how_to_install(extra: str) -> str:
+    """The command that adds an extra of this package, which is on no index: in a checkout, or from a wheel."""
+    wheel = f"dist/bagel_serving-{bagel.__version__}-py3-none-any.whl"
+    return f"pip install '.[{extra}]' in a checkout, or pip install '{wheel}[{extra}]' after make wheel there"
+
+
 def _chosen_pipeline(checkpoint: Checkpoint) -> str:
     path = checkpoint.path("config.json")
     architectures = read_json_file(path).get("architectures") or []
@@ -89,4 +95,5 @@ def missing_install_named() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise ConfigError(f"the model cannot run in this process: {error}; install bagel-serving[engine]") from error
+        why = f"the model cannot run in this process: {error}"
+        raise ConfigError(f"{why}; {how_to_install('engine')}") from error

@@ -22,6 +22,7 @@ from bagel.deployment import serving
 from bagel.deployment.configs import GATEWAY, settings_named
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gateway_config import GatewayConfig
+from bagel.deployment.gpus import check_device
 from bagel.deployment.process import POLL_S, Logs, Service
 from bagel.deployment.schema import DeployConfig, StageDeploy
 from bagel.deployment.settings import JSON_FLAG
@@ -31,6 +32,7 @@ from bagel.errors import ConfigError, InitTimeout
 from bagel.rpc.deadlines import deadline_of
 from bagel.rpc.transport import PLAINTEXT, Security, sync_channel
 
+UNREACHABLE = "unreachable"
 LOOPBACK = "127.0.0.1"
 KILL_AFTER_S = 5.0
 """Seconds after its drain time when a service that still runs is killed."""
@@ -68,6 +70,7 @@ class Deployment:
         self.config, self._name = config, name or str(model)
         self._init_timeout_s, self._logs, self._on_ready = init_timeout_s, logs, on_ready
         self._env = {**os.environ, **(env or {})}
+        check_device(settings.get("device") or "auto")
         self._stages = _stage_configs(config, str(model), settings)
         listen = f"{f'[{host}]' if ':' in host else host}:{gateway_port}"
         self._gateway = _gateway_config(config, listen, self._name, settings)
@@ -100,11 +103,17 @@ class Deployment:
             service.check()
 
     def stop(self) -> None:
-        """Stop the services, the gateway first. Each drains, so that no service calls one that has already ended."""
+        """Stop the services, the gateway first. Each drains, so that no service calls one that has already ended.
+
+        Their last exports of telemetry run at the same time, since a collector that is gone costs each some seconds.
+        """
         try:
+            for service in reversed(self.services):
+                service.tell_to_stop()
+                service.until_stopped(self._gateway.drain_timeout_s + KILL_AFTER_S)
+            deadline = time.monotonic() + KILL_AFTER_S
             while self.services:
-                self.services[-1].tell_to_stop()
-                self.services[-1].end(self._gateway.drain_timeout_s + KILL_AFTER_S)
+                self.services[-1].end(max(0.0, deadline - time.monotonic()))
                 self.services.pop()
         except BaseException:  # a second Ctrl-C
             self._end_now(0)
@@ -241,7 +250,7 @@ def health_of(address: str, timeout_s: float, security: Security = PLAINTEXT) ->
         try:
             answer = check(health_pb2.HealthCheckRequest(), timeout=deadline_of(timeout_s), wait_for_ready=True)
         except grpc.RpcError:
-            return "unreachable"
+            return UNREACHABLE
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 

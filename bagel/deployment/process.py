@@ -25,7 +25,7 @@ GROUP_LIMIT_S = 0.5
 TAIL_LINES = 40
 LAST_LINES = 3
 ERROR = "error: "
-READY = json.dumps({"event": "ready"})
+READY, STOPPED = (json.dumps({"event": event}) for event in ("ready", "stopped"))
 
 Logs = LogFolder | Path | TextIO | None
 """Where the services' output goes: a folder (one log each), a stream (lines with their names), or nowhere."""
@@ -47,6 +47,8 @@ class Service:
         """Its HTTP address, once it listens; empty if it has none."""
         self.said_ready = False
         """Whether it has printed that it is ready, as the gateway does."""
+        self.said_stopped = False
+        """Whether it has printed that its work is over, after which it only exports its last telemetry."""
         self._write, self._close_log, self.log = _sink(logs, name)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bagel.deployment.child", module],
@@ -88,6 +90,12 @@ class Service:
         """Send SIGTERM, upon which it drains and ends."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+
+    def until_stopped(self, limit_s: float) -> None:
+        """Wait until its work is over, or for limit_s."""
+        deadline = time.monotonic() + limit_s
+        while not self.said_stopped and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def end(self, limit_s: float) -> None:
         """Wait for it to end and kill it after limit_s; then end the processes that it started."""
@@ -140,6 +148,9 @@ class Service:
                     continue
                 if announces and not self.said_ready and line.strip() == READY:
                     self.said_ready = True
+                    continue
+                if announces and line.strip() == STOPPED:
+                    self.said_stopped = True
                     continue
                 self._tail.append(line.rstrip("\n"))
                 self._write(line)

@@ -124,7 +124,7 @@ class ReadingImages(Config):
 class OfModel(Config):
     """Of a service that loads the model."""
 
-    model: str = setting("checkpoint folder or hub name", elsewhere=WIRED)
+    model: str = setting("checkpoint folder, hub name or bagel-nano", elsewhere=WIRED)
     name: str
     device: str = setting("auto, cpu, cuda or cuda:N", default="auto", elsewhere=WIRED)
     dtype: str = setting("", default="auto", choices=DTYPES, elsewhere=WIRED)

@@ -12,6 +12,7 @@ import grpc
 
 from bagel.errors import ConfigError, Forbidden
 
+StrPath = str | Path
 GATEWAY, THINKER, DIT = "gateway", "thinker", "dit"
 """The names in the services' certificates, as `deploy/dev-ca` makes them."""
 CERTIFICATE, KEY, CA, ALLOWED = "tls_certificate", "tls_key", "tls_ca", "tls_allow_client"
@@ -28,13 +29,16 @@ class Security:
     clients: a caller's certificate must have one of these names; empty: every certificate of the CA may call.
     """
 
-    certificate: Path | None = None
-    key: Path | None = None
-    ca: Path | None = None
+    certificate: StrPath | None = None
+    key: StrPath | None = None
+    ca: StrPath | None = None
     trusted_network: bool = False
     clients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("certificate", "key", "ca"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given))
         if (self.certificate is None) != (self.key is None):
             raise ConfigError(
                 f"TLS needs both a certificate and its key; give {CERTIFICATE} and {KEY}", CERTIFICATE, KEY
@@ -100,9 +104,9 @@ def names_of(shown: Mapping[str, Iterable[bytes]]) -> list[str]:
     return list(dict.fromkeys(name.decode("utf-8", "replace") for name in found if name))
 
 
-def _check_pair(certificate: Path, key: Path, *, serving: bool) -> None:
+def _check_pair(certificate: StrPath, key: StrPath, *, serving: bool) -> None:
     """Raise ConfigError, naming the setting, for a certificate and a key that cannot be used together."""
-    public, private = _read(certificate), _read(key)
+    public, private = _read(certificate, CERTIFICATE), _read(key, KEY)
     assert public is not None and private is not None
     if _CERTIFICATE not in public:
         swapped = f" but a private key; {CERTIFICATE} and {KEY} are swapped" if _KEY in public else ""
@@ -127,9 +131,9 @@ def _check_pair(certificate: Path, key: Path, *, serving: bool) -> None:
         raise ConfigError(f"{CERTIFICATE} {certificate} cannot be used: {why}", CERTIFICATE)
 
 
-def _check_ca(path: Path) -> None:
+def _check_ca(path: StrPath) -> None:
     """Raise ConfigError for a file without the certificate of an authority that is valid now."""
-    if _CERTIFICATE not in (_read(path) or b""):
+    if _CERTIFICATE not in (_read(path, CA) or b""):
         raise ConfigError(f"{CA} {path} holds no PEM certificate", CA)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
@@ -145,7 +149,7 @@ def _check_ca(path: Path) -> None:
         raise ConfigError(f"{CA} {path} has expired on {ends[-1]}; make a new CA and new certificates", CA)
 
 
-def _refused(certificate: Path, key: Path, *, serving: bool) -> str | None:
+def _refused(certificate: StrPath, key: StrPath, *, serving: bool) -> str | None:
     """Why a peer would refuse this certificate: expired, not yet valid, not for this purpose. None if it would not."""
     # A handshake with ourselves, since Python cannot read a certificate's dates. It does not check who signed it.
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -177,13 +181,13 @@ def _refuse_password() -> str:
 
 
 def _reason(error: ssl.SSLError) -> str:
-    return (error.reason or "no PEM").replace("_", " ").lower()
+    return (error.reason or "it is no PEM").replace("_", " ").lower().replace("pem", "PEM")
 
 
-def _read(path: Path | None) -> bytes | None:
+def _read(path: StrPath | None, setting: str = "TLS file") -> bytes | None:
     if path is None:
         return None
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigError(f"the TLS file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{setting} {path} cannot be read: {error.strerror}", setting) from None

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from bagel.arguments import for_command_line
@@ -45,6 +46,12 @@ def announce_ready() -> None:
     print(json.dumps({"event": "ready"}), flush=True)
 
 
+def _announce_stopped() -> None:
+    """Say on stdout that the service's work is over: what is left is the last export of telemetry, which may wait."""
+    with suppress(OSError, ValueError):  # nobody may read it any more
+        print(json.dumps({"event": "stopped"}), flush=True)
+
+
 async def serve(
     host: Host, drain_s: float, failed: asyncio.Future[None], idle: Callable[[], bool] | None = None
 ) -> None:
@@ -80,6 +87,7 @@ def run(read: Callable[[], C], main: Callable[[C], Awaitable[None]], service: st
     except KeyboardInterrupt:
         return 130
     finally:
+        _announce_stopped()
         shut_down()
     return 0
 

@@ -19,6 +19,7 @@ from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
 from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
+from bagel.rpc.reach import why_not_free
 from bagel.rpc.security import PLAINTEXT, Security
 from bagel.rpc.unread import Unread
 from bagel.rpc.writing import writing
@@ -203,7 +204,8 @@ class Host:
             else:
                 self.port = self.server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --listen") from None
+            why = why_not_free(address) or str(error)
+            raise ConfigError(f"{address} cannot be listened on: {why}; choose another with --listen") from None
 
     @property
     def methods(self) -> aio.Server:

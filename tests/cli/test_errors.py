@@ -129,7 +129,7 @@ def test_mistake_leaves_no_folder_behind(folder: Path) -> None:
 @pytest.mark.usefixtures("folder")
 def test_install_without_engine_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *P]) == 2
-    assert "install bagel-serving[engine]" in capsys.readouterr().err
+    assert "pip install '.[engine]' in a checkout" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("folder")

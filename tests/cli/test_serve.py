@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 
 from bagel.cli import main
 from bagel.client import Client
+from bagel.deployment.gpus import has_gpu
 from bagel.deployment.launcher import is_serving
 from tests.conftest import GOLDEN
 from tests.deployment.test_launcher import until_gone
@@ -129,6 +131,25 @@ WRONG = [
     (["--log-dir", "README.md"], 2, "--log-dir 'README.md' cannot be made"),
     (["--init-timeout", "1", "--device", "cpu"], 1, "stage 0 (thinker)"),
 ]
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_is_told_in_one_line_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--port", "0", "--device", "cuda"]) == 2
+    said = "--device cuda is not there: the driver shows no GPU; use --device cpu, or leave it out"
+    assert capsys.readouterr().err == f"bagel: error: {said}\n"
+
+
+@pytest.mark.parametrize("flags", [("--port", "{}"), ("--port", "0", "--http", "127.0.0.1:{}")])
+def test_a_port_in_use_is_told_in_one_line_before_anything_starts(
+    flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", *(flag.format(port) for flag in flags)]) == 2
+    err = capsys.readouterr().err
+    assert f"127.0.0.1:{port} cannot be listened on: it is in use" in err and err.count("\n") == 1
+    assert f"{flags[-2]}\n" in err
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), WRONG, ids=lambda value: str(value))

@@ -129,3 +129,16 @@ def test_gpu_that_is_hidden_from_us_is_told() -> None:
 @pytest.mark.parametrize(("address", "call"), [("0.0.0.0:7", "127.0.0.1:7"), ("[::]:7", "[::1]:7"), ("h:7", "h:7")])
 def test_address_to_call(address: str, call: str) -> None:
     assert reachable(address) == call
+
+
+def test_last_exports_of_telemetry_run_at_the_same_time() -> None:
+    deployment = Deployment(shipped("bagel"), MODEL, device="cpu")
+    for name in ("thinker-0", "dit-0", "gateway"):
+        deployment.services.append(Service(name, name, "tests.deployment.exporting", [], os.environ, None))
+    pids = [service.process.pid for service in deployment.services]
+    for service in deployment.services:
+        service.address(time.monotonic() + LIMIT_S)
+    began = time.monotonic()
+    deployment.stop()
+    assert time.monotonic() - began < 4  # each exports for two seconds
+    until_gone(pids, 1.0)

@@ -234,7 +234,7 @@ def test_files_that_cannot_be_used_are_told_by_their_flag(issue: Issue, tmp_path
     own, other, late = issue(GATEWAY), issue("other"), issue("late", not_after=PAST)
     assert own.certificate and own.key and own.ca and other.key
     damaged, locked = tmp_path / "damaged.pem", tmp_path / "locked.pem"
-    damaged.write_bytes(own.certificate.read_bytes().replace(b"M", b"?", 3))
+    damaged.write_bytes(Path(own.certificate).read_bytes().replace(b"M", b"?", 3))
     openssl = ["openssl", "ec", "-aes256", "-passout", "pass:secret", "-in", str(own.key), "-out", str(locked)]
     subprocess.run(openssl, check=True, capture_output=True, timeout=60)
     expired = tmp_path / "expired.pem"

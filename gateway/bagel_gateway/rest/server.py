@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.http_front import HttpFront
 from bagel.errors import ConfigError
+from bagel.rpc.reach import why_not_free
 from bagel.rpc.transport import Security
 from bagel.rpc.unread import Unread
 from bagel_gateway.backends import Backends
@@ -162,6 +163,7 @@ def _listen(address: str) -> socket.socket:
         listening.listen(BACKLOG)  # who calls from now on waits, and is not refused
     except (OSError, OverflowError) as error:
         listening.close()
-        raise ConfigError(f"{address} cannot be listened on: {error}; choose another with --http") from None
+        why = why_not_free(address) or str(error)
+        raise ConfigError(f"{address} cannot be listened on: {why}; choose another with --http") from None
     listening.setblocking(False)
     return listening

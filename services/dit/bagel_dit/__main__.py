@@ -6,8 +6,9 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from bagel.checkpoint.files import Checkpoint, find_checkpoint
+from bagel.checkpoint.files import Checkpoint
 from bagel.deployment import serving
+from bagel.deployment.defaults import find_model
 from bagel.deployment.dit_config import DitConfig
 from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(config: DitConfig) -> None:
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
-    checkpoint = find_checkpoint(config.model)
+    _, checkpoint = find_model(config.model)
     checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not config.single_stage:

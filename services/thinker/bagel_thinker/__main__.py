@@ -9,8 +9,9 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from bagel.checkpoint.files import Checkpoint, find_checkpoint
+from bagel.checkpoint.files import Checkpoint
 from bagel.deployment import serving
+from bagel.deployment.defaults import find_model
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(config: ThinkerConfig) -> None:
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
-    checkpoint = find_checkpoint(config.model)
+    _, checkpoint = find_model(config.model)
     checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
     secure, unread, limits = serving.security(config), serving.unread(config), serving.limits(config)
     host = Host(config.listen, [name, kv_name], secure, unread=unread, limits=limits)

@@ -9,6 +9,7 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
+from bagel.deployment.defaults import how_to_install
 from bagel.deployment.not_built import NOT_BUILT
 from bagel.deployment.thinker_config import VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
@@ -53,8 +54,7 @@ def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
 def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -> Engine:
     if find_spec("vllm") is None:
         raise ConfigError(
-            "--engine vllm needs vLLM, which is not installed here: pip install 'bagel-serving[vllm]', or choose "
-            "--engine torch"
+            f"--engine vllm needs vLLM, which is not installed here: {how_to_install('vllm')}; or choose --engine torch"
         )
     if config.kv_device_bytes is not None:
         raise NotSupported(
