@@ -83,6 +83,13 @@ _COLLECTING = (
 )
 
 
+class KeptExamples(argparse.HelpFormatter):
+    """Help whose texts of several lines, such as examples, keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class Parser(OnceParser):
     """A parser that raises its errors as a ConfigError of one line."""
 

@@ -34,6 +34,7 @@ from bagel.prompts import ImagePart, Prompt, TextPart
 from bagel.request import PosteriorMode, TextSettings
 from bagel_thinker.engine import Engine
 from bagel_thinker.torch_engine import TorchEngine
+from bench.vllm_here import check
 
 NANO = Path(__file__).parents[1] / "models" / "nano"
 STORE_BYTES = 2**28
@@ -200,6 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of vLLM (nano: 1 or 3)")
     parser.add_argument("--causal", action="store_true", help="break it: images are not bidirectional")
     options = parser.parse_args(argv)
+    check(parser, gpu=options.device == "cuda", without="--device cpu")
     # TF32 would hide errors of 1e-3.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     checkpoint, some, begin = Checkpoint(options.model), cases(), time.monotonic()

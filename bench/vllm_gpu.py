@@ -44,6 +44,7 @@ from bagel_thinker.vllm.requests import Placeholders, segment_starts
 from bagel_thinker.vllm.settings import VllmSettings
 from bagel_thinker.vllm.sink import Notice, Sink
 from bench.models import TINY
+from bench.vllm_here import check
 
 AT_ONCE = 64
 REPEATS = 5
@@ -381,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")
     options = parser.parse_args(argv)
+    if not options.merge:
+        check(parser, gpu=not options.tiny, without="--tiny")
     if options.side:
         run_side(options.side, options)
         os._exit(0)  # vLLM's own shutdown takes longer than the measurements

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from bagel import __version__
-from bagel.arguments import Parser, for_command_line
+from bagel.arguments import KeptExamples, Parser, for_command_line
 from bagel.cli.flags import (
+    EXAMPLES,
     INTERRUPTED,
     add_eval_nano_flags,
     add_generate_flags,
@@ -58,6 +59,9 @@ def _run(argv: Sequence[str] | None) -> None:
         help="make pictures or text",
         description="Make pictures or text: in this process, in the services of a two-stage deploy file, or at a "
         "running gateway. Pictures' paths and answers go to stdout, everything else to stderr.",
+        usage="bagel generate --prompts TEXT [TEXT ...] [--modality MODALITY] [--image-path FILE] [options]",
+        epilog=EXAMPLES,
+        formatter_class=KeptExamples,
     )
     add_generate_flags(generate)
     serve = commands.add_parser(

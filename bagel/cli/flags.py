@@ -35,6 +35,12 @@ HEALTH_TIMEOUT_S = 3
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+EXAMPLES = """examples:
+  bagel generate --prompts "a large red circle to the left of a small blue square" --seed 7
+  bagel generate --modality img2img --image-path picture.png --prompts "make the circle green"
+  bagel generate --endpoint 127.0.0.1:50051 --modality img2text --image-path picture.png --prompts "describe the image"
+"""
+"""At the end of `bagel generate --help`."""
 PICTURE_FLAGS = (
     "height",
     "width",
@@ -130,6 +136,7 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser.add_argument_group("model and engine"))
     _add_client(parser)
     _add_reports(parser.add_argument_group("reports"))
+    _add_not_built(parser.add_argument_group("REFUSED, as not built yet, but for their defaults"))
 
 
 def _add_task(group: Group) -> None:
@@ -279,13 +286,16 @@ def _add_engine(group: Group) -> None:
     _add_thinker(group)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
-    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over; only 1 works", type=_whole, metavar="N")
-    _add(group, "--worker-backend", "process", "only process works", choices=WORKER_BACKENDS)
-    _add(group, "--ray-address", "none", "Ray cluster; not built yet", type=_given, metavar="ADDRESS")
-    _add(group, "--quantization", "none", "like fp8; not built yet", type=_given, metavar="NAME")
     _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
+
+
+def _add_not_built(group: Group) -> None:
+    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over", type=_whole, metavar="N")
+    _add(group, "--worker-backend", "process", "what runs workers", choices=WORKER_BACKENDS)
+    _add(group, "--ray-address", "none", "Ray cluster", type=_given, metavar="ADDRESS")
+    _add(group, "--quantization", "none", "like fp8", type=_given, metavar="NAME")
 
 
 def _add_reports(group: Group) -> None:

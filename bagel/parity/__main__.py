@@ -1,9 +1,10 @@
 """Run every recorded case through the engine and say how far each tensor is off.
 
-    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel] [--engine vllm]
+    python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel] [--engine vllm] [--json]
 
-One JSON line per case, table and bfloat16 case; the last line sums up. Exit code 1 when anything differs by more
-than is allowed or was not compared.
+One line per case, table and bfloat16 case, with its largest error or what is wrong; the last line sums up. With --json
+each line is an object with the error of every tensor. Exit code 1 when anything differs by more than is allowed or was
+not compared.
 """
 
 from __future__ import annotations
@@ -44,31 +45,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--engine", choices=("torch", "vllm"), help="the Thinker's, with --topology (which is then bagel if not given)"
     )
+    parser.add_argument("--json", action="store_true", help="a line of JSON a case, with the error of every tensor")
     args = parser.parse_args(argv)
     topology = args.topology or (None if args.engine is None else BAGEL.model_type)
     try:
         golden = Golden(args.folder)
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
         if topology is None:
-            return _run(golden, _reports(golden, args.device, tolerance), tolerance)
-        return _run(golden, compare_served(golden, topology, args.device, tolerance, args.engine), tolerance)
+            reports = _reports(golden, args.device, tolerance)
+        else:
+            reports = compare_served(golden, topology, args.device, tolerance, args.engine)
+        return _run(golden, reports, tolerance, as_json=args.json)
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _run(golden: Golden, reports: Iterator[Comparison], tolerance: float) -> int:
+def _run(golden: Golden, reports: Iterator[Comparison], tolerance: float, *, as_json: bool) -> int:
     start = before = time.perf_counter()
     failed, count = [], 0
     for report in reports:
         now = time.perf_counter()
-        print(report.line(seconds=round(now - before, 2)), flush=True)
+        print(report.as_json(now - before) if as_json else report.line(now - before), flush=True)
         before, count = now, count + 1
         failed += [report.case] if report.failures else []
     failed += [f"{name} (listed but not there)" for name in golden.missing()]
     seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
+    if as_json:
+        print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
+    else:
+        print(_summary(count, failed, tolerance, seconds))
     return 1 if failed or not count else 0
+
+
+def _summary(count: int, failed: Sequence[str], tolerance: float, seconds: float) -> str:
+    if failed:
+        return f"wrong: {', '.join(failed)}; --json says where ({count} cases, tolerance {tolerance:g}, {seconds} s)"
+    return f"all {count} cases agree within {tolerance:g} ({seconds} s)" if count else "there is no case"
 
 
 def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[Comparison]:

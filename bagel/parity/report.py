@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 LARGEST_U8_STEP = 1
+NAME_COLUMNS = 30
 
 Judge = Callable[[str, Tensor, Tensor], str | None]
 """(name, ours, wanted), both float32 on the CPU -> why it fails, or None."""
@@ -102,12 +104,20 @@ class Comparison:
         if left:
             self.failures.append(f"not compared: {', '.join(left)}")
 
-    def line(self, **extra: Any) -> str:
-        """One JSON line."""
+    def line(self, seconds: float) -> str:
+        """One line for a terminal: the largest error of a tensor, or what is wrong, cut to the width."""
+        worst = max((error for name, error in self.errors.items() if not name.startswith("u8 ")), default=0.0)
+        what = f"WRONG  {'; '.join(self.failures)}" if self.failures else f"ok     largest error {worst:.1e}"
+        line = f"{self.case:<{NAME_COLUMNS}} {seconds:6.1f} s  {what}"
+        columns = shutil.get_terminal_size().columns
+        return line if len(line) <= columns else f"{line[: columns - 1]}…"
+
+    def as_json(self, seconds: float) -> str:
+        """One line of JSON, with everything."""
         return json.dumps(
             {
                 "case": self.case,
-                **extra,
+                "seconds": round(seconds, 2),
                 "ok": not self.failures,
                 "max_abs_error": {name: float(f"{error:.3g}") for name, error in sorted(self.errors.items())},
                 "equal": sorted(set(self.exact)),

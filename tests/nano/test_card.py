@@ -26,7 +26,7 @@ def test_minutes_go_on_over_the_stages() -> None:
     assert starts == [1.0, 2.0]
 
 
-def test_card_and_picture_are_written(tmp_path: Path) -> None:
+def test_card_and_picture_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = tmp_path / "run" / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text('{"default_image_size": [128, 128]}')
@@ -48,6 +48,14 @@ def test_card_and_picture_are_written(tmp_path: Path) -> None:
     assert "| joint |  | 0.5 | 60 |  | drawing: flow 0.2, answers: text 0.01 |" in text
     with Image.open(tmp_path / "out" / "training.png") as picture:
         assert len(picture.getcolors() or ()) > 5
+    again = [str(tmp_path / "run"), *evaluations, "--out", str(tmp_path / "out")]
+    (tmp_path / "out" / "README.md").write_text("mine")
+    with pytest.raises(SystemExit):
+        card.main(again)
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+    assert "would be overwritten; give --write" in capsys.readouterr().err
+    assert card.main([*again, "--write"]) == 0
+    assert (tmp_path / "out" / "README.md").read_text() == text
 
 
 def test_evaluations_of_other_weights_or_seeds_make_no_card() -> None:

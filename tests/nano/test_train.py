@@ -49,6 +49,13 @@ def test_a_stage_that_fails_ends_the_run(tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr().err.count("Traceback") == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_cpu_must_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["vae", "--run", str(tmp_path), "--minutes", "3.7"])
+    assert "torch sees no GPU" in (err := capsys.readouterr().err) and "give --device cpu" in err
+
+
 def test_the_generation_expert_alone_can_go_on_and_texts_stay_what_they_are(run: Path, tmp_path: Path) -> None:
     copytree(run / "checkpoint", tmp_path / "checkpoint")
     tiny = ["--tiny", "--device", "cpu", "--workers", "0"]

@@ -23,7 +23,7 @@ WHOLE_SET = os.environ.get("BAGEL_GOLDEN")
 
 
 def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, object]], list[str]]:
-    code = main([str(folder)])
+    code = main([str(folder), "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return code, {line["case"]: line for line in lines[:-1]}, lines[-1]["failed"]
 
@@ -108,6 +108,18 @@ def changed(folder: Path, case: str, name: str) -> Iterator[Any]:
     data = json.loads(path.read_text())
     yield data
     path.write_text(json.dumps(data))
+
+
+def test_lines_fit_a_terminal(few: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shutil.rmtree(few / "tables")
+    with changed(few, WRITTEN, "other_id") as data:
+        data["result"]["ids_with_bos"][3] += 1
+    assert main([str(few)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert {line.split()[0]: line.split()[3] for line in lines} == {WRITTEN: "ok", DRAWN: "ok", "other_id": "WRONG"}
+    assert max(map(len, lines)) <= 80
+    assert last.startswith("wrong: other_id; --json says where (3 cases")
 
 
 def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def run(folder: Path, topology: str, capsys: Captured) -> tuple[int, dict[str, dict[str, object]], list[str]]:
-    code = main([str(folder), "--topology", topology])
+    code = main([str(folder), "--topology", topology, "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return code, {line["case"]: line for line in lines[:-1]}, lines[-1]["failed"]
 

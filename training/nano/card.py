@@ -1,4 +1,4 @@
-"""Write the model card of a run: python -m training.nano.card RUN EVALUATION ... [--out models/nano].
+"""Write the model card of a run: python -m training.nano.card RUN EVALUATION ... [--out models/nano] [--write].
 
 Reads RUN/log.jsonl and each EVALUATION/results.json, writes README.md and training.png. It takes all figures from these
 files and neither trains nor evaluates.
@@ -19,6 +19,7 @@ from training.nano.rows import ROWS
 
 Entry = Mapping[str, Any]
 Series = dict[str, list[tuple[float, float]]]
+FILES = ("README.md", "training.png")
 CURVES = ("l1", "draw_flow", "plan_flow", "edit_flow", "plan_text", "see_text", "reason_text")
 NAMES = {
     "l1": "autoencoder: absolute error",
@@ -85,12 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder with results.json, as bagel eval-nano leaves it; rows of one seed",
     )
     parser.add_argument("--out", type=Path, default=Path("models/nano"))
+    parser.add_argument("--write", action="store_true", help="also over files that are there already")
     args = parser.parse_args(argv)
+    there = [str(path) for name in FILES if (path := args.out / name).exists()]
+    if there and not args.write:
+        parser.error(f"{' and '.join(there)} would be overwritten; give --write to do so, or another --out")
     entries = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines() if line.strip()]
     results = merged([json.loads((folder / "results.json").read_text()) for folder in args.evaluation])
     args.out.mkdir(parents=True, exist_ok=True)
-    plot(*series(entries)).save(args.out / "training.png", optimize=True)
-    (args.out / "README.md").write_text(card(entries, results, args.run / "checkpoint"))
+    page, curves = (args.out / name for name in FILES)
+    plot(*series(entries)).save(curves, optimize=True)
+    page.write_text(card(entries, results, args.run / "checkpoint"))
     return 0
 
 
