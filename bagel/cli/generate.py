@@ -42,9 +42,8 @@ from bagel.deployment.defaults import (
     missing_install_named,
     model_label,
     named_model,
-    request_defaults,
 )
-from bagel.deployment.deploy_file import effective_settings, load_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import effective_settings, load_deploy_config, request_defaults, shipped_deploy_config
 from bagel.deployment.not_built import refuse_flags
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout

@@ -15,8 +15,8 @@ from bagel.cli.flags import GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_nam
 from bagel.cli.outputs import write_out
 from bagel.cli.passing import asked_settings
 from bagel.cli.progress import say
-from bagel.deployment.defaults import NANO_NOTE, deployment_for, find_model, named_model
-from bagel.deployment.deploy_file import effective_settings
+from bagel.deployment.defaults import NANO_NOTE, find_model, named_model
+from bagel.deployment.deploy_file import deployment_for, effective_settings
 from bagel.deployment.gateway_config import default_keys
 from bagel.deployment.launcher import Deployment, reachable
 from bagel.deployment.process import Logs

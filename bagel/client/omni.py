@@ -22,11 +22,12 @@ from bagel.client.calls import OnServiceEvent
 from bagel.client.stats import Firsts, stats_table
 from bagel.client.sync_client import Client
 from bagel.client.tables import profile_table
-from bagel.deployment.defaults import deployment_for, find_model, request_defaults
-from bagel.deployment.launcher import Deployment, OnReady, reachable
+from bagel.deployment.defaults import find_model
+from bagel.deployment.deploy_file import deployment_for, request_defaults
+from bagel.deployment.launcher import Deployment, OnReady, health_of, reachable
 from bagel.deployment.process import Logs
 from bagel.deployment.schema import DeployConfig
-from bagel.errors import BagelError, ConfigError, InvalidRequest, NotSupported, RemoteError
+from bagel.errors import BagelError, ConfigError, InvalidRequest, NoBackend, NotSupported, RemoteError
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
 from bagel.prompts import ImagePart, Prompt, TextPart
@@ -37,6 +38,7 @@ from bagel.v1 import common_pb2
 
 DESCRIBE_S = 20.0
 """Longer than the --backend-timeout of a gateway, which says what it waits for."""
+HEALTH_S = 2.0
 ENDED_S = 0.1
 """Seconds from the end of a connection to the end of its process."""
 
@@ -262,8 +264,16 @@ def describe(
             return client.describe(timeout_s).model
         except BagelError as error:
             if isinstance(error, RemoteError) and error.grpc_status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
-                raise unreachable("gateway", address, security) from None
+                raise _why_no_answer(address, security) from None
             raise
+
+
+def _why_no_answer(address: str, security: Security) -> BagelError:
+    if health_of(address, HEALTH_S, security) == "NOT_SERVING":
+        return NoBackend(
+            f"the gateway at {address} runs, but is not ready: it waits for a Thinker or a DiT; its log says which"
+        )
+    return unreachable("gateway", address, security)
 
 
 def _check_keywords(overrides: dict[str, object], worker_backend: str, ray_address: str | None) -> None:

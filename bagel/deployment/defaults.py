@@ -1,4 +1,4 @@
-"""Which model and which deploy file it is where the user names none. No torch here."""
+"""Which model it is where the user names none, and what it is called. No torch here."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import bagel
 from bagel.checkpoint.files import Checkpoint, find_checkpoint
-from bagel.checkpoint.json_files import read_json_file, shown
-from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
-from bagel.deployment.schema import DeployConfig
 from bagel.errors import CheckpointError, ConfigError
-from bagel.pipelines import pipeline_for_architecture
 
 NANO_NAME = "bagel-nano"
 NANO_FOLDERS = tuple(Path(bagel.__file__).resolve().parents[up] / "models" / "nano" for up in (0, 1))
@@ -62,38 +57,16 @@ def _shipped_model() -> Path:
     )
 
 
-def deployment_for(checkpoint: Checkpoint, path: str | Path | None = None, **overrides: object) -> DeployConfig:
-    """The deploy file of that path, else the shipped one that the checkpoint's architecture chooses.
-
-    Raises ConfigError or NotSupported as `load_deploy_config` does.
-    """
-    return load_deploy_config(path or shipped_deploy_config(_chosen_pipeline(checkpoint)), **overrides)
-
-
-def request_defaults(config: DeployConfig) -> dict[str, Any]:
-    """What a deployment fills into a request that does not say it: its sampling defaults, and whether to think."""
-    return {**config.sampling_defaults(), **({"think": True} if config.spec.thinks else {})}
-
-
 def how_to_install(extra: str) -> str:
     """The command that adds an extra of this package, which is on no index: in a checkout, or from a wheel."""
     wheel = f"dist/bagel_serving-{bagel.__version__}-py3-none-any.whl"
     return f"pip install '.[{extra}]' in a checkout, or pip install '{wheel}[{extra}]' after make wheel there"
 
 
-def _chosen_pipeline(checkpoint: Checkpoint) -> str:
-    path = checkpoint.path("config.json")
-    architectures = read_json_file(path).get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise CheckpointError(f"{path}: architectures is {shown(architectures)}; a list of names was expected")
-    return pipeline_for_architecture(architectures).model_type
-
-
 @contextlib.contextmanager
-def missing_install_named() -> Iterator[None]:
-    """What only the engine needs is not part of the smallest installation; ConfigError says what to install."""
+def missing_install_named(extra: str = "engine", what: str = "the model cannot run in this process") -> Iterator[None]:
+    """What only an extra needs is not part of the smallest installation; ConfigError says what to install."""
     try:
         yield
     except ModuleNotFoundError as error:
-        why = f"the model cannot run in this process: {error}"
-        raise ConfigError(f"{why}; {how_to_install('engine')}") from error
+        raise ConfigError(f"{what}: {error}; {how_to_install(extra)}") from error

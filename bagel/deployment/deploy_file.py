@@ -11,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.json_files import read_json_file, shown
 from bagel.deployment.checks import check
 from bagel.deployment.overlay import inherit, with_overrides
 from bagel.deployment.schema import DeployConfig, StageDeploy
 from bagel.deployment.schema_errors import validate
-from bagel.errors import ConfigError
-from bagel.pipelines import pipeline
+from bagel.errors import CheckpointError, ConfigError
+from bagel.pipelines import pipeline, pipeline_for_architecture
 
 PACKAGE = Path(__file__).resolve().parents[1]
 """The folder of `bagel`, in an installed wheel or a checkout."""
@@ -46,9 +48,30 @@ def shipped_deploy_config(name: str) -> Path:
     raise ConfigError(f"the shipped {filename} is not in {PACKAGE / 'deploy'}; install again or give --deploy-config")
 
 
+def deployment_for(checkpoint: Checkpoint, path: str | Path | None = None, **overrides: object) -> DeployConfig:
+    """The deploy file of that path, else the shipped one that the checkpoint's architecture chooses.
+
+    Raises ConfigError or NotSupported as `load_deploy_config` does.
+    """
+    return load_deploy_config(path or shipped_deploy_config(_chosen_pipeline(checkpoint)), **overrides)
+
+
+def request_defaults(config: DeployConfig) -> dict[str, Any]:
+    """What a deployment fills into a request that does not say it: its sampling defaults, and whether to think."""
+    return {**config.sampling_defaults(), **({"think": True} if config.spec.thinks else {})}
+
+
 def effective_settings(stage: StageDeploy) -> str:
     """The line a stage logs at start: what its parallel and VAE settings come to."""
     return (
         f"stage {stage.stage_id}: tensor_parallel_size {stage.tp_size}, vae_patch_parallel_size "
         f"{stage.parallel_config.vae_patch_parallel_size}, vae_use_tiling {str(stage.tiling).lower()}"
     )
+
+
+def _chosen_pipeline(checkpoint: Checkpoint) -> str:
+    path = checkpoint.path("config.json")
+    architectures = read_json_file(path).get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise CheckpointError(f"{path}: architectures is {shown(architectures)}; a list of names was expected")
+    return pipeline_for_architecture(architectures).model_type

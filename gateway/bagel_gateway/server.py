@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from bagel.deployment import serving
+from bagel.deployment.defaults import missing_install_named
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.pipelines import pipeline
 from bagel.rpc.admission import Admission
@@ -101,7 +102,8 @@ class Gateway:
         self.rest = None
         if config.http is not None:
             # Imported here alone: a gateway without HTTP loads no web framework.
-            from bagel_gateway.rest.server import RestServer
+            with missing_install_named("gateway", "--http needs more than is installed"):
+                from bagel_gateway.rest.server import RestServer
 
             draining, port = self.host.draining.is_set, self.host.port
             self.rest = RestServer(

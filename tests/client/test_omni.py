@@ -154,7 +154,7 @@ def test_engine_is_the_keywords_and_a_service_that_died_is_named(monkeypatch: py
 
 def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--endpoint", "127.0.0.1:1", "--prompts", "x"]) == 1
-    assert "no gateway answers at 127.0.0.1:1; start one with bagel serve" in capsys.readouterr().err
+    assert "no gateway answers at 127.0.0.1:1: nothing listens there; start one" in capsys.readouterr().err
     with pytest.raises(SourceUnavailable):
         describe("127.0.0.1:1", timeout_s=2)
 

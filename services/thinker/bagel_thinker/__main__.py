@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment import serving
-from bagel.deployment.defaults import find_model
+from bagel.deployment.defaults import find_model, missing_install_named
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
@@ -68,7 +68,8 @@ async def _serve(config: ThinkerConfig) -> None:
 
 def _load(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
     """The engine, ready. It is imported here, as torch takes seconds and the address is to be known at once."""
-    from bagel_thinker.loading import load_engine
+    with missing_install_named():
+        from bagel_thinker.loading import load_engine
 
     return load_engine(config, checkpoint)
 
