@@ -44,8 +44,9 @@ def test_card_and_picture_are_written(tmp_path: Path, capsys: pytest.CaptureFixt
     assert text.index("| one object |") < text.index("| two objects | 50 of 100 |")
     assert "bagel eval-nano --seed 4`, in one process on cpu and cuda:0:" in text
     assert "1.0 M parameters" in text
-    assert "| joint | cpu | 1.0 | 50 | 3.8 M | drawing: flow 2, answers: text 5 |" in text
-    assert "| joint |  | 0.5 | 60 |  | drawing: flow 0.2, answers: text 0.01 |" in text
+    assert "| joint | cpu | 1.0 | 50 | 3.8 M |" in text and "| joint |  | 0.5 | 60 |  |" in text
+    assert "- joint, 1.0 minutes: drawing: flow 2, answers: text 5\n" in text
+    assert "- joint, 0.5 minutes: drawing: flow 0.2, answers: text 0.01\n" in text
     with Image.open(tmp_path / "out" / "training.png") as picture:
         assert len(picture.getcolors() or ()) > 5
     again = [str(tmp_path / "run"), *evaluations, "--out", str(tmp_path / "out")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ English.
 
 ## Data
 
-Procedural, drawn while training: nothing is downloaded and no picture or text of others is used. Scenes hold up to
-four of seven shapes in eight colours and two sizes on five backgrounds; texts come from templates with synonyms and
-the ways people type. Tasks: drawing, edits (recolour, add, remove, move, background), descriptions and questions,
-small sums, counting and colour mixing, and drawing or answering after a plan in words. See `training/nano` and
-`docs/nano.md`.
+Everything is procedural and drawn while training. Nothing is downloaded, and no picture or text of others is used.
+Scenes hold up to four of seven shapes in eight colours and two sizes on five backgrounds. Texts come from templates
+with synonyms and the ways people type. The tasks are drawing, edits (recolour, add, remove, move, background),
+descriptions and questions, small sums, counting and colour mixing, and drawing or answering after a plan in words.
+See `training/nano` and `docs/nano.md`.
 
 ## Training
 
@@ -56,22 +57,23 @@ small sums, counting and colour mixing, and drawing or answering after a plan in
 
 ## Evaluation
 
-`bagel eval-nano --seed {seed}`, {how}: prompts drawn from a seed that training has not, {steps} timesteps,
-default guidance, pictures judged by their pixels alone, answers word for word; 95% Wilson intervals.
+`bagel eval-nano --seed {seed}`, {how}:
+prompts of a seed that training lacks, {steps} timesteps, default guidance. Pictures are judged by their pixels alone,
+answers word for word. Intervals are 95% Wilson.
 
 {table}
 
-A drawing is right if exactly the objects asked for are there, in shape, colour and what the prompt says of size,
-place, relation and background; an edit, if also at least 95% of the untouched area is unchanged. "think" and "no
-guidance" have the prompts and seeds of the rows they are named after.
+A drawing is right if it has exactly the objects of the prompt: shape and colour, and size, place, relation and
+background where the prompt names them. An edit must also leave at least 95% of the untouched area unchanged. "think"
+and "no guidance" have the prompts and seeds of the rows that they are named after.
 
 ## Limits
 
-It knows nothing outside its world: other words are ignored or misread, other pictures are described as shapes. It
-draws {side} x {side} alone, up to four objects, and counts no further. Its words for places are those of a 3 x 3
-grid ("to the left" is the middle of the left side). An edit concerns one object or the background, and none was learned
-after a plan: with think, edits go wrong. It is a means of testing and of showing features, not a model
-of language or of images. Apache-2.0.
+It knows nothing outside its world: it ignores or misreads other words, and describes other pictures as shapes. It
+draws only {side} x {side}, with up to four objects, and counts no further. Its words for places are those of a 3 x 3
+grid ("to the left" is the middle of the left side). An edit concerns one object or the background. No edit was trained
+with a plan, so edits with think go wrong. It is for testing and for showing features, not a model of language or of
+images. Apache-2.0.
 """
 
 
@@ -192,8 +194,9 @@ def evaluated(results: Mapping[str, Any]) -> str:
 
 
 def training(entries: Sequence[Entry]) -> str:
-    """The training's stages as a Markdown table: their devices, minutes, steps and last losses."""
-    lines = ["| stage | on | minutes | steps | parameters | last losses |", "|---|---|--:|--:|--:|---|"]
+    """The training's stages as a Markdown table: their devices, minutes and steps; below it their last losses."""
+    lines = ["| stage | on | minutes | steps | parameters |", "|---|---|--:|--:|--:|"]
+    ends: list[str] = []
     for run in stages(entries):
         steps = [entry["step"] for entry in run if "step" in entry]
         losses: dict[str, float] = {}
@@ -203,8 +206,9 @@ def training(entries: Sequence[Entry]) -> str:
         device = next((entry["device"] for entry in run if "device" in entry), "")
         learned = next((f"{entry['learned'] / 1e6:.1f} M" for entry in run if "learned" in entry), "")
         minutes = f"{run[-1]['s'] / 60:.1f}"
-        lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} | {last} |")
-    return "\n".join(lines)
+        lines.append(f"| {run[0]['stage']} | {device} | {minutes} | {max(steps, default=0):,} | {learned} |")
+        ends.append(textwrap.fill(f"- {run[0]['stage']}, {minutes} minutes: {last}", 118, subsequent_indent="  "))
+    return "\n".join([*lines, "", "The last losses of each stage:", "", *ends])
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
