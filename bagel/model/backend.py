@@ -19,6 +19,7 @@ from bagel.model.attention_backends import (
     sdpa,
 )
 from bagel.model.kernels import TORCH, Kernels
+from bagel.model.streams import RunBoth, SideBySide, one_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class LayerBackend:
     attend: attention over a layer's slab, by the name `attention`; kernels: elementwise work.
     after_attention, after_mlp: called with the outputs of the two row-split products of each expert, the attention's
     output projection and the MLP's down projection, [rows, n, hidden]. Tensor-parallel ranks add theirs up here.
+    run_both: runs the two experts' halves of a layer. Ranks whose collectives must keep their order need one_by_one.
+    captures: whether small forwards are captured as CUDA graphs; attention must read its lengths on the device.
     """
 
     attend: AttentionBackend = sdpa
@@ -45,11 +48,8 @@ class LayerBackend:
     attention: str = "sdpa"
     after_attention: Collective = unchanged
     after_mlp: Collective = unchanged
-
-    @property
-    def captures(self) -> bool:
-        """Whether a forward can be captured as a CUDA graph: attention reads its lengths on the device."""
-        return self.attention in ON_DEVICE and self.kernels is not TORCH
+    run_both: RunBoth = one_by_one
+    captures: bool = False
 
     @property
     def read_ahead(self) -> int:
@@ -65,12 +65,15 @@ def choose_backend(
 ) -> LayerBackend:
     """The fastest backend for a model of this type on this device.
 
-    eager: use PyTorch's own operators between the products, and no CUDA graphs. Raises ConfigError for an attention
-    backend that cannot run there.
+    eager: use PyTorch's own operators between the products, one stream and no CUDA graphs. Raises ConfigError for an
+    attention backend that cannot run there.
     """
     name = choose_attention(device, dtype, attention)
-    kernels = _fused_kernels(device, dtype) if device.type == "cuda" and not eager else TORCH
-    return LayerBackend(BACKENDS[name], kernels, name)
+    if device.type != "cuda" or eager:
+        return LayerBackend(BACKENDS[name], attention=name)
+    kernels = _fused_kernels(device, dtype)
+    captures = name in ON_DEVICE and kernels is not TORCH
+    return LayerBackend(BACKENDS[name], kernels, name, run_both=SideBySide(device), captures=captures)
 
 
 def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:

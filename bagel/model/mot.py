@@ -86,13 +86,22 @@ class MoTLayer(nn.Module):
         """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the layer's slab."""
         q = kv[0].new_empty(rows.queries, self.heads, self.head_dim)
         split = rows.count * rows.und
-        self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend)
         if gen is None:
+            self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
             return self.und_output(und, backend.attend(q, *kv, rows), backend), None
-        assert self.gen_input is not None and self.gen_output is not None
-        self.gen_input(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend)
+        gen_input, gen_output = self.gen_input, self.gen_output
+        assert gen_input is not None and gen_output is not None
+        # Of an image the understanding expert has only the two delimiters, a fraction of the generation expert's work.
+        backend.run_both(
+            lambda: self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend),
+            lambda: gen_input(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend),
+        )
         attended = backend.attend(q, *kv, rows)
-        return self.und_output(und, attended[:split], backend), self.gen_output(gen, attended[split:], backend)
+        both: tuple[Tensor, Tensor] = backend.run_both(
+            lambda: self.und_output(und, attended[:split], backend),
+            lambda: gen_output(gen, attended[split:], backend),
+        )
+        return both
 
 
 class MoTDecoder(nn.Module):
