@@ -16,6 +16,7 @@ from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import Posterior, initial_noise
 from bagel.engine.sampler import Canvas, Picture
 from bagel.engine.segments import Chain, Segment
+from bagel.engine.step_graphs import StepGraphs
 from bagel.images import resize
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
 from bagel.model.bagel import Bagel
@@ -78,7 +79,8 @@ def draw(model: Bagel, side: int, contexts: Contexts, settings: ImageSettings | 
     rows = side // model.config.latent_stride
     noise = initial_noise(0, rows * rows, model.config.latent_features)
     picture, bucket = Picture(settings, (rows, rows), noise, contexts), latent_bucket(rows * rows)
-    canvas = Canvas(model, bucket, kv_space_of(model, picture.kv_tokens(bucket)))
+    space = kv_space_of(model, picture.kv_tokens(bucket))
+    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab))
     canvas.add(picture)
     return canvas
 

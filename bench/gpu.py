@@ -14,11 +14,13 @@ from bagel.errors import ConfigError
 from bench.gpu_drawing import denoise, full, profile
 from bench.gpu_previews import previews
 from bench.gpu_reading import context, understand
+from bench.gpu_switches import switches
 from bench.lab import FULL, SMALL, Lab
 from bench.report import Table
 
 SECTIONS: dict[str, Callable[[Lab], Iterator[Table]]] = {
     "denoise": denoise,
+    "switches": switches,
     "previews": previews,
     "understand": understand,
     "context": context,

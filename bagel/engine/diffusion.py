@@ -25,6 +25,7 @@ from bagel.engine.sampler import (
     preview_steps,
 )
 from bagel.engine.slab import SharedSlab
+from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
@@ -63,21 +64,25 @@ class DiffusionEngine:
         self._model, self._device, self._pages, self._profile = model, model.device, pages, profile
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
-        self._space = space
+        self._space, self._graphs = space, StepGraphs.over(model, space.slab)
         self._canvases: dict[int, Canvas] = {}
         self._active: dict[int, _Active] = {}
-        self._vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)
+        self.vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)
         self.latest_grid = (1, 1)
         """Latent rows and columns of the picture that was placed last."""
 
     @property
     def busy(self) -> bool:
         """Whether any picture is under way."""
-        return bool(self._active) or self._vae.busy
+        return bool(self._active) or self.vae.busy
 
     def close(self) -> None:
         """Wait for the pictures that are being decoded, and end."""
-        self._vae.close()
+        self.vae.close()
+
+    def canvas(self, bucket: int) -> Canvas:
+        """An empty canvas for pictures of one bucket."""
+        return Canvas(self._model, bucket, self._space, self._graphs)
 
     def add(self, id_: int, picture: Picture, output: OutputFormat | None, *, begun: bool) -> None:
         """Let a picture wait for room for its K/V; emits Begun once it has room and its K/V are there.
@@ -155,7 +160,7 @@ class DiffusionEngine:
         self.latest_grid = picture.grid
         previews = preview_steps(picture.steps, waiting.output.previews if waiting.output else 0)
         windows = WindowClock(self._device, picture.steps) if self._profile else None
-        canvas = self._canvases.get(bucket) or Canvas(self._model, bucket, self._space)
+        canvas = self._canvases.get(bucket) or self.canvas(bucket)
         drawing = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
         self._canvases[bucket] = canvas
         active = self._active[id_] = _Active(canvas, drawing, waiting.output, previews, windows)
@@ -196,10 +201,10 @@ class DiffusionEngine:
         latents, grid, step = drawing.latents, drawing.picture.grid, drawing.step
         if active.windows is not None:
             active.windows.reach(step)
-        launched = self._vae.launched()
+        launched = self.vae.launched()
         self.remove(id_)
         # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
-        self._vae.finish(FinishedPicture(id_, latents, grid, active.output, active.windows, launched))
+        self.vae.finish(FinishedPicture(id_, latents, grid, active.output, active.windows, launched))
 
     def _previews(self, active: Mapping[int, _Active]) -> OnVelocity | None:
         """What hands previews on while a step is taken; None where it makes none."""
@@ -213,6 +218,6 @@ class DiffusionEngine:
             each, step = active[id_], drawing.step + 1
             estimate = clean_estimate(drawing.latents, guided, drawing.time)
             index = each.previews.index(step)
-            self._vae.preview(EarlyPicture(id_, index, step, estimate, drawing, each.output, self._vae.launched()))
+            self.vae.preview(EarlyPicture(id_, index, step, estimate, drawing, each.output, self.vae.launched()))
 
         return on_velocity

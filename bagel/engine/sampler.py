@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bagel.checkpoint.limits import row_kv_tokens
 from bagel.engine.clock import Moment, mark, seconds_between
+from bagel.engine.commands import PlacedContext
 from bagel.engine.layout import latent_rows
 from bagel.engine.slab import SharedSlab
+from bagel.engine.step_graphs import StepGraphs, StepInputs, row_velocities
 from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
@@ -42,6 +44,16 @@ class ContextKv(Protocol):
     def rope(self) -> int: ...
 
     def copy_to(self, slab: KvSlab, start: int) -> None: ...
+
+
+class ArrivingContext:
+    """A context whose K/V are written to the slab page by page, after it has its place there."""
+
+    def __init__(self, placed: PlacedContext) -> None:
+        self.digest, self.length, self.rope = placed.digest, placed.length, placed.rope
+
+    def copy_to(self, slab: KvSlab, start: int) -> None:
+        """Nothing is there yet."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +149,10 @@ OnVelocity = Callable[[Drawing, Velocities, Tensor], None]
 
 @dataclass(frozen=True)
 class _Layout:
-    """The rows of a step. position_ids are on the device."""
+    """The rows of a step. position_ids and places (StepInputs) are on the device."""
 
     rows: Rows
+    places: Tensor
     drawings: tuple[Drawing, ...]
     position_ids: Tensor
 
@@ -150,9 +163,9 @@ class Canvas:
     All fit one bucket: `padded` latents, at least as many as each has.
     """
 
-    def __init__(self, model: Bagel, padded: int, space: SharedSlab) -> None:
-        """space: holds the pictures' K/V."""
-        self.model, self.padded, self._space = model, padded, space
+    def __init__(self, model: Bagel, padded: int, space: SharedSlab, graphs: StepGraphs | None = None) -> None:
+        """space: holds the pictures' K/V; graphs: of its slab; without them every step is launched kernel by kernel."""
+        self.model, self.padded, self._space, self._graphs = model, padded, space, graphs
         self.drawings: list[Drawing] = []
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._layouts: dict[tuple[_Row, ...], _Layout] = {}
@@ -230,10 +243,11 @@ class Canvas:
         layout = self._layout(rows)
         t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
         x = torch.stack([drawing.x for drawing in layout.drawings])
-        latents = self.model.embed_latents(x, t, layout.position_ids)
-        delimiters = self._delimiters.expand(len(rows), -1, -1)
-        _, hidden = self.model.language_model(delimiters, latents, layout.rows, self.slab)
-        v = self.model.velocity(hidden)
+        inputs = StepInputs(x, t, layout.position_ids, layout.places)
+        if self._graphs is not None and self._graphs.take(len(rows), self.padded):
+            v = self._graphs.velocities(inputs)
+        else:
+            v = row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
         place = {row: at for at, row in enumerate(rows)}
         return {
             drawing: {name: v[place[drawing.rows[name]], : drawing.picture.tokens] for name in sorted(names)}
@@ -249,15 +263,18 @@ class Canvas:
         """The layout of a step over these rows; made once, as most steps run the same rows."""
         if rows not in self._layouts:
             drawings = tuple(row.drawing for row in rows)
-            placed = latent_rows(
-                self.model.language_model,
+            places = (
                 [row.start for row in rows],
                 [row.context.length for row in rows],
                 [row.context.rope for row in rows],
                 [drawing.picture.tokens for drawing in drawings],
-                self.padded,
             )
-            self._layouts[rows] = _Layout(placed, drawings, torch.stack([each.position_ids for each in drawings]))
+            self._layouts[rows] = _Layout(
+                latent_rows(self.model.language_model, *places, self.padded),
+                upload(places, torch.int64, self.model.device),
+                drawings,
+                torch.stack([each.position_ids for each in drawings]),
+            )
         return self._layouts[rows]
 
 

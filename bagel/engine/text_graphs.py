@@ -1,7 +1,6 @@
 """Text decoding as CUDA graphs: one launch computes one token of several texts.
 
-Launched kernel by kernel, such a step waits for the host more than it computes. A graph is captured for a number of
-texts over one slab and replayed with other places, so that texts come and go.
+A graph is captured for a number of texts over one slab and replayed with other places, so that texts come and go.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bagel.engine.capture import GraphMaker
 from bagel.engine.layout import text_rows_at
 from bagel.model.attention import KvSlab
 from bagel.model.bagel import Bagel
-
-WARM_UPS = 2
-"""Forwards before a capture: they compile kernels and let libraries allocate, which a capture may not."""
 
 
 @dataclass(frozen=True)
@@ -38,44 +35,40 @@ class DecodeGraphs:
 
     def __init__(self, model: Bagel, slab: KvSlab, spare: Fed) -> None:
         self.slab = slab
-        self._model, self._spare = model, spare
+        self._model, self._spare, self._maker = model, spare, GraphMaker(model.device)
         self._graphs: dict[int, _DecodeGraph] = {}
 
     def forward(self, fed: Sequence[Fed]) -> tuple[Tensor, Tensor]:
         """As TextBatch's forward: logits [texts, vocab], and `best` of them. Both are overwritten by the next call."""
         count = 1 << (len(fed) - 1).bit_length()
+        padded = [*fed, *[self._spare] * (count - len(fed))]
         if count not in self._graphs:
-            self._graphs[count] = _DecodeGraph(self._model, self.slab, count)
-        logits, found = self._graphs[count].replay([*fed, *[self._spare] * (count - len(fed))])
+            self._graphs[count] = _DecodeGraph(self._model, self.slab, padded, self._maker)
+        logits, found = self._graphs[count].replay(padded)
         return logits[: len(fed)], found[:, : len(fed)]
 
 
 class _DecodeGraph:
-    """One captured forward of `count` texts."""
+    """One captured forward of a number of texts."""
 
-    def __init__(self, model: Bagel, slab: KvSlab, count: int) -> None:
-        device = model.device
+    def __init__(self, model: Bagel, slab: KvSlab, fed: Sequence[Fed], maker: GraphMaker) -> None:
+        """fed: of a step that is to be taken. The forwards before the capture write the K/V that its replay writes."""
         self._model, self._slab = model, slab
-        self._from_host = torch.zeros(4, count, dtype=torch.int64).pin_memory()
-        self._fed = torch.zeros(4, count, dtype=torch.int64, device=device)
-        self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._forward()
-        torch.cuda.current_stream(device).wait_stream(side)
-        # The autoencoder's thread may allocate meanwhile, which must not end the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits, self._best = self._forward()
+        self._from_host = torch.zeros(4, len(fed), dtype=torch.int64).pin_memory()
+        self._fed = torch.zeros(4, len(fed), dtype=torch.int64, device=model.device)
+        self._feed(fed)
+        self._graph, (self._logits, self._best) = maker.capture(self._forward)
 
     def replay(self, fed: Sequence[Fed]) -> tuple[Tensor, Tensor]:
         """The forward of these texts."""
+        self._feed(fed)
+        self._graph.replay()
+        return self._logits, self._best
+
+    def _feed(self, fed: Sequence[Fed]) -> None:
         places = [(each.token, each.position, each.slot, each.start) for each in fed]
         self._from_host.copy_(torch.tensor(places).T)
         self._fed.copy_(self._from_host, non_blocking=True)
-        self._graph.replay()
-        return self._logits, self._best
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         tokens, positions, slots, starts = self._fed

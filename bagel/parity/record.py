@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from bagel.model.bagel import Bagel
 class Recorder:
     """Inputs and outputs of the network's modules while it is entered, by name, one list entry a call.
 
+    Meanwhile no forward is replayed from a CUDA graph, as a replay calls no module.
+
     Names: `<module>.in`, `<module>.out`, where a module's several inputs or outputs are a tuple.
     """
 
@@ -21,13 +24,16 @@ class Recorder:
         self.model = model
         self.calls: dict[str, list[Any]] = {}
         self._handles: list[Any] = []
+        self._backend = model.language_model.backend
 
     def __enter__(self) -> Recorder:
+        self.model.language_model.backend = replace(self._backend, captures=False)
         for name, module in _watched(self.model).items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.model.language_model.backend = self._backend
         for handle in self._handles:
             handle.remove()
 

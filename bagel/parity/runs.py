@@ -13,6 +13,7 @@ from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import initial_noise
 from bagel.engine.sampler import Canvas, Drawing, Picture, Velocities, decode_picture
 from bagel.engine.segments import Chain
+from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.model.attention import KvSlab
 from bagel.model.pixels import to_image
@@ -171,7 +172,8 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     report.equal("steps_run", picture.steps, case.result["steps_run"])
     report.equal("timesteps", picture.times, case.result["timesteps"])
     bucket = latent_bucket(tokens)
-    canvas = Canvas(run.engine.model, bucket, kv_space_of(run.engine.model, picture.kv_tokens(bucket)))
+    model, space = run.engine.model, kv_space_of(run.engine.model, picture.kv_tokens(bucket))
+    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab))
     drawing = canvas.add(picture)
     forwards = {name: case.result[f"steps_with_{name}_forward"] for name in ("cfg_text", "cfg_img")}
     _first_step(canvas, drawing, run, forwards)

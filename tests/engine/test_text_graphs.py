@@ -45,3 +45,15 @@ def test_texts_that_come_and_go_get_the_same_logits(checkpoint: Checkpoint, toke
     while len(batch):
         batch.step()
     assert max(batch.apart) < 0.02
+
+
+def test_a_capture_leaves_the_kv_of_other_texts_alone(checkpoint: Checkpoint, tokenizer: BagelTokenizer) -> None:
+    model = load_model(checkpoint, Role.FULL, delimiter_ids=(1, 2), dtype=torch.bfloat16, device="cuda")
+    space = kv_space(model, None)
+    batch = TextBatch(model, tokenizer, space)
+    batch.add(TextRun(Context(), TextSettings(max_tokens=9), seed=0))
+    batch.step()
+    first = space.slab.k[:, :1].clone()
+    batch.add(TextRun(Context(), TextSettings(max_tokens=9), seed=0))
+    batch.step()  # the first one of two texts
+    assert torch.equal(space.slab.k[:, :1], first)
