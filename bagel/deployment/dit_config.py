@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from bagel.deployment.settings import setting
 from bagel.deployment.shared_settings import (
+    ATTENTION_BACKENDS,
     KV_BYTES,
     OF_STAGE,
     SERVICE,
@@ -44,6 +45,10 @@ class DitConfig(ReadingImages, OfModel, Calling, Listening):
     vae_use_tiling: bool = setting(
         "decode large pictures in tiles: less memory", default=False, stage=True, elsewhere=OF_STAGE
     )
+    attention_backend: str = setting(
+        "what computes attention; auto: the fastest that runs on the device",
+        default="auto", choices=ATTENTION_BACKENDS, stage=True, elsewhere=OF_STAGE,
+    )  # fmt: skip
     kv_cache_bytes: int = setting("shared memory for K/V", default=KV_BYTES, at_least=1)
     kv_page_timeout_s: float = setting("without a word of a source", default=PAGE_TIMEOUT_S, metavar="S", above=0)
     kv_device_bytes: int | None = setting(

@@ -16,6 +16,7 @@ STEP_TIMEOUT_S = 600.0
 """Of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
 DTYPES = ("auto", "bfloat16", "float32")
 ENGINES = ("auto", "torch", "vllm")
+ATTENTION_BACKENDS = ("auto", "fa3", "fa2", "sdpa")
 TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 SERVICE = (r"[^=]+=[^=]+:\d+", "NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")
 
@@ -137,4 +138,8 @@ class OfModel(Config):
     max_model_len: int | None = setting(
         "positions of prompt and text together",
         default=None, metavar="N", at_least=1, stage=True, elsewhere=OF_STAGE,
+    )  # fmt: skip
+    enforce_eager: bool | None = setting(
+        "no fused kernels, no CUDA graphs, no warm-up: starts faster, computes slower",
+        default=None, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip

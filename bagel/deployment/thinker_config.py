@@ -69,7 +69,6 @@ class ThinkerConfig(ReadingImages, OfModel, Listening):
         "share of the GPU's memory",
         default=None, metavar="X", above=0, at_most=1, heading=VLLM, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
-    enforce_eager: bool | None = setting("no CUDA graphs", default=None, heading=VLLM, stage=True, elsewhere=OF_STAGE)
     enable_prefix_caching: bool | None = setting(
         "keep equal beginnings", default=None, heading=VLLM, stage=True, elsewhere=OF_STAGE
     )

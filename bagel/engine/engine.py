@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bagel.checkpoint.roles import Role
-from bagel.engine.commands import AddPicture, AddRequest, Begin, Command, LoadPages, PlacedContext, Remove, StepPlan
+from bagel.engine.commands import AddPicture, AddRequest, Begin, Command, LoadPages, Remove, StepPlan
 from bagel.engine.device_check import DeviceCheck
 from bagel.engine.diffusion import DiffusionEngine
 from bagel.engine.events import Event, Failed, Stepped, StepTimed
@@ -17,24 +17,14 @@ from bagel.engine.loading import LoadedModel
 from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import Picture
+from bagel.engine.sampler import ArrivingContext, Picture
 from bagel.engine.single_stage import SingleStage
+from bagel.engine.warm_up import warm_up
 from bagel.errors import BagelError, OutOfMemory
-from bagel.model.attention import KvSlab
 
 DEFAULT_MAX_NUM_SEQS = 16
 
 logger = logging.getLogger(__name__)
-
-
-class _ArrivingContext:
-    """A context whose K/V are written to the slab page by page, after it has its place there."""
-
-    def __init__(self, placed: PlacedContext) -> None:
-        self.digest, self.length, self.rope = placed.digest, placed.length, placed.rope
-
-    def copy_to(self, slab: KvSlab, start: int) -> None:
-        """Nothing is there yet."""
 
 
 class Engine:
@@ -91,6 +81,12 @@ class Engine:
         """Seconds after which `look` wants to be called although no command came; None if there is no need."""
         return self._check.look_again_s
 
+    def warm_up(self) -> None:
+        """Do before the first request what it would wait for. Raises OutOfMemory."""
+        with self.heartbeat.work():
+            texts = None if self.single_stage is None else self.single_stage.texts
+            warm_up(self.loaded, self.space, self._diffusion, texts)
+
     def execute(self, command: Command) -> None:
         """Carry out a command. An error ends the request that it is about, and is an event."""
         with self.heartbeat.work():
@@ -124,7 +120,7 @@ class Engine:
         rows, columns = command.grid
         features = self.loaded.model.config.latent_features
         noise = initial_noise(command.seed, rows * columns, features, command.posterior_shapes)
-        contexts = {name: _ArrivingContext(placed) for name, placed in command.contexts.items()}
+        contexts = {name: ArrivingContext(placed) for name, placed in command.contexts.items()}
         picture = Picture(command.settings, command.grid, noise, contexts)
         self._diffusion.add(command.id, picture, command.output, begun=False)
 

@@ -13,6 +13,7 @@ from bagel.checkpoint.roles import Role
 from bagel.engine.segments import ChainPlanner
 from bagel.kv.digests import fingerprint as kv_fingerprint_of
 from bagel.kv.pages import KvLayout
+from bagel.model.attention_backends import AUTO
 from bagel.model.bagel import Bagel
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
@@ -74,15 +75,26 @@ def load_role(
     device: torch.device,
     max_model_len: int | None = None,
     vae_use_tiling: bool = False,
+    attention_backend: str = AUTO,
+    enforce_eager: bool = False,
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
 
-    vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture.
+    vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture;
+    attention_backend, enforce_eager: as `choose_backend` takes them.
     """
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
         delimiters = (tokenizer.image_start, tokenizer.image_end)
-        model = load_model(checkpoint, role, delimiter_ids=delimiters, dtype=dtype, device=device)
+        model = load_model(
+            checkpoint,
+            role,
+            delimiter_ids=delimiters,
+            dtype=dtype,
+            device=device,
+            attention=attention_backend,
+            eager=enforce_eager,
+        )
     settle_threads(model.config, device)
     if vae_use_tiling:
         model.autoencoder().use_tiling()

@@ -29,6 +29,7 @@ from bagel.engine.scheduler import Scheduler
 from bagel.engine.segments import ChainPlanner
 from bagel.errors import BagelError, InvalidRequest, OutOfMemory
 from bagel.events import OnEvent, Result, StepDone, TextDelta
+from bagel.model.attention_backends import AUTO
 from bagel.model.bagel import Bagel
 from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.tokenizer import BagelTokenizer
@@ -84,6 +85,8 @@ class BagelEngine:
         vae_use_tiling: bool = False,
         max_num_seqs: int | None = None,
         max_model_len: int | None = None,
+        attention_backend: str = AUTO,
+        enforce_eager: bool = False,
         profile: bool = False,
     ) -> BagelEngine:
         """The engine of a checkpoint; raises CheckpointError if its files do not fit. Arguments as `load_role`'s."""
@@ -94,6 +97,8 @@ class BagelEngine:
             device=torch.device(device),
             max_model_len=max_model_len,
             vae_use_tiling=vae_use_tiling,
+            attention_backend=attention_backend,
+            enforce_eager=enforce_eager,
         )
         return cls(loaded, max_num_seqs=max_num_seqs, profile=profile)
 
@@ -241,6 +246,8 @@ def load(
             vae_use_tiling=stage.tiling,
             max_num_seqs=stage.max_num_seqs,
             max_model_len=stage.max_model_len,
+            attention_backend=stage.attention_backend or AUTO,
+            enforce_eager=bool(stage.enforce_eager),
             profile=profile,
         )
 

@@ -71,7 +71,7 @@ class SingleStage:
         self._timed: list[StepTimed] = []
         self._cache = SegmentCache()
         self._builder = ContextBuilder(loaded.model, self._cache)
-        self._texts = TextScheduler(
+        self.texts = TextScheduler(
             loaded,
             self._builder,
             space,
@@ -82,7 +82,7 @@ class SingleStage:
     @property
     def busy(self) -> bool:
         """Whether there is anything to read or write."""
-        return bool(self._planned) or self._texts.busy
+        return bool(self._planned) or self.texts.busy
 
     @property
     def segments_computed(self) -> int:
@@ -110,11 +110,11 @@ class SingleStage:
         self._timed = []
         while self._planned:
             self._begin(*self._planned.popleft())
-        if self._texts.busy:
+        if self.texts.busy:
             try:
-                self._texts.work()
+                self.texts.work()
             except Exception as error:  # of the scheduler as a whole: which request caused it cannot be known
-                self._texts.abandon(error)
+                self.texts.abandon(error)
         return self._timed
 
     def drop_cache(self) -> None:
@@ -127,7 +127,7 @@ class SingleStage:
         self._planned = deque(entry for entry in self._planned if entry[0] != id_)
         if (serving := self._serving.pop(id_, None)) is not None:
             for request in serving.requests:
-                self._texts.cancel(request)
+                self.texts.cancel(request)
 
     def close(self) -> None:
         """Plan no more."""
@@ -173,7 +173,7 @@ class SingleStage:
         for (_, writes), names in distinct.items():
             serving.requests.append(self._context_request(id_, serving, chains[names[0]], names, writes=writes))
         for request in serving.requests:
-            self._texts.add(request)
+            self.texts.add(request)
 
     def _context_request(
         self, id_: int, serving: _Serving, chain: Chain, names: list[BranchName], *, writes: bool

@@ -131,7 +131,8 @@ class TextScheduler:
         """
         self.builder, self.max_num_seqs = builder, max_num_seqs
         self._loaded, self._tokenizer, self._space, self._on_write = loaded, loaded.tokenizer, space, on_write
-        self._texts = TextBatch(loaded.model, loaded.tokenizer, space)
+        self.texts = TextBatch(loaded.model, loaded.tokenizer, space)
+        """The texts that are decoded together."""
         self._building: deque[_Entry] = deque()
         self._waiting: deque[_Entry] = deque()
         self._writing: dict[int, _Entry] = {}
@@ -158,7 +159,7 @@ class TextScheduler:
         entries = self._entries()
         for entry in entries:
             self._drop(entry)
-        self._texts = TextBatch(self._loaded.model, self._tokenizer, self._space)
+        self.texts = TextBatch(self._loaded.model, self._tokenizer, self._space)
         for entry in entries:
             with suppress(Exception):  # one receiver that fails must not keep the error from the others
                 entry.request.emit(ContextFailed(error))
@@ -172,12 +173,12 @@ class TextScheduler:
             entry = self._building.popleft()
             with self._alone(entry):
                 self._build(entry)
-        while self._waiting and len(self._texts) < self.max_num_seqs and self._texts.has_room(self._waiting[0].writing):
+        while self._waiting and len(self.texts) < self.max_num_seqs and self.texts.has_room(self._waiting[0].writing):
             entry = self._waiting.popleft()
             with self._alone(entry):  # memory may run out
-                self._texts.add(entry.writing)
+                self.texts.add(entry.writing)
                 self._writing[id(entry.run)] = entry
-        if len(self._texts):
+        if len(self.texts):
             self._write()
 
     def _entries(self) -> list[_Entry]:
@@ -189,7 +190,7 @@ class TextScheduler:
                 queue.remove(entry)
         if entry.run is not None:
             self._writing.pop(id(entry.run), None)
-            self._texts.remove(entry.run)
+            self.texts.remove(entry.run)
 
     @contextmanager
     def _alone(self, entry: _Entry) -> Iterator[None]:
@@ -227,9 +228,9 @@ class TextScheduler:
         self._waiting.append(entry)
 
     def _write(self) -> None:
-        texts, began = len(self._texts), time.perf_counter()
+        texts, began = len(self.texts), time.perf_counter()
         try:
-            tokens = self._texts.step()
+            tokens = self.texts.step()
         except Exception as error:  # one forward for all: which text caused it cannot be known
             for entry in list(self._writing.values()):
                 self._drop(entry)

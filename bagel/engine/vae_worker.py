@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,15 @@ class VaeWorker:
     def preview(self, picture: EarlyPicture) -> None:
         """Decode a preview; emits Previewed."""
         self._submit(self._preview, picture)
+
+    def warm_up(self, latents: Tensor, grid: tuple[int, int]) -> None:
+        """Decode latents as a preview and as a finished picture, wait for both, and drop them."""
+        launched = self.launched()
+        for quick in (True, False):
+            # Another thread or stream would not do: each has library handles and memory of its own.
+            decoding = self._thread.submit(self._image, latents, grid, launched, quick=quick)
+            with suppress(NotFinite):  # of no picture that anybody wants
+                decoding.result()
 
     @property
     def busy(self) -> bool:

@@ -23,6 +23,7 @@ from bagel.checkpoint.roles import Role
 from bagel.checkpoint.slices import SliceReader
 from bagel.checkpoint.tensors import check_plain, few
 from bagel.errors import BagelError, CheckpointError
+from bagel.model.attention_backends import AUTO
 from bagel.model.backend import choose_backend
 from bagel.model.bagel import Bagel
 from bagel.model.linear import LinearFactory
@@ -46,18 +47,20 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     rank: Rank = ONLY,
+    attention: str = AUTO,
+    eager: bool = False,
 ) -> Bagel:
     """The model of a role, its weights read from the checkpoint.
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
-    rank: whose share is loaded. Raises ConfigError for a model that does not divide among its mesh's ranks, and
-    CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), both before anything is
-    allocated.
+    rank: whose share is loaded; attention, eager: as `choose_backend` takes them. Raises ConfigError for a model that
+    does not divide among its mesh's ranks, and CheckpointError naming every missing, misshapen or quantised tensor (the
+    first few of many), both before anything is allocated; ConfigError too for attention that cannot run there.
     """
     model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank)
     check_role(checkpoint, model)
-    model = _place(model, device)
+    model = _place(model, device, attention, eager=eager)
     fill(checkpoint, list(slots(model)))
     return model.eval()
 
@@ -83,11 +86,11 @@ def _unplaced_model(
         return Bagel(config, role, delimiter_ids, linears=LinearFactory(dtype, rank)).requires_grad_(False)
 
 
-def _place(model: Bagel, device: torch.device | str) -> Bagel:
+def _place(model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False) -> Bagel:
     """Give a model memory on a device."""
     model.to_empty(device=device)
     model.language_model.rotary.reset()
-    model.language_model.backend = choose_backend(model.device, model.dtype)
+    model.language_model.backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager)
     return model
 
 

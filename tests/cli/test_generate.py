@@ -114,11 +114,14 @@ def test_stage_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(BagelEngine, "load", lambda checkpoint, **settings: seen.update(settings))
     local.load(
         Checkpoint(Path(MODEL)),
-        stage(max_num_seqs=2, max_model_len=77, vae_use_tiling=True),  # type: ignore[arg-type]
+        stage(  # type: ignore[arg-type]
+            max_num_seqs=2, max_model_len=77, vae_use_tiling=True, attention_backend="sdpa", enforce_eager=True
+        ),
         device="cpu",
     )
     assert (seen["device"], seen["dtype"]) == (torch.device("cpu"), torch.float32)
     assert (seen["max_num_seqs"], seen["max_model_len"], seen["vae_use_tiling"]) == (2, 77, True)
+    assert (seen["attention_backend"], seen["enforce_eager"]) == ("sdpa", True)
 
 
 @pytest.mark.parametrize(

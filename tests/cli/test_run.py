@@ -86,15 +86,17 @@ def test_user_then_deploy_file_then_table(engine: FakeEngine) -> None:
 
 
 def test_deploy_stage_device_and_dtype_reach_the_engine(engine: FakeEngine, capsys: Captured) -> None:
-    stage = "{stage_id: 0, devices: '2', max_num_seqs: 4, max_model_len: 99, vae_use_tiling: true, enforce_eager: true}"
-    Path("d.yaml").write_text(f"pipeline: bagel_single_stage\nstages: [{stage}]\n")
+    stage = "stage_id: 0, devices: '2', max_num_seqs: 4, max_model_len: 99, vae_use_tiling: true, enforce_eager: true"
+    more = "attention_backend: sdpa, enable_prefix_caching: true"
+    Path("d.yaml").write_text(f"pipeline: bagel_single_stage\nstages: [{{{stage}, {more}}}]\n")
     generate("--prompts", "a", "--deploy-config", "d.yaml", "--device", "cuda:1", "--dtype", "bfloat16")
     asked = engine.load_arguments
     assert (asked["device"], asked["dtype"]) == ("cuda:1", "bfloat16")
     seen = asked["stage"]
     assert (seen.device_ids, seen.max_num_seqs, seen.max_model_len, seen.tiling) == ((2,), 4, 99, True)
+    assert (seen.enforce_eager, seen.attention_backend) == (True, "sdpa")
     err = capsys.readouterr().err
-    assert err.count("only for vLLM: enforce_eager") == 1
+    assert err.count("only for vLLM: enable_prefix_caching") == 1
     assert "vae_use_tiling true, device cpu, dtype float32" in err
 
 

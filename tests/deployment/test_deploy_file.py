@@ -17,8 +17,10 @@ from bagel.deployment.deploy_file import (
     parse_deploy_config,
     shipped_deploy_config,
 )
+from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.overlay import with_overrides
 from bagel.deployment.schema import DeployConfig
+from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
@@ -94,6 +96,7 @@ def test_every_key_of_a_stage_is_read() -> None:
         "max_model_len": 4096,
         "gpu_memory_utilization": 1,
         "enforce_eager": True,
+        "attention_backend": "fa3",
         "trust_remote_code": False,
         "enable_prefix_caching": True,
         "vae_use_tiling": True,
@@ -256,6 +259,7 @@ def test_contradictions_are_named(dit: dict[str, Any], message: str) -> None:
         ({"parallel_config": {"cfg_parallel_size": 2}}, "parallel_config.cfg_parallel_size is 2"),
         ({"parallel_config": {"use_hsdp": True, "hsdp_shard_size": 2}}, "parallel_config.use_hsdp is True"),
         ({"vae_use_tiling": True}, "vae_use_tiling is True"),
+        ({"attention_backend": "fa2"}, "attention_backend is fa2"),
     ],
 )
 def test_settings_of_the_dit_are_refused_on_the_thinker(thinker: dict[str, Any], message: str) -> None:
@@ -301,13 +305,13 @@ def test_keys_without_meaning_are_noted_for_the_engine_that_has_none_for_them() 
     keys = {
         "max_num_batched_tokens": 9,
         "gpu_memory_utilization": 0.4,
-        "enforce_eager": False,
         "enable_prefix_caching": True,
     }
-    stages = {**keys, "max_model_len": 9, "max_num_seqs": 1}, {"enforce_eager": True}
+    common = {"max_model_len": 9, "max_num_seqs": 1, "enforce_eager": True}
+    stages = {**keys, **common}, {"enable_prefix_caching": True, **common}
     deploy = parse_deploy_config(two_stages(*stages))
     thinker = f"stages[stage_id=0]: no meaning for the torch engine, only for vLLM: {', '.join(keys)}"
-    dit = "stages[stage_id=1]: no meaning for the torch engine, only for vLLM: enforce_eager"
+    dit = "stages[stage_id=1]: no meaning for the torch engine, only for vLLM: enable_prefix_caching"
     assert deploy.notes() == with_overrides(deploy, engine="torch").notes() == [thinker, dit]
     assert with_overrides(deploy, engine="vllm").notes() == [dit]
 
@@ -516,9 +520,14 @@ def deploy() -> DeployConfig:
 
 
 def test_an_override_goes_to_the_stages_it_means_something_to(deploy: DeployConfig) -> None:
-    changed = with_overrides(deploy, max_num_seqs=7, vae_use_tiling=True, devices=None)
+    changed = with_overrides(
+        deploy, max_num_seqs=7, vae_use_tiling=True, devices=None, attention_backend="sdpa", enforce_eager=True
+    )
     assert [stage.max_num_seqs for stage in changed.stages] == [7, 7]
     assert [stage.vae_use_tiling for stage in changed.stages] == [False, True]
+    assert [stage.attention_backend for stage in changed.stages] == [None, "sdpa"]
+    dit, thinker = changed.stage(1).settings(DitConfig), changed.stage(0).settings(ThinkerConfig)
+    assert (dit["attention_backend"], dit["enforce_eager"], thinker["enforce_eager"]) == ("sdpa", True, True)
     assert [stage.devices for stage in changed.stages] == ["0", "0"]
     assert [stage.max_num_seqs for stage in deploy.stages] == [3, 3]
     assert changed.connectors == deploy.connectors

@@ -145,7 +145,7 @@ def test_a_text_whose_logits_are_no_numbers_ends_and_the_others_go_on(
     finish(at)
     told = [ask(at, "a cup", 12) for _ in range(4)]
     fine = ask(at, "a cup", 12)
-    forward, odd = at._texts._forward, (float("nan"), float("-inf"), float("inf"))
+    forward, odd = at.texts._forward, (float("nan"), float("-inf"), float("inf"))
 
     def overflow() -> tuple[torch.Tensor, torch.Tensor]:
         logits, _ = forward()
@@ -155,7 +155,7 @@ def test_a_text_whose_logits_are_no_numbers_ends_and_the_others_go_on(
             logits[len(odd)] = float("-inf")
         return logits, best(logits)
 
-    monkeypatch.setattr(at._texts, "_forward", overflow)
+    monkeypatch.setattr(at.texts, "_forward", overflow)
     finish(at)
     for each in told:
         (error,) = each.errors

@@ -48,6 +48,7 @@ def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
         max_model_len=config.max_model_len,
         kv_device_bytes=config.kv_device_bytes,
         role=config.role,
+        enforce_eager=bool(config.enforce_eager),
     )
 
 
@@ -75,6 +76,7 @@ def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -
         max_num_seqs=config.max_num_seqs,
         max_model_len=position_limit(checkpoint.config, config.max_model_len),
         role=config.role,
+        enforce_eager=bool(config.enforce_eager),
         **chosen,
     )
     return VllmEngine(checkpoint, settings, model_name=config.model, kv_store_bytes=config.kv_store_bytes)

@@ -17,6 +17,7 @@ from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.memory import kv_space
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import ContextEvent, ContextFailed, ContextRequest, LayerComputed, TextScheduler
+from bagel.engine.warm_up import warm_up
 from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel.model.device import DTYPES, choose_device, choose_dtype
@@ -101,10 +102,11 @@ class TorchEngine:
             dtype=loaded.dtype,
             device=str(loaded.model.device),
         )
+        self._space = kv_space(loaded.model, kv_device_bytes)
         self._texts = TextScheduler(
             loaded,
             ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
-            kv_space(loaded.model, kv_device_bytes),
+            self._space,
             max_num_seqs=max_num_seqs,
             on_write=partial(count_step, "text"),
         )
@@ -125,17 +127,44 @@ class TorchEngine:
         max_model_len: int | None = None,
         kv_device_bytes: int | None = None,
         role: Role = Role.CONTEXT,
+        enforce_eager: bool = False,
     ) -> TorchEngine:
         """Load a checkpoint; device and dtype as `bagel.model.device` takes them.
 
         role: understand loads no generation expert; images to edit then end their request with NotSupported.
+        enforce_eager: no fused kernels, no CUDA graphs, no warm-up.
         """
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
-        loaded = load_role(checkpoint, role, dtype=DTYPES[kind], device=place, max_model_len=max_model_len)
+        loaded = load_role(
+            checkpoint,
+            role,
+            dtype=DTYPES[kind],
+            device=place,
+            max_model_len=max_model_len,
+            enforce_eager=enforce_eager,
+        )
         store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
         log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
-        return cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs, kv_device_bytes=kv_device_bytes)
+        engine = cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs, kv_device_bytes=kv_device_bytes)
+        if place.type == "cuda" and not enforce_eager:
+            engine.warm_up()
+        return engine
+
+    def warm_up(self) -> None:
+        """Do before the first request what it would wait for, on the engine's own thread. Raises OutOfMemory."""
+        done: Future[None] = Future()
+
+        def work() -> None:
+            try:
+                warm_up(self._loaded, self._space, None, self._texts)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._commands.put(work)
+        done.result()
 
     def submit(self, request: ContextRequest) -> None:
         """Start a request."""

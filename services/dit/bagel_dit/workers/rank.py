@@ -39,6 +39,8 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings)
         loaded = load(settings)
         keep_loaded()
         engine = make_engine(pipe, heartbeat, settings, loaded)
+        if loaded.model.device.type == "cuda" and not settings.config.enforce_eager:
+            engine.warm_up()
     except Exception as error:
         if is_out_of_memory(error):
             error = OutOfMemory(f"the device has too little memory to load the model: {error}")
@@ -64,6 +66,8 @@ def load(settings: RankSettings) -> LoadedModel:
         device=device,
         max_model_len=config.max_model_len,
         vae_use_tiling=config.vae_use_tiling,
+        attention_backend=config.attention_backend,
+        enforce_eager=bool(config.enforce_eager),
     )
 
 
