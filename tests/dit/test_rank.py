@@ -1,4 +1,4 @@
-"""What a rank loads its model with, and that it is warm before it is ready."""
+"""What the settings of kernels do to a rank and to the torch Thinker."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.shared_settings import ATTENTION_BACKENDS
+from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError
 from bagel.model.attention_backends import AUTO, BACKENDS
+from bagel.model.backend import LayerBackend, choose_backend
 from bagel_dit.workers import RankSettings, rank
+from bagel_thinker.loading import load_engine
 
 
 def settings(checkpoint: Checkpoint, **more: Any) -> RankSettings:
@@ -29,10 +33,16 @@ def test_a_backend_that_cannot_run_here_ends_the_loading(checkpoint: Checkpoint)
 
 
 def test_enforce_eager_reaches_the_choice_of_kernels(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel.model import weights
+    asked: list[bool] = []
 
-    choose, asked = weights.choose_backend, list[bool]()
-    monkeypatch.setattr(weights, "choose_backend", lambda *args, eager, **how: asked.append(eager) or choose(*args))
+    def choose(device: torch.device, dtype: torch.dtype, *, attention: str, eager: bool) -> LayerBackend:
+        asked.append(eager)
+        return choose_backend(device, dtype, attention=attention)
+
+    monkeypatch.setattr("bagel.model.weights.choose_backend", choose)
     rank.load(settings(checkpoint, enforce_eager=True))
     rank.load(settings(checkpoint))
-    assert asked == [True, False]
+    for eager in (True, False):
+        config = ThinkerConfig(model="tiny", device="cpu", enforce_eager=eager, kv_store_bytes=2**24, engine="torch")
+        load_engine(config, checkpoint).close()
+    assert asked == [True, False, True, False]

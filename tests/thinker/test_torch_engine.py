@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
 from bagel.engine.text_scheduler import TextScheduler
 from bagel.errors import BagelError, EngineDied, InvalidImage
+from bagel.images import ImageTransform
 from bagel.images.pool import ImagePool
 from bagel.rpc import service
 from bagel.rpc.admission import Admission
@@ -43,6 +45,27 @@ def build(text: str = "a red cup", max_tokens: int = 3, *, kv: bool = True) -> t
     decode = thinker_pb2.DecodeText(settings=settings, append=kv)
     part = common_pb2.Part(text=common_pb2.TextPart(text=text))
     return thinker_pb2.BuildContextRequest(parts=[part], decode=decode, send_kv=kv)
+
+
+def test_a_warm_up_runs_on_the_engines_thread_and_leaves_nothing(engine: TorchEngine) -> None:
+    loaded = engine._loaded
+    config = replace(
+        loaded.model.config,
+        default_image_size=(48, 64),
+        vae_transform=ImageTransform(128, 64, 16),
+        vit_transform=ImageTransform(140, 56, 14),
+    )
+    loaded.model.config = engine.planner.config = config
+    threads: list[str] = []
+    handle = loaded.model.language_model.register_forward_hook(
+        lambda *_: threads.append(threading.current_thread().name)
+    )
+    before = engine.store.stats()
+    engine.warm_up()
+    handle.remove()
+    assert set(threads) == {"torch-engine"} and len(threads) == 3 + 3  # text and both image blocks; 1, 2 and 4 texts
+    assert engine._space.taken == 0
+    assert engine.store.stats() == before
 
 
 class Served:
