@@ -55,7 +55,8 @@ class Vae(nn.Module):
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        self.autoencoder.to(torch.float32)  # also where another default type is set, as vLLM does
+        # Also where another default type is set, as vLLM does. Not by diffusers' own `to`, which warns of it.
+        nn.Module.to(self.autoencoder, torch.float32)
         if not encoder:
             self.autoencoder.encoder = None
         if not decoder:
