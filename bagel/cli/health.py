@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bagel.arguments import for_command_line
 from bagel.cli.endpoint import security_of
 from bagel.cli.flags import HEALTH_TIMEOUT_S
 from bagel.cli.outputs import write_out
@@ -19,7 +20,7 @@ def health(args: argparse.Namespace) -> None:
     security = security_of(args)
     status = health_of(args.endpoint, args.timeout or HEALTH_TIMEOUT_S, security)
     if status == UNREACHABLE:
-        raise unreachable("service", args.endpoint, security)
+        raise NoBackend(for_command_line(unreachable("service", args.endpoint, security)))
     if status != "SERVING":
         raise NoBackend(f"the service at {args.endpoint} is {status}; its log says why")
     write_out(f"{status}\n")

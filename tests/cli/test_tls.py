@@ -101,7 +101,11 @@ def test_health_is_told_to_who_holds_a_certificate_of_the_ca(ca: Path, capsys: p
         assert main([*asked, *flags(ca / "other", "client", trusted=ca)]) == 1, "of another CA"
         assert main([*asked, *flags(ca, "client", trusted=ca / "other")]) == 1, "who does not trust the service"
         assert main(asked) == 1, "plaintext"
-        assert f"{address} is unreachable" in capsys.readouterr().err
+        none, foreign, distrusting, plaintext = capsys.readouterr().err.splitlines()
+        assert "it asks for our certificate; give --tls-certificate and --tls-key" in none
+        assert "it does not take --tls-certificate" in foreign
+        assert "its certificate is not of --tls-ca" in distrusting
+        assert "speaks TLS; give --tls-ca" in plaintext
 
 
 def test_health_of_a_service_that_is_loading_is_no_success(ca: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +159,8 @@ def test_serve_with_mutual_tls_answers_generate_and_nobody_without_certificate(c
         told = run(*flags(ca, "client"))
         assert told.returncode == 0 and told.stdout, told.stderr
         refused = run(*flags(ca, None))
-        assert refused.returncode == 1 and "TLS" in refused.stderr
-        assert run().returncode == 1
+        assert refused.returncode == 2 and "it asks for our certificate" in refused.stderr
+        assert run().returncode == 2
         process.terminate()
         assert process.wait(LIMIT_S) == 0
 
