@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BORROWERS = {
     "the recordings' model": ("services/test_services", "client/test_omni", "client/test_stats", "cli/test_keys"),
-    "bagel-nano": ("services/test_openai_client", "services/test_examples", "nano/test_meaning"),
+    "bagel-nano": ("services/test_openai_client", "services/test_examples", "nano/test_meaning", "docs/test_snippets"),
     "one place a stage": ("services/test_grpc_fuzz", "services/test_batch_timeout"),
     "a browser": ("browser/",),
 }
