@@ -67,6 +67,7 @@ WRAPPERS = ("extra_body", "extra_args", "extra_params", "sampling_params", "samp
 """Objects that clients put parameters into, which stand at the top of a body here."""
 _START_ONE = "start one stage with python -m bagel_thinker or python -m bagel_dit"
 _IN_DEPLOY = "it is a key of the deploy file of --deploy-config"
+_BY_PIPELINE = "the pipeline says what each stage does; leave it out"
 _NOTHING = "there is nothing to set; leave it out"
 
 REST_INSTEAD = _named(
@@ -169,14 +170,19 @@ OPTION_INSTEAD = _named(
 )
 """Options in Python: what to do instead."""
 
-DEPLOY_INSTEAD: Mapping[str, str] = {
-    "stage_args": "write its stages under stages, each with a stage_id",
-    "engine_args": "write its keys beside stage_id",
-    "runtime": "write devices beside stage_id",
-    "model": "give --model",
-    "model_arch": "say pipeline: bagel",
-    "model_stage": "the pipeline says which stage a stage_id is; leave it out",
-}
+DEPLOY_INSTEAD = _named(
+    {
+        "stage_args": "write its stages under stages, each with a stage_id",
+        "engine_args": "write its keys beside stage_id",
+        "runtime": "write devices beside stage_id",
+        "model": "give --model",
+        "model_arch": "say pipeline: bagel",
+        "model_stage stage_type worker_type scheduler_cls": _BY_PIPELINE,
+        "engine_input_source engine_output_type final_output final_output_type is_comprehension": _BY_PIPELINE,
+        "distributed_executor_backend": _NOTHING,
+        "omni_kv_config prompt_expand_func cfg_kv_collect_func": _BY_PIPELINE,
+    }
+)
 """Keys of a deploy file: what to do instead."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -36,6 +36,7 @@ WANTED: Mapping[str, str] = {
     "less_than_equal": "at most {le}",
 }
 """Pydantic's kinds of errors, as what a value must be."""
+_KNOWN = "; known: "
 
 
 def validate(data: Mapping[str, Any], source: str) -> DeployConfig:
@@ -47,9 +48,18 @@ def validate(data: Mapping[str, Any], source: str) -> DeployConfig:
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         told = [_describe(problem, data) for problem in problems[:MOST_TOLD]]
         more = [f"and {len(problems) - MOST_TOLD} more"] * (len(problems) > MOST_TOLD)
-        raise ConfigError(f"{source}: {'; '.join([*told, *more])}") from None
+        raise ConfigError(f"{source}: {'; '.join([*_once(told), *more])}") from None
     config._source = source
     return config
+
+
+def _once(told: Iterable[str]) -> Iterator[str]:
+    """The problems, of which the first alone lists the keys that are known."""
+    listed = set[str]()
+    for problem in told:
+        what, _, known = problem.partition(_KNOWN)
+        yield what if known in listed else problem
+        listed.add(known)
 
 
 def _describe(problem: ErrorDetails, data: Mapping[str, Any]) -> str:
@@ -101,4 +111,4 @@ def suggest(key: str, known: Collection[str]) -> str:
     for section, model in SECTIONS.items():
         if key in model.model_fields:
             return f"it belongs in {section}"
-    return instead_of(key, DEPLOY_INSTEAD, known) or f"known: {', '.join(sorted(known))}"
+    return instead_of(key, DEPLOY_INSTEAD, known) or _KNOWN.removeprefix("; ") + ", ".join(sorted(known))

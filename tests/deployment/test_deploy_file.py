@@ -198,6 +198,7 @@ def test_a_wrong_value_is_named(stage: dict[str, Any], message: str) -> None:
         (two_stages(dit={"seed": 2}), "seed is not a known key (value 2); it belongs in default_sampling_params"),
         (two_stages(connectors={"a": {"nam": "GrpcConnector"}}), "connectors.a.nam is not a known key"),
         (two_stages(dit={"qqq": 1}), "known: attention_backend, default_sampling_params, devices, "),
+        (two_stages(dit={"stage_type": "diffusion"}), "what each stage does; leave it out"),
         (two_stages(dit={"default_sampling_params": {"do_sample": True}}), "params.do_sample is not a known key"),
         (two_stages(pipeline="bagle"), "unknown pipeline 'bagle'; known: bagel, bagel_think"),
         ({"stages": 3}, "stages is 3; it must be a list"),
@@ -207,6 +208,11 @@ def test_a_wrong_value_is_named(stage: dict[str, Any], message: str) -> None:
 )  # fmt: skip
 def test_an_unknown_or_missing_key_is_named(data: dict[str, Any], message: str) -> None:
     assert message in problem_of(data)
+
+
+def test_the_known_keys_are_listed_once() -> None:
+    problem = problem_of(two_stages(dit={"qqq": 1, "qqr": 2}))
+    assert "qqr is not a known key (value 2)" in problem and problem.count("; known: ") == 1
 
 
 def test_all_problems_of_a_file_are_told_at_once() -> None:
