@@ -81,13 +81,13 @@ def run(read: Callable[[], C], main: Callable[[C], Awaitable[None]], service: st
         set_up_tracing(service, instance)
         set_up_metrics(service, instance)
         asyncio.run(_as_coroutine(main(config)))
+        _announce_stopped()
     except BagelError as error:
         print(f"error: {for_command_line(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     finally:
-        _announce_stopped()
         shut_down()
     return 0
 
