@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 
 from bagel import __version__
 from bagel.arguments import KeptExamples, Parser, for_command_line
@@ -28,6 +29,46 @@ from bagel.cli.flags import (
 from bagel.errors import BagelError, ConfigError
 
 BROKEN_PIPE = 141
+COMMANDS = {
+    "generate": (
+        add_generate_flags,
+        "make pictures or text",
+        "Make pictures or text: in this process, in the services of a two-stage deploy file, or at a running gateway. "
+        "Pictures' paths and answers go to stdout, everything else to stderr.",
+    ),
+    "serve": (
+        add_serve_flags,
+        "start all services of a deploy file",
+        "Start all services of a deploy file on this machine and run them until Ctrl-C or SIGTERM. The gateway's "
+        "address goes to stdout once it is ready, everything else to stderr.",
+    ),
+    "eval-nano": (
+        add_eval_nano_flags,
+        "score the shipped model",
+        "Ask a gateway for pictures and answers of bagel-nano's world, judge them by their pixels and words, and print "
+        "how many are right, with 95% Wilson intervals.",
+    ),
+    "verify": (
+        add_verify_flags,
+        "check a checkpoint and name its content",
+        "Read a checkpoint in full: print its fingerprint, the digest of each file, and which services would load it. "
+        "What goes to stdout is the same on all hosts that have the same model. The exit code is 0 if every service "
+        "would load it, 2 if a file is wrong or one would not.",
+    ),
+    "health": (
+        add_health_flags,
+        "ask a service whether it is ready",
+        "Ask a Thinker, a DiT or a gateway whether it is ready (grpc.health.v1). The exit code is 0 if it is; else 1, "
+        "with its state on stderr.",
+    ),
+    "keys": (
+        add_keys_flags,
+        "make an API key",
+        "Make an API key. Two lines go to stdout: the key, for its holder, shown this once; and the line by which a "
+        "gateway knows it, for the file of --api-keys. Whoever's line is deleted there has a key no more.",
+    ),
+}
+"""By name: what adds the flags, the help and the description. A module of the command's name runs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,56 +95,15 @@ def _run(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="bagel", description="Serve BAGEL, one model that understands and generates images.")
     parser.add_argument("--version", action="version", version=f"bagel {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    generate = commands.add_parser(
-        "generate",
-        help="make pictures or text",
-        description="Make pictures or text: in this process, in the services of a two-stage deploy file, or at a "
-        "running gateway. Pictures' paths and answers go to stdout, everything else to stderr.",
-        usage="bagel generate --prompts TEXT [TEXT ...] [--modality MODALITY] [--image-path FILE] [options]",
-        epilog=EXAMPLES,
-        formatter_class=KeptExamples,
-    )
-    add_generate_flags(generate)
-    serve = commands.add_parser(
-        "serve",
-        help="start all services of a deploy file",
-        description="Start all services of a deploy file on this machine and run them until Ctrl-C or SIGTERM. The "
-        "gateway's address goes to stdout once it is ready, everything else to stderr.",
-    )
-    add_serve_flags(serve)
+    for name, (add_flags, about, description) in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=about, description=description))
+    generate = commands.choices["generate"]
+    generate.usage = "bagel generate --prompts TEXT [TEXT ...] [--modality MODALITY] [--image-path FILE] [options]"
+    generate.epilog, generate.formatter_class = EXAMPLES, KeptExamples
     if "serve" in (sys.argv[1:2] if argv is None else argv[:1]):  # no other command need load the services' flags
         from bagel.cli.passing import add_service_flags
 
-        add_service_flags(serve)
-    evaluate = commands.add_parser(
-        "eval-nano",
-        help="score the shipped model",
-        description="Ask a gateway for pictures and answers of bagel-nano's world, judge them by their pixels and "
-        "words, and print how many are right, with 95% Wilson intervals.",
-    )
-    add_eval_nano_flags(evaluate)
-    check = commands.add_parser(
-        "verify",
-        help="check a checkpoint and name its content",
-        description="Read a checkpoint in full: print its fingerprint, the digest of each file, and which services "
-        "would load it. What goes to stdout is the same on all hosts that have the same model. The exit code is 0 if "
-        "every service would load it, 2 if a file is wrong or one would not.",
-    )
-    add_verify_flags(check)
-    ask = commands.add_parser(
-        "health",
-        help="ask a service whether it is ready",
-        description="Ask a Thinker, a DiT or a gateway whether it is ready (grpc.health.v1). The exit code is 0 if it "
-        "is; else 1, with its state on stderr.",
-    )
-    add_health_flags(ask)
-    keys = commands.add_parser(
-        "keys",
-        help="make an API key",
-        description="Make an API key. Two lines go to stdout: the key, for its holder, shown this once; and the line "
-        "by which a gateway knows it, for the file of --api-keys. Whoever's line is deleted there has a key no more.",
-    )
-    add_keys_flags(keys)
+        add_service_flags(commands.choices["serve"])
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         elsewhere: Mapping[str, str] = {}
@@ -111,20 +111,9 @@ def _run(argv: Sequence[str] | None) -> None:
             from bagel.cli.passing import NOT_PASSED as elsewhere
         complain_of_unknown(unknown, commands.choices.get(args.command, parser), elsewhere)
     if args.command is None:
-        raise ConfigError("no command; try bagel generate --prompts 'a large red circle', or bagel --help")
-    if args.command == "serve":
-        from bagel.cli.serve import serve as run
-    elif args.command == "eval-nano":
-        from bagel.cli.eval_nano import eval_nano as run
-    elif args.command == "health":
-        from bagel.cli.health import health as run
-    elif args.command == "verify":
-        from bagel.cli.verify import verify as run
-    elif args.command == "keys":
-        from bagel.cli.keys import keys as run
-    else:
-        from bagel.cli.generate import generate as run
-    run(args)
+        raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
+    name = args.command.replace("-", "_")
+    getattr(import_module(f"bagel.cli.{name}"), name)(args)
 
 
 def _make_printable() -> None:

@@ -6,11 +6,11 @@ What is asked and how it is judged is in training/nano, which is part of a check
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bagel.cli.endpoint import api_key_of, refuse_without_endpoint, security_of
 from bagel.cli.flags import EVALUATED, EVALUATION, TOPOLOGY, flag_name
@@ -26,14 +26,10 @@ from bagel.request import Request
 
 EVALUATE, ROWS = "training.nano.evaluate", "training.nano.rows"
 """By name: they import torch to draw what is edited and described."""
+Generate = Callable[[Sequence[Request]], list[Result]]
+"""Something that serves requests, in their order."""
 OWN_SERVICES = ("model", "device", "dtype", "engine", "topology", "init_timeout", "batch_timeout")
 """Flags about services that the command starts itself."""
-
-
-class Generate(Protocol):
-    """Something that serves requests, in their order."""
-
-    def __call__(self, requests: Sequence[Request]) -> list[Result]: ...
 
 
 def eval_nano(args: argparse.Namespace) -> None:

@@ -328,22 +328,23 @@ def _number(value: str) -> float:
         raise argparse.ArgumentTypeError(f"{value!r:.80} is no number") from None
 
 
-def _count(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no whole number of seconds from 1 on")
+def _within(value: str, digits: int, least: int, wanted: str) -> int:
+    """A whole number of at most so many digits."""
+    if not re.fullmatch(rf"[0-9]{{1,{digits}}}", value) or int(value) < least:
+        raise argparse.ArgumentTypeError(f"{value!r:.80} is no {wanted}")
     return int(value)
+
+
+def _count(value: str) -> int:
+    return _within(value, 12, 1, "whole number of seconds from 1 on")
 
 
 def _some(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", value) or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no whole number from 1 on")
-    return int(value)
+    return _within(value, 6, 1, "whole number from 1 on")
 
 
 def _some_bytes(value: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,15}", value) or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r:.80} is no whole number of bytes from 1 on")
-    return int(value)
+    return _within(value, 15, 1, "whole number of bytes from 1 on")
 
 
 def _device(value: str) -> str:
