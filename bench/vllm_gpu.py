@@ -194,7 +194,7 @@ class Ours(Side):
     def edit(self, *, export: bool) -> tuple[float, float, int]:
         """Seconds to the first token of a new edit context, seconds until its K/V was in the store, and its tokens."""
         chain = self._edit_chain()
-        lengths = [(each.digest, each.length) for each in chain.segments]
+        lengths = chain.lengths
         lease = self.store.lease(lengths, 600)  # reserves the place to which the export copies
         extra: dict[str, Any] = {}
         if export:

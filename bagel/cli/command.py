@@ -111,7 +111,7 @@ def _run(argv: Sequence[str] | None) -> None:
             from bagel.cli.passing import NOT_PASSED as elsewhere
         complain_of_unknown(unknown, commands.choices.get(args.command, parser), elsewhere)
     if args.command is None:
-        raise ConfigError("no command; try bagel generate --prompts 'a red cube', or bagel --help")
+        raise ConfigError("no command; try bagel generate --prompts 'a large red circle', or bagel --help")
     name = args.command.replace("-", "_")
     getattr(import_module(f"bagel.cli.{name}"), name)(args)
 

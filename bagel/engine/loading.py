@@ -18,6 +18,8 @@ from bagel.model.bagel import Bagel
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
+from bagel.rpc.convert import model_info
+from bagel.v1 import common_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,18 @@ class LoadedModel:
     @property
     def dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    def info(self, name: str) -> common_pb2.ModelInfo:
+        """What requests to a service of this model are checked against. name: what the service calls it."""
+        return model_info(
+            self.model.config,
+            name=name,
+            checkpoint_fingerprint=self.fingerprint,
+            kv_fingerprint=self.kv_fingerprint,
+            max_positions=self.max_model_len,
+            dtype=self.dtype,
+            device=str(self.model.device),
+        )
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights by component."""

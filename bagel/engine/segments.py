@@ -49,6 +49,11 @@ class Chain:
         return sum(segment.length for segment in self.segments)
 
     @property
+    def lengths(self) -> list[tuple[bytes, int]]:
+        """Its segments as a store leases them: digest and K/V rows of each."""
+        return [(segment.digest, segment.length) for segment in self.segments]
+
+    @property
     def rope(self) -> int:
         return self.segments[-1].next_rope if self.segments else 0
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text_scheduler import ContextRequest
+from bagel.errors import BagelError, EngineDied
 from bagel.kv.store import KvStore
 from bagel.v1 import common_pb2
 from bagel_thinker.watchdog import Pulse
@@ -35,3 +36,13 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests under way end with an error."""
+
+
+def died() -> EngineDied:
+    """What callers get of an engine that can compute no more."""
+    return EngineDied("the Thinker's engine cannot go on, and the service ends; its log has the details; try again")
+
+
+def internal_error(cause: Exception) -> BagelError:
+    """What callers get of a failure that is no request's own."""
+    return BagelError(f"internal error of the engine: {type(cause).__name__}; the log of this service has the details")

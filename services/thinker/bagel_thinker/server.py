@@ -216,18 +216,18 @@ class ThinkerServicer(ThinkerServiceServicer):
         def emit(event: ContextEvent) -> None:
             if isinstance(event, ChainExtended) and lease:
                 # Before the engine goes on: it stores only what a lease has reserved.
-                self.engine.store.extend(lease, _lengths(event.chain))
+                self.engine.store.extend(lease, event.chain.lengths)
             build.emit(event)
 
         settings = _settings(request) if request.HasField("decode") else None
         return ContextRequest(chain, request.seed, emit, settings, append=request.decode.append)
 
     async def _lease(self, chain: Chain, lease_id: str) -> str:
-        return await self.engine.store.lease_in_time(_lengths(chain), self.lease_s, lease_id, wait_s=self._room_wait_s)
+        return await self.engine.store.lease_in_time(chain.lengths, self.lease_s, lease_id, wait_s=self._room_wait_s)
 
     def _ref(self, chain: Chain, lease: str) -> kv_pb2.ContextRef:
         return kv_pb2.ContextRef(
-            segments=[kv_pb2.SegmentRef(digest=digest, length=length) for digest, length in _lengths(chain)],
+            segments=[kv_pb2.SegmentRef(digest=digest, length=length) for digest, length in chain.lengths],
             next_rope=chain.rope,
             source=self.name,
             lease_id=lease,
@@ -256,10 +256,6 @@ def _log_built(built: thinker_pb2.ContextBuilt, times: Sequence[float]) -> None:
         last_layer_at=times[-1] if times else None,
         seconds={timing.stage: round(timing.seconds, 4) for timing in built.timings},
     )
-
-
-def _lengths(chain: Chain) -> list[tuple[bytes, int]]:
-    return [(segment.digest, segment.length) for segment in chain.segments]
 
 
 def _settings(request: thinker_pb2.BuildContextRequest) -> TextSettings:

@@ -18,12 +18,12 @@ from bagel.engine.memory import kv_space
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import ContextEvent, ContextFailed, ContextRequest, LayerComputed, TextScheduler
 from bagel.engine.warm_up import warm_up
-from bagel.errors import BagelError, Draining, EngineDied, NotFinite, UnknownSegment
+from bagel.errors import Draining, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel.model.device import DTYPES, choose_device, choose_dtype
-from bagel.rpc.convert import model_info
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
+from bagel_thinker.engine import died, internal_error
 from bagel_thinker.watchdog import Pulse
 
 NEAR_CACHE_BYTES = 2**28
@@ -93,15 +93,7 @@ class TorchEngine:
         self._filling: bytes | None = None
         self.failed: Future[None] = Future()
         self.pulse = Pulse()
-        self.info = model_info(
-            loaded.model.config,
-            name=model_name,
-            checkpoint_fingerprint=loaded.fingerprint,
-            kv_fingerprint=loaded.kv_fingerprint,
-            max_positions=loaded.max_model_len,
-            dtype=loaded.dtype,
-            device=str(loaded.model.device),
-        )
+        self.info = loaded.info(model_name)
         self._space = kv_space(loaded.model, kv_device_bytes)
         self._texts = TextScheduler(
             loaded,
@@ -210,7 +202,7 @@ class TorchEngine:
 
     def _start(self, request: ContextRequest) -> None:
         if self.failed.done():
-            request.emit(ContextFailed(_died()))
+            request.emit(ContextFailed(died()))
             return
         try:
             self._texts.add(request)
@@ -219,16 +211,14 @@ class TorchEngine:
 
     def _recover(self, error: Exception) -> None:
         """Fail all requests. An engine that can compute no more takes no others, and says so in `failed`."""
-        self._texts.abandon(
-            BagelError(f"internal error of the engine: {type(error).__name__}; the log of this service has the details")
-        )
+        self._texts.abandon(internal_error(error))
         if self.failed.done():
             return
         try:
             self._check()
         except Exception:
             log.error("the engine cannot go on", exc_info=True)
-            self.failed.set_exception(_died())
+            self.failed.set_exception(died())
         else:
             log.warning("the engine goes on")
 
@@ -258,7 +248,3 @@ class TorchEngine:
             self.store.write_layer(digest, event.layer, event.k, event.v)
             if event.layer + 1 == self.store.layout.layers:
                 self._filling = None
-
-
-def _died() -> EngineDied:
-    return EngineDied("the Thinker's engine cannot go on, and the service ends; its log has the details; try again")

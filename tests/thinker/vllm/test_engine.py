@@ -141,7 +141,7 @@ class Answer:
 
 
 def lengths(chain: Chain) -> list[tuple[bytes, int]]:
-    return [(segment.digest, segment.length) for segment in chain.segments]
+    return chain.lengths
 
 
 def ask(engine: Engine, what: Ask, *, submit: bool = True) -> Answer:

@@ -92,7 +92,7 @@ class Stand:
         planner = self.engine.planner
         prompt = (TextPart(words),)
         chain = planner.chain(prompt, {})
-        lease = self.engine.store.lease([(each.digest, each.length) for each in chain.segments], 600)
+        lease = self.engine.store.lease(chain.lengths, 600)
         reading, before = ContextRequest(chain, 7, keep_in(self.came), settings), len(self.core.exports)
         self.engine.submit(reading)
         until(lambda: len(self.core.exports) > before)

@@ -18,7 +18,6 @@ from bagel.model.bagel import Bagel
 from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.mot import MoTLayer
 from bagel.model.vit import VitLayer
-from bagel.rpc.convert import model_info
 from bagel.rpc.heap import keep_loaded
 from bagel.telemetry.logs import set_up_logs
 from bagel_dit.workers import RankSettings
@@ -90,16 +89,7 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
 def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
     """Report the model, then carry out commands until Stop or until the server is gone."""
     loaded = engine.loaded
-    info = model_info(
-        loaded.model.config,
-        name=model_name,
-        checkpoint_fingerprint=loaded.fingerprint,
-        kv_fingerprint=loaded.kv_fingerprint,
-        max_positions=loaded.max_model_len,
-        dtype=loaded.dtype,
-        device=str(loaded.model.device),
-    )
-    pipe.send(Ready(info.SerializeToString(), loaded.memory(), engine.space.size))
+    pipe.send(Ready(loaded.info(model_name).SerializeToString(), loaded.memory(), engine.space.size))
     try:
         while not isinstance(order := pipe.next(engine.look_again_s), Stop):
             if order is None:

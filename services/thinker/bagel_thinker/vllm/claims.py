@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 
 from bagel.engine.segments import Chain
-from bagel.errors import UnknownSegment
+from bagel.errors import BagelError, UnknownSegment
 from bagel.kv.store import KvStore
 from bagel_thinker.vllm.jobs import Filling, Job, Request
+from bagel_thinker.vllm.sink import Notice
 
 KNOWN_SEGMENTS = 65_536
 """Digests of computed segments to remember, so that requests which share them need not wait for one another."""
 
 
 class Claims:
-    """Segments that a request is computing or exporting. Used by the engine's thread alone."""
+    """Segments that a request is computing or exporting. All but `mark` is for the engine's thread alone."""
 
     def __init__(self, store: KvStore) -> None:
         self._store = store
@@ -52,6 +54,22 @@ class Claims:
         for digest, filling in request.fillings.items():
             if len(filling.written) == marks and digest not in request.fresh:
                 self._busy.pop(digest, None)
+
+    def mark(self, request: Request | None, notice: Notice, ranks: int) -> BagelError | None:
+        """Mark a layer of a segment as written once every rank has written its heads; returns the store's error."""
+        filling = request.fillings.get(bytes.fromhex(notice.digest)) if request else None
+        if request is None or filling is None:
+            return None
+        filling.written.add((notice.layer, notice.rank))
+        if any((notice.layer, rank) not in filling.written for rank in range(ranks)):
+            return None
+        if (job := request.job) is not None:
+            job.reading.layer_times.append(time.monotonic())
+        try:
+            self._store.mark_layer(filling.digest, notice.layer)
+        except UnknownSegment as gone:
+            return gone
+        return None
 
     def release(self, request: Request) -> None:
         """Give back everything that a request claimed."""

@@ -20,21 +20,19 @@ from bagel.engine.text_scheduler import ChainExtended, ContextFailed, ContextReq
 from bagel.errors import (
     BagelError,
     Draining,
-    EngineDied,
     IncompleteContext,
     InvalidRequest,
     NotFinite,
     NotSupported,
     RunnerDied,
-    UnknownSegment,
 )
 from bagel.kv.digests import SegmentKind, fingerprint
 from bagel.kv.store import KvStore
 from bagel.model.tokenizer import BagelTokenizer, TextStream
-from bagel.request import TextSettings
 from bagel.rpc.convert import model_info
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
+from bagel_thinker.engine import died, internal_error
 from bagel_thinker.vllm.choice import choice
 from bagel_thinker.vllm.claims import Claims
 from bagel_thinker.vllm.core import Core, cached_tokens
@@ -181,7 +179,7 @@ class VllmEngine:
 
     def _take(self, reading: ContextRequest) -> None:
         if self.failed.done():
-            reading.emit(ContextFailed(_died()))
+            reading.emit(ContextFailed(died()))
             return
         job = Job(reading, reading.chain, TextStream(self.tokenizer))
         try:
@@ -257,11 +255,8 @@ class VllmEngine:
             "extra": extra,
             "then": [self.tokenizer.bos],
             "max_tokens": settings.max_tokens,
-            "stops": self._stops(settings),
+            "stops": job.stops(self.tokenizer),
         }
-
-    def _stops(self, settings: TextSettings) -> list[int]:
-        return [self.tokenizer.eos, *settings.stop_token_ids]
 
     # Outputs
 
@@ -275,7 +270,7 @@ class VllmEngine:
             if self._ids.overflow in output.new_token_ids and self._has_overflowed():
                 self._fail(request, NotFinite("the text overflowed: its logits are not finite; use float32"))
                 return
-            self._show(job, output.new_token_ids)
+            job.take(output.new_token_ids, self.tokenizer)
         if output.finish_reason is None:
             return
         request.over = True
@@ -298,20 +293,10 @@ class VllmEngine:
     def _computed(self, request: Request, output: Any) -> None:
         """The K/V of the prompt are computed."""
         if request.job is not None:
-            _count(request, request.job, cached_tokens(output), self._core.block_size)
+            request.count(request.job, cached_tokens(output), self._core.block_size)
             if request.job.writes:
                 request.job.reading.emit(PromptComputed(dict(request.job.reading.computed)))
         self._claims.computed(request)
-
-    def _show(self, job: Job, tokens: list[int]) -> None:
-        assert job.reading.settings is not None
-        stops = self._stops(job.reading.settings)
-        for token in tokens:
-            if token in stops:
-                continue
-            job.tokens.append(token)
-            if text := job.stream.push(token):
-                job.reading.emit(TextWritten(text, len(job.tokens)))
 
     def _text_done(self, request: Request, job: Job) -> None:
         if text := job.stream.end():
@@ -357,29 +342,11 @@ class VllmEngine:
         """Receive a worker's notice, in any thread."""
         error: BagelError | None = None
         if notice.digest:  # marked at once, so that pages leave without waiting for the engine's step to end
-            error = self._mark(notice)
+            error = self._claims.mark(self._requests.get(notice.request), notice, self._settings.tensor_parallel_size)
         self._commands.put(lambda: self._handle(notice, error))
 
-    def _mark(self, notice: Notice) -> BagelError | None:
-        """Mark a layer of a segment as written once every rank has written its heads; returns the store's error."""
-        request = self._requests.get(notice.request)
-        filling = request.fillings.get(bytes.fromhex(notice.digest)) if request else None
-        if request is None or filling is None:
-            return None
-        filling.written.add((notice.layer, notice.rank))
-        ranks = sum((notice.layer, rank) in filling.written for rank in range(self._settings.tensor_parallel_size))
-        if ranks < self._settings.tensor_parallel_size:
-            return None
-        if (job := request.job) is not None:
-            job.reading.layer_times.append(time.monotonic())
-        try:
-            self.store.mark_layer(filling.digest, notice.layer)
-        except UnknownSegment as gone:
-            return gone
-        return None
-
     def _handle(self, notice: Notice, error: BagelError | None) -> None:
-        """Handle a notice in the engine's thread. error: the result of `_mark`."""
+        """Handle a notice in the engine's thread. error: the result of `Claims.mark`."""
         request = self._requests.get(notice.request)
         if request is None:
             return
@@ -437,37 +404,15 @@ class VllmEngine:
         """Recover from a failed step: fail every request, since any may be the cause, and drop vLLM's caches."""
         log.error("the engine failed", exc_info=True)
         self._failures += 1
-        self._fail_all(
-            BagelError(f"internal error of the engine: {type(error).__name__}; the log of this service has the details")
-        )
+        self._fail_all(internal_error(error))
         self._claims.forget()
         if self._failures <= MOST_FAILURES and not self._broken.is_set() and self._core.forget():
             log.warning("the engine goes on")
         elif not self.failed.done():
             log.error("the engine cannot go on")
-            self.failed.set_exception(_died())
+            self.failed.set_exception(died())
 
     def _break(self) -> None:
         """React to the death of a worker process, in another thread; the engine may be idle and needs the command."""
         self._broken.set()
-        self._commands.put(lambda: self._recover(_died()))
-
-
-def _died() -> EngineDied:
-    return EngineDied("the Thinker's engine cannot go on, and the service ends; its log has the details; try again")
-
-
-def _count(request: Request, job: Job, cached: int, block: int) -> None:
-    """Count the computed tokens of a chain: all of a new segment, and of a known one those that vLLM had evicted.
-
-    cached: tokens of the prompt that vLLM's cache still had; block: tokens per block of that cache.
-    """
-    at = 0
-    for segment in job.chain.segments:
-        end = at + segment.length
-        if segment.digest in request.fresh:
-            job.reading.computed[segment.digest] = segment.length
-        # vLLM caches whole blocks and always computes the last one again, so a shortfall of one block is no eviction.
-        elif cached < end // block * block - block:
-            job.reading.computed.setdefault(segment.digest, min(segment.length, end - cached))
-        at = end
+        self._commands.put(lambda: self._recover(died()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bagel.engine.context import Context
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import ContextDone, ContextRequest
+from bagel.engine.text_scheduler import ContextDone, ContextRequest, TextWritten
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 
@@ -41,6 +41,21 @@ class Request:
         """Whether every segment has all its marks, one per layer and rank."""
         return all(len(each.written) == marks for each in self.fillings.values())
 
+    def count(self, job: Job, cached: int, block: int) -> None:
+        """Count the computed tokens of a chain: all of a new segment, and of a known one those that vLLM had evicted.
+
+        cached: tokens of the prompt that vLLM's cache still had; block: tokens per block of that cache.
+        """
+        at = 0
+        for segment in job.chain.segments:
+            end = at + segment.length
+            if segment.digest in self.fresh:
+                job.reading.computed[segment.digest] = segment.length
+            # vLLM caches whole blocks and always computes the last one again, so one block missing is no eviction.
+            elif cached < end // block * block - block:
+                job.reading.computed.setdefault(segment.digest, min(segment.length, end - cached))
+            at = end
+
 
 @dataclass(eq=False)
 class Job:
@@ -57,6 +72,21 @@ class Job:
     def writes(self) -> bool:
         """Whether its current request writes text; the one that computes an appended text does not."""
         return self.reading.settings is not None and not self.written
+
+    def stops(self, tokenizer: BagelTokenizer) -> list[int]:
+        """The tokens that end its text."""
+        assert self.reading.settings is not None
+        return [tokenizer.eos, *self.reading.settings.stop_token_ids]
+
+    def take(self, tokens: list[int], tokenizer: BagelTokenizer) -> None:
+        """Add tokens to its text, and emit what can be shown of them."""
+        stops = self.stops(tokenizer)
+        for token in tokens:
+            if token in stops:
+                continue
+            self.tokens.append(token)
+            if text := self.stream.push(token):
+                self.reading.emit(TextWritten(text, len(self.tokens)))
 
     def reply(self, tokenizer: BagelTokenizer) -> str:
         """The text so far, trimmed as the reference trims it."""
