@@ -145,13 +145,9 @@ def _fields(path: Path, data: Mapping[str, Any], cls: type) -> dict[str, Any]:
     for name, spec in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
         if name in data:
             found[name] = _number(path, name, data[name], float if spec.type == "float" else int)
-        elif not _has_default(spec):
+        elif spec.default is MISSING and spec.default_factory is MISSING:
             raise CheckpointError(f"{path} lacks {name!r}")
     return found
-
-
-def _has_default(spec: Any) -> bool:
-    return spec.default is not MISSING or spec.default_factory is not MISSING
 
 
 def _number(path: Path, name: str, value: Any, kind: type) -> Any:

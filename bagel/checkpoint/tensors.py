@@ -34,7 +34,11 @@ def check_plain(
     """
     listed = [(file, name, info) for file, tensors in files.items() for name, info in tensors.items()]
     idle = {name for _, name, _ in listed if name not in known and _is_idle(name, config)}
-    odd = [f"{file}: {shown_name(name)} is {info.dtype}" for file, name, info in listed if _is_odd(name, info, idle)]
+    odd = [
+        f"{file}: {shown_name(name)} is {info.dtype}"
+        for file, name, info in listed
+        if info.dtype not in PLAIN_TYPES and name not in idle
+    ]
     if odd:
         raise CheckpointError(f"{where} holds quantised weights, or none at all: {few(odd)}; {PLAIN_WEIGHTS}")
     unknown = [f"{file}: {shown_name(name)}" for file, name, _ in listed if name not in known and name not in idle]
@@ -50,10 +54,6 @@ def few(items: Sequence[str]) -> str:
     """Join the first few of many items into one text."""
     more = f" (and {len(items) - NAMED} more)" if len(items) > NAMED else ""
     return "; ".join(items[:NAMED]) + more
-
-
-def _is_odd(name: str, info: TensorInfo, idle: Collection[str]) -> bool:
-    return info.dtype not in PLAIN_TYPES and name not in idle
 
 
 def _is_idle(name: str, config: ModelConfig) -> bool:

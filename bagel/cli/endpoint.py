@@ -17,7 +17,8 @@ API_KEY = "BAGEL_API_KEY"
 
 def security_of(args: argparse.Namespace) -> Security:
     """TLS as the flags say; ConfigError for a certificate without its key, or the other way round."""
-    certificate, key, ca = map(_path, (args.tls_certificate, args.tls_key, args.tls_ca))
+    files = (args.tls_certificate, args.tls_key, args.tls_ca)
+    certificate, key, ca = (None if name is None else Path(name) for name in files)
     trusted = bool(getattr(args, "trusted_network", None))  # which only who sends a key has
     return Security(certificate, key, ca, trusted)
 
@@ -41,7 +42,3 @@ def refuse_without_endpoint(args: argparse.Namespace) -> None:
     given = [flag_name(flag) for flag in ENDPOINT_FLAGS if getattr(args, flag) is not None]
     if given:
         raise ConfigError(f"{', '.join(given)}: only for a running gateway; add --endpoint HOST:PORT")
-
-
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)

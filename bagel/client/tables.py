@@ -40,10 +40,7 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = zip(row, widths, strict=True)
-        lines.append("  ".join(_padded(cell, width, i in left) for i, (cell, width) in enumerate(cells)).rstrip())
+        cells = enumerate(zip(row, widths, strict=True))
+        padded = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in cells)
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
-
-
-def _padded(cell: str, width: int, to_the_left: bool) -> str:
-    return cell.ljust(width) if to_the_left else cell.rjust(width)

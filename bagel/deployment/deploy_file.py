@@ -7,13 +7,11 @@ and overridden, checks.py what must fit together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.json_files import read_json_file, shown
-from bagel.deployment.checks import check
 from bagel.deployment.overlay import inherit, with_overrides
 from bagel.deployment.schema import DeployConfig, StageDeploy
 from bagel.deployment.schema_errors import validate
@@ -30,13 +28,6 @@ def load_deploy_config(path: str | Path, **overrides: object) -> DeployConfig:
     Raises ConfigError for anything wrong, NotSupported for a setting whose effect is not built yet.
     """
     return with_overrides(validate(inherit(Path(path)), str(path)), **overrides)
-
-
-def parse_deploy_config(data: Mapping[str, Any], source: str = "deploy settings") -> DeployConfig:
-    """Settings from a mapping, checked but not refused as unbuilt; base_config is not followed."""
-    config = validate(data, source)
-    check(config)
-    return config
 
 
 def shipped_deploy_config(name: str) -> Path:

@@ -129,10 +129,9 @@ class Setting:
     def _range(self) -> str:
         if self.shape is not None:
             return self.shape[1]
-        return in_words(above=self.above, at_least=self.at_least, at_most=self.at_most) + self._unit()
-
-    def _unit(self) -> str:
-        return " seconds" * (self.metavar == "S")
+        return in_words(above=self.above, at_least=self.at_least, at_most=self.at_most) + " seconds" * (
+            self.metavar == "S"
+        )
 
     def _wanted(self) -> str:
         if self.kind not in (int, float):

@@ -16,16 +16,12 @@ from bagel.images.colour import pixel_digest, plain, to_rgb
 from bagel.images.embedding import embed, read_settings
 from bagel.images.reading import (
     FORMATS,
-    MAX_INPUT_BYTES,
-    MAX_INPUT_PIXELS,
-    MAX_INPUT_SIDE,
     StrPath,
     image_size,
     load_image,
 )
 from bagel.images.saving import free_path, picture_name, save_png, write_error
 from bagel.images.transforms import (
-    MAX_PIXELS,
     VAE_TRANSFORM,
     VIT_TRANSFORM,
     ImageTransform,
@@ -40,10 +36,6 @@ from bagel.images.transforms import (
 
 __all__ = [
     "FORMATS",
-    "MAX_INPUT_BYTES",
-    "MAX_INPUT_PIXELS",
-    "MAX_INPUT_SIDE",
-    "MAX_PIXELS",
     "VAE_TRANSFORM",
     "VIT_TRANSFORM",
     "ImageTransform",

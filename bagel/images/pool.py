@@ -20,7 +20,6 @@ from bagel.images import frames
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
 from bagel.telemetry.logs import Log
 
-"""Time to read one image. 64 megapixels take two or three seconds."""
 _ATTEMPTS = 2
 _BUFFER_BYTES = 2**20
 

@@ -17,6 +17,7 @@ from xxhash import xxh3_64
 
 from bagel.errors import IncompleteContext
 from bagel.kv.pages import PageKey
+from bagel.rpc.structure import varint
 from bagel.v1 import kv_pb2
 
 PAGE_VERSION = 2
@@ -129,7 +130,7 @@ def _head(key: PageKey, facts: tuple[int, ...], checksum: int, payload_bytes: in
         dtype=dtype,  # type: ignore[arg-type]  # a damaged one has any number
         checksum=checksum,
     ).SerializeToString()
-    return b"".join((header, bytes((PAYLOAD_TAG,)), _varint(payload_bytes)))
+    return b"".join((header, bytes((PAYLOAD_TAG,)), varint(payload_bytes)))
 
 
 def _page(header: kv_pb2.PullResponse, payload: memoryview) -> Page:
@@ -177,12 +178,3 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
     raise DecodeError(f"the number at byte {at - LONGEST_VARINT} does not end")
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

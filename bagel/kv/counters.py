@@ -43,37 +43,17 @@ class Counters:
         with self._lock:
             return replace(self._stats, **held)
 
-    def computed(self, pages: int, nbytes: int, segments: int) -> None:
-        """Pages were computed here, the last ones of so many segments."""
+    def count(self, **amounts: int) -> None:
+        """Add to counters, by their names."""
         with self._lock:
-            self._stats.computed_pages += pages
-            self._stats.computed_bytes += nbytes
-            self._stats.computed_segments += segments
-
-    def received(self, pages: int, nbytes: int) -> None:
-        """Pages came from a peer."""
-        with self._lock:
-            self._stats.received_pages += pages
-            self._stats.received_bytes += nbytes
-
-    def sent(self, nbytes: int) -> None:
-        """A page was sent."""
-        with self._lock:
-            self._stats.sent_pages += 1
-            self._stats.sent_bytes += nbytes
-
-    def retried(self, pages: int) -> None:
-        """Pages were asked for once more."""
-        with self._lock:
-            self._stats.retried_pages += pages
+            for name, amount in amounts.items():
+                setattr(self._stats, name, getattr(self._stats, name) + amount)
 
     @contextmanager
     def pulling(self) -> Iterator[None]:
         """Counts a pull while it runs."""
-        with self._lock:
-            self._stats.pulls += 1
+        self.count(pulls=1)
         try:
             yield
         finally:
-            with self._lock:
-                self._stats.pulls -= 1
+            self.count(pulls=-1)

@@ -199,7 +199,7 @@ class KvPuller:
                 log.warning("stream broke", source=ref.source, missing_pages=len(wanted.ends), **error.for_log())
                 await asyncio.sleep(RECONNECT_S)
             if wanted.ends:
-                self.store.counters.retried(len(wanted.ends))
+                self.store.counters.count(retried_pages=len(wanted.ends))
                 await self._receive(ref, wanted)
         if wanted.ends:
             key = next(iter(wanted.ends))

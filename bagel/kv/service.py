@@ -83,7 +83,7 @@ class KvBlocksServicer:
         payload: Parts = (page.k, page.v)
         if heads != (0, layout.kv_heads):
             payload = tuple(_pick_heads(part, heads, layout.kv_heads, layout.row_bytes) for part in (page.k, page.v))
-        self.store.counters.sent(sum(len(part) for part in payload))
+        self.store.counters.count(sent_pages=1, sent_bytes=sum(len(part) for part in payload))
         return encode_page(page.key, page.token_end, heads, layout.head_dim, layout.dtype, payload)
 
 

@@ -353,9 +353,10 @@ class KvStore:
         step = self.layout.page_tokens
         nbytes = sum(self.layout.layer_bytes(min(step, segment.length - begin)) for _, begin in new)
         if computed:
-            self.counters.computed(len(new), nbytes, int(bool(new) and segment.complete))
+            segments = int(bool(new) and segment.complete)
+            self.counters.count(computed_pages=len(new), computed_bytes=nbytes, computed_segments=segments)
         else:
-            self.counters.received(len(new), nbytes)
+            self.counters.count(received_pages=len(new), received_bytes=nbytes)
 
     async def _until(self, segments: Sequence[Segment], probe: Callable[[], T | None], limit_s: float = math.inf) -> T:
         """The first result of probe (called under the lock) that is not None, asked again when a segment changes.

@@ -25,18 +25,18 @@ def _count(data: memoryview, kind: Descriptor, left: int, limit: int) -> int:
     """The fields that are left of the limit after those of this message."""
     at = 0
     while at < len(data):
-        tag, at = _varint(data, at)
+        tag, at = _read_varint(data, at)
         wire, field = tag & 7, kind.fields_by_number.get(tag >> 3)
         left -= 1
         if wire == _LEN:
-            length, at = _varint(data, at)
+            length, at = _read_varint(data, at)
             inside, at = data[at : at + length], at + length
             if field is not None and field.message_type is not None:
                 left = _count(inside, field.message_type, left, limit)
             elif field is not None and field.is_repeated and field.type != FieldDescriptor.TYPE_BYTES:
                 left -= length // 5  # packed numbers have one to five bytes here
         elif wire == _VARINT:
-            _, at = _varint(data, at)
+            _, at = _read_varint(data, at)
         elif wire in _SIZES:
             at += _SIZES[wire]
         else:
@@ -46,7 +46,7 @@ def _count(data: memoryview, kind: Descriptor, left: int, limit: int) -> int:
     return left
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
     """A number and where it ends; of a broken one what there is."""
     value = shift = 0
     while at < len(data) and shift < 70:
@@ -57,3 +57,9 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
             break
         shift += 7
     return value, at
+
+
+def varint(value: int) -> bytes:
+    """A whole number as protobuf writes it: seven bits a byte, the lowest first."""
+    groups = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from bagel.prompts import Part, Prompt, TextPart
+from bagel.rpc.structure import varint
 from bagel.v1 import common_pb2
 from bagel_gateway.images import file_of
 
@@ -58,7 +59,7 @@ def with_prompt(message: Message, name: str, prompt: Prompt) -> Pieces:
 def field_of(message: Message, name: str, value: Pieces) -> Pieces:
     """One field of bytes, or of a message, as protobuf writes it: its number, its length, its value."""
     number = message.DESCRIPTOR.fields_by_name[name].number
-    return [_varint(number << 3 | _BYTES) + _varint(sum(map(len, value))), *value]
+    return [varint(number << 3 | _BYTES) + varint(sum(map(len, value))), *value]
 
 
 def bytes_of(prompt: Prompt) -> int:
@@ -90,9 +91,3 @@ def _joined(pieces: Pieces) -> bytes:
     data = b"".join(pieces)
     pieces.clear()
     return data
-
-
-def _varint(value: int) -> bytes:
-    """A whole number as protobuf writes it: seven bits a byte, the lowest first."""
-    groups = [value >> shift & 0x7F for shift in range(0, max(1, value.bit_length()), 7)]
-    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])

@@ -15,13 +15,13 @@ from PIL import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.cli import main
-from bagel.deployment.deploy_file import parse_deploy_config
 from bagel.engine.local import BagelEngine
 from bagel.engine.sampler import Canvas
 from bagel.images import read_settings
 from bagel.prompts import TextPart
 from bagel.request import Modality, resolve
 from tests.conftest import GOLDEN
+from tests.deployment.test_deploy_file import parse_deploy_config
 from tests.helpers import agree
 
 ROOT = Path(__file__).parents[2]

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from bagel.deployment import checks, deploy_file
-from bagel.deployment.checks import refuse_unbuilt
+from bagel.deployment.checks import check, refuse_unbuilt
 from bagel.deployment.deploy_file import (
     effective_settings,
     load_deploy_config,
-    parse_deploy_config,
     shipped_deploy_config,
 )
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.overlay import with_overrides
 from bagel.deployment.schema import DeployConfig
+from bagel.deployment.schema_errors import validate
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.prompts import TextPart
@@ -34,6 +34,13 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
 
 def two_stages(thinker: dict[str, Any] | None = None, dit: dict[str, Any] | None = None, **top: Any) -> dict[str, Any]:
     return {"stages": [{"stage_id": 0, **(thinker or {})}, {"stage_id": 1, **(dit or {})}], **top}
+
+
+def parse_deploy_config(data: dict[str, Any], source: str = "deploy settings") -> DeployConfig:
+    """Settings from a mapping, checked but not refused as unbuilt."""
+    config = validate(data, source)
+    check(config)
+    return config
 
 
 def problem_of(data: dict[str, Any]) -> str:

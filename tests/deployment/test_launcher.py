@@ -12,12 +12,13 @@ import pytest
 
 from bagel.arguments import for_command_line
 from bagel.deployment import launcher as launch
-from bagel.deployment.deploy_file import load_deploy_config, parse_deploy_config, shipped_deploy_config
+from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.launcher import Deployment, reachable
 from bagel.deployment.process import Service
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout
 from tests.conftest import GOLDEN
+from tests.deployment.test_deploy_file import parse_deploy_config
 
 pytestmark = pytest.mark.slow  # each start of services takes seconds
 

@@ -125,7 +125,7 @@ class TestResizeRule:
         size = images.resized_size(width, height, transform)
         assert all(side % transform.stride == 0 for side in size)
         assert transform.stride <= min(size) <= max(size) <= transform.max_size
-        assert size[0] * size[1] <= images.MAX_PIXELS
+        assert size[0] * size[1] <= images.transforms.MAX_PIXELS
         # Holds for the public transforms, whose bounds are multiples of the stride.
         assert images.resized_size(*size, transform) == size
 

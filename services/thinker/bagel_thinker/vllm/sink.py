@@ -71,7 +71,7 @@ class Sink:
     def _listen(self) -> str:
         reading_end, self._pipe = os.pipe()
         threading.Thread(target=self._receive, args=(reading_end,), name="kv-notices", daemon=True).start()
-        return _path(self._pipe)
+        return f"/proc/{os.getpid()}/fd/{self._pipe}"  # by which other processes of this user can open it
 
     def _receive(self, reading_end: int) -> None:
         with os.fdopen(reading_end, "rb") as lines:
@@ -95,11 +95,6 @@ class Outlet:
         arena = Arena.attach(given["memory"], given["nbytes"])
         pipe = os.open(given["notices"], os.O_WRONLY)
         return cls(arena, KvLayout(**given["layout"]), lambda notice: _send(pipe, notice))
-
-
-def _path(fd: int) -> str:
-    """The path by which other processes of this user can open a file descriptor of this one."""
-    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def _send(pipe: int, notice: Notice) -> None:
