@@ -195,26 +195,12 @@ def resolve(
     given.pop("detokenize", None)  # text is always given back as text; the deploy parser accepts nothing else
     known = _names(TextSettings) | _names(ImageSettings) | (_names(Request) - {"modality", "prompt", "text", "image"})
     refuse_unknown_options(given, known)
-    image_defaults = REFERENCE_EDIT if modality is Modality.IMG2IMG else {}
-    image = {**image_defaults, **_pick(given, ImageSettings)}
-    image["cfg_renorm_type"] = _choice("cfg_renorm_type", image.get("cfg_renorm_type", RenormType.GLOBAL), RenormType)
-    if "cfg_interval" in image:
-        image["cfg_interval"] = _pair("cfg_interval", image["cfg_interval"])
-    text = _pick(given, TextSettings)
-    if "stop_token_ids" in text:
-        _kind("stop_token_ids", text["stop_token_ids"], list | tuple, "a list of token ids")
-        text["stop_token_ids"] = tuple(text["stop_token_ids"])
-    rest = {name: given[name] for name in ("think", "max_think_tokens", "negative_prompt") if name in given}
-    text["max_tokens"] = _reply_limit(modality, given)
-    request = Request(
-        modality=modality,
-        prompt=prompt,
-        seed=given["seed"] if "seed" in given else secrets.randbits(31),
-        posterior=_choice("posterior", given.get("posterior", PosteriorMode.CONTENT), PosteriorMode),
-        text=TextSettings(**text),
-        image=ImageSettings(**image),
-        **rest,
-    )
+    given = {name: _converted(name, value) for name, value in given.items()}
+    own = {"seed": secrets.randbits(31), **{name: given[name] for name in _OWN if name in given}}
+    text = TextSettings(**{**_pick(given, TextSettings), "max_tokens": _reply_limit(modality, given)})
+    edit = REFERENCE_EDIT if modality is Modality.IMG2IMG else {}
+    image = ImageSettings(**{**edit, **_pick(given, ImageSettings)})
+    request = Request(modality=modality, prompt=prompt, text=text, image=image, **own)
     check_effect(Facts(request), options)
     return request
 
@@ -229,15 +215,7 @@ def with_settings(request: Request, settings: Mapping[str, Any]) -> Request:
 
 def check_option(name: str, value: Any) -> None:
     """Refuse what no request may have as this setting, whatever its others are; InvalidRequest says what may be."""
-    if name == "cfg_interval":
-        value = _pair(name, value)
-    elif name == "cfg_renorm_type":
-        value = _choice(name, value, RenormType)
-    elif name == "posterior":
-        value = _choice(name, value, PosteriorMode)
-    elif name == "stop_token_ids":
-        _kind(name, value, list | tuple, "a list of token ids")
-        value = tuple(value)
+    value = _converted(name, value)
     if name in _names(TextSettings):
         TextSettings(**{name: value})
     elif name in _names(ImageSettings):
@@ -293,6 +271,21 @@ def _present(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pick(given: Mapping[str, Any], cls: type) -> dict[str, Any]:
     return {name: given[name] for name in _names(cls) if name in given}
+
+
+def _converted(name: str, value: Any) -> Any:
+    """A user's value as the type of its setting; InvalidRequest if it cannot be one."""
+    match name:
+        case "cfg_interval":
+            return _pair(name, value)
+        case "cfg_renorm_type":
+            return _choice(name, value, RenormType)
+        case "posterior":
+            return _choice(name, value, PosteriorMode)
+        case "stop_token_ids":
+            _kind(name, value, list | tuple, "a list of token ids")
+            return tuple(value)
+    return value
 
 
 def _choice(name: str, value: object, kind: type[E]) -> E:

@@ -133,15 +133,11 @@ def modality_from_wire(value: common_pb2.Modality.ValueType) -> Modality:
 
 def options_from_wire(message: common_pb2.Request) -> dict[str, Any]:
     """What a user set, as `bagel.request.resolve` takes it."""
-    options: dict[str, Any] = _set_fields(message, ("seed", "think", "max_think_tokens", "negative_prompt"))
-    options |= _set_fields(message.text, _TEXT_FIELDS) | _set_fields(message.image, _IMAGE_FIELDS)
+    options: dict[str, Any] = _set_fields(message, _OF_REQUEST)
+    options |= _set_fields(message.text, _TEXT_FIELDS) | _image_fields(message.image)
     check_stop_tokens(len(message.text.stop_token_ids))
     if message.text.stop_token_ids:
         options["stop_token_ids"] = tuple(message.text.stop_token_ids)
-    if message.image.HasField("cfg_interval"):
-        options["cfg_interval"] = (message.image.cfg_interval.lo, message.image.cfg_interval.hi)
-    if message.image.cfg_renorm_type:
-        options["cfg_renorm_type"] = _named("cfg_renorm_type", message.image.cfg_renorm_type, _RENORMS)
     if message.posterior:
         options["posterior"] = _named("posterior", message.posterior, _POSTERIORS)
     return options
@@ -218,12 +214,7 @@ def image_settings_to_wire(settings: ImageSettings) -> common_pb2.ImageSettings:
 
 def image_settings_from_wire(message: common_pb2.ImageSettings) -> ImageSettings:
     """What is not set takes text-to-image's default."""
-    fields = _set_fields(message, _IMAGE_FIELDS)
-    if message.HasField("cfg_interval"):
-        fields["cfg_interval"] = (message.cfg_interval.lo, message.cfg_interval.hi)
-    if message.cfg_renorm_type:
-        fields["cfg_renorm_type"] = _named("cfg_renorm_type", message.cfg_renorm_type, _RENORMS)
-    return ImageSettings(**fields)
+    return ImageSettings(**_image_fields(message))
 
 
 def posterior_to_wire(mode: PosteriorMode) -> common_pb2.PosteriorMode.ValueType:
@@ -328,6 +319,16 @@ def _set_option(message: common_pb2.Request, name: str, value: Any) -> None:
         setattr(message.image, name, value)
     else:
         setattr(message, name, value)
+
+
+def _image_fields(message: common_pb2.ImageSettings) -> dict[str, Any]:
+    """The settings of a picture that are set, by their names in bagel.request."""
+    fields = _set_fields(message, _IMAGE_FIELDS)
+    if message.HasField("cfg_interval"):
+        fields["cfg_interval"] = (message.cfg_interval.lo, message.cfg_interval.hi)
+    if message.cfg_renorm_type:
+        fields["cfg_renorm_type"] = _named("cfg_renorm_type", message.cfg_renorm_type, _RENORMS)
+    return fields
 
 
 def _set_fields(message: Any, names: Iterable[str]) -> dict[str, Any]:
