@@ -210,4 +210,4 @@ def test_command_with_services_of_its_own(
     with Image.open(out.strip()) as picture:
         assert agree(picture, expected.image)
     settings = read_settings(Path(out.strip()))
-    assert (settings["think"], settings["think_text"], settings["model"]) == ("true", expected.text, str(MODEL))
+    assert (settings["think"], settings["think_text"], settings["model"]) == ("true", expected.text, MODEL.name)
