@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 
 from bagel.checkpoint.limits import check_kv_room, padded_latents, row_kv_tokens
 from bagel.engine.commands import AddRequest
@@ -64,8 +64,9 @@ class SingleStage:
     ) -> None:
         self._loaded, self._space, self._heartbeat = loaded, space, heartbeat
         self._emit, self._fail, self._draw = emit, fail, draw
+        self._lock = Lock()  # around the two that follow, which the planner's thread changes too
         self._planning: set[int] = set()
-        self._planned: deque[tuple[int, RequestPlan, OutputFormat | None]] = deque()
+        self._planned: dict[int, tuple[RequestPlan, OutputFormat | None]] = {}
         self._serving: dict[int, _Serving] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._timed: list[StepTimed] = []
@@ -97,19 +98,25 @@ class SingleStage:
 
     def submit(self, command: AddRequest) -> None:
         """Plan a request in a thread, as long texts and large images must not delay the steps of others."""
-        self._planning.add(command.id)
+        with self._lock:
+            self._planning.add(command.id)
         self._thread.submit(self._plan_in_thread, command)
 
     def add(self, id_: int, plan: RequestPlan, output: OutputFormat | None) -> None:
         """Serve a planned request from the next unit of work on; emits Planned."""
-        self._planned.append((id_, plan, output))
+        with self._lock:
+            self._planned[id_] = (plan, output)
         self._emit(Planned(id_))
 
     def work(self) -> list[StepTimed]:
         """One unit of reading and writing, if there is any; the text steps that it took."""
         self._timed = []
-        while self._planned:
-            self._begin(*self._planned.popleft())
+        for id_, (plan, output) in self._take_planned().items():
+            try:
+                self._begin(id_, plan, output)
+            except Exception as error:
+                self.remove(id_)
+                self._fail(id_, error)
         if self.texts.busy:
             try:
                 self.texts.work()
@@ -123,8 +130,9 @@ class SingleStage:
 
     def remove(self, id_: int) -> None:
         """Drop a request; nothing if it is over, or drawn."""
-        self._planning.discard(id_)
-        self._planned = deque(entry for entry in self._planned if entry[0] != id_)
+        with self._lock:
+            self._planning.discard(id_)
+            self._planned.pop(id_, None)
         if (serving := self._serving.pop(id_, None)) is not None:
             for request in serving.requests:
                 self.texts.cancel(request)
@@ -144,8 +152,19 @@ class SingleStage:
             return
         if command.check_only:
             self._emit(Planned(command.id))
-        elif command.id in self._planning:
-            self.add(command.id, plan, command.output)
+            return
+        with self._lock:
+            if command.id not in self._planning:
+                return  # cancelled meanwhile: nobody would remove what is added now
+            self._planning.discard(command.id)
+            self._planned[command.id] = (plan, command.output)
+        self._emit(Planned(command.id))  # after it is added: the step plan that this leads to must find it
+
+    def _take_planned(self) -> dict[int, tuple[RequestPlan, OutputFormat | None]]:
+        """Take out the requests that are planned, in their order."""
+        with self._lock:
+            planned, self._planned = self._planned, {}
+        return planned
 
     def _check_room(self, plan: RequestPlan) -> None:
         """Refuse a request that can never find room for its K/V."""
@@ -162,7 +181,6 @@ class SingleStage:
 
     def _begin(self, id_: int, plan: RequestPlan, output: OutputFormat | None) -> None:
         """Begin to compute a request's contexts, each distinct one once."""
-        self._planning.discard(id_)
         serving = self._serving[id_] = _Serving(plan, output)
         chains = plan.chains if plan.draws else {BranchName.GEN: plan.chain}
         distinct: dict[tuple[bytes, bool], list[BranchName]] = {}

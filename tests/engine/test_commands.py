@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from bagel.engine.commands import StepPlan
-from bagel.engine.events import Begun, Done, Drawn, Stepped, TextDone
+from bagel.engine.commands import AddRequest, Remove, StepPlan
+from bagel.engine.events import Begun, Done, Drawn, Planned, Stepped, TextDone
 from bagel.engine.sampler import Canvas
 from bagel.engine.text import TextBatch, TextRun
-from bagel.engine.text_scheduler import TextScheduler
+from bagel.engine.text_scheduler import ContextRequest, TextScheduler
 from tests.engine.driven import READ, Driven, driven, failures, of
+from tests.helpers import request
 
 
 @pytest.fixture
@@ -75,3 +77,35 @@ def test_a_step_that_fails_fails_its_pictures_and_is_answered(engine: Driven, mo
     for _ in range(2):
         engine.send(StepPlan((2,), read=False))
     assert of(engine.until(Drawn), Drawn) == [2]
+
+
+def test_a_request_that_cannot_begin_ends_alone(engine: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = TextScheduler.add
+
+    def broken(scheduler: TextScheduler, asked: ContextRequest) -> None:
+        if asked.settings is not None and asked.settings.max_tokens == 2:
+            raise RuntimeError("out of luck")
+        add(scheduler, asked)
+
+    monkeypatch.setattr(TextScheduler, "add", broken)
+    for id_, tokens in ((1, 3), (2, 2), (3, 3)):
+        engine.begin(id_, max_tokens=tokens)
+    replies = engine.read()
+    assert of(replies, Done) == [1, 3] and failures(replies).keys() == {2}
+
+
+def test_requests_that_leave_take_no_others_with_them(engine: Driven) -> None:
+    """Requests are planned in a thread of its own while others leave."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for id_ in range(200):
+            engine.send(AddRequest(id_, request("text2text", max_tokens=1)))
+        planned: list[int] = []
+        for leaving in range(1000):
+            engine.send(Remove(1000 + leaving))
+        while len(planned) < 200:
+            planned += of(engine.until(Planned), Planned)
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(of(engine.read(), Done)) == sorted(planned)

@@ -1,0 +1,143 @@
+"""The scheduler against an engine whose threads and pipe take their turns in any order."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bagel.engine.commands import StepPlan
+from bagel.engine.events import Begun, Event, Planned, Stepped
+from bagel.engine.scheduler import PLANS_AHEAD, Scheduler
+
+BUDGET = 30
+ACTIONS = ("ask", "add", "announce", "work", "report", "deliver", "remove")
+
+
+@dataclass
+class Asked:
+    """A request: units of text, and then a picture's steps if it has any."""
+
+    text: int
+    steps: int
+    bucket: int
+    rows: int
+    taken: int = 0
+
+
+@dataclass
+class System:
+    """Scheduler and engine. What the planner's thread and the engine's do in two parts can be divided here."""
+
+    asked: dict[int, Asked]
+    scheduler: Scheduler = field(default_factory=lambda: Scheduler(BUDGET))
+    plans: deque[StepPlan] = field(default_factory=deque)
+    events: deque[Event] = field(default_factory=deque)
+    planning: list[int] = field(default_factory=list)
+    added: list[int] = field(default_factory=list)
+    reading: list[int] = field(default_factory=list)
+    drawing: list[int] = field(default_factory=list)
+    removed: set[int] = field(default_factory=set)
+    stepped: Stepped | None = None
+    under_way: int = 0
+    next: int = 0
+
+    def act(self, action: str, which: int) -> None:
+        getattr(self, action)(which)
+
+    def ask(self, which: int) -> None:
+        if self.next in self.asked:
+            self.planning.append(self.next)
+            self.next += 1
+
+    def add(self, which: int) -> None:
+        """The planner's thread makes a request known to the engine, before it says so."""
+        if self.planning and not self.added:
+            id_ = self.planning.pop(0)
+            if id_ not in self.removed:
+                self.reading.append(id_)
+                self.added.append(id_)
+
+    def announce(self, which: int) -> None:
+        if self.added:
+            self.events.append(Planned(self.added.pop()))
+
+    def work(self, which: int) -> None:
+        """The engine carries out a plan up to where it has looked whether there is text left."""
+        if self.stepped is not None or not self.plans:
+            return
+        plan = self.plans.popleft()
+        sizes = [self.asked[id_].bucket * self.asked[id_].rows for id_ in plan.pictures]
+        assert len(sizes) <= 1 or sum(sizes) <= BUDGET
+        assert len({self.asked[id_].bucket for id_ in plan.pictures}) <= 1
+        for id_ in plan.pictures:
+            if id_ in self.drawing:
+                self._step(id_)
+        if plan.read and self.reading:
+            self._read(self.reading[0])
+        self.stepped = Stepped(bool(self.reading))
+
+    def report(self, which: int) -> None:
+        if self.stepped is not None:
+            self.events.append(self.stepped)
+            self.stepped = None
+
+    def deliver(self, which: int) -> None:
+        """The scheduler hears of an event, and plans on."""
+        if not self.events:
+            return
+        event = self.events.popleft()
+        self.under_way -= isinstance(event, Stepped)
+        if isinstance(event, Stepped) or event.id not in self.removed:  # type: ignore[union-attr]
+            self.scheduler.observe(event)
+        while (plan := self.scheduler.plan()) is not None:
+            self.under_way += 1
+            assert self.under_way <= PLANS_AHEAD
+            self.plans.append(plan)
+
+    def remove(self, which: int) -> None:
+        if self.next:
+            id_ = which % self.next
+            self.removed.add(id_)
+            self.scheduler.remove(id_)
+            for ids in (self.reading, self.drawing):
+                if id_ in ids:
+                    ids.remove(id_)
+
+    def _read(self, id_: int) -> None:
+        asked = self.asked[id_]
+        asked.text -= 1
+        if asked.text <= 0:
+            self.reading.remove(id_)
+            if asked.steps:
+                self.drawing.append(id_)
+                self.events.append(Begun(id_, asked.steps, asked.bucket, asked.rows))
+
+    def _step(self, id_: int) -> None:
+        asked = self.asked[id_]
+        asked.taken += 1
+        assert asked.taken <= asked.steps
+        if asked.taken == asked.steps:
+            self.drawing.remove(id_)
+
+
+requests = st.builds(
+    Asked, st.integers(1, 3), st.integers(0, 5), bucket=st.sampled_from((4, 8, 40)), rows=st.integers(1, 3)
+)
+turns = st.tuples(st.sampled_from(ACTIONS), st.integers(0, 7))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(requests, min_size=1, max_size=6), st.lists(turns, max_size=120))
+def test_every_request_ends_and_no_plan_is_too_many(asked: list[Asked], order: list[tuple[str, int]]) -> None:
+    system = System(dict(enumerate(asked)))
+    for action, which in order:
+        system.act(action, which)
+    for _ in range(300):  # from here on everything takes its turn, and nothing more is removed
+        for action in ACTIONS[:-1]:
+            system.act(action, 0)
+    assert not (system.plans or system.events or system.under_way), "plans go on though there is nothing to do"
+    for id_, each in system.asked.items():
+        assert id_ in system.removed or (each.text <= 0 and each.taken == each.steps)
