@@ -36,7 +36,8 @@ class DeviceCheck:
     @property
     def look_again_s(self) -> float | None:
         """Seconds after which to look again although nothing happened; None if there is no need."""
-        return LOOK_AGAIN_S if self._full else None
+        # A trial may wait for a picture that is still being decoded, which no command follows.
+        return LOOK_AGAIN_S if self._full or self._to_try else None
 
     def ran_out(self) -> None:
         """Memory ran out in some work. From any thread."""

@@ -141,6 +141,15 @@ def test_an_engine_whose_device_is_full_is_not_healthy_until_it_can_draw(
     assert pixels(draw(engine, 3)) == wanted
 
 
+def test_a_trial_that_waits_for_work_under_way_is_made_later(engine: Driven) -> None:
+    check = DeviceCheck(engine.engine.loaded.model, lambda event: None, lambda: None)
+    check.ran_out()
+    check.look(idle=False, grid=(2, 2))
+    assert check.look_again_s is not None
+    check.look(idle=True, grid=(2, 2))
+    assert check.look_again_s is None
+
+
 def fill() -> list[torch.Tensor]:
     """Take all memory of the GPU that is free, to the last block."""
     held: list[torch.Tensor] = []
