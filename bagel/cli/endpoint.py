@@ -19,7 +19,7 @@ def security_of(args: argparse.Namespace) -> Security:
     """TLS as the flags say; ConfigError for a certificate without its key, or the other way round."""
     files = (args.tls_certificate, args.tls_key, args.tls_ca)
     certificate, key, ca = (None if name is None else Path(name) for name in files)
-    trusted = bool(getattr(args, "trusted_network", None))  # which only who sends a key has
+    trusted = bool(getattr(args, "trusted_network", None))  # a flag of the commands that send a key
     return Security(certificate, key, ca, trusted)
 
 

@@ -215,7 +215,7 @@ def _load(args: argparse.Namespace, config: DeployConfig, model: str, checkpoint
         "give it longer with --init-timeout"
     )
     engine = within(seconds, load, late)
-    if engine.device == "cpu" and any(stage.device_ids):  # the default, GPU 0, is nobody's wish
+    if engine.device == "cpu" and any(stage.device_ids):  # the default, GPU 0, was not asked for
         say(f"note: {stage.where}: devices {stage.devices!r} has no effect on a CPU")
     say(f"{effective_settings(stage)}, device {engine.device}, dtype {engine.dtype}")
     return engine

@@ -1,4 +1,4 @@
-"""What an engine is told: small, frozen and picklable, so that one stream of them drives every rank. No torch here."""
+"""Commands to an engine: small, frozen and picklable, so that one stream of them drives every rank. No torch here."""
 
 from __future__ import annotations
 

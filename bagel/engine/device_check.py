@@ -1,4 +1,4 @@
-"""Whether the device still has memory to draw: tried once memory ran out, so that health tells the truth."""
+"""Whether the device still has memory to draw: tried once memory ran out, so that health is true."""
 
 from __future__ import annotations
 

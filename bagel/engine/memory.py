@@ -14,7 +14,7 @@ from bagel.model.bagel import Bagel
 DEFAULT_KV_TOKENS = 131_072
 """Tokens of K/V, contexts and latents, of pictures and texts at once: 7 GiB of the 7B in bfloat16."""
 
-_TOLD = ("out of memory", "not enough memory", "allocate memory", "_ALLOC_FAILED")
+_WORDS = ("out of memory", "not enough memory", "allocate memory", "_ALLOC_FAILED")
 """Of CUDA outside of PyTorch's allocator, of a CPU's allocator, of cuBLAS and cuDNN."""
 
 
@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of PyTorch's ways to say that a device has too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _TOLD)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
@@ -56,7 +56,7 @@ def _slab(model: Bagel, tokens: int) -> SharedSlab:
 
 
 def _share(device: torch.device) -> int:
-    """Bytes that K/V may have at most where nobody says."""
+    """The most bytes that K/V get by default."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

@@ -1,4 +1,4 @@
-"""Signs of life of an engine's threads, for whoever watches that none of them hangs. No torch here."""
+"""Signs of life of an engine's threads: a watch sees from them when one hangs. No torch here."""
 
 from __future__ import annotations
 

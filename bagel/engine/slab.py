@@ -47,7 +47,7 @@ class SharedSlab:
 
     @property
     def spare(self) -> int:
-        """A token's place that may be written to and that nobody reads."""
+        """A token's place that may be written to and is never read."""
         return self.size
 
     def needed(self, lengths: Sequence[int]) -> int:

@@ -30,7 +30,7 @@ class Fed:
 class DecodeGraphs:
     """The captured forwards of one slab, by number of texts; each is made when it is first needed.
 
-    Texts are padded to the next power of two with copies of `spare`, whose K/V nobody reads.
+    Texts are padded to the next power of two with copies of `spare`, whose K/V are never read.
     """
 
     def __init__(self, model: Bagel, slab: KvSlab, spare: Fed) -> None:

@@ -113,8 +113,8 @@ class Backend:
                 return
             model = await self._describe()
         except grpc.RpcError as error:
-            told = from_rpc_error(error, self.name, inside=True)
-            self.lost(str(told), told.hidden + self._certificate)
+            failed = from_rpc_error(error, self.name, inside=True)
+            self.lost(str(failed), failed.hidden + self._certificate)
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
                 self._fall_silent()

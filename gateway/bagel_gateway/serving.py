@@ -112,14 +112,14 @@ class Requests:
                         services = await self._backends.begin(asked.path)
                         first, *others = _copies(asked, count)
 
-                        def tell(event: Event) -> None:
+                        def emit(event: Event) -> None:
                             seen(event)
                             put((0, event))
                             if event.HasField("accepted"):
                                 for number, copy in enumerate(others, 1):
                                     group.create_task(self._run_later(number, copy, services, remaining, put))
 
-                        await self._run(first, services, remaining, waited_s, tell)
+                        await self._run(first, services, remaining, waited_s, emit)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -131,7 +131,7 @@ class Requests:
         planned = plan(asked, services.model)
         put_settings = embedding(planned, self._picture_settings)
 
-        def tell(event: Event) -> None:
+        def emit(event: Event) -> None:
             put_settings(event)
             firsts.setdefault(event.WhichOneof("event") or "", time.perf_counter() - began)
             if self._log_stats and event.HasField("finished"):
@@ -141,30 +141,30 @@ class Requests:
         with services.busy():
             thinker = None if services.thinker is None else services.thinker.name
             log.info("accepted", pipeline=planned.pipeline.model_type, thinker=thinker)
-            await route_of(planned)(planned, services, remaining, tell, waited_s=waited_s, begun=begun).run()
+            await route_of(planned)(planned, services, remaining, emit, waited_s=waited_s, begun=begun).run()
             log.info("finished", seconds=round(time.perf_counter() - began, 4))
 
     async def _run_later(
         self, number: int, asked: Asked, services: Services, remaining: Remaining, put: PutNumbered
     ) -> None:
         """One more result of a call that was accepted. If its K/V find no room it gives all back and tries again."""
-        told: set[str] = set()
+        emitted: set[str] = set()
 
-        def tell(seen: Put, event: Event) -> None:
+        def emit(seen: Put, event: Event) -> None:
             seen(event)
             kind = event.WhichOneof("event") or ""
-            if kind not in ("accepted", "prefill") or kind not in told:  # which come again with each try
-                told.add(kind)
+            if kind not in ("accepted", "prefill") or kind not in emitted:  # which come again with each try
+                emitted.add(kind)
                 put((number, event))
 
         while True:
             try:
                 async with self._admission.admit(begun=True) as waited_s:
                     with self._metrics.request(str(asked.request.modality)) as seen:
-                        await self._run(asked, services, remaining, waited_s, partial(tell, seen), begun=True)
+                        await self._run(asked, services, remaining, waited_s, partial(emit, seen), begun=True)
                 return
             except Busy as busy:
-                if told & {"text", "drawing", "step"}:
+                if emitted & {"text", "drawing", "step"}:
                     raise
                 log.info("too busy for one more result; it is tried again", number=number, why=str(busy))
                 await asyncio.sleep(busy.retry_after_s)

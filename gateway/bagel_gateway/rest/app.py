@@ -45,7 +45,7 @@ from bagel_gateway.rest.responses import (
 from bagel_gateway.rest.serve import Front
 
 GONE = 499
-"""Told to nobody, but counters and traces: the client has left."""
+"""For counters and traces alone: the client has left."""
 ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -68,21 +68,13 @@ def make_app(
     """The application. created: when the models of the list came to be, in Unix seconds; grpc: for the playground;
     keyed: callers need a key.
     """
-    app = FastAPI(
-        title="bagel-serving",
-        version=bagel.__version__,
-        description=ABOUT,
-        docs_url=None,
-        redoc_url=None,
-        # The root span of a request over HTTP; what happens in it is told by spans of our own.
-        telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
-    )
+    app = _bare_app()
     images, chat = Images(front, bodies, fetcher), Chat(front, bodies, fetcher)
 
     def post(path: str, endpoint: Endpoint, summary: str, body: Mapping[str, Any], answer: type[Answer]) -> None:
         app.add_api_route(
             path,
-            _told(endpoint, path, metrics),
+            _handled(endpoint, path, metrics),
             methods=["POST"],
             summary=summary,
             openapi_extra=dict(body),
@@ -91,9 +83,10 @@ def make_app(
         )
 
     def get(path: str, endpoint: Endpoint, summary: str, answers: Responses, **more: Any) -> None:
-        told = _told(endpoint, path, metrics)
-        app.add_api_route(path, told, methods=["GET"], summary=summary, response_model=None, responses=answers, **more)
-        app.add_route(path, told, methods=["HEAD"], include_in_schema=False)
+        handle = _handled(endpoint, path, metrics)
+        options = {"summary": summary, "response_model": None, "responses": answers, **more}
+        app.add_api_route(path, handle, methods=["GET"], **options)
+        app.add_route(path, handle, methods=["HEAD"], include_in_schema=False)
 
     post(
         "/v1/images/generations", images.generate, "Draw", json_body(ImageParameters, REFUSED_GENERATION), ImagesAnswer
@@ -116,7 +109,19 @@ def make_app(
     return app
 
 
-def _told(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
+def _bare_app() -> FastAPI:
+    return FastAPI(
+        title="bagel-serving",
+        version=bagel.__version__,
+        description=ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        # The root span of a request over HTTP; spans of our own show what happens in it.
+        telemetry={"operation_spans": False, "logs": False, "auto_configure": False, "exclude": _is_no_work},
+    )
+
+
+def _handled(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
     """The endpoint under its request's id, its errors in OpenAI's form, counted."""
 
     async def handle(request: Request) -> Response:
@@ -147,12 +152,12 @@ async def _answered(endpoint: Endpoint, request: Request) -> Response:
     except Exception as error:
         log.error("internal error", exc_info=True)
         record_request_failure(error)
-        told = f"internal error: {type(error).__name__}; the log of this service has the details"
-        return error_response(BagelError(told))
+        message = f"internal error: {type(error).__name__}; the log of this service has the details"
+        return error_response(BagelError(message))
 
 
 def _is_no_work(scope: MutableMapping[str, Any]) -> bool:
-    """Whether an HTTP request is none that a trace is of interest of: probes, pages, lists."""
+    """Whether an HTTP request needs no trace: probes, pages and lists."""
     return scope.get("method") != "POST" or not scope["path"].startswith("/v1/")
 
 
@@ -190,7 +195,7 @@ def _readyz(backends: Backends, draining: Callable[[], bool], keyed: bool) -> En
         if draining():
             raise Draining("the gateway is shutting down and takes no new requests")
         if not backends.ready:
-            if keyed and not current_caller.get():  # a probe; what there is and is not is for those who may call
+            if keyed and not current_caller.get():  # a probe: only callers with a key learn what is missing
                 raise NoBackend("not ready: a stage has no service; with an API key this says which")
             every = (*backends.thinkers, *backends.dits)
             each = "; ".join(f"{backend.name}: {backend.why_not}" for backend in every if backend.model is None)

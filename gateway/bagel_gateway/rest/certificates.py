@@ -30,7 +30,7 @@ class Certified(Abortable):
 
 
 class RequireName:
-    """ASGI middleware: a request of who has no allowed name is answered before its body is read."""
+    """ASGI middleware: refuses a caller whose certificate has no allowed name, before its body is read."""
 
     def __init__(self, app: ASGIApp, security: Security, metrics: Metrics) -> None:
         self._app, self._security, self._metrics = app, security, metrics

@@ -232,7 +232,7 @@ class Acceptor:
         self._closed = True
 
     async def wait_closed(self) -> None:
-        """Connections are waited for by who closes them."""
+        """Return at once: whoever closes the connections waits for them."""
 
     def _pause(self) -> None:
         if self._accepting:

@@ -29,8 +29,8 @@ class Crowd:
             await self._app(scope, receive, send)
             return
         if self._now >= self._most and not self._one_gives_way():
-            told = f"{self._most} connections have requests under way, the most that are worked for; try again later"
-            await refuse(Busy(told), scope, receive, send, linger=False)
+            message = f"{self._most} connections have requests under way, the most that are worked for; try again later"
+            await refuse(Busy(message), scope, receive, send, linger=False)
             return
         self._now += 1
         upload = _Upload(receive, self._awaited)
@@ -44,7 +44,7 @@ class Crowd:
         if not self._awaited:
             return False
         next(iter(self._awaited)).give_way()
-        self._now -= 1  # from now on, whenever its client has been told
+        self._now -= 1  # from now on, whenever its client has the answer
         return True
 
 

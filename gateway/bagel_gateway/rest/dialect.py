@@ -72,8 +72,8 @@ class Reading:
         """The response, with the notes in its header."""
         if self.notes:
             log.info("noted", notes=self.notes)
-            told = "; ".join(self.notes).encode("ascii", "backslashreplace").decode()
-            response.headers[NOTES] = "".join(letter if letter.isprintable() else " " for letter in told)[:_LONGEST]
+            notes = "; ".join(self.notes).encode("ascii", "backslashreplace").decode()
+            response.headers[NOTES] = "".join(letter if letter.isprintable() else " " for letter in notes)[:_LONGEST]
         return response
 
 
@@ -124,10 +124,10 @@ class OmniReading(Reading):
         if not all("images" in message for message in messages):
             return answer
         parts = [{**part, "index": at} for at, message in enumerate(messages) for part in message["images"]]
-        told: dict[str, Any] = {"role": "assistant", "content": parts, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": parts, "refusal": None}
         if thoughts := [message["content"] for message in messages if message["content"]]:
-            told["reasoning_content"] = "\n\n".join(thoughts)
-        return {**answer, "choices": [{**answer["choices"][0], "message": told}]}
+            message["reasoning_content"] = "\n\n".join(thoughts)
+        return {**answer, "choices": [{**answer["choices"][0], "message": message}]}
 
     async def chunks(self, payloads: AsyncGenerator[Payload, None], *, draws: bool) -> AsyncGenerator[Payload, None]:
         """Each chunk says its modality. Pictures are parts of the content, and the text before one is reasoning."""

@@ -133,24 +133,24 @@ async def _stream(name: str, given: ImageParameters, events: Events, stride: int
         async for number, event in events:
             result = results[number]
             result.take(event)
-            told = _event(name, given, result, event, stride)
-            if told is not None:
-                yield {**told, "index": number} if given.count > 1 else told
+            described = _event(name, given, result, event, stride)
+            if described is not None:
+                yield {**described, "index": number} if given.count > 1 else described
 
 
 def _event(
     name: str, given: ImageParameters, result: Outcome, event: gateway_pb2.GenerateResponse, stride: int
 ) -> dict[str, Any] | None:
-    """What a client of the stream is told of an event, if anything."""
+    """An event as a client of the stream gets it; None for one that it does not get."""
     match event.WhichOneof("event"):
         case "preview":
-            told = _told(f"{name}.partial_image", given, result, event.preview.picture)
-            return {**told, "partial_image_index": event.preview.index}
+            described = _described(f"{name}.partial_image", given, result, event.preview.picture)
+            return {**described, "partial_image_index": event.preview.index}
         case "finished":
-            told = _told(f"{name}.completed", given, result, result.picture)
+            described = _described(f"{name}.completed", given, result, result.picture)
             thought = {"think_text": result.finished.text} if result.finished.text else {}
             return {
-                **told,
+                **described,
                 "usage": usage([result], stride),
                 "seed": result.accepted.seed,
                 **thought,
@@ -163,7 +163,7 @@ def _event(
     return None
 
 
-def _told(type_: str, given: ImageParameters, result: Outcome, picture: common_pb2.Picture) -> dict[str, Any]:
+def _described(type_: str, given: ImageParameters, result: Outcome, picture: common_pb2.Picture) -> dict[str, Any]:
     return {
         "type": type_,
         "b64_json": base64_of(picture.data),

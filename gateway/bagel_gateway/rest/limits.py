@@ -71,8 +71,8 @@ class _Body:
         await self._send(message)
 
     async def _in_pace(self) -> Message:
-        """The next message. Each body_timeout_s of waiting must have brought its bytes, so that no credit is saved up:
-        who has sent much at first may not go on by a byte now and then.
+        """The next message. Each body_timeout_s of waiting must have brought its bytes: no credit is saved up, so
+        a client that sent much at first may not go on with a byte now and then.
         """
         guards = self._guards
         while True:

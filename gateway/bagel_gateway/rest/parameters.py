@@ -296,7 +296,7 @@ def generate_request(given: Parameters, request: common_pb2.Request) -> gateway_
 def options_of(given: Parameters) -> dict[str, Any]:
     """What was given, as options of bagel.request, which refuses what has no effect on the request.
 
-    Raises InvalidRequest for what contradicts itself, and for previews and progress that nobody would hear of.
+    Raises InvalidRequest for settings that contradict each other, and for previews and progress without a stream.
     """
     if not given.stream:
         UNHEARD.refuse(given.model_dump(exclude_none=True))

@@ -160,7 +160,7 @@ def _listen(address: str) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         send_little_ahead(listening)
         listening.bind((host.strip("[]"), int(port)))
-        listening.listen(BACKLOG)  # who calls from now on waits, and is not refused
+        listening.listen(BACKLOG)  # from now on a caller waits and is not refused
     except (OSError, OverflowError) as error:
         listening.close()
         why = why_not_free(address) or str(error)

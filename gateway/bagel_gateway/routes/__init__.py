@@ -3,7 +3,7 @@
 whole.py    one DiT that has the whole model does everything
 text.py     two stages, for a text: the Thinker alone
 staged.py   two stages, for a picture: contexts at the Thinker, from which a DiT draws
-base.py     what they share: calls and deadlines, moves to another DiT, what the client is told, timings
+base.py     what they share: calls and deadlines, moves to another DiT, events to the client, timings
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all routes share: calls to the stages, moves to another DiT, what the client is told, and timings."""
+"""What all routes share: calls to the stages, moves to another DiT, events to the client, and timings."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Route(ABC):
         self._plan, self._services, self._remaining, self._put = plan, services, remaining, put
         self._started, self._waited_s = time.perf_counter(), waited_s
         self._begun, self._held_back = asyncio.Event(), list[Event]()
-        self._told_prefill = self._dit_began = False
+        self._prefill_emitted = self._dit_began = False
         if begun:
             self._begin()
 
     @property
     def accepted(self) -> gateway_pb2.Accepted:
-        """What the client is told first: the settings as they are used, and no image."""
+        """The first event: the settings as they are used, and no image."""
         accepted = gateway_pb2.Accepted(
             request_id=current_request.get(),
             seed=self._plan.request.seed,
@@ -98,37 +98,37 @@ class Route(ABC):
         timings["total"] = time.perf_counter() - self._started + self._waited_s
         del finished.timings[:]
         finished.timings.extend(convert.timings_to_wire(timings))
-        self._tell(Event(finished=finished))
+        self._emit(Event(finished=finished))
 
     @abstractmethod
     async def _serve(self) -> gateway_pb2.Finished:
         """The stages' work; its end with their timings, which `run` completes."""
 
-    # What the client is told
+    # Events to the client
 
     def _begin(self) -> None:
-        """Tell once that the request is accepted, then what was held back until then."""
+        """Emit once that the request is accepted, then what was held back until then."""
         if not self._begun.is_set():
             self._begun.set()
             for event in (Event(accepted=self.accepted), *self._held_back):
                 self._put(event)
             self._held_back.clear()
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         """Pass an event on: at once, or after `accepted`."""
         if self._begun.is_set():
             self._put(event)
         else:
             self._held_back.append(event)
 
-    def _tell_prefill(self, tokens: int) -> None:
-        """Tell once that the Thinker has computed the contexts, of so many tokens."""
-        if not self._told_prefill:
-            self._told_prefill = True
-            self._tell(Event(prefill=common_pb2.PrefillDone(tokens=tokens)))
+    def _emit_prefill(self, tokens: int) -> None:
+        """Emit once that the Thinker has computed the contexts, of so many tokens."""
+        if not self._prefill_emitted:
+            self._prefill_emitted = True
+            self._emit(Event(prefill=common_pb2.PrefillDone(tokens=tokens)))
 
-    def _tell_drawing(self, admitted: dit_pb2.Admitted) -> None:
-        self._tell(Event(drawing=gateway_pb2.DrawingStarted(waited_seconds=admitted.waited_seconds)))
+    def _emit_drawing(self, admitted: dit_pb2.Admitted) -> None:
+        self._emit(Event(drawing=gateway_pb2.DrawingStarted(waited_seconds=admitted.waited_seconds)))
 
     # Calls to the Thinker
 
@@ -192,19 +192,19 @@ class Route(ABC):
                     admitted = event.admitted
                     self._begin()
                     if settings is None:
-                        self._tell_drawing(admitted)
+                        self._emit_drawing(admitted)
                 case "prefill":
-                    self._tell(Event(prefill=event.prefill))
+                    self._emit(Event(prefill=event.prefill))
                     if self._plan.request.modality.makes_image:  # of a whole request, which the DiT has read by now
-                        self._tell_drawing(admitted)
+                        self._emit_drawing(admitted)
                 case "text":
-                    self._tell(Event(text=event.text))
+                    self._emit(Event(text=event.text))
                 case "step":
-                    self._tell(Event(step=event.step))
+                    self._emit(Event(step=event.step))
                 case "preview":
-                    self._tell(Event(preview=event.preview))
+                    self._emit(Event(preview=event.preview))
                 case "picture":
-                    self._tell(Event(picture=event.picture))
+                    self._emit(Event(picture=event.picture))
                 case "finished":
                     finished = event.finished
         return result_of(finished, dit, "request")
@@ -237,5 +237,5 @@ def length_of(ref: kv_pb2.ContextRef) -> int:
 
 
 def without_total(timings: Iterable[common_pb2.StageTiming]) -> Mapping[str, float]:
-    """Seconds by stage; the total of the request is the gateway's to tell."""
+    """Seconds by stage; the total of the request is for the gateway to add."""
     return {stage: seconds for stage, seconds in convert.timings_from_wire(timings).items() if stage != "total"}

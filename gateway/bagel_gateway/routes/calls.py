@@ -31,10 +31,10 @@ async def responses(call: StreamStreamCall[list[bytes], R], backend: Backend) ->
             raise RemoteError(f"{backend.name} has not answered for {backend.silence_s:g} s", "UNAVAILABLE") from None
         raise
     except grpc.RpcError as error:
-        told = from_rpc_error(error, backend.name, inside=True)
-        if is_unreachable(told) or isinstance(told, Draining | EngineDied | Loading | RunnerDied):
-            backend.lost(str(told), told.hidden)  # the next request need not find out by itself
-        raise told from None
+        failed = from_rpc_error(error, backend.name, inside=True)
+        if is_unreachable(failed) or isinstance(failed, Draining | EngineDied | Loading | RunnerDied):
+            backend.lost(str(failed), failed.hidden)  # the next request need not find out by itself
+        raise failed from None
     finally:
         call.cancel()
 

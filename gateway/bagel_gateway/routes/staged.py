@@ -139,14 +139,14 @@ class Staged(Route):
                         build.handed_over.set_result(event.context)
                 case "text":
                     await self._begun.wait()  # for the other contexts, which may have to wait for room
-                    self._tell(Event(text=event.text))
+                    self._emit(Event(text=event.text))
                 case "built":
                     build.built = event.built
         built = result_of(build.built if refs else None, self._thinker, "context")
         if not build.handed_over.done():
             build.handed_over.set_result(refs[-1])
         if all(each.built for each in self._builds):
-            self._tell_prefill(sum(each.length for each in self._builds))
+            self._emit_prefill(sum(each.length for each in self._builds))
         return built
 
     # At the DiT
@@ -160,7 +160,7 @@ class Staged(Route):
         try:
             return await self._call_dit(request)
         except _FROM_THE_THINKER as error:
-            # The DiT lost its K/V because something failed at the Thinker, whose own error is the one to tell. A build
+            # The DiT lost its K/V because something failed at the Thinker, whose own error says more. A build
             # may even be cancelled because this DiT has given its lease back.
             with suppress(asyncio.CancelledError):
                 await asyncio.wait(builds, timeout=CAUSE_S, return_when=asyncio.FIRST_EXCEPTION)
@@ -239,6 +239,6 @@ def _first_error(failed: BaseExceptionGroup[BaseException]) -> BaseException:
 
     A build whose lease was given back, as a DiT that failed does, fails for want of it: that is no cause.
     """
-    told = [error for error in failed.exceptions if isinstance(error, BagelError)]
-    causes = [error for error in told if not isinstance(error, UnknownSegment)]
-    return next(iter([*causes, *told, *failed.exceptions]))
+    ours = [error for error in failed.exceptions if isinstance(error, BagelError)]
+    causes = [error for error in ours if not isinstance(error, UnknownSegment)]
+    return next(iter([*causes, *ours, *failed.exceptions]))

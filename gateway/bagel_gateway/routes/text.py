@@ -25,12 +25,12 @@ class Text(Route):
                     length = length_of(event.context)
                     self._begin()
                 case "text":  # by then the prompt is computed
-                    self._tell_prefill(length or 0)
-                    self._tell(Event(text=event.text))
+                    self._emit_prefill(length or 0)
+                    self._emit(Event(text=event.text))
                 case "built":
                     built = event.built
         built = result_of(None if length is None else built, self._thinker, "context")
-        self._tell_prefill(length or 0)
+        self._emit_prefill(length or 0)
         return gateway_pb2.Finished(
             text=built.text,
             token_ids=built.token_ids,

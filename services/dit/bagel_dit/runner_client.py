@@ -45,7 +45,7 @@ class RunnerClient:
 
     @property
     def under_way(self) -> int:
-        """Requests whose events somebody listens to."""
+        """Requests under way."""
         return len(self._listeners)
 
     @property
@@ -69,7 +69,7 @@ class RunnerClient:
         self._listeners[id_] = events
 
     def forget(self, id_: int) -> None:
-        """The request is over, or nobody waits for it any more."""
+        """The request is over, or its caller has left."""
         if self._listeners.pop(id_, None) is not None:
             self._scheduler.remove(id_)
             self._ranks.send(Remove(id_))

@@ -165,7 +165,7 @@ class DitServicer(DitServiceServicer):
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
         picture = _add_picture(request, refs, work.id, self._runner.info)  # checked before anything is pulled
         check_kv_room(_kv_tokens(picture, self._runner.info), self._runner.kv_tokens)
-        # Room and place are waited for in this order by all, and neither by who has both: nobody waits in a circle.
+        # All requests wait for room first and for a place second, so that two never wait for each other.
         needed = [ref for ref in refs.values() if ref.segments]
         async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
             wanted, lacking = self._wanted(refs)
@@ -206,7 +206,7 @@ class DitServicer(DitServiceServicer):
         self._runner.send(Begin(work.id))
         begun = await work.next()
         assert isinstance(begun, Begun)
-        held.check()  # not before: until now the runner read the pages where they lie in the store
+        held.check()  # only now: until it had begun, the runner read the pages in the store's memory
         work.steps = begun.steps
         self._runner.begin(begun)
         work.lap("transfer", pages=len(loader.times), pulled_bytes=work.counts["pulled_bytes"])
@@ -219,7 +219,7 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} draws from contexts; start it with --single-stage for this")
         modality_from_wire(request.request.modality)
         output = output_from_wire(request)
-        # Without a place: who reads large images must not keep others from theirs.
+        # Before it has a place: reading large images must not keep others from theirs.
         asked = await self._read(request.request)
         if request.check_only:
             self._runner.send(AddRequest(work.id, asked, output, check_only=True))
@@ -245,7 +245,7 @@ class DitServicer(DitServiceServicer):
         return request
 
     async def _follow(self, work: _Work, place: AsyncExitStack) -> AsyncIterator[Response]:
-        """Pass on what the runner tells, until the end. The place is given back once the work is done."""
+        """Pass on the events of the engine until the end. The place is given back once the work is done."""
         while True:
             event = await work.next()
             match event:
@@ -360,7 +360,7 @@ def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo) -> int:
 def _check_draw(
     request: dit_pb2.DitServiceGenerateRequest, refs: Iterable[kv_pb2.ContextRef], info: common_pb2.ModelInfo
 ) -> None:
-    """InvalidRequest for what no gateway of ours would ask."""
+    """Raise InvalidRequest for what our gateway never sends."""
     if request.draw.seed > MAX_SEED:
         raise InvalidRequest("seed", f"seed is {request.draw.seed}; it must be at most {MAX_SEED}")
     if any(ref.next_rope > info.max_positions for ref in refs):

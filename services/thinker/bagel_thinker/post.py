@@ -23,7 +23,7 @@ class Post:
         self._waiting: list[Callable[[], None]] = []
 
     def send(self, put: Callable[[T], None], event: T) -> None:
-        """Have put(event) called on the loop; nothing once the loop is closed: nobody listens."""
+        """Have put(event) called on the loop; nothing once the loop is closed."""
         with self._lock:
             self._waiting.append(lambda: put(event))
             first = len(self._waiting) == 1

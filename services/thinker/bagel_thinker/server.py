@@ -97,7 +97,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         engine.failed.add_done_callback(self._report_failure)
 
     def idle(self) -> bool:
-        """Whether no context is built, and none is held for somebody."""
+        """Whether no context is built or leased."""
         return not self._under_way and not self.engine.store.stats().leases
 
     @streaming
@@ -109,7 +109,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
         with self._counted():
             build = _Build(self._post())
-            # Before it has a place: who reads large images must not keep texts from theirs.
+            # Before it has a place: reading large images must not keep texts from theirs.
             chain = await self._chain(request)
             if request.check_only:
                 return
@@ -127,7 +127,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build
     ) -> AsyncGenerator[Response, None]:
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
-        reading = self._reading(request, chain, build, lease)
+        wanted = self._context_request(request, chain, build, lease)
         finished = False
         keeper = LeaseKeeper(LocalLessor(self.engine.store))
         if lease:  # until the call ends its caller is the holder
@@ -136,7 +136,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         self._builds.add(build)
         try:
             yield Response(context=self._ref(chain, lease))
-            self.engine.submit(reading)
+            self.engine.submit(wanted)
             while not finished:
                 event = await build.events.get()
                 match event:
@@ -145,7 +145,7 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case PromptComputed():
                         build.lap("context")
                     case TextWritten():
-                        delta = common_pb2.TextDelta(text=event.text, think=reading.append, tokens=event.tokens)
+                        delta = common_pb2.TextDelta(text=event.text, think=wanted.append, tokens=event.tokens)
                         yield Response(text=delta)
                     case ChainExtended():
                         build.lap("text")
@@ -153,10 +153,10 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case ContextDone():
                         finished = True
                         build.lap(
-                            "context" if reading.append or reading.settings is None else "text",
+                            "context" if wanted.append or wanted.settings is None else "text",
                             written_tokens=len(event.token_ids),
                         )
-                        built = _built(event, think=reading.append, build=build)
+                        built = _built(event, think=wanted.append, build=build)
                         _record_segments(event, self.engine.store.layout.layers)
                         _log_built(built, event.layer_times)
                         yield Response(built=built)
@@ -164,7 +164,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             self._builds.discard(build)
             renewing.cancel()
             if not finished:
-                self.engine.cancel(reading)
+                self.engine.cancel(wanted)
                 keeper.release()
 
     @unary
@@ -210,7 +210,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain
 
-    def _reading(
+    def _context_request(
         self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str
     ) -> ContextRequest:
         def emit(event: ContextEvent) -> None:

@@ -41,14 +41,14 @@ def claim(store: KvStore, digest: bytes) -> bool:
 
 
 class StoreCache:
-    """The builder's view of the store: segments near by on the device first, then those in shared memory."""
+    """The builder's cache: segments on the device first, then those in the store's shared memory."""
 
     def __init__(self, store: KvStore, device: torch.device) -> None:
         self._store, self._device = store, device
         self._near = SegmentCache(NEAR_CACHE_BYTES)
 
     def get(self, digest: bytes) -> SegmentKv | None:
-        """A segment's K/V. What is near, but was reserved in the store, is written there: somebody will pull it."""
+        """A segment's K/V. What is near, but was reserved in the store, is written there: a DiT will pull it."""
         near = self._near.get(digest)
         if near is not None:
             if claim(self._store, digest):

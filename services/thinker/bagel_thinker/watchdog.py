@@ -1,4 +1,4 @@
-"""Whether the engine's thread still gets on: one that hangs raises nothing, and nobody would hear of it."""
+"""Whether the engine's thread makes progress: one that hangs raises no error that would show it."""
 
 from __future__ import annotations
 

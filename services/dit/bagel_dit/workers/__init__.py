@@ -22,8 +22,8 @@ class SharedMemory:
 class RankSettings:
     """What each rank is started with, whole and picklable.
 
-    folder: of the checkpoint. fingerprint: the checkpoint's, where the service has told its callers of it, else empty;
-    a rank loads no other. memory: None for ranks that serve whole requests, to which no K/V are sent.
+    folder: of the checkpoint. fingerprint: of the checkpoint that the service has announced to its callers, else
+    empty; a rank loads no other. memory: None for ranks that serve whole requests, to which no K/V are sent.
     """
 
     config: DitConfig

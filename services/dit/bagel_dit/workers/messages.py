@@ -1,4 +1,4 @@
-"""What a rank says of itself, beside the events of its engine, and how it is told to stop. No torch here."""
+"""Messages between a rank and its server, beside the commands and events of its engine. No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bagel.engine.events import Event
 from bagel.errors import BagelError
 
 SILENCE_S = 30.0
-"""A rank that has sent nothing for so long is taken for dead, once its model is loaded."""
+"""Once its model is loaded, a rank that has sent nothing for so long is dead."""
 
 
 @dataclass(frozen=True)

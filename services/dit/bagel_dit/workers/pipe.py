@@ -22,6 +22,6 @@ class Pipe:
         return order
 
     def send(self, report: Report) -> None:
-        """Tell the server something."""
+        """Send the server a report."""
         with self._sending:
             self._connection.send(report)

@@ -110,7 +110,7 @@ def beat_in_layers(model: Bagel, heartbeat: Heartbeat) -> None:
 
 
 def _check_same(checkpoint: Checkpoint, served: bytes) -> None:
-    """Refuse another model than the one that the service has told its callers of, and whose K/V it holds."""
+    """Refuse another model than the one that the service has announced, and whose K/V it holds."""
     if served and checkpoint.fingerprint != served:
         raise CheckpointError(
             f"{checkpoint.folder} now holds another model, of fingerprint {checkpoint.fingerprint.hex()}; this service "
