@@ -116,7 +116,7 @@ class System:
 
 
 requests = st.builds(
-    Asked, st.integers(1, 3), st.integers(0, 5), bucket=st.sampled_from((4, 8, 40)), rows=st.integers(1, 3)
+    Asked, st.integers(1, 2), st.sampled_from((0, 0, 1, 4)), bucket=st.sampled_from((4, 8, 40)), rows=st.integers(1, 3)
 )
 leaving = st.dictionaries(st.integers(0, 24), st.integers(0, 5), max_size=3)
 
@@ -127,7 +127,8 @@ def test_every_request_ends_and_no_plan_is_too_many(asked: list[Asked], seed: in
     system, order = System(dict(enumerate(asked))), Random(seed)
     for number in range(200):
         for turn in order.sample(TURNS, len(TURNS)):
-            getattr(system, turn)()
+            if turn != "plan" or order.random() < 0.3:  # most requests come when all before them are done
+                getattr(system, turn)()
         if number in leaving:
             system.remove(leaving[number])
     assert not (system.plans or system.events or system.under_way), "plans go on though there is nothing to do"
