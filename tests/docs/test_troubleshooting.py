@@ -22,4 +22,6 @@ def test_the_line_is_said(command: str, line: str, tmp_path: Path) -> None:
     command = re.sub(r"\bbagel (?=generate|serve|verify)", f"{sys.executable} -m bagel.cli ", command)
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     said = (done.stdout + done.stderr).splitlines()
-    assert line in said and done.returncode in (1, 2), said
+    begun, cut, _ = line.partition("…")
+    assert any(each == line or (cut and each.startswith(begun)) for each in said), said
+    assert done.returncode in (1, 2)
