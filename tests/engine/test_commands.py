@@ -10,9 +10,12 @@ import torch
 
 from bagel.engine.commands import AddRequest, Remove, StepPlan
 from bagel.engine.events import Begun, Done, Drawn, Planned, Stepped, TextDone
+from bagel.engine.plan import RequestPlan
 from bagel.engine.sampler import Canvas
+from bagel.engine.single_stage import SingleStage
 from bagel.engine.text import TextBatch, TextRun
 from bagel.engine.text_scheduler import ContextRequest, TextScheduler
+from bagel.request import Request
 from tests.engine.driven import READ, Driven, driven, failures, of
 from tests.helpers import request
 
@@ -107,8 +110,15 @@ class _SlowId(int):
     __hash__ = int.__hash__
 
 
-def test_a_request_that_leaves_takes_no_other_with_it(engine: Driven) -> None:
+def test_a_request_that_leaves_takes_no_other_with_it(engine: Driven, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others are planned meanwhile, in a thread of its own."""
+    plan = SingleStage.plan
+
+    def slow(stage: SingleStage, asked: Request) -> RequestPlan:
+        time.sleep(0.005)
+        return plan(stage, asked)
+
+    monkeypatch.setattr(SingleStage, "plan", slow)
     for id_ in range(30):
         engine.send(AddRequest(id_, request("text2text", max_tokens=1)))
     events = engine.until(Planned)
