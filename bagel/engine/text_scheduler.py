@@ -186,7 +186,7 @@ class TextScheduler:
 
     def _drop(self, entry: _Entry) -> None:
         for queue in (self._building, self._waiting):
-            with suppress(ValueError):
+            if entry in queue:  # the ValueError of a missing one would print its tensors (Python 3.12)
                 queue.remove(entry)
         if entry.run is not None:
             self._writing.pop(id(entry.run), None)
