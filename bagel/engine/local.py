@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,7 +66,7 @@ class _Job:
 class BagelEngine:
     """Serves batches of requests on one model of role full; see `load`.
 
-    Results do not depend on how requests are batched, beyond rounding. Not for several threads at once.
+    Results do not depend on how requests are batched, beyond rounding. One call is served at a time; others wait.
     """
 
     def __init__(self, loaded: LoadedModel, *, max_num_seqs: int | None = None, profile: bool = False) -> None:
@@ -73,7 +74,7 @@ class BagelEngine:
         self.loaded, self.max_num_seqs = loaded, max_num_seqs or DEFAULT_MAX_NUM_SEQS
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._engine = Engine(loaded, self._events.put, max_num_seqs=self.max_num_seqs, profile=profile)
-        self._ids = count()
+        self._ids, self._turn = count(), Lock()
 
     @classmethod
     def load(
@@ -141,7 +142,7 @@ class BagelEngine:
         """
         device = self.loaded.model.device
         # A current device belongs to a thread, and this may not be the one that loaded.
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with self._turn, torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             plans = [self._planned(index, request) for index, request in enumerate(requests)]
             return _Batch(self._engine, self._events, self.max_num_seqs, on_event).run(
                 {next(self._ids): _Job(index, plan) for index, plan in enumerate(plans)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy, deepcopy
 from dataclasses import replace
 from typing import Any
@@ -174,6 +175,16 @@ def test_a_call_that_is_interrupted_leaves_the_engine_as_it_was(engine: BagelEng
     for again, wanted in zip(small.generate(asked), small_images(engine).generate(asked), strict=True):
         assert again.image is not None and wanted.image is not None
         assert again.text == wanted.text and agree(again.image, wanted.image)
+
+
+def test_calls_from_two_threads_are_served_one_after_the_other(engine: BagelEngine) -> None:
+    small = small_images(engine)
+    asked = [request("text2img", seed=seed) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(lambda one: small.generate([one]), asked))
+    for (ours,), alone in zip(both, small_images(engine).generate(asked), strict=True):
+        assert ours.image is not None and alone.image is not None
+        assert agree(ours.image, alone.image)
 
 
 def test_one_image_standing_twice_is_two_images(engine: BagelEngine) -> None:

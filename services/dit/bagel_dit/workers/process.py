@@ -82,6 +82,7 @@ class _Process:
         self._step_timeout_s = settings.config.step_timeout_s
         self._emit, self._on_death = emit, on_death
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._ready = False
         context = multiprocessing.get_context("spawn")  # gRPC and CUDA survive no fork
         self._connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
@@ -103,8 +104,9 @@ class _Process:
 
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself."""
-        self.send(Stop())
-        await asyncio.to_thread(self._process.join, STOP_S)
+        if self._ready:  # while it loads it reads no orders, and has nothing to finish
+            self.send(Stop())
+            await asyncio.to_thread(self._process.join, STOP_S)
         self.kill()
         await asyncio.to_thread(self._process.join)
         self._orders.put(None)
@@ -138,6 +140,9 @@ class _Process:
                 report: Report = self._connection.recv()
             except (EOFError, OSError):
                 return ""
+            except Exception as error:  # a report that cannot be read: the next ones make no sense without it
+                log.error("the runner's report cannot be read; it is killed", exc_info=True)
+                return f"sent a report that cannot be read ({type(error).__name__}), killed"
             match report:
                 case Alive():
                     continue
@@ -146,6 +151,7 @@ class _Process:
                     log.error("the runner hangs and is killed", step_timeout=self._step_timeout_s, stack=report.stack)
                     return f"hung for {self._step_timeout_s:g} s {doing}, killed"
                 case Ready():
+                    self._ready = True
                     limit = min(SILENCE_S, self._step_timeout_s)
             self._call(self._emit, report)
 
