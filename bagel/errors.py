@@ -39,7 +39,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-MOST_TOLD = 15
+MOST_LISTED = 15
 """How many further problems of one request an error lists; it counts the rest."""
 SERVER_FAULTS = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 """gRPC statuses that are the server's fault, by OpenTelemetry's conventions. The others are the caller's."""
@@ -99,8 +99,8 @@ class InvalidRequest(BagelError):
 def together(problems: Sequence[InvalidRequest]) -> InvalidRequest:
     """Join several problems into one error, with the class and the field of the first."""
     first, *others = problems
-    more = len(others) - MOST_TOLD
-    also = [*first.also, *others[:MOST_TOLD]]
+    more = len(others) - MOST_LISTED
+    also = [*first.also, *others[:MOST_LISTED]]
     if more > 0:
         also.append(InvalidRequest(first.field, f"and {more} more"))
     return type(first)(first.field, first.message, first.index, also)

@@ -51,15 +51,15 @@ def control_mark_problems(field: str, texts: Iterable[str], where: str | None = 
     if not marks:
         return []
     several = len(marks) > 1
-    told = f"{where or field} has the control mark{'s' * several} {', '.join(marks)}"
-    told = f"{told}; leave {'them' if several else 'it'} out, as the marks of a prompt are added here. "
+    problem = f"{where or field} has the control mark{'s' * several} {', '.join(marks)}"
+    problem = f"{problem}; leave {'them' if several else 'it'} out, as the marks of a prompt are added here. "
     about = marks[0].replace("<|", "< |")
-    return [InvalidRequest(field, f"{told}In a text about marks write them otherwise, like {about}")]
+    return [InvalidRequest(field, f"{problem}In a text about marks write them otherwise, like {about}")]
 
 
 def _named(rows: Mapping[str, str]) -> Mapping[str, str]:
     """The table by single names, of rows that have several."""
-    return {name: told for names, told in rows.items() for name in names.split()}
+    return {name: instead for names, instead in rows.items() for name in names.split()}
 
 
 _DRAWN_FROM = "send files as image to /v1/images/edits; of a chat, image_url parts of a message"

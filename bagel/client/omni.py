@@ -114,6 +114,7 @@ class Omni:
             logs=Path(logs) if isinstance(logs, str) else logs,
             on_ready=on_ready,
         )
+        # Entered here, as an Omni also works without `with`; `close` ends it.
         self._engine = ServedEngine(deployment.__enter__())
 
     @property
@@ -235,21 +236,22 @@ class ServedEngine:
 
     def generate(self, requests: Sequence[Request], on_event: OnServiceEvent | None = None) -> list[Result]:
         """As BagelEngine.generate; BagelError naming the stage if a service has ended."""
-        with self._ended_told():
+        with self._ended_service_reported():
             return generate_all(self.address, [ask_of(each) for each in requests], on_event, at_once=self._at_once)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[ServiceEvent]:
         """What happens to the requests, as it happens."""
-        with self._ended_told(), events_of(self.address, [ask_of(each) for each in requests]) as events:
+        with self._ended_service_reported(), events_of(self.address, [ask_of(each) for each in requests]) as events:
             yield from events
 
     @contextmanager
-    def _ended_told(self) -> Iterator[None]:
+    def _ended_service_reported(self) -> Iterator[None]:
         """Report a service that has ended as the cause of the failures it led to."""
         try:
             yield
         except BagelError as error:
             if error.grpc_status == "UNAVAILABLE":
+                # The connection ends a moment before its process, whose end says why.
                 time.sleep(ENDED_S)
                 self.deployment.check()
             raise
@@ -278,8 +280,8 @@ def _why_no_answer(address: str, security: Security) -> BagelError:
 
 def _check_keywords(overrides: dict[str, object], worker_backend: str, ray_address: str | None) -> None:
     """Raise ConfigError for keywords of vllm-omni's Omni, all at once; NotSupported for what is not built."""
-    if told := [f"{name}: {_INSTEAD[name]}" for name in overrides if name in _INSTEAD]:
-        raise ConfigError(f"Omni has no {'; no '.join(told)}")
+    if instead := [f"{name}: {_INSTEAD[name]}" for name in overrides if name in _INSTEAD]:
+        raise ConfigError(f"Omni has no {'; no '.join(instead)}")
     if worker_backend not in ("process", "ray"):
         raise ConfigError(f"worker_backend is {worker_backend!r}; it must be process")
     if worker_backend == "ray" or ray_address is not None:

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from bagel.deployment.schema import ConnectorConfig, DeployConfig, ParallelConfig, SamplingDefaults, StageDeploy
-from bagel.errors import MOST_TOLD, ConfigError
+from bagel.errors import MOST_LISTED, ConfigError
 from bagel.ranges import in_words
 from bagel.vocabulary import DEPLOY_INSTEAD, instead_of
 
@@ -46,17 +46,17 @@ def validate(data: Mapping[str, Any], source: str) -> DeployConfig:
     except ValidationError as error:
         # Unknown keys first: a key that is missing is often one that is misspelt.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        told = [_describe(problem, data) for problem in problems[:MOST_TOLD]]
-        more = [f"and {len(problems) - MOST_TOLD} more"] * (len(problems) > MOST_TOLD)
-        raise ConfigError(f"{source}: {'; '.join([*_once(told), *more])}") from None
+        described = [_describe(problem, data) for problem in problems[:MOST_LISTED]]
+        more = [f"and {len(problems) - MOST_LISTED} more"] * (len(problems) > MOST_LISTED)
+        raise ConfigError(f"{source}: {'; '.join([*_once(described), *more])}") from None
     config._source = source
     return config
 
 
-def _once(told: Iterable[str]) -> Iterator[str]:
+def _once(problems: Iterable[str]) -> Iterator[str]:
     """The problems, of which the first alone lists the keys that are known."""
     listed = set[str]()
-    for problem in told:
+    for problem in problems:
         what, _, known = problem.partition(_KNOWN)
         yield what if known in listed else problem
         listed.add(known)

@@ -59,8 +59,8 @@ def server_names(config: Calling, services: Iterable[str], *, tls: bool) -> dict
     known = set(services)
     for service in names:
         if service not in known:
-            told = ", ".join(sorted(known)) or "none"
-            raise ConfigError(f"--tls-server-name names {service!r}, which is not called; there is {told}")
+            called = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"--tls-server-name names {service!r}, which is not called; there is {called}")
     if names and not tls:
         raise ConfigError("--tls-server-name needs TLS to the services; give --tls-ca")
     return names

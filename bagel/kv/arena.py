@@ -48,6 +48,7 @@ class Arena:
             self._fd = -1
 
     def __del__(self) -> None:
+        # Opening may have failed before it was set.
         if hasattr(self, "_fd"):
             self.close()
 
@@ -59,9 +60,11 @@ def _shared_file(nbytes: int) -> tuple[int, str]:
     """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("bagel-kv", os.MFD_CLOEXEC)
+        # A memfd has no name in a folder; others open it through this process's descriptor.
         path = f"/proc/{os.getpid()}/fd/{fd}"
     else:
         fd, path = tempfile.mkstemp(prefix="bagel-kv-")
+        # Not removed at once: other processes open it by its path.
         atexit.register(_remove, path)
     os.ftruncate(fd, nbytes)
     return fd, path

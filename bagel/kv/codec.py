@@ -94,6 +94,7 @@ def decode_page(data: bytes) -> Page | None:
         raise _odd(data)
     page = _page(message, memoryview(data)[found[1] :])
     facts = (page.token_end, *page.heads, page.head_dim, page.dtype)
+    # Encoded again and compared: a parser accepts fields that are unknown, repeated or out of order.
     if data[: found[1]] != _head(page.key, facts, page.checksum, len(page.payload)):
         raise _odd(data)
     return page
@@ -111,7 +112,9 @@ def _checksum(key: PageKey, facts: Iterable[int], payload: Parts) -> int:
     digest = xxh3_64()
     for part in payload:  # first, as it lies in memory at addresses that are read fastest
         digest.update(part)
+    # A damaged page may have a negative number, which the unsigned format would refuse.
     numbers = (number & 0xFFFFFFFF for number in (key.layer, key.token_begin, *facts))
+    # The digest's length comes first, so that a digest and the numbers behind it are never read as another pair.
     digest.update(_LENGTH.pack(len(key.digest)) + key.digest + _NUMBERS.pack(*numbers))
     return digest.intdigest()
 
@@ -152,6 +155,7 @@ def _find_payload(data: bytes) -> tuple[int, int] | None:
         tag, start = data[at], at
         at += 1
         match tag & 7:
+            # Numbers above 15 take a second byte of tag; a page has no such field.
             case _ if tag > 127:
                 return None
             case 0:
@@ -171,6 +175,7 @@ def _find_payload(data: bytes) -> tuple[int, int] | None:
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     """(value, index after it)."""
     value = 0
+    # Bounded, since damaged bytes could continue a number without end.
     for shift in range(0, 7 * LONGEST_VARINT, 7):
         byte = data[at]
         at += 1

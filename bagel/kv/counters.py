@@ -46,6 +46,7 @@ class Counters:
     def count(self, **amounts: int) -> None:
         """Add to counters, by their names."""
         with self._lock:
+            # Under the lock: an engine's thread counts beside the event loop.
             for name, amount in amounts.items():
                 setattr(self._stats, name, getattr(self._stats, name) + amount)
 

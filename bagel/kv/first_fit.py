@@ -32,6 +32,7 @@ class FirstFit:
         i = bisect_left(self._free, (begin, 0))
         if i < len(self._free) and self._free[i][0] == begin + size:
             size += self._free.pop(i)[1]
+        # A hole's begin plus its size is its end: the hole before touches this block.
         if i and sum(self._free[i - 1]) == begin:
             begin, before = self._free.pop(i - 1)
             size, i = size + before, i - 1
@@ -40,6 +41,7 @@ class FirstFit:
     def fits(self, *sizes: int) -> bool:
         """Whether blocks of all these sizes could be allocated, in this order."""
         trial = FirstFit(0, self._alignment)
+        # Tried on a copy, since several sizes may need the same hole.
         trial._free = list(self._free)
         return all(trial.allocate(size) is not None for size in sizes)
 

@@ -62,6 +62,7 @@ class HeldContexts:
             if source := puller.sources.get(ref.source):
                 self._at_sources.setdefault(ref.source, LeaseKeeper(source.lessor)).add(ref.lease_id, ref.lease_seconds)
         self._renewing = [asyncio.create_task(keeper.renew()) for keeper in self._at_sources.values()]
+        # The sources' leases are renewed from here on, as room in the local store may be long in coming.
         for ref in self._refs:  # only now, so that `close` gives all leases back
             puller.check(ref)
         ttl_s = puller.lease_ttl_s
@@ -80,6 +81,7 @@ class HeldContexts:
         ref = self._refs[index]
         await self._puller.fetch(ref)
         self._unfetched.remove(index)
+        # Contexts may share a lease, which goes back with the last of them.
         if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
             self._at_sources[ref.source].release(ref.lease_id)
 

@@ -70,6 +70,7 @@ class PeerLessor:
         try:
             reply = await self._stub.Renew(request, timeout=CALL_TIMEOUT_S, metadata=request_metadata())
         except grpc.RpcError as error:
+            # They stay held, so the next round asks again.
             log.warning("leases not renewed", lessor=self.name, code=str(error.code()))
             return ()
         return reply.lapsed_lease_ids
@@ -77,6 +78,7 @@ class PeerLessor:
     def release(self, lease_ids: Sequence[str]) -> None:
         """Give leases back in the background: a request that failed or was cancelled does not wait for it."""
         task = asyncio.create_task(self._release(lease_ids))
+        # The event loop keeps no strong reference to a task.
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -131,6 +133,7 @@ class LeaseKeeper:
     async def renew(self) -> None:
         """Renew what is held until cancelled, three times in the shortest lease. One that has run out stays so."""
         while True:
+            # A third of the time, so that one late or lost renewal does not end a lease.
             await asyncio.sleep(max(SHORTEST_S, min(self._held.values()) / 3) if self._held else IDLE_S)
             for lease_id in await self._lessor.renew(list(self._held)) if self._held else ():
                 log.warning("a lease ran out before it was renewed", lessor=self._lessor.name, lease=lease_id)

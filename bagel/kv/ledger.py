@@ -36,6 +36,7 @@ class Ledger:
         if lease_id in self.leases or len(lease_id) > LONGEST_ID:
             raise InvalidRequest("lease_id", f"lease_id is {lease_id[:80]!r}; it must be new, of at most {LONGEST_ID}")
         lease = Lease(lease_id or secrets.token_hex(8), ttl_s, self._clock() + ttl_s)
+        # Held before it is entered: this may raise, and a lease that holds nothing is not kept.
         self.hold(lease, segments)
         self.leases[lease.lease_id] = lease
         return lease.lease_id
@@ -96,6 +97,7 @@ class Ledger:
         wanted = {d: n for d, n in segments if (mine := lease.segments.get(d)) is None or not mine.stored}
         for digest, length in wanted.items():
             self._check(digest, length)
+        # More than the whole store is refused now, since no wait would make room for it.
         self._check_total({d: segment.length for d, segment in lease.segments.items() if segment.stored} | wanted)
         known = {digest: self.segments[digest] for digest in wanted if digest in self.segments}
         for segment in known.values():  # first, so that they are not evicted for the others
@@ -131,13 +133,16 @@ class Ledger:
         """New segments with one lease each; evicts what is needed for them."""
         sizes = [self.layout.segment_bytes(length) for _, length in wanted]
         idle = [segment for segment in self.segments.values() if segment.idle]
+        # Checked before anything is evicted: a request that cannot fit costs no cache.
         if sum(sizes) > self._allocator.unused + sum(segment.nbytes for segment in idle):
             raise self._full(sum(sizes))
         reserved: list[Segment] = []
         for (digest, length), nbytes in zip(wanted, sizes, strict=True):
+            # One at a time, since each eviction may join holes to one that is large enough.
             while (offset := self._allocator.allocate(nbytes)) is None and idle:
                 self.discard(idle.pop(0), None)
             if offset is None:
+                # There is room in all, but not in one piece: what was taken goes back, as it is all or none.
                 for segment in reserved:
                     self.discard(segment, None)
                 raise self._full(sum(sizes))
@@ -165,6 +170,7 @@ class Ledger:
         segment.pins -= 1
         if segment.stored:
             self._settle(segment)
+        # It was discarded while pinned; only now may its memory be used again.
         elif not segment.pins:
             self._orphans.remove(segment)
             self._allocator.free(segment.offset, segment.nbytes)

@@ -128,6 +128,7 @@ class KvPuller:
         fetch = _Fetch(ref.source, {segment.digest: segment.length for segment in ref.segments})
         self._fetches.add(fetch)
         try:
+            # In rounds, since another fetch that has claimed a segment may give it up.
             while fetch.waiting:
                 if fetch.failed is not None:
                     raise fetch.failed
@@ -211,6 +212,7 @@ class KvPuller:
     async def _receive(self, ref: kv_pb2.ContextRef, wanted: _Wanted) -> None:
         """One Pull of what is wanted; stores good pages and strikes them off."""
         pull = self.sources[ref.source].pull(self._request(ref, wanted.ends), self.page_timeout_s)
+        # Closed when the last page is there, which cancels the call at once and not at a later collection.
         async with aclosing(pull) as messages:
             async for data in messages:
                 self._accept(data, wanted)

@@ -67,11 +67,13 @@ def wake(waiters: dict[Waiter, None]) -> None:
     """Wake all waiters in their order; from any thread."""
     for loop, future in waiters:
         with suppress(RuntimeError):  # a loop that is closed waits for nothing
+            # Writers are other threads, and asyncio's futures are not thread-safe.
             loop.call_soon_threadsafe(_resolve, future)
     waiters.clear()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
+    # A waiter of several segments may be woken more than once.
     if not future.done():
         future.set_result(None)
 

@@ -89,6 +89,7 @@ class KvBlocksServicer:
 
 def _pick_heads(rows: memoryview, heads: tuple[int, int], count: int, row_bytes: int) -> bytes:
     """Some heads of all rows [token, head, head dim]."""
+    # Imported here, as only pulls of some heads need it.
     import numpy as np
 
     return np.frombuffer(rows, dtype=np.uint8).reshape(-1, count, row_bytes // count)[:, slice(*heads)].tobytes()

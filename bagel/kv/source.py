@@ -45,6 +45,7 @@ class Source:
             while (data := await self._read(call, silence_s)) is not None:
                 yield data
         finally:
+            # A stream that is left early would go on sending otherwise.
             call.cancel()
 
     async def _read(self, call: Any, silence_s: float) -> bytes | None:
@@ -64,6 +65,7 @@ class Source:
 
 def source_error(error: grpc.aio.AioRpcError, source: str) -> BagelError:
     """What the end of a call with a source means: what the source says, or that it cannot be reached."""
+    # A service's own error carries details; one that the transport made does not.
     has_details = any(key == DETAILS for key, _ in error.trailing_metadata() or ())
     if not has_details and error.code().name in LOST:
         return SourceUnavailable(

@@ -92,6 +92,7 @@ class KvStore:
                 except StoreFull as full:
                     if (left := deadline - loop.time()) <= 0:
                         raise StoreFull(f"{full}; none came free within {wait_s:g} s", max(wait_s, 1.0)) from None
+                # Entered under the lock of the failed try, so that room that comes free after it wakes this waiter.
                 self._ledger.room_waiters[waiter] = None
             await self._woken(waiter, [self._ledger.room_waiters], min(left, LOOK_AGAIN_S))
 
@@ -147,6 +148,7 @@ class KvStore:
             for tensor in (k, v):
                 if tensor.shape != rows.shape[1:] or tensor.dtype != rows.dtype:
                     raise ValueError(f"K/V is {tensor.dtype} {list(tensor.shape)}; the store's is {self.layout}")
+            # Ready pages are not written again: readers have views of them.
             if missing := self._missing(segment, layer):
                 rows[0].copy_(k)
                 rows[1].copy_(v)
@@ -178,6 +180,7 @@ class KvStore:
     def subscribe(self, callback: OnPage) -> Callable[[], None]:
         """Call `callback` in the writing thread for every page that becomes ready; a function that ends this."""
         with self._lock:
+            # A new list each time, since writers go through the old one without the lock.
             self._subscribers = [*self._subscribers, callback]
 
         def unsubscribe() -> None:
@@ -372,6 +375,7 @@ class KvStore:
                 if (left := deadline - loop.time()) <= 0:
                     raise TimeoutError
                 waiter: Waiter = (loop, loop.create_future())
+                # Entered under the lock of the probe, so that no change between the two is missed.
                 for segment in segments:
                     segment.waiters[waiter] = None
             await self._woken(waiter, [segment.waiters for segment in segments], min(left, LOOK_AGAIN_S))

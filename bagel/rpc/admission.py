@@ -61,12 +61,14 @@ class Admission:
             return 0.0
         began = time.perf_counter()
         await (self._wait() if begun else self._wait_in_time())
+        # The service may have begun to drain during the wait.
         if not begun and self._draining is not None and self._draining.is_set():
             self._places.release()
             self._check_draining()
         return time.perf_counter() - began
 
     async def _wait_in_time(self) -> None:
+        # Only new requests count: one that has begun was accepted, and is not refused any more.
         if self._max_waiting is not None and self._new >= self._max_waiting:
             raise self._busy(f"{self._new} more wait already")
         self._new += 1

@@ -57,6 +57,7 @@ class KeyRing:
     def name_of(self, key: bytes) -> str | None:
         """The name of a key, None for an unknown one; how long it takes does not depend on which it is."""
         digest, found = _digest(key), None
+        # No early exit: the time must not say which key it is.
         for name, known in self._entries:
             if hmac.compare_digest(digest, known):
                 found = name
@@ -83,6 +84,7 @@ def read_keys(path: Path) -> tuple[KeyRing, bytes]:
     """
     try:
         with path.open("rb") as file:
+            # The mode of the open file, not of its path, which may name another file by now.
             mode, data = os.fstat(file.fileno()).st_mode, file.read()
     except OSError as error:
         raise ConfigError(f"the API keys {str(path)!r} cannot be read: {error.strerror}") from None

@@ -24,11 +24,13 @@ class CoalescingQueue(Generic[T]):
 
     def put(self, item: T) -> None:
         """Add an item; on the reader's event loop."""
+        # With the last item only, so that the order stays.
         both = self._join(self._items[-1], item) if self._items else None
         if both is not None:
             self._items[-1] = both
         else:
             self._items.append(item)
+        # Several items may be put before the reader runs.
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 

@@ -105,6 +105,7 @@ def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -
     for detail in status.details:
         for message_of in (info, bad, retry):
             detail.Unpack(message_of)
+    # The name comes from a peer, so it counts only if it is a class of our own tree.
     kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None
     if not (isinstance(kind, type) and issubclass(kind, BagelError)):
         return _unnamed(peer, code.name, status.message, inside=inside)

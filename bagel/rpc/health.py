@@ -43,6 +43,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # that pack
         """The state now, and again whenever it has changed; states between two readings are left out."""
         sent: int | None = None
         while True:
+            # The event is taken together with the state: a change after this sets that very event.
             changed, status = self._changed, self._status.get(request.service, _UNKNOWN)
             if status == sent:
                 await changed.wait()

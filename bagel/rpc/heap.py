@@ -10,5 +10,6 @@ def keep_loaded() -> None:
 
     A full collection walks every object, and nothing is served meanwhile: a quarter of a second with nano loaded.
     """
+    # Collected first, so that garbage is not kept with the rest.
     gc.collect()
     gc.freeze()

@@ -34,6 +34,7 @@ def why_not_free(address: str) -> str:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         with socket.socket(family, kind, protocol) as trial:
+            # As servers do: a port whose last connections have just ended counts as free.
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             trial.bind(where)
             trial.listen(1)  # on some systems only this fails where another listens
@@ -90,6 +91,7 @@ def _speaks_tls(address: str, timeout_s: float) -> bool:
 def _why_no_handshake(address: str, security: Security, timeout_s: float) -> str:
     """Why a handshake with our certificates fails; empty if it does not."""
     host, port = split(address)
+    # The host's name is compared below, so that the message can list the names that would do.
     context = ssl.create_default_context(cafile=security.ca)
     context.check_hostname = False
     context.set_alpn_protocols(["h2"])

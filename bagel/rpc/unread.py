@@ -65,6 +65,7 @@ class Unread:
             seconds = time.monotonic() - longest.since
             why = f"{self.nbytes} bytes wait for readers, more than max_unread_bytes, {self.limit_bytes}"
             log.warning("an unread answer is given up", bytes=longest.nbytes, waited_seconds=round(seconds, 1), why=why)
+            # Cleared first, so that nothing this reader is sent from now on is counted again.
             give_up, longest.give_up = longest.give_up, None
             longest.close()
             if give_up is not None:

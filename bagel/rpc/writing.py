@@ -90,6 +90,7 @@ def break_connection(peer: str) -> bool:
     for name in os.listdir(OPEN_FILES):
         with suppress(OSError):  # closed meanwhile, or no connection
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                # A duplicate, since closing this object would close gRPC's own descriptor.
                 with socket.socket(fileno=os.dup(int(name))) as connection:
                     at = connection.getpeername()
                     if (at[0].removeprefix("::ffff:"), at[1]) == wanted:

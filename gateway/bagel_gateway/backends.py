@@ -105,8 +105,10 @@ class Backend:
         """Ask whether it is ready and what it serves."""
         began = time.monotonic()
         try:
+            # A check that waited longer than silence_s would notice a silence too late.
             limit = min(CHECK_TIMEOUT_S, self.silence_s)
             reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=limit)
+            # Any answer ends a silence, also one that says "not ready".
             self._answered()
             if reply.status != health_pb2.HealthCheckResponse.SERVING:
                 self.lost("not ready: it loads or shuts down")
@@ -125,6 +127,7 @@ class Backend:
 
     def _fall_silent(self) -> None:
         self.silent.set()
+        # A copy, since a call that gives up leaves the set.
         for give_up in tuple(self._waiting):
             give_up()
 

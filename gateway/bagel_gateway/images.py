@@ -41,6 +41,7 @@ class InputImages:
             width, height = await self._pool.size(file.message.data)
             measured[number] = replace(part, image=replace(file, size=(width, height)))
             pixels += width * height
+            # Checked after each image, so that the rest of too many pixels is not looked at.
             if pixels > self._max_pixels:
                 raise InvalidImage(
                     "image",

@@ -53,6 +53,7 @@ class Receiving:
                 reading: asyncio.Future[Any] = asyncio.ensure_future(_read(context))
                 await asyncio.wait({reading}, timeout=AT_ONCE_S)
                 if not reading.done():
+                    # gRPC does not say how large it is, so the largest size counts until it is complete.
                     held.resize(MAX_MESSAGE_BYTES)
                     self._make_way()
             if not reading.done():
@@ -62,12 +63,14 @@ class Receiving:
                 raise InvalidRequest("request", "the call ended before its request had come")
             held.resize(len(data))
             taken = [data]
+            # The list then has the only reference, and emptying it frees the bytes.
             del data, reading
             yield taken
 
     @asynccontextmanager
     async def _turn(self, caller: str) -> AsyncIterator[None]:
         """Wait for a turn. A connection has one at a time, so that its idle calls cannot take all turns."""
+        # The table is weak: a lock lives only while a call of its connection uses it.
         mine = self._callers.setdefault(caller, asyncio.Lock())
         async with AsyncExitStack() as held:
             try:
@@ -80,6 +83,7 @@ class Receiving:
 
     async def _slowly(self, reading: asyncio.Future[bytes]) -> None:
         """Wait for a slow message. Another message may push it out, and it may push out another (`_make_way`)."""
+        # Only this wait can be cancelled; the read itself ends with its call.
         waiting: asyncio.Future[bytes] = asyncio.shield(reading)
         self._slow[waiting] = time.monotonic()
         try:
@@ -87,8 +91,8 @@ class Receiving:
             if waiting.cancelled():
                 raise self._busy()
             if not waiting.done():
-                told = f"the request did not come within {self._limit_s:g} s, the limit (--grpc-message-timeout)"
-                raise RequestTooSlow(f"{told}; send it faster")
+                problem = f"the request did not come within {self._limit_s:g} s, the limit (--grpc-message-timeout)"
+                raise RequestTooSlow(f"{problem}; send it faster")
         finally:
             self._slow.pop(waiting, None)
 

@@ -57,7 +57,9 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, first: Payload, events: AsyncGenerator[Payload, None]) -> None:
+        # A proxy like nginx would hold the events back without X-Accel-Buffering.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        # Starlette has set the length of an empty body; a stream has none.
         del self.headers["content-length"]
         self._first, self._events = first, events
 
@@ -69,12 +71,12 @@ class EventStream(Response):
         finally:
             sending.cancel()
             leaving.cancel()
-            told = await asyncio.gather(sending, leaving, return_exceptions=True)
-        if isinstance(told[0], asyncio.CancelledError):  # the client has left, which is no failure
-            record_request_failure(told[0])
+            outcomes = await asyncio.gather(sending, leaving, return_exceptions=True)
+        if isinstance(outcomes[0], asyncio.CancelledError):  # the client has left, which is no failure
+            record_request_failure(outcomes[0])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        if isinstance(told[0], Exception) and not isinstance(told[0], OSError):
-            raise told[0]
+        if isinstance(outcomes[0], Exception) and not isinstance(outcomes[0], OSError):
+            raise outcomes[0]
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events):
@@ -90,8 +92,8 @@ class EventStream(Response):
             except Exception as error:
                 log.error("internal error", exc_info=True)
                 record_request_failure(error)
-                told = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
-                await _send_event(send, {**error_body(told), "type": "error"})
+                failure = BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
+                await _send_event(send, {**error_body(failure), "type": "error"})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

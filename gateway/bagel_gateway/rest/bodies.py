@@ -104,10 +104,10 @@ class Bodies:
 
 def _check_type(request: Request, wanted: str) -> None:
     """Raise WrongMediaType for another Content-Type, or none: what a page of another site may send without asking."""
-    told = request.headers.get("content-type")
-    kind = (told or "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type")
+    kind = (content_type or "").partition(";")[0].strip().lower()
     if kind != wanted:
-        said = "says no Content-Type" if told is None else f"is {kind!r:.80}"
+        said = "says no Content-Type" if content_type is None else f"is {kind!r:.80}"
         raise WrongMediaType("body", f"the body {said}; this endpoint reads {wanted}")
 
 
@@ -115,8 +115,8 @@ def _object(body: bytearray, most: int) -> dict[str, Any]:
     """most: bytes that its text may take in memory, where one wide character makes all of them wide."""
     wide = 1 if body.isascii() else 4 if body.translate(None, _NARROW) else 2
     if wide * len(body) > most:
-        told = f"the body has {len(body)} bytes and characters that are not ASCII, and would take too much memory"
-        raise InvalidRequest("body", f"{told}; send them as \\u escapes")
+        problem = f"the body has {len(body)} bytes and characters that are not ASCII, and would take too much memory"
+        raise InvalidRequest("body", f"{problem}; send them as \\u escapes")
     try:
         text = body.decode("utf-8-sig")
         body.clear()  # it is held in one form at a time

@@ -142,8 +142,8 @@ class _Reply:
     def _usage(self, results: Sequence[Outcome]) -> dict[str, Any]:
         """True token counts: the prompt once, as it is read once."""
         if self._given.makes_image:
-            told = picture_usage(results, self._stride)
-            prompt, completion = told["input_tokens"], told["output_tokens"]
+            counted = picture_usage(results, self._stride)
+            prompt, completion = counted["input_tokens"], counted["output_tokens"]
         else:
             prompt = results[0].usage.prompt_tokens + results[0].usage.image_tokens
             completion = sum(result.usage.completion_tokens for result in results)

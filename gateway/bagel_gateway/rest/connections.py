@@ -28,7 +28,7 @@ STUCK_S = 30.0
 """That a client may read nothing of what is left for it when its connection ends."""
 _AT_ONCE = 64
 _STARVED_S = 0.2
-_TELL_EVERY_S = 60.0
+_WARN_EVERY_S = 60.0
 _FREE_CHUNKS, _CHUNK = 1000, 64
 """Chunks that a body may come in, and the mean size of those beyond: each costs some ten microseconds."""
 
@@ -215,7 +215,7 @@ class Acceptor:
         self._socket, self._make, self._connections, self._tls = listening, make, connections, tls
         self._handshake_s = handshake_s if tls is not None else None
         self._loop = asyncio.get_running_loop()
-        self._told_at = -_TELL_EVERY_S
+        self._warned_at = -_WARN_EVERY_S
         self._accepting = self._closed = False
         connections.on_room = self.start
         self.start()
@@ -265,8 +265,8 @@ class Acceptor:
     def _starved(self, error: OSError) -> None:
         """No descriptor is left: one that waits gives way, and the next are accepted a little later."""
         now = time.monotonic()
-        if now - self._told_at >= _TELL_EVERY_S:
-            self._told_at = now
+        if now - self._warned_at >= _WARN_EVERY_S:
+            self._warned_at = now
             log.warning("connections wait: none can be accepted", error=str(error), remedy="lower --max-connections")
         self._pause()
         self._loop.call_later(_STARVED_S, self.start)

@@ -37,6 +37,7 @@ class Crowd:
         try:
             await self._app(scope, upload.receive, send)
         finally:
+            # A request that gave way was subtracted when it did.
             self._now -= not upload.gave_way
 
     def _one_gives_way(self) -> bool:

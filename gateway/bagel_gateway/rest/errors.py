@@ -90,15 +90,15 @@ def renamed(error: InvalidRequest, names: Mapping[str, str], size: str | None = 
     problems: dict[tuple[str, str], InvalidRequest] = {}
     for each in (error, *error.also):
         name = names.get(each.field, each.field)
-        told = type(each)(each.field, each.message, each.index).named(names)
+        problem = type(each)(each.field, each.message, each.index).named(names)
         if name == "size" and each.message.startswith(f"{each.field} is "):
-            told = type(each)(name, f"size is {size}: its {each.message}")
-        problems.setdefault((name, told.message), told)
+            problem = type(each)(name, f"size is {size}: its {each.message}")
+        problems.setdefault((name, problem.message), problem)
     return together([*problems.values()])
 
 
 def _unicode(text: str | None) -> str | None:
-    """What UTF-8 can say, and no more than is read: what a client sent and is told of may have lone surrogates."""
+    """What UTF-8 can say, and no more than is read: what a client sent may have lone surrogates."""
     return text and text[:_LONGEST].encode("utf-8", "backslashreplace").decode()
 
 

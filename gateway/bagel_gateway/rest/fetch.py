@@ -42,14 +42,15 @@ class Fetcher:
             return await asyncio.to_thread(self._get, host, port, path)
 
     def _get(self, host: str, port: int, path: str) -> bytes:
+        # The socket's timeout bounds a single read; this bounds a server that sends a few bytes at a time.
         deadline = time.monotonic() + TIMEOUT_S
         connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._tls)
         try:
             connection.request("GET", path, headers={"User-Agent": "bagel-serving", "Accept": "image/*"})
             with connection.getresponse() as response:
                 if response.status != 200:
-                    told = f"{host} answered {response.status} for an image; redirects are not followed"
-                    raise InvalidImage("messages", told)
+                    problem = f"{host} answered {response.status} for an image; redirects are not followed"
+                    raise InvalidImage("messages", problem)
                 return self._body(response, host, deadline)
         except (OSError, http.client.HTTPException) as error:
             raise InvalidImage("messages", f"an image cannot be fetched from {host}: {type(error).__name__}") from None

@@ -103,8 +103,8 @@ class FormReader:
                 "body", "the form ends before its closing boundary, so that some of it may be lost; send all of it"
             )
         if self._delimiters > len(self.parts):
-            told = "the form's boundary comes again in its data or after its end"
-            raise InvalidRequest("body", f"{told}; send one form, with a boundary that is nowhere in it")
+            problem = "the form's boundary comes again in its data or after its end"
+            raise InvalidRequest("body", f"{problem}; send one form, with a boundary that is nowhere in it")
         return self.parts
 
     def _begin(self) -> None:
@@ -160,8 +160,8 @@ def _name(options: Mapping[bytes, bytes]) -> str:
     try:
         return options[b"name"].decode()
     except UnicodeDecodeError:
-        told = options[b"name"].decode("utf-8", "backslashreplace")
-        raise InvalidRequest("body", f"the form's field {told!r:.80} has a name that is not UTF-8") from None
+        name = options[b"name"].decode("utf-8", "backslashreplace")
+        raise InvalidRequest("body", f"the form's field {name!r:.80} has a name that is not UTF-8") from None
 
 
 def _unreadable(error: FormParserError) -> InvalidRequest:

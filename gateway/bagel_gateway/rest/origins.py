@@ -74,8 +74,8 @@ class CheckHost:
 
     def _wrong(self, host: str) -> WrongHost:
         own = "localhost" if self._local else "its address"
-        told = f"this server is not called {host!r:.200}; call it by {own}, or have its operator allow the name"
-        return WrongHost(f"{told}: --allow-host {_name(host)[:200] or 'NAME'}")
+        problem = f"this server is not called {host!r:.200}; call it by {own}, or have its operator allow the name"
+        return WrongHost(f"{problem}: --allow-host {_name(host)[:200] or 'NAME'}")
 
 
 class CheckOrigin:
@@ -121,7 +121,7 @@ def _is_of(origin: str, host: str) -> bool:
 
 def _foreign(origin: str | None) -> ForeignOrigin:
     if origin in (None, "null"):
-        told = "pages of another site may not call this server; its operator allows them by --allow-origin ORIGIN"
-        return ForeignOrigin(told)
-    told = f"pages of {origin:.200} may not call this server; its operator allows them by --allow-origin {origin:.200}"
-    return ForeignOrigin(f"{told}; if they are its own, behind a reverse proxy, have that pass on Host")
+        why = "pages of another site may not call this server; its operator allows them by --allow-origin ORIGIN"
+        return ForeignOrigin(why)
+    why = f"pages of {origin:.200} may not call this server; its operator allows them by --allow-origin {origin:.200}"
+    return ForeignOrigin(f"{why}; if they are its own, behind a reverse proxy, have that pass on Host")

@@ -226,7 +226,7 @@ FIELD_NAMES = {"steps": "num_inference_steps", "temperature": "text_temperature"
 def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *, typed: bool) -> P:
     """Parameters from a body. typed: the body has types, as JSON does and a form does not.
 
-    Raises InvalidRequest that tells of everything that is wrong, UnknownParameter if a name is.
+    Raises InvalidRequest with everything that is wrong, or UnknownParameter if a name is wrong.
     """
     given = dict(data)
     refusals = [error for name, only in refused.items() for error in only.refused(name, given.pop(name, None))]
@@ -252,8 +252,8 @@ def _name(error: ErrorDetails) -> str:
 def _unknown(model: type[BaseModel], name: str, value: object) -> list[InvalidRequest]:
     """A parameter that there is not, and those of its object if it wraps some."""
     instead = instead_of(name, REST_INSTEAD, model.model_fields)
-    told = f": {instead}" if instead else "; docs/rest.md lists them"
-    problems: list[InvalidRequest] = [UnknownParameter(name, f"{name} is no parameter of this endpoint{told}")]
+    hint = f": {instead}" if instead else "; docs/rest.md lists them"
+    problems: list[InvalidRequest] = [UnknownParameter(name, f"{name} is no parameter of this endpoint{hint}")]
     if name in WRAPPERS and isinstance(value, dict):
         inner = [(str(key)[:_LONGEST_NAME], each) for key, each in value.items() if key not in model.model_fields]
         problems += [problem for key, each in inner for problem in _unknown(model, key, each)]
@@ -275,11 +275,11 @@ def _problem(model: type[BaseModel], error: ErrorDetails) -> InvalidRequest:
 
 _BOUNDS = ("greater_than_equal", "less_than_equal")
 _LONGEST_NAME = 200
-"""Of a parameter, as it is told: what a client makes up may be as long as a body."""
+"""The longest name of a parameter in a message, since a client may make up one as long as a body."""
 
 
 def _range(model: type[BaseModel], name: str) -> str:
-    """What a number must be, both ends told whichever was passed."""
+    """What a number must be: both ends, whichever was passed."""
     ends = {type(each).__name__.lower(): each for each in model.model_fields[name].metadata}
     at_least, at_most = (getattr(ends.get(end), end, None) for end in ("ge", "le"))
     return f"a whole number {in_words(at_least=at_least, at_most=at_most)}"

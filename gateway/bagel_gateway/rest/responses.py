@@ -164,12 +164,12 @@ Responses = dict[int | str, dict[str, Any]]
 
 def responses(answer: type[Answer] | None, errors: tuple[int, ...], *, streams: bool = False) -> Responses:
     """An operation's answers. answer: its body where it is JSON; streams: it may be server-sent events too."""
-    told: Responses = {code: {"model": ErrorAnswer, "description": _ERRORS[code]} for code in errors}
-    if 429 in told:
-        told[429]["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    documented: Responses = {code: {"model": ErrorAnswer, "description": _ERRORS[code]} for code in errors}
+    if 429 in documented:
+        documented[429]["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
     if answer is not None:
-        told[200] = {"model": answer, "description": "the answer"}
+        documented[200] = {"model": answer, "description": "the answer"}
         if streams:
             text = {"schema": {"type": "string"}}
-            told[200] |= {"content": {"text/event-stream": text}, "description": "the answer, or events of it"}
-    return told
+            documented[200] |= {"content": {"text/event-stream": text}, "description": "the answer, or events of it"}
+    return documented

@@ -46,12 +46,12 @@ class Stop:
                 self._prompt = event.prefill.tokens
             case "text":
                 self._tokens = event.text.tokens
-                told = _text(self.push(event.text.text))
-                return [*told, self._finished()] if self.stopped else told
+                passed = _text(self.push(event.text.text))
+                return [*passed, self._finished()] if self.stopped else passed
             case "finished":
-                told = _text(self.end())
+                passed = _text(self.end())
                 event.finished.text = self.given
-                return [*told, event]
+                return [*passed, event]
         return [event]
 
     def _finished(self) -> Event:
@@ -66,8 +66,8 @@ async def stopped(events: Events, stops: Sequence[Stop]) -> Events:
         async for number, event in events:
             if stops[number].stopped:
                 continue
-            for told in stops[number].take(event):
-                yield number, told
+            for passed in stops[number].take(event):
+                yield number, passed
             if all(stop.stopped for stop in stops):
                 return
 

@@ -36,13 +36,13 @@ class Structure:
         self._values += sum(map(between.count, (b",", b"[", b"{")))
         self._strings += quote >= 0
         if max(self._values, self._strings / 2) > self._max_values:
-            told = f"the body has more than {self._max_values} JSON values, by its commas, brackets and strings"
-            raise InvalidRequest("body", f"{told}: the most that is read")
+            problem = f"the body has more than {self._max_values} JSON values, by its commas, brackets and strings"
+            raise InvalidRequest("body", f"{problem}: the most that is read")
         for bracket in between.translate(None, _NO_BRACKET):
             self._depth += 1 if bracket in b"[{" else -1
             if self._depth > self._max_depth:
-                told = f"the body has more than {self._max_depth} objects and lists within each other"
-                raise InvalidRequest("body", f"{told}, the most that is read")
+                problem = f"the body has more than {self._max_depth} objects and lists within each other"
+                raise InvalidRequest("body", f"{problem}, the most that is read")
         self._in_string = quote >= 0
         return end + 1
 
@@ -55,8 +55,8 @@ class Structure:
         at = self._end_of_string(piece, at)
         self._escapes += piece.count(b"\\", begin, at + 1)
         if self._escapes > self._max_escapes:
-            told = f"the body has more than {self._max_escapes} escapes in its strings, the most that is read"
-            raise InvalidRequest("body", f"{told}; send text as UTF-8")
+            problem = f"the body has more than {self._max_escapes} escapes in its strings, the most that is read"
+            raise InvalidRequest("body", f"{problem}; send text as UTF-8")
         if at < len(piece):
             self._escaped = piece[at] == ord("\\")
             self._in_string = self._escaped

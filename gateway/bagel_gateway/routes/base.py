@@ -167,6 +167,7 @@ class Route(ABC):
         moves = 0
         while True:
             dit = await self._services.dit()
+            # Set for each try, since the request may have been accepted after the last one.
             request.begun = self._begun.is_set()
             try:
                 with dit.busy():
@@ -184,7 +185,9 @@ class Route(ABC):
         """The call of one DiT, whose events are passed on as they come; its last one."""
         finished, admitted = None, dit_pb2.Admitted()
         async for event in self._generate(dit, request, settings):
+            # From here on it is not moved to another DiT: the client may have events of this one.
             self._dit_began = True
+            # The DiT renews and releases the leases from its first event on.
             if self._leases is not None:
                 self._leases.hand_over()
             match event.WhichOneof("event"):

@@ -111,6 +111,7 @@ class Staged(Route):
                 builds = [group.create_task(self._build_one(build, leases)) for build in self._builds]
                 drawing = group.create_task(self._draw(builds))
         except BaseException as failed:
+            # The Thinker would keep the K/V until the leases run out otherwise.
             leases.release()
             if isinstance(failed, BaseExceptionGroup):
                 raise _first_error(failed) from None
@@ -124,6 +125,7 @@ class Staged(Route):
     async def _build_one(self, build: _Build, leases: LeaseKeeper) -> thinker_pb2.ContextBuilt:
         """Have one context built, and hand it over when the pipeline says so: when it is named, or complete."""
         early, refs = self._plan.path[0].omni_kv_config.sends_early, list[kv_pb2.ContextRef]()
+        # The gateway names the lease, so that it can give it back even if no answer comes.
         lease_id = leases.new() if build.context.settings.send_kv else ""
         async for event in self._build(build.context, lease_id=lease_id):
             match event.WhichOneof("event"):
