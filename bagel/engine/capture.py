@@ -27,12 +27,14 @@ class GraphMaker:
         The forward runs before it is captured, so its inputs must be real: it writes K/V.
         """
         current = torch.cuda.current_stream(self._stream.device)
+        # The inputs may still be written on the caller's stream.
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     forward()
         finally:
+            # After an error too: the caller then frees tensors that this stream may still use.
             current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # The autoencoder's thread may allocate meanwhile, which must not end the capture.

@@ -14,6 +14,7 @@ from bagel.request import ImageSettings, Request
 class PlacedContext:
     """A context whose K/V arrive later: its digest, its rows of K/V, the position after it."""
 
+    # Contexts with equal digests share their rows of the slab.
     digest: bytes
     length: int
     rope: int
@@ -30,6 +31,7 @@ class AddPicture:
     settings: ImageSettings
     grid: tuple[int, int]
     seed: int
+    # The reference draws these from the same generator first, so the engine draws and drops them.
     posterior_shapes: tuple[tuple[int, ...], ...]
     contexts: Mapping[BranchName, PlacedContext]
     output: OutputFormat | None
@@ -43,6 +45,7 @@ class LandedPage:
     layer: int
     row: int
     rows: int
+    # Offsets, as K/V do not pass the pipe: each rank reads them in shared memory.
     k_offset: int
     v_offset: int
 

@@ -89,6 +89,7 @@ class SegmentCache:
         return entry
 
     def put(self, digest: bytes, entry: SegmentKv) -> None:
+        # An entry above the bound would drive out all others, then itself.
         if digest in self._entries or entry.nbytes > self.max_bytes:
             return
         self._entries[digest] = entry
@@ -126,6 +127,7 @@ class ContextBuilder:
     def steps(self, chain: Chain, on_kv: OnKv | None = None) -> Generator[Segment, None, Context]:
         """As `build`, pausing before each segment that is to be computed, so that other work can go between."""
         known = [self.cache.get(segment.digest) for segment in chain.segments]
+        # Nothing is allocated for a context that is known as a whole.
         if all(kv is not None for kv in known):
             return Context(chain, tuple(kv for kv in known if kv is not None))
         slab = KvSlab(self.model.kv_shape, chain.length, dtype=self.model.dtype, device=self.model.device)
@@ -137,6 +139,7 @@ class ContextBuilder:
                 kv = self.cache.get(segment.digest)  # another build may have made it meanwhile
             if kv is None:
                 self._compute(segment, past, slab, on_kv)
+                # Copies: a view would keep the whole slab alive for as long as this segment is cached.
                 kv = SegmentKv(slab.k[:, span].clone(), slab.v[:, span].clone())
                 self.cache.put(segment.digest, kv)
             else:
@@ -172,6 +175,7 @@ class ContextBuilder:
     def _vae(self, segment: Segment, past: int) -> tuple[Tensor, Tensor, Rows]:
         tokens = latent_patchify(self._latent(segment), self.model.config.latent_patch_size)
         ids = grid_position_ids(*segment.grid, self.model.config.max_latent_size).to(self.model.device)
+        # Latents of a context are clean, which is time 0. The embedding of 0 is added too.
         clean = torch.zeros(1, device=self.model.device)
         count = len(tokens)
         rows = latent_rows(self.model.language_model, [0], [past], [segment.rope], [count], count)
@@ -182,6 +186,7 @@ class ContextBuilder:
         assert segment.image is not None and segment.posterior is not None
         vae = self.model.autoencoder()
         mean, logvar = vae.encode(to_pixels(segment.image)[None].to(self.model.device))
+        # Drawn on the CPU and moved, as each device's own generator draws other numbers.
         noise = segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image))
         return vae.sample(mean, logvar, noise.to(mean.device))[0]
 

@@ -52,8 +52,10 @@ class DeviceCheck:
             self._ran_out = False
             self._free()
             if self._model.device.type == "cuda":
+                # PyTorch keeps what was freed in blocks that a larger tensor may not fit.
                 torch.cuda.empty_cache()
             self._to_try = True
+        # Pictures under way hold memory: a trial beside them may fail though nothing is wrong.
         if (self._to_try or self._full) and idle:
             self._to_try = False
             self._conclude(full=not self._can_draw(grid))
@@ -66,6 +68,7 @@ class DeviceCheck:
 
     def _can_draw(self, grid: tuple[int, int]) -> bool:
         """Whether memory suffices for a step of a picture without a context, and to decode it."""
+        # One branch, and two times are one Euler step: the least work that tries everything.
         settings = ImageSettings(steps=2, cfg_text_scale=1.0)
         try:
             rows, columns = self._trial_grid(grid)
@@ -74,6 +77,7 @@ class DeviceCheck:
             canvas = Canvas(self._model, picture.tokens, kv_space_of(self._model, picture.kv_tokens(picture.tokens)))
             drawing = canvas.add(picture)
             canvas.step([drawing])
+            # A value is read back, as a GPU's late errors show only when the host waits for it.
             decode_picture(self._model, drawing.latents, picture.grid).sum().item()
         except Exception as error:
             if not is_out_of_memory(error):

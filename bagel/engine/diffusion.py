@@ -137,6 +137,7 @@ class DiffusionEngine:
             self._emit(StepTaken(id_, each.drawing.step))
             if each.drawing.finished:
                 try:
+                    # Its error is its own: the others have taken their step.
                     self._decode(id_, each)
                 except Exception as error:
                     self._end(id_, error)
@@ -148,6 +149,7 @@ class DiffusionEngine:
         if (active := self._active.pop(id_, None)) is not None:
             active.canvas.remove(active.drawing)
             if not active.canvas.drawings:
+                # On a CPU every number of latents is a bucket, so empty canvases would pile up.
                 self._canvases.pop(active.canvas.padded, None)
 
     def _end(self, id_: int, error: Exception) -> None:
@@ -183,6 +185,7 @@ class DiffusionEngine:
         assert self._pages is not None
         shape = (page.rows, *self._space.slab.k.shape[2:])
         nbytes = page.rows * self._space.slab.k[0, 0].nbytes
+        # A view: the caller's write to the slab is the only copy.
         return self._pages[offset : offset + nbytes].view(self._model.dtype).view(shape)
 
     def _launch(self, active: Mapping[int, _Active]) -> list[StepTimed]:
@@ -201,6 +204,7 @@ class DiffusionEngine:
         latents, grid, step = drawing.latents, drawing.picture.grid, drawing.step
         if active.windows is not None:
             active.windows.reach(step)
+        # Recorded now, so that the VAE does not wait for steps of others that follow.
         launched = self.vae.launched()
         self.remove(id_)
         # Without the drawing: the canvas, which may be the largest thing there is, goes before the VAE works.
@@ -215,6 +219,7 @@ class DiffusionEngine:
         def on_velocity(drawing: Drawing, velocities: Velocities, guided: Tensor) -> None:
             if (id_ := wanted.get(drawing)) is None:
                 return
+            # The drawing counts this step only after the call.
             each, step = active[id_], drawing.step + 1
             estimate = clean_estimate(drawing.latents, guided, drawing.time)
             index = each.previews.index(step)

@@ -64,6 +64,7 @@ class Engine:
                 max_num_seqs=max_num_seqs,
                 emit=emit,
                 fail=self._report,
+                # Its contexts were computed here, so no K/V are still to come.
                 draw=lambda id_, picture, output: self._diffusion.add(id_, picture, output, begun=True),
             )
         self._check = DeviceCheck(model, emit, self._drop_caches)
@@ -93,10 +94,12 @@ class Engine:
             try:
                 self._handlers[type(command)](command)
             except Exception as error:
+                # A StepPlan has none: its error belongs to no single request.
                 id_ = getattr(command, "id", None)
                 if id_ is not None:
                     self._remove(id_)
                 self._report(id_, error)
+            # The command may have given back the room that a picture waits for.
             self._diffusion.admit()
             self._look()
 
@@ -151,6 +154,7 @@ class Engine:
         """Emit a request's error; the receiver answers with Remove. From any thread."""
         if not isinstance(error, BagelError):
             if is_out_of_memory(error):
+                # Only noted, as this may be any thread: `_look` frees memory and tries.
                 self._check.ran_out()
                 error = OutOfMemory("the memory of the device is full; draw fewer or smaller pictures at once")
             else:
@@ -161,7 +165,7 @@ class Engine:
 
 
 def _internal(cause: Exception) -> BagelError:
-    """What callers of a service learn of an error that is no user's; one in the same process finds its cause."""
+    """An error without details, for a service's callers. A caller in the same process finds its cause."""
     error = BagelError(f"internal error: {type(cause).__name__}; the log of this service has the details")
     error.__cause__ = cause
     return error

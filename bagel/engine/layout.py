@@ -71,6 +71,7 @@ def latent_rows(
     [context | start, latents, end | padding]; the delimiters are the understanding expert's two tokens.
     """
     places = upload([list(starts), list(pasts), list(ropes), list(counts)], torch.int64, decoder.device)
+    # The host knows the places here, so attention that loops over rows need not read them back.
     intervals = [(start, past + count + 2) for start, past, count in zip(starts, pasts, counts, strict=True)]
     return latent_rows_at(decoder, places, padded, _longest(intervals), intervals)
 
@@ -85,6 +86,7 @@ def latent_rows_at(
     rope = decoder.rope(ropes[:, None])
     return Rows(
         starts=starts,
+        # Without the padding, so that nothing attends to it.
         lengths=pasts + counts + 2,
         longest=longest,
         und=2,

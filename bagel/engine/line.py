@@ -45,6 +45,7 @@ class WaitingLine:
 
     def next(self) -> tuple[int, Waiting] | None:
         """Take out the first picture, if there is room for it now."""
+        # Only the first is tried: a later one that fits must not pass it.
         for id_, waiting in self._waiting.items():
             if self._space.has_room(("picture", id_), waiting.picture.kv_tokens(waiting.padded)):
                 del self._waiting[id_]

@@ -51,6 +51,7 @@ class LoadedModel:
         max_model_len: int | None = None,
     ) -> LoadedModel:
         """A model with what goes with it; max_model_len None: all positions that it has."""
+        # K/V of another dtype are other bytes, so the dtype is part of their identity.
         kv_fingerprint = kv_fingerprint_of(fingerprint, str(model.dtype).removeprefix("torch."))
         planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
         limit = position_limit(model.config, max_model_len)
@@ -99,6 +100,7 @@ def load_role(
     """
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
+        # Role denoise loads only their two rows of the embedding.
         delimiters = (tokenizer.image_start, tokenizer.image_end)
         model = load_model(
             checkpoint,

@@ -1,7 +1,7 @@
 """The engine in this process: the same scheduler and engine as in the service, in a loop instead of behind a pipe.
 
-What must not import torch itself gets here by this module's name; `load` is the whole interface, its values in and out
-are plain or come from modules without torch.
+A module that must not import torch imports this one by name, at run time. It calls `load` alone, whose values in and
+out are plain or come from modules without torch.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class BagelEngine:
     def __init__(self, loaded: LoadedModel, *, max_num_seqs: int | None = None, profile: bool = False) -> None:
         """max_num_seqs: requests under way at once; profile: results have the durations of the diffusion stages."""
         self.loaded, self.max_num_seqs = loaded, max_num_seqs or DEFAULT_MAX_NUM_SEQS
+        # A queue, as the VAE's and the planner's threads emit too.
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._engine = Engine(loaded, self._events.put, max_num_seqs=self.max_num_seqs, profile=profile)
         self._ids, self._turn = count(), Lock()
@@ -179,10 +180,12 @@ class _Batch:
                     self._begin(*waiting.popleft())
                 if (plan := self._scheduler.plan()) is not None:
                     self._engine.execute(plan)
+                # Blocks: with no step to take, the loop waits for those threads.
                 self._observe(self._events.get())
                 while not self._events.empty():
                     self._observe(self._events.get())
         finally:
+            # Some are left if the call is interrupted; the engine serves the next call.
             for id_ in self._under_way:
                 self._engine.execute(Remove(id_))
         if self._errors:
@@ -192,6 +195,7 @@ class _Batch:
     def _begin(self, id_: int, job: _Job) -> None:
         assert self._engine.single_stage is not None
         self._under_way[id_] = job
+        # Started again, as time spent waiting for a turn is not the request's own.
         job.clock = StageClock()
         self._engine.single_stage.add(id_, job.plan, None)
 
@@ -207,6 +211,7 @@ class _Batch:
             case Text():
                 self._report(TextDelta(job.index, event.text, event.think))
             case TextDone():
+                # A picture without think has an empty text, which took no time.
                 if event.token_ids:
                     job.clock.lap("text")
                 job.text = event

@@ -28,6 +28,7 @@ class Posterior:
     @property
     def identity(self) -> bytes:
         """What a digest must cover, beside the pixels, for two noises to be the same."""
+        # Noise of the other modes follows from the pixels, which the digest covers.
         if self.mode is not PosteriorMode.SEED:
             return self.mode.encode()
         return f"{self.mode}:{self.seed}:{self.earlier}".encode()
@@ -51,6 +52,7 @@ def initial_noise(seed: int, tokens: int, features: int, posterior_shapes: Seque
 
 def text_uniforms(seed: int, count: int) -> Tensor:
     """Numbers in [0, 1) for sampling text, one a token, [count]; from a generator of their own."""
+    # A seed of its own, so that text and the initial noise share no random numbers.
     derived = blake2b(seed.to_bytes(8, "little"), digest_size=8, person=b"bagel-text").digest()
     return torch.rand(count, generator=_generator(int.from_bytes(derived, "little") >> 1))
 
@@ -62,5 +64,6 @@ def _generator(seed: int) -> torch.Generator:
 def _draw_after(earlier: Sequence[Shape], shape: Shape, seed: int) -> Tensor:
     generator = _generator(seed)
     for skipped in earlier:
+        # Drawn and dropped: the generator must stand where the reference's does.
         torch.randn(skipped, generator=generator)
     return torch.randn(shape, generator=generator)

@@ -63,6 +63,7 @@ def plan_request(planner: ChainPlanner, request: Request, max_model_len: int) ->
         size = picture_size(request, planner.config)
         plan = RequestPlan(request, images, chains[BranchName.GEN], branches, chains, size)
     for chain in (plan.chain, *plan.chains.values()):
+        # Text is decoded after this chain alone.
         check_positions(chain.rope, text_positions(request) if chain is plan.chain else 0, max_model_len)
     return plan
 
@@ -72,6 +73,7 @@ def plan_picture(planner: ChainPlanner, plan: RequestPlan, contexts: Mapping[Bra
     request, config = plan.request, planner.config
     rows, columns = grid(planner, plan.size)
     shapes = [planner.latent_shape(image.prepared.vae) for image in plan.images.values() if image.prepared.vae]
+    # In mode seed one generator draws the posteriors of all images, then this noise.
     drawn_first = shapes if request.posterior is PosteriorMode.SEED else []
     noise = initial_noise(request.seed, rows * columns, config.latent_features, drawn_first)
     needed = collect_cfg_kv_caches(plan.branches, contexts, needed_branches(request.image))

@@ -16,6 +16,7 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
+        # All threads share it without a lock: in CPython one call of next is atomic.
         self._beats = count()
         self._latest: dict[int, int] = {}
 
@@ -30,8 +31,10 @@ class Heartbeat:
         try:
             yield
         finally:
+            # A thread that waits for work does not beat and must not seem to hang.
             self._latest.pop(threading.get_ident(), None)
 
     def latest(self) -> dict[int, int]:
         """The latest beat of each thread that works."""
+        # A copy, as the threads go on writing while the watch reads.
         return dict(self._latest)

@@ -74,6 +74,7 @@ class Picture:
     guided: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
+        # N times are N - 1 steps: the last time is where the last step ends.
         times = timesteps(self.settings.steps, self.settings.timestep_shift)
         object.__setattr__(self, "times", times[:-1].tolist())
         object.__setattr__(self, "deltas", (times[:-1] - times[1:]).tolist())
@@ -96,6 +97,7 @@ class Picture:
         return [row_kv_tokens(context.length, padded) for context in self.distinct().values()]
 
 
+# Compared by identity, as keys of layouts: contexts hold tensors.
 @dataclass(frozen=True, eq=False)
 class _Row:
     """One distinct context of a picture, and where its K/V begin in the slab."""
@@ -184,6 +186,7 @@ class Canvas:
         if picture.tokens > self.padded:
             raise ValueError(f"a picture of {picture.tokens} latents does not fit a bucket of {self.padded}")
         device = self.model.device
+        # Zeros, as K/V of the padding lie where attention may read ahead and must be finite.
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
         x[: picture.tokens] = picture.noise.to(device)
         drawing = Drawing(picture, x, self._padded_ids(picture).to(device))
@@ -213,8 +216,10 @@ class Canvas:
     def remove(self, drawing: Drawing) -> None:
         """Let a picture leave."""
         self.drawings.remove(drawing)
+        # A set, as equal branches share a row, which is given back once.
         for start in {row.start for row in drawing.rows.values()}:
             self._space.give(start)
+        # Layouts that include it name places that others may get now.
         self._layouts = {rows: each for rows, each in self._layouts.items() if drawing not in each.drawings}
 
     @torch.inference_mode()
@@ -226,12 +231,14 @@ class Canvas:
             guided = guide(velocities[drawing], picture.settings)
             if on_velocity is not None:
                 on_velocity(drawing, velocities[drawing], guided)
+            # In place, as x is the drawing's one buffer; its padding stays zero.
             drawing.latents.sub_(guided * picture.deltas[drawing.step])
             drawing.step += 1
 
     @torch.inference_mode()
     def velocities(self, wanted: Mapping[Drawing, frozenset[BranchName]]) -> dict[Drawing, dict[BranchName, Tensor]]:
         """Velocities of the given branches of the given pictures at their present step."""
+        # In the canvas's order, not the caller's, so that the same set of rows finds its layout again.
         rows = tuple(
             dict.fromkeys(
                 row
@@ -296,6 +303,7 @@ class StepGate:
         begin = mark(self._device)
         yield
         now = (size, begin, mark(self._device))
+        # A CPU's step is done once its launch returns.
         before, self._before = (self._before, now) if self._device.type == "cuda" else (now, None)
         self.done = None if before is None else (before[0], seconds_between(*before[1:]))
 
@@ -305,6 +313,7 @@ def preview_steps(steps: int, previews: int) -> tuple[int, ...]:
 
     Few steps give fewer previews.
     """
+    # steps * (1/5 + 4/5 * i / previews), rounded up.
     spread = (-(-steps * (previews + 4 * i) // (5 * previews)) for i in range(previews))
     return tuple(sorted({step for step in spread if step < steps}))
 

@@ -24,7 +24,7 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     keep = cumulative - probabilities < settings.top_p
-    keep[0] = True  # of a top_p that float32 rounds to 0
+    keep[0] = True  # float32 may round top_p to 0
     if settings.top_k:
         keep[settings.top_k :] = False
     allowed = (probabilities * keep).cumsum(-1)
@@ -43,5 +43,6 @@ def _penalise(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
         return logits
     ids = torch.tensor(sorted(set(seen)), device=logits.device)
     values = logits[ids]
+    # Finite logits stay finite, however large the penalty.
     limit = torch.finfo(values.dtype).max
     return logits.index_copy(0, ids, torch.where(values > 0, values / penalty, values * penalty).clamp(-limit, limit))

@@ -72,12 +72,15 @@ class Scheduler:
 
     def _choose(self) -> tuple[int, ...]:
         chosen: list[_Active] = []
+        # A picture that has had no step yet has turn -1 and goes first.
         for picture in sorted(self._active.values(), key=lambda each: each.turn):
             same = not chosen or picture.bucket == chosen[0].bucket
+            # The first is taken whatever its size: one above the budget would never be drawn.
             if same and (not chosen or sum(each.tokens for each in chosen) + picture.tokens <= self._budget):
                 chosen.append(picture)
         for picture in chosen:
             picture.planned, picture.turn = picture.planned + 1, self._turn
+            # Nothing is left to plan: the engine decodes it by itself after its last step.
             if picture.planned == picture.steps:
                 del self._active[picture.id]
         self._turn += 1

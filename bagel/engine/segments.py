@@ -84,6 +84,7 @@ class ChainPlanner:
             if not isinstance(part, ImagePart):
                 continue
             prepared = self._prepared(part)
+            # By identity: an image that stands twice in a prompt has noise of its own each time.
             images[id(part)] = InputImage(prepared, Posterior(mode, seed, earlier))
             if prepared.vae is not None:
                 earlier = (*earlier, self.latent_shape(prepared.vae))
@@ -122,6 +123,7 @@ class ChainPlanner:
 
     def append_ids(self, chain: Chain, token_ids: Sequence[int]) -> Chain:
         """As append_text, from the ids of a whole segment."""
+        # Little-endian on every machine, as services compare digests with each other.
         content = struct.pack(f"<{len(token_ids)}I", *token_ids)
         segment = self._segment(chain, SegmentKind.TEXT, content, len(token_ids), len(token_ids))
         return _append(chain, replace(segment, token_ids=tuple(token_ids)))
@@ -138,6 +140,7 @@ class ChainPlanner:
         config = self.config
         vae = kind is SegmentKind.VAE
         stride = config.latent_stride if vae else config.vit.patch_size
+        # A ViT block needs positions in two tables, the ViT's own and the decoder's.
         limit = config.max_latent_size if vae else min(config.vit_max_num_patch_per_side, config.vit.positions_per_side)
         grid = (image.height // stride, image.width // stride)
         if max(grid) > limit:
@@ -146,7 +149,9 @@ class ChainPlanner:
                 f"the image is {image.width}x{image.height} pixels after resizing; the model has positions "
                 f"for {limit * stride} a side",
             )
+        # Other noise makes other K/V of the same pixels.
         content = pixel_digest(image) + (posterior.identity if posterior else b"")
+        # Two delimiters more than patches, and one position for all of them.
         segment = self._segment(chain, kind, content, grid[0] * grid[1] + 2, 1)
         return _append(chain, replace(segment, image=image, grid=grid, posterior=posterior))
 

@@ -68,6 +68,7 @@ class SingleStage:
         self._planning: set[int] = set()
         self._planned: dict[int, tuple[RequestPlan, OutputFormat | None]] = {}
         self._serving: dict[int, _Serving] = {}
+        # One thread, so that requests are planned in the order in which they came.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._timed: list[StepTimed] = []
         self._cache = SegmentCache()
@@ -176,6 +177,7 @@ class SingleStage:
             needed = self._space.needed([row_kv_tokens(length, padded) for length in chains.values()])
         if plan.writes:
             text = plan.chain.length + text_settings(plan.request).max_tokens
+            # Not the sum: the text has given its room back when the picture takes its own.
             needed = max(needed, self._space.needed([text]))
         check_kv_room(needed, self._space.size)
 

@@ -58,6 +58,7 @@ class SharedSlab:
         """Whether it is an owner's turn and there are free intervals of these lengths; if not, it waits in line."""
         self._waiting.setdefault(owner)
         fits = self._allocator.fits(*(tokens + self._read_ahead for tokens in lengths))
+        # Pictures and texts wait in one line, of which only the first may take room.
         if next(iter(self._waiting)) != owner or not fits:
             return False
         del self._waiting[owner]
@@ -86,6 +87,7 @@ class SharedSlab:
         if start is None:
             raise NoRoom
         try:
+            # Only attention that reads ahead needs zeros, which cost a write of the whole interval.
             if self._read_ahead:
                 self.slab.clear(start, tokens)
         except BaseException:

@@ -73,6 +73,7 @@ class _StepGraph:
     def __init__(self, model: Bagel, delimiters: Tensor, slab: KvSlab, inputs: StepInputs, maker: GraphMaker) -> None:
         # Of a step that is to be taken: the forwards before the capture write the K/V that its replay writes.
         mine = self._inputs = StepInputs(*(each.clone() for each in inputs))
+        # A graph is captured with one bound for all replays: no row is longer than the slab.
         bucket, longest = inputs.x.shape[1], slab.k.shape[1]
 
         def forward() -> Tensor:
@@ -86,4 +87,5 @@ class _StepGraph:
         for static, new in zip(self._inputs, inputs, strict=True):
             static.copy_(new)
         self._graph.replay()
+        # A copy, as the next replay of any graph may overwrite the result.
         return self._velocities.clone()

@@ -51,6 +51,7 @@ class TextBatch:
     @torch.inference_mode()
     def add(self, run: TextRun) -> None:
         """Let a text take part from the next step on."""
+        # All of them now, by the text's own seed, so that the batch around it changes nothing.
         uniforms = text_uniforms(run.seed, run.settings.max_tokens).tolist()
         start = self._space.take(text_kv_tokens(run))
         try:
@@ -82,9 +83,11 @@ class TextBatch:
         entries = self._entries
         logits, chosen = self._forward()
         for i, entry in enumerate(entries):
+            # `best` has chosen for greedy texts, all in one call.
             if not is_greedy(entry.run.settings):
                 uniform = entry.uniforms[len(entry.run.tokens)]
                 chosen[0, i] = choose(logits[i], entry.run.settings, _seen(entry.run), uniform)
+        # Ids and checks in one transfer, as each makes the host wait for the device.
         tokens, finite = chosen.tolist()
         for entry, ok in zip(entries, finite, strict=True):
             if not ok:

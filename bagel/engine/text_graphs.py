@@ -40,6 +40,7 @@ class DecodeGraphs:
 
     def forward(self, fed: Sequence[Fed]) -> tuple[Tensor, Tensor]:
         """As TextBatch's forward: logits [texts, vocab], and `best` of them. Both are overwritten by the next call."""
+        # Powers of two, so that a few graphs serve any number of texts.
         count = 1 << (len(fed) - 1).bit_length()
         padded = [*fed, *[self._spare] * (count - len(fed))]
         if count not in self._graphs:
@@ -54,6 +55,7 @@ class _DecodeGraph:
     def __init__(self, model: Bagel, slab: KvSlab, fed: Sequence[Fed], maker: GraphMaker) -> None:
         """fed: of a step that is to be taken. The forwards before the capture write the K/V that its replay writes."""
         self._model, self._slab = model, slab
+        # Pinned, so that the copy to the device does not make the host wait.
         self._from_host = torch.zeros(4, len(fed), dtype=torch.int64).pin_memory()
         self._fed = torch.zeros(4, len(fed), dtype=torch.int64, device=model.device)
         self._feed(fed)
@@ -74,6 +76,7 @@ class _DecodeGraph:
         tokens, positions, slots, starts = self._fed
         decoder = self._model.language_model
         places = torch.stack((starts, slots - starts, positions))
+        # A graph is captured with one bound for all replays: no row is longer than the slab.
         rows = text_rows_at(decoder, places, 1, longest=self._slab.k.shape[1])
         hidden, _ = decoder(self._model.embed(tokens[:, None]), None, rows, self._slab)
         logits = decoder.logits(hidden[:, -1])

@@ -215,6 +215,7 @@ class TextScheduler:
         except StopIteration as done:
             self._built(entry, done.value)
         else:
+            # At the end of the queue, so that each request computes one segment a turn.
             self._building.append(entry)
 
     def _built(self, entry: _Entry, context: Context) -> None:
@@ -249,12 +250,14 @@ class TextScheduler:
 
     @staticmethod
     def _emit_text(entry: _Entry, text: str) -> None:
+        # A token may complete no character.
         if text:
             entry.request.emit(TextWritten(text, len(entry.writing.tokens)))
 
     def _written(self, entry: _Entry) -> None:
         run, request = entry.writing, entry.request
         if run.error is not None:
+            # `_alone` makes it this request's failure.
             raise run.error
         assert entry.stream is not None
         self._emit_text(entry, entry.stream.end())
@@ -262,6 +265,7 @@ class TextScheduler:
             self._done(entry, run.context)
             return
         chain = self._loaded.planner.append_text(run.context.chain, self._reply(entry))
+        # The text is encoded again, so only now is the length of its segment known.
         check_positions(chain.rope, 0, self._loaded.max_model_len)
         request.emit(ChainExtended(chain))
         entry.steps = self._steps(request, chain)

@@ -90,7 +90,7 @@ class VaeWorker:
         for quick in (True, False):
             # Another thread or stream would not do: each has library handles and memory of its own.
             decoding = self._thread.submit(self._image, latents, grid, launched, quick=quick)
-            with suppress(NotFinite):  # of no picture that anybody wants
+            with suppress(NotFinite):  # nobody wants this picture
                 decoding.result()
 
     @property
@@ -104,6 +104,7 @@ class VaeWorker:
 
     def _submit(self, work: Callable[[Any], None], job: object) -> None:
         future = self._thread.submit(self._watched, work, job)
+        # Before the callback is added: it may run at once.
         self._jobs.add(future)
         future.add_done_callback(self._jobs.discard)
 
@@ -125,6 +126,7 @@ class VaeWorker:
             self._fail(job.id, error)
 
     def _preview(self, job: EarlyPicture) -> None:
+        # A finished picture has left its canvas too, but its preview is still wanted.
         if not self._is_drawing(job.id) and not job.drawing.finished:
             return  # the request was cancelled
         try:
@@ -144,10 +146,12 @@ class VaeWorker:
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             if launched is not None and self._stream is not None:
                 self._stream.wait_event(launched)
+                # Allocated on the other stream, which would otherwise reuse their memory too early.
                 latents.record_stream(self._stream)
             begin = mark(self._device)
             decoded = decode_picture(self._model, latents, grid, quick=quick)
             end = mark(self._device)
+            # Only here: NaN of any step reaches the picture, and a check a step would make the host wait.
             if not decoded.isfinite().all():
                 raise NotFinite("the picture overflowed; use smaller cfg scales, a smaller timestep_shift or float32")
             return to_image(decoded), (begin, end)

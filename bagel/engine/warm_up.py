@@ -54,6 +54,7 @@ def warm_up(
         if diffusion is not None:
             _draw(loaded, space, diffusion)
         if device.type == "cuda":
+            # Without it, an error of a kernel would show in the first request.
             torch.cuda.synchronize(device)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -71,6 +72,7 @@ def _read(loaded: LoadedModel) -> None:
     image = ImagePart(Image.new("RGB", (width, height)), for_generation=loaded.role.parts.encoder)
     prompt: Prompt = (TextPart("a"), image)
     images = loaded.planner.prepare_images(prompt, PosteriorMode.MEAN, seed=0)
+    # A cache of no bytes keeps nothing of this.
     ContextBuilder(loaded.model, SegmentCache(0)).build(loaded.planner.chain(prompt, images))
 
 
@@ -100,7 +102,7 @@ def _draw(loaded: LoadedModel, space: SharedSlab, diffusion: DiffusionEngine) ->
         contexts = {name: ArrivingContext(PlacedContext(name.encode(), 0, 0)) for name in branches}
         picture = Picture(settings, (height, width), noise, contexts)
         if space.needed(picture.kv_tokens(bucket)) > space.size:
-            continue  # nor is there ever room for a request's
+            continue  # a request of this size never has room either
         canvas = diffusion.canvas(bucket)
         drawing = canvas.add(picture)
         try:
