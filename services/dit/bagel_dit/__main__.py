@@ -39,21 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(config: DitConfig) -> None:
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
     _, checkpoint = find_model(config.model)
-    checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
+    checkpoint.config  # noqa: B018  read early, so that its errors show before anybody waits for this service
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not config.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
     secure = serving.security(config)
+    # Only to check the names before a model is loaded; `_puller` uses them.
     serving.server_names(config, config.source_addresses, tls=secure.encrypted)
     host = Host(config.listen, names, secure, unread=serving.unread(config), limits=serving.limits(config))
     await host.start()
     service.announce(host, config.listen)
     log.info("configuration", **config.shown())
+    # Shared memory, so that ranks read what is pulled here without a copy through a pipe.
     arena = None if config.single_stage else Arena(config.kv_cache_bytes)
 
     async def on_health(healthy: bool) -> None:
         await (host.ready() if healthy and added else host.not_ready())
 
+    # Ranks may be ready before the services are added, and are not announced until then.
     added = False
     memory = None if arena is None else SharedMemory(arena.name, arena.nbytes)
     runner = RunnerClient(RankSettings(config, checkpoint.folder, memory=memory), on_health)
@@ -73,6 +76,7 @@ async def _serve(config: DitConfig) -> None:
         log.info("ready", fingerprint=runner.info.checkpoint_fingerprint.hex(), device=runner.info.device)
         await service.serve(host, config.drain_timeout_s, runner.failed, servicer.idle)
     finally:
+        # Calls end first: they use the puller and the ranks.
         await host.server.stop(None)
         if puller is not None:
             await puller.close()

@@ -44,6 +44,7 @@ class PageLoader:
                 row += segment.length
 
     def __enter__(self) -> PageLoader:
+        # Before the store is read, so that no page falls between.
         self._unsubscribe = self._store.subscribe(self._on_page)
         for digest, length in self._lengths.items():
             ends = dict(self._store.layout.page_ranges(length))
@@ -68,6 +69,7 @@ class PageLoader:
             raise IncompleteContext(f"{len(self._seen)} of {wanted} pages of K/V landed; the picture was not drawn")
 
     def _on_page(self, digest: bytes, layer: int, begin: int, end: int) -> None:
+        # A page may come twice: from the store's list, and as it becomes ready.
         if digest not in self._places or (digest, layer, begin) in self._seen:
             return
         self._seen.add((digest, layer, begin))
@@ -75,6 +77,7 @@ class PageLoader:
         k, v = self._store.offsets(digest, layer)
         skip = begin * self._store.layout.row_bytes
         if not self._waiting:
+            # Later in the loop, so that pages that become ready together are one command.
             self._loop.call_soon(self.flush)
         for branch, row in self._places[digest]:
             self._waiting.append(LandedPage(branch, layer, row + begin, end - begin, k + skip, v + skip))

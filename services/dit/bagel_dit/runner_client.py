@@ -55,6 +55,7 @@ class RunnerClient:
 
     async def loaded(self) -> None:
         """Wait until the model is loaded; raises the error that loading ended with."""
+        # A caller that is cancelled must not cancel the future that all wait for.
         await asyncio.shield(self._ready)
 
     async def stop(self) -> None:
@@ -114,6 +115,7 @@ class RunnerClient:
 
     def _on_ready(self, ready: Ready) -> None:
         self.info = common_pb2.ModelInfo.FromString(ready.info)
+        # Ranks that are started again must load the model that was announced and whose K/V are held.
         self._settings = replace(self._settings, fingerprint=self.info.checkpoint_fingerprint)
         self.kv_tokens = ready.kv_tokens
         memory = dict(ready.memory)
@@ -135,6 +137,7 @@ class RunnerClient:
             self._give_up(why)
             return
         self._ready = asyncio.get_running_loop().create_future()
+        # A new one, as the old one waits for plans that died with the ranks.
         self._scheduler = Scheduler()
         self._spawn(self._on_health(False))
         self._ranks = self._start()
@@ -146,5 +149,6 @@ class RunnerClient:
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
+        # The event loop itself keeps only a weak reference to a task.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

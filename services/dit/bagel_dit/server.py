@@ -167,9 +167,11 @@ class DitServicer(DitServiceServicer):
         check_kv_room(_kv_tokens(picture, self._runner.info), self._runner.kv_tokens)
         # All requests wait for room first and for a place second, so that two never wait for each other.
         needed = [ref for ref in refs.values() if ref.segments]
+        # A request that has begun was accepted, so it waits as long as it takes.
         async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
             wanted, lacking = self._wanted(refs)
             work.counts |= {"pulled_bytes": lacking, "kv_reused_bytes": wanted - lacking}
+            # Pages are pulled while the request waits for its place.
             fetching = asyncio.create_task(held.fetch())
             try:
                 await stack.enter_async_context(self._admission.admit(begun=request.begun))
@@ -177,6 +179,7 @@ class DitServicer(DitServiceServicer):
                 await self._land(picture, refs, work, held, fetching)
             finally:
                 fetching.cancel()
+                # Over before `hold` gives back the room that it writes to.
                 await asyncio.gather(fetching, return_exceptions=True)
         async for response in self._follow(work, stack):
             yield response
@@ -191,9 +194,11 @@ class DitServicer(DitServiceServicer):
     ) -> None:
         """Give the runner the picture and its pages as they land, until it has copied them all."""
         assert self.puller is not None
+        # First, as pages of a picture that the engine does not know are dropped.
         self._runner.send(picture)
         with PageLoader(self.puller.store, refs, lambda pages: self._runner.send(LoadPages(work.id, pages))) as loader:
             await self._unless_failed(work, fetching)
+            # Pages that wait for the loop's next turn must come before Begin.
             loader.flush()
         loader.check()
         log.info(
@@ -275,6 +280,7 @@ class DitServicer(DitServiceServicer):
                     preview = common_pb2.Preview(index=event.index, step=event.step, picture=_picture(event))
                     yield Response(preview=preview)
                 case Drawn():
+                    # Before the answer is sent, so that a slow reader holds no place.
                     await place.aclose()
                     work.clock.timings["decode"] = event.seconds
                     self._keep_profile(work, event)
@@ -289,6 +295,7 @@ class DitServicer(DitServiceServicer):
 
     async def _unless_failed(self, work: _Work, fetching: asyncio.Task[None]) -> None:
         """Wait for the pull; what the runner fails with meanwhile ends the wait."""
+        # Cancelling it loses no event: a queue's `get` takes one only when it returns.
         failing = asyncio.create_task(work.next())
         try:
             await asyncio.wait({fetching, failing}, return_when=asyncio.FIRST_COMPLETED)
@@ -353,6 +360,7 @@ def _add_picture(
 def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo) -> int:
     """Tokens of K/V that a picture takes on the device."""
     padded = padded_latents(picture.grid[0] * picture.grid[1], info.device)
+    # Branches with equal contexts share a row.
     lengths = {context.digest: context.length for context in picture.contexts.values()}
     return sum(row_kv_tokens(length, padded) for length in lengths.values())
 

@@ -40,13 +40,14 @@ async def _serve(config: ThinkerConfig) -> None:
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
     _, checkpoint = find_model(config.model)
-    checkpoint.config  # noqa: B018  what is wrong with it is told before anybody waits for this service
+    checkpoint.config  # noqa: B018  read early, so that its errors show before anybody waits for this service
     secure, unread, limits = serving.security(config), serving.unread(config), serving.limits(config)
     host = Host(config.listen, [name, kv_name], secure, unread=unread, limits=limits)
     await host.start()
     service.announce(host, config.listen)
     log.info("configuration", **config.shown())
     try:
+        # In a thread, so that the server answers health checks meanwhile.
         engine = await asyncio.to_thread(_load, config, checkpoint)
     except BaseException:
         await host.server.stop(None)

@@ -32,6 +32,7 @@ def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
     from bagel_thinker.torch_engine import TorchEngine
 
     given = [each.name for each in VLLM_ONLY if getattr(config, each.name) != each.default]
+    # A feature that is missing is refused; a setting that only tunes vLLM is logged below.
     if refused := [row.name for row in NOT_BUILT if row.key in given]:
         raise NotSupported(
             f"the torch engine has no {' and no '.join(refused)}; leave it out, or start the Thinker with --engine vllm"
@@ -62,6 +63,7 @@ def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -
             "vLLM divides the device's memory itself and has no --kv-device-bytes; set --gpu-memory-utilization, or "
             "start the Thinker with --engine torch"
         )
+    # Imported here, as vLLM is an extra that may be missing.
     from bagel_thinker.vllm.engine import VllmEngine
     from bagel_thinker.vllm.settings import VllmSettings
 

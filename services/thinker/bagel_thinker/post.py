@@ -26,6 +26,7 @@ class Post:
         """Have put(event) called on the loop; nothing once the loop is closed."""
         with self._lock:
             self._waiting.append(lambda: put(event))
+            # The loop is already awake for the others.
             first = len(self._waiting) == 1
         if first:
             with suppress(RuntimeError):
@@ -34,5 +35,6 @@ class Post:
     def _deliver(self) -> None:
         with self._lock:
             waiting, self._waiting = self._waiting, []
+        # Without the lock, so that the engine's thread need not wait for these calls.
         for call in waiting:
             call()

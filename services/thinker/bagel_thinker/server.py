@@ -119,6 +119,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             async with self.admission.admit(begun=request.begun) if request.HasField("decode") else nullcontext():
                 if request.HasField("decode"):
                     build.lap("queue")
+                # Closed with the call, so that its lease does not live until the generator is collected.
                 async with aclosing(self._build(request, chain, build)) as responses:
                     async for response in responses:
                         yield response
@@ -132,9 +133,11 @@ class ThinkerServicer(ThinkerServiceServicer):
         keeper = LeaseKeeper(LocalLessor(self.engine.store))
         if lease:  # until the call ends its caller is the holder
             keeper.add(lease, self.lease_s)
+        # Beside the engine's thread, so that a long step does not let the lease lapse.
         renewing = asyncio.create_task(keeper.renew())
         self._builds.add(build)
         try:
+            # Before anything is computed, so that a DiT can pull while it is.
             yield Response(context=self._ref(chain, lease))
             self.engine.submit(wanted)
             while not finished:
@@ -163,6 +166,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         finally:
             self._builds.discard(build)
             renewing.cancel()
+            # The lease of a finished context stays: a DiT takes it over.
             if not finished:
                 self.engine.cancel(wanted)
                 keeper.release()
@@ -183,8 +187,9 @@ class ThinkerServicer(ThinkerServiceServicer):
         return self._loop_post
 
     def _report_failure(self, failed: Future[None]) -> None:
-        """Report an engine's failure to every build, also if the engine itself cannot."""
+        """Report an engine's failure to every build: an engine that hangs cannot do so itself."""
         error = None if failed.cancelled() else failed.exception()
+        # A copy, as this may run on the engine's thread while calls come and go.
         for build in list(self._builds):
             if isinstance(error, Exception):
                 build.emit(ContextFailed(error))
@@ -199,6 +204,7 @@ class ThinkerServicer(ThinkerServiceServicer):
 
     async def _chain(self, request: thinker_pb2.BuildContextRequest) -> Chain:
         images = await resized_images(self._images, request.parts, self.engine.info)
+        # In a thread, as a long text must not hold up other calls.
         return await asyncio.to_thread(self._plan, request, images)
 
     def _plan(self, request: thinker_pb2.BuildContextRequest, images: Sequence[ResizedImage]) -> Chain:
@@ -239,6 +245,7 @@ class ThinkerServicer(ThinkerServiceServicer):
 
 def _record_segments(done: ContextDone, layers: int) -> None:
     """A span for every segment computed with its layers one by one: from its first layer's K/V to its last's."""
+    # Layers are timed by time.monotonic, spans by time.perf_counter.
     times, ahead = done.layer_times, time.perf_counter() - time.monotonic()
     if len(times) == layers * len(done.computed):
         for i, length in enumerate(done.computed.values()):

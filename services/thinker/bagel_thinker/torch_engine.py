@@ -56,6 +56,7 @@ class StoreCache:
                     self._store.write_layer(digest, layer, near.k[layer], near.v[layer])
             return near
         try:
+            # Pinned, so that it is not evicted while it is read.
             self._store.pin(digest)
         except UnknownSegment:
             return None
@@ -102,6 +103,7 @@ class TorchEngine:
             max_num_seqs=max_num_seqs,
             on_write=partial(count_step, "text"),
         )
+        # Only the engine's thread touches the model and the scheduler; others hand it what to call.
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
@@ -174,6 +176,7 @@ class TorchEngine:
 
     def _run(self) -> None:
         if self._loaded.model.device.type == "cuda":
+            # A current device belongs to a thread.
             torch.cuda.set_device(self._loaded.model.device)
         while True:
             try:
@@ -190,6 +193,7 @@ class TorchEngine:
         """Run what waits; blocks while there is nothing else to do. False: stop."""
         while True:
             if not self._texts.busy:
+                # Waiting for work is no hang.
                 self.pulse.rest()
             try:
                 command = self._commands.get(block=not self._texts.busy)
@@ -242,6 +246,7 @@ class TorchEngine:
 
     def _write(self, event: LayerComputed) -> None:
         digest = event.segment.digest
+        # One claim for all layers of a segment.
         if event.layer == 0:
             self._filling = digest if claim(self.store, digest) else None
         if self._filling == digest:

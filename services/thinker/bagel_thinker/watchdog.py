@@ -28,6 +28,7 @@ class Pulse:
 
     def beat(self) -> None:
         """A step begins."""
+        # A number, so that two looks tell a new step from the same one.
         self._steps += 1
         self.step = self._steps
 
@@ -41,11 +42,13 @@ async def watch(engine: Engine, limit_s: float) -> None:
 
     Only time in which this runs counts: a process that was stopped for a while has not hung.
     """
+    # Several looks fit into a short limit too.
     look_s = min(LOOK_S, limit_s / 4)
     seen, waited = engine.pulse.step, 0.0
     while waited < limit_s:
         await asyncio.sleep(look_s)
         now = engine.pulse.step
+        # Counted in looks, not by the clock, which goes on while a process is stopped.
         waited = waited + look_s if now is not None and now == seen else 0.0
         seen = now
     log.error("the engine hangs", step_timeout=limit_s, stack=_stack(f"{engine.name}-engine"))

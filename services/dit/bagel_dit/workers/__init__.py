@@ -35,8 +35,8 @@ class RankSettings:
 class WorkerGroup(Protocol):
     """All ranks of one engine, from their start to their end. A group whose rank ends is over as a whole.
 
-    Whoever makes a group gives it `emit`, which receives the events of the rank that answers, and `on_death`, which is
-    called once with the cause when a rank has ended unasked. Both are called in the event loop.
+    A group is made with two callbacks, both called in the event loop: `emit` receives the events of the rank that
+    answers; `on_death` is called once, with the cause, when a rank has ended unasked.
     """
 
     @property

@@ -12,6 +12,7 @@ class Pipe:
     """Orders for the main thread, reports from any."""
 
     def __init__(self, connection: Connection) -> None:
+        # A lock, as two threads that write to a connection at once would mix their reports.
         self._connection, self._sending = connection, threading.Lock()
 
     def next(self, timeout_s: float | None) -> Order | None:

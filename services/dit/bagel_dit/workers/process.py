@@ -67,6 +67,7 @@ class ProcessGroup:
 
     def _died(self, cause: str) -> None:
         """A rank has ended; without it the others would wait for it for ever."""
+        # Once: the deaths of the ranks that are killed here are not reported.
         on_death, self._on_death = self._on_death, None
         for rank in self._ranks:
             rank.kill()
@@ -89,7 +90,9 @@ class _Process:
             target=_main, args=(theirs, settings), name="dit-runner", daemon=True
         )
         self._process.start()
+        # Only the child holds this end now, so its death is an end of file here.
         theirs.close()
+        # Threads, as reading and writing a pipe block, which the event loop must not.
         for work in (self._send_all, self._receive_all):
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
@@ -152,11 +155,13 @@ class _Process:
                     return f"hung for {self._step_timeout_s:g} s {doing}, killed"
                 case Ready():
                     self._ready = True
+                    # Its model is loaded, so its watch's thread is never silent for long.
                     limit = min(SILENCE_S, self._step_timeout_s)
             self._call(self._emit, report)
 
     def _comes_within(self, limit_s: float) -> bool:
         """Whether something comes within so many seconds; only time in which this process runs counts."""
+        # Slices, so that a pause of this process counts as one of them at most.
         slice_s, waited = min(1.0, limit_s / 4), 0.0
         while waited < limit_s:
             if self._connection.poll(slice_s):

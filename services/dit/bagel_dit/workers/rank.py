@@ -47,6 +47,7 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings)
             raise
         pipe.send(LoadFailed(error))
         return
+    # From now on only the beats of threads are progress.
     watch.loading = False
     serve(pipe, engine, settings.config.model)
 
@@ -56,6 +57,7 @@ def load(settings: RankSettings) -> LoadedModel:
     config, checkpoint = settings.config, Checkpoint(settings.folder)
     device = choose_device(config.device)
     if device.type == "cuda":
+        # Streams and kernels go to the current device, which would be GPU 0.
         torch.cuda.set_device(device)
     _check_same(checkpoint, settings.fingerprint)
     return load_role(
@@ -81,6 +83,7 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
         max_num_seqs=config.max_num_seqs,
         kv_device_bytes=config.kv_device_bytes,
         profile=config.enable_diffusion_pipeline_profiler,
+        # The server's memory itself: a page is copied once, from there to the device.
         pages=None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8),
         heartbeat=heartbeat,
     )
@@ -93,6 +96,7 @@ def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
     try:
         while not isinstance(order := pipe.next(engine.look_again_s), Stop):
             if order is None:
+                # No order came, but a device that was full may have memory again.
                 engine.look()
             else:
                 engine.execute(order)

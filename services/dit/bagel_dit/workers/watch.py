@@ -32,6 +32,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Watch until the server is gone, or something hangs."""
+        # Several looks fit into a short limit too.
         look_s = min(LOOK_S, self._limit_s / 4)
         seen: dict[int, object] = {}
         waited: dict[int, float] = {}
@@ -39,6 +40,7 @@ class Watch(threading.Thread):
             while True:
                 time.sleep(look_s)
                 now = self._latest()
+                # Counted in looks, not by the clock, which goes on while a process is stopped.
                 waited = {at: waited.get(at, 0) + look_s if seen.get(at) == beat else 0.0 for at, beat in now.items()}
                 seen = now
                 self._send(Alive())
@@ -58,6 +60,7 @@ def _used() -> object:
     read = 0
     with suppress(OSError):  # no /proc
         read = int(IO.read_text().split()[1])
+    # In twentieths of a second and MiB: a process that hangs still uses a little.
     return int((time.process_time() - time.thread_time()) * 20), read >> 20, usage.ru_majflt, usage.ru_inblock
 
 
