@@ -113,6 +113,7 @@ def _run(argv: Sequence[str] | None) -> None:
     if args.command is None:
         raise ConfigError("no command; try bagel generate --prompts 'a large red circle', or bagel --help")
     name = args.command.replace("-", "_")
+    # Imported by name, so that --help and mistakes load no other command's modules.
     getattr(import_module(f"bagel.cli.{name}"), name)(args)
 
 

@@ -305,6 +305,7 @@ def _add_reports(group: Group) -> None:
 
 
 def _add(group: Group, name: str, default: object, meaning: str, **how: Any) -> None:
+    # None even where there is a default, so that only flags that were given have a value.
     group.add_argument(name, default=None, help=f"{meaning} (default: {default})", **how)
 
 
@@ -330,6 +331,7 @@ def _number(value: str) -> float:
 
 def _within(value: str, digits: int, least: int, wanted: str) -> int:
     """A whole number of at most so many digits."""
+    # int() alone would take signs, spaces, underscores, other scripts' digits, and any length.
     if not re.fullmatch(rf"[0-9]{{1,{digits}}}", value) or int(value) < least:
         raise argparse.ArgumentTypeError(f"{value!r:.80} is no {wanted}")
     return int(value)

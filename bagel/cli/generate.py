@@ -93,8 +93,10 @@ def _generate_here(args: argparse.Namespace) -> None:
     defaults = request_defaults(config)
     prompts = prompts_of(args)
     requests = make_requests(args, prompts, defaults)
+    # After the flags are checked, since finding the model may mean to download it.
     model, checkpoint = find_model(args.model)
     _check_with_model(prompts, requests, config, checkpoint)
+    # Made after all checks, so that a mistake leaves no folder behind.
     folder = _folder(args, requests)
     notes = notes_on_flags(args, requests[0], defaults, in_process=in_process)
     for note in (*config.notes(), *notes):  # an error stands alone
@@ -120,6 +122,7 @@ def _generate_there(args: argparse.Namespace) -> None:
     security, api_key = security_of(args), api_key_of(args)
     model = describe(args.endpoint, security=security, api_key=api_key)
     about = {"model": model_label(model.name), "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
+    # Made after all checks, so that a mistake leaves no folder behind.
     folder = _folder(args, requests)
     for note in notes_on_flags(args, requests[0], {}, in_process=False):
         say(f"note: {note}")
@@ -237,6 +240,7 @@ def within(seconds: float, work: Callable[[], T], late: BagelError) -> T:
 
     Thread(target=run, name="loading", daemon=True).start()
     try:
+        # Python refuses to wait for longer than TIMEOUT_MAX.
         wait([future], min(seconds, TIMEOUT_MAX))
     except KeyboardInterrupt:
         atexit.register(_leave_at_once, INTERRUPTED)
@@ -248,6 +252,7 @@ def within(seconds: float, work: Callable[[], T], late: BagelError) -> T:
 
 
 def _leave_at_once(code: int) -> None:
+    # os._exit flushes nothing.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

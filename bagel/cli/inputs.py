@@ -65,6 +65,7 @@ def located(prompts: Sequence[GivenPrompt], number: int | None = None) -> Iterat
         yield
     except InvalidRequest as error:
         which = error.index if number is None else number
+        # Other settings are the same for all prompts, so that no single one is at fault.
         if which is None or len(prompts) == 1 or error.field not in ("prompt", "max_tokens"):
             raise
         raise type(error)(error.field, f"{prompts[which].where}: {error}", which) from None

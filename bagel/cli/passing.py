@@ -25,6 +25,7 @@ def add_service_flags(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"passed on to the {role}")
         for each in settings_of(config):
             if each.flag not in taken and not each.elsewhere:
+                # Services share settings: the first that has a flag adds it for all.
                 taken.add(each.flag)
                 each.add_to(group, required=False)
 

@@ -117,6 +117,7 @@ def _new_bars(console: Console) -> Bars:
 
     label = TextColumn("{task.description}", markup=False)  # a prompt is no markup
     columns = (label, BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+    # Redirected, stdout would go through rich's console, which is on stderr.
     return Bars(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 

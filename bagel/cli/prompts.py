@@ -81,6 +81,7 @@ def _prompts_of(file: str) -> list[GivenPrompt]:
 def _read(file: str) -> bytes:
     try:
         if file == STDIN:
+            # One byte beyond the limit shows that there is too much, without reading all of it.
             data = sys.stdin.buffer.read(MAX_PROMPT_FILE_BYTES + 1)
         else:
             with Path(file).open("rb") as stream:  # not only of regular files: <(...) of a shell is a pipe

@@ -42,6 +42,7 @@ def serve(args: argparse.Namespace) -> None:
         say(f"note: {note}")
     if not named_model(args.model):
         say(NANO_NOTE)
+    # SIGTERM ends it as Ctrl-C does, so that the services drain.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         say(f"loading {model}")
@@ -110,11 +111,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     if "api_keys" not in settings:
         settings["api_keys"] = default_keys()
     if settings["api_keys"] is not None:
+        # Read only to check it before anything starts; the gateway reads it again.
         read_keys(settings["api_keys"])
     return settings
 
 
 def _say_how_to_call(address: str, security: Security, keys: Path | None) -> None:
+    # The address is all that goes to stdout, for scripts to read.
     write_out(f"{address}\n")
     tls = " --tls-ca FILE" + " --tls-certificate FILE --tls-key FILE" * bool(security.ca) if security.serves_tls else ""
     key = "" if keys is None else " --api-key-file FILE"

@@ -102,6 +102,7 @@ def _examine(report: _Report, checkpoint: Checkpoint, role: str | None) -> None:
                 report.files.append(_File(name, covered[-1].nbytes, covered[-1].digest.hex()))
     for name in (EMA, AE):
         with report.noting():
+            # Read anew, since a digest from the cache would hide a disk that has lost bytes.
             found = weights_digest(checkpoint.path(name), cache, anew=True)
             covered.append(found)
             types = Counter(info.dtype for info in read_header(folder / name).tensors.values())
@@ -114,6 +115,7 @@ def _examine(report: _Report, checkpoint: Checkpoint, role: str | None) -> None:
     say(f"{sum(file.nbytes for file in report.files)} bytes in {time.monotonic() - began:.2f} s")
     with report.noting():
         report.services = _services(checkpoint, role)
+        # The files may have been replaced while they were read.
         checkpoint.check_unchanged()
         if not [name for name in (EMA, AE) if name not in {file.name for file in covered}]:
             report.fingerprint = fingerprint_of(checkpoint.config, covered).hex()

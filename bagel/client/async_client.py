@@ -65,6 +65,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(run(call)) for call in calls]
         except ExceptionGroup as failed:
+            # The first error is the cause; the other requests were cancelled for it.
             raise failed.exceptions[0] from None
         return [task.result() for task in tasks]
 
@@ -82,6 +83,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
                     return  # accepted, which a gateway that only checks says last
 
         checks = [check(call_of(request, index)) for index, request in enumerate(requests)]
+        # All are awaited: the error is that of the first request, not of the one that fails first.
         for outcome in await asyncio.gather(*checks, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -114,7 +116,9 @@ class AsyncClient(ClientBase[AsyncEvents]):
         except grpc.RpcError as error:
             raise reader.error(error) from None
         finally:
+            # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
+        # Only a stream that was read to its end must have a result.
         reader.check_finished()
 
 

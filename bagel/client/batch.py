@@ -79,11 +79,13 @@ def events_of(
     loop = asyncio.new_event_loop()
     asking = _ask_all(target, requests, inbox, at_once=at_once, security=security, api_key=api_key, check=check)
     task = loop.create_task(asking)
+    # The loop runs in a thread of its own, while the caller's thread takes the events.
     thread = Thread(target=_run, args=(loop, task), name="bagel requests", daemon=True)
     thread.start()
     try:
         yield _drain(inbox)
     finally:
+        # Tasks are not thread-safe, and the loop may be asleep until this wakes it.
         loop.call_soon_threadsafe(task.cancel)
         thread.join()
         loop.close()

@@ -57,6 +57,7 @@ class BusyRetry:
             attempt.refused = busy
         finally:
             self._running -= 1
+            # Only a call that was accepted frees a place when it ends.
             self._served += attempt.begun
             if attempt.begun and self._refused:
                 self._refused.popleft().set_result(None)
@@ -68,9 +69,11 @@ class BusyRetry:
         """
         free: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._refused.append(free)
+        # Each waits behind those that were refused before it.
         seconds = refused.retry_after_s * len(self._refused)
         try:
             await asyncio.wait([free], timeout=seconds if left_s is None else min(seconds, left_s))
         finally:
+            # A future that is done was taken out by the call that made room for it.
             if not free.done():
                 self._refused.remove(free)

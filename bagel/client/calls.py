@@ -56,6 +56,7 @@ class Call:
     def check_only(self) -> Call:
         """The call that asks whether this one can be served."""
         message = gateway_pb2.GenerateRequest()
+        # A copy, since the call itself is still to be made.
         message.CopyFrom(self.message)
         message.check_only = True
         return replace(self, message=message)
@@ -83,6 +84,7 @@ def make_call(
     message = gateway_pb2.GenerateRequest(request=request)
     convert.output_to_wire(output, message)
     seconds = deadline_of(timeout)
+    # The time counts from here, so that waiting for a turn is part of the timeout.
     deadline = None if seconds is None else time.monotonic() + seconds
     return Call(message, seconds, ((REQUEST_ID, request_id or new_request_id()), *trace_metadata()), deadline)
 

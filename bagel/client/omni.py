@@ -195,6 +195,7 @@ class Omni:
         several = [prompts] if isinstance(prompts, str | Request) else list(prompts)
         if not several:
             raise InvalidRequest("prompt", "there is no prompt; give at least one")
+        # In a mixed list the settings still apply to the texts.
         if all(isinstance(each, Request) for each in several):
             _refuse_beside_requests({"modality": modality, "image": image, **options})
         defaults, images = request_defaults(self.config), _images(image)
@@ -211,8 +212,10 @@ class ServedEngine:
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
+        # A gateway that listens on all interfaces has no address to call.
         self.address = reachable(deployment.address)
         spec = deployment.config.spec.stage("dit")
+        # As many as the DiT takes: more would only wait there, until they are refused as busy.
         self._at_once = deployment.config.stage(spec.stage_id).max_num_seqs or AT_ONCE
 
     @property
@@ -232,6 +235,7 @@ class ServedEngine:
 
     @cached_property
     def _served(self) -> common_pb2.ModelInfo:
+        # Asked once, since what the services have loaded does not change.
         return describe(self.address)
 
     def generate(self, requests: Sequence[Request], on_event: OnServiceEvent | None = None) -> list[Result]:

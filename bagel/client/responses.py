@@ -67,6 +67,7 @@ class ResponseReader:
             raise RemoteError(f"{self._target} ended the request without its result", "INTERNAL")
 
     def _result(self, finished: gateway_pb2.Finished) -> Result:
+        # All fields, also those that are 0, which ListFields leaves out.
         usage = {field.name: getattr(finished.usage, field.name) for field in common_pb2.Usage.DESCRIPTOR.fields}
         return Result(
             self._index,
@@ -85,5 +86,6 @@ class ResponseReader:
 
 def _image(picture: common_pb2.Picture) -> Image.Image:
     image = Image.open(BytesIO(picture.data))
+    # Pillow reads a file only when its pixels are asked for: a damaged one fails here, not in the user's code.
     image.load()
     return image

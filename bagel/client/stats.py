@@ -69,6 +69,7 @@ class _Row:
     def steps(self) -> int | None:
         if self.result.image is None:
             return None
+        # n timesteps are n - 1 Euler steps.
         return self.result.usage.get("steps", self.request.image.steps - 1)
 
     @property

@@ -88,7 +88,9 @@ class Client(ClientBase[Events]):
         except grpc.RpcError as error:
             raise reader.error(error) from None
         finally:
+            # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
+        # Only a stream that was read to its end must have a result.
         reader.check_finished()
 
 

@@ -111,6 +111,7 @@ def prompt_from_wire(
     for_generation: how an image enters whose message does not say. Raises InvalidRequest as `check_prompt`.
     """
     parts = list(parts)
+    # Checked before any image is decoded.
     check_prompt(parts)
     read = None if images is None else iter(images)
     prompt: list[Part] = []

@@ -104,6 +104,7 @@ def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
     for detail in status.details:
         for message_of in (info, bad, retry):
+            # Unpack leaves a message of another type as it is.
             detail.Unpack(message_of)
     # The name comes from a peer, so it counts only if it is a class of our own tree.
     kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None

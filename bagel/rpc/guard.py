@@ -128,6 +128,7 @@ class Guard(aio.ServerInterceptor):
     @contextmanager
     def _place(self, context: Any) -> Iterator[Busy | None]:
         """Count a stream that may idle; gives the error to end it with if there are too many."""
+        # Without the port, so that all connections of one host count together.
         caller = str(context.peer()).rpartition(":")[0]
         watches = self._limits.watches
         own = max(1, watches // _OF_ONE_CALLER)
@@ -140,6 +141,7 @@ class Guard(aio.ServerInterceptor):
             yield None
         finally:
             self._watching[caller] -= 1
+            # The table would keep every caller that ever watched otherwise.
             if not self._watching[caller]:
                 del self._watching[caller]
 

@@ -57,6 +57,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # that pack
             return
         self._status = dict.fromkeys(self._status, status)
         self._changed.set()
+        # The next change has an event of its own; watchers that wait have the one that is set.
         self._changed = asyncio.Event()
 
     def end(self) -> None:

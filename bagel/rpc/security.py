@@ -38,6 +38,7 @@ class Security:
     def __post_init__(self) -> None:
         for name in ("certificate", "key", "ca"):
             if (given := getattr(self, name)) is not None:
+                # The dataclass is frozen.
                 object.__setattr__(self, name, Path(given))
         if (self.certificate is None) != (self.key is None):
             raise ConfigError(
@@ -115,10 +116,12 @@ def _check_pair(certificate: StrPath, key: StrPath, *, serving: bool) -> None:
         raise ConfigError(f"{KEY} {key} holds no PEM private key", KEY)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
+        # Read by itself first, so that the key is not blamed for a damaged certificate.
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=certificate)
     except ssl.SSLError as error:
         raise ConfigError(f"{CERTIFICATE} {certificate} is damaged: {_reason(error)}", CERTIFICATE) from None
     try:
+        # OpenSSL would ask for a passphrase on the terminal otherwise.
         context.load_cert_chain(certificate, key, password=_refuse_password)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
@@ -156,6 +159,7 @@ def _refused(certificate: StrPath, key: StrPath, *, serving: bool) -> str | None
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     checking = client if serving else server
     checking.verify_mode = ssl.CERT_REQUIRED
+    # The certificate itself is trusted here, as its authority may be in no file of ours.
     checking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     checking.load_verify_locations(cafile=certificate)
     for context in (server, client):

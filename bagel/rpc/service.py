@@ -62,6 +62,7 @@ async def serve(
         await stopping
         return
     log.error("the service has failed and ends", error=str(failed.exception()))
+    # Probes hear of it first; then callers have a moment to get their errors.
     stopping.cancel()
     await host.not_ready()
     await host.server.stop(LAST_WORDS_S)

@@ -42,7 +42,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _PING),
     ("grpc.keepalive_timeout_ms", _PING // 2),
+    # A connection without calls is watched too, so that a lost peer is noticed before the next call.
     ("grpc.keepalive_permit_without_calls", 1),
+    # 0 is no limit: a call may wait for long, with nothing but pings on its connection.
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # In truth how long an attempt may take, TLS and a busy peer included; the time between attempts is the other two's.
@@ -58,7 +60,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", _PING // 2),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING // 2),
+    # 0 is no limit: a server must not end the connection of a peer that pings as CHANNEL_OPTIONS say.
     ("grpc.http2.max_ping_strikes", 0),
+    # A second service would be let onto a port in use otherwise, and get some of its calls.
     ("grpc.so_reuseport", 0),
 )
 
@@ -189,6 +193,7 @@ class Host:
         credentials, limits = security.server_credentials(), limits or Limits()
         self.unread = Unread() if unread is None else unread
         guard = Guard(security, limits)
+        # The guard comes last: a call without an API key is refused before it reads anything.
         self.server = aio.server(options=(*SERVER_OPTIONS, *limits.options()), interceptors=(*interceptors, guard))
         self._methods = LateMethods(services, self.unread, receive)
         self.server.add_generic_rpc_handlers((self._methods,))

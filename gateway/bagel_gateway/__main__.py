@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(config: GatewayConfig) -> None:
     gateway = Gateway(config)
+    # After everything is made and before anything is served: what is there now stays.
     keep_loaded()
     await gateway.start()
     service.announce(gateway.host, config.listen, gateway.rest.address if gateway.rest is not None else None)

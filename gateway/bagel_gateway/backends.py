@@ -117,6 +117,7 @@ class Backend:
         except grpc.RpcError as error:
             failed = from_rpc_error(error, self.name, inside=True)
             self.lost(str(failed), failed.hidden + self._certificate)
+            # Silence counts from the start of the check, not from its timeout.
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
                 self._fall_silent()
@@ -303,6 +304,7 @@ class Backends:
         for thinker in thinkers:
             if any(_misfit(thinker, thinker.model, dit) is None for dit in dits):
                 return thinker
+        # No pair fits, so the least busy one stands for all.
         raise ForeignContext(str(_misfit(thinkers[0], thinkers[0].model, dits[0])))
 
     def _dit_for(self, thinker: ThinkerBackend | None, model: ModelInfo) -> DitBackend:
@@ -319,6 +321,7 @@ class Backends:
             try:
                 return choose()
             except NoBackend:
+                # Asked after the choice, so that it is tried at least once.
                 if time.monotonic() > deadline:
                     raise
             await asyncio.sleep(LOOK_AGAIN_S)

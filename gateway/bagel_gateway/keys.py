@@ -44,6 +44,7 @@ class Keys:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             try:
+                # In a thread, since reading a file blocks the event loop.
                 ring, data = await asyncio.to_thread(read_keys, self._path)
             except ConfigError as error:
                 self._report(str(error))

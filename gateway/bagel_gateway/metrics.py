@@ -28,6 +28,7 @@ class Metrics:
     """Requests by their end, their durations by stage, tokens, bytes, and the backends."""
 
     def __init__(self) -> None:
+        # A registry of its own: the global one would refuse a second gateway in the same process.
         self._registry = CollectorRegistry()
         self._instruments = make = Instruments(self._registry)
         self._requests = make.counter(
@@ -130,6 +131,7 @@ class Metrics:
         except BagelError as error:
             status = error.grpc_status
             raise
+        # A client that leaves cancels the task, or closes the generator.
         except (asyncio.CancelledError, GeneratorExit):
             status = "CANCELLED"
             raise

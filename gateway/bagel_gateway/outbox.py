@@ -52,9 +52,11 @@ class _Outbox(Generic[T]):
         try:
             await work(self._put)
         finally:
+            # Also after a failure: the reader then asks how the work ended.
             self._items.put(None)
 
     def _put(self, item: T) -> None:
+        # Work that is being cancelled may still put something.
         if self._error is not None:
             return
         nbytes = self._size(item)

@@ -126,6 +126,7 @@ class Gateway:
         await self.host.start()
         if self.rest is not None:
             await self.rest.start()
+        # Last, so that both fronts listen by the time the gateway is ready.
         self.backends.start(self._on_ready)
 
     async def until_stopped(self) -> None:
@@ -144,6 +145,7 @@ class Gateway:
 
     async def _close(self) -> None:
         if self.rest is not None:
+            # The front first, since its requests use what is closed after it.
             await self.rest.stop()
         if self._watching is not None:
             self._watching.cancel()

@@ -106,6 +106,7 @@ class Requests:
         """The first result, and all others once it is accepted. Ends with the first error, the others cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
+                # Around the admission, so that a request that finds no place is counted too.
                 with self._metrics.request(_modality(message)) as seen:
                     async with self._admission.admit() as waited_s:
                         asked = await self._read(message)
@@ -121,6 +122,7 @@ class Requests:
 
                         await self._run(first, services, remaining, waited_s, emit)
         except BaseExceptionGroup as failed:
+            # The first error is the cause; the other results were cancelled for it.
             raise failed.exceptions[0] from None
 
     async def _run(
@@ -164,9 +166,11 @@ class Requests:
                         await self._run(asked, services, remaining, waited_s, partial(emit, seen), begun=True)
                 return
             except Busy as busy:
+                # What its client has seen cannot be taken back.
                 if emitted & {"text", "drawing", "step"}:
                     raise
                 log.info("too busy for one more result; it is tried again", number=number, why=str(busy))
+                # Slept outside of its place, which others may have meanwhile.
                 await asyncio.sleep(busy.retry_after_s)
 
     async def _check(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> gateway_pb2.Accepted:

@@ -41,6 +41,7 @@ def exposes_keys(config: GatewayConfig) -> bool:
 
 def _front_and_inner(config: GatewayConfig) -> tuple[Security, Security]:
     secure = serving.security(config)
+    # The allowed clients are the gateway's callers; they say nothing about the services that it calls.
     inner = PLAINTEXT if config.plaintext_services else replace(secure, clients=())
     if config.plaintext_front:
         if not inner.encrypted:

@@ -41,6 +41,7 @@ class Upload(Generic[R]):
         """Call it with the message that `make` makes, of about so many bytes, when it is its turn."""
 
         async def once() -> AsyncIterator[Pieces]:
+            # A large message is held whole while it is put together, so only one of them is at a time.
             async with self._turn if nbytes > LARGE_BYTES else nullcontext():
                 yield make()
 

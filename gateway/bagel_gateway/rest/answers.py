@@ -46,6 +46,7 @@ async def event_stream(request: Request, events: AsyncGenerator[Payload, None]) 
     try:
         first = await unless_gone(request, _first(events))
     except BaseException:
+        # There will be no EventStream to close them.
         await events.aclose()
         raise
     return EventStream(first, events)
@@ -75,6 +76,7 @@ class EventStream(Response):
         if isinstance(outcomes[0], asyncio.CancelledError):  # the client has left, which is no failure
             record_request_failure(outcomes[0])
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        # An OSError means that the client's connection broke, which is no failure of ours.
         if isinstance(outcomes[0], Exception) and not isinstance(outcomes[0], OSError):
             raise outcomes[0]
 

@@ -114,6 +114,7 @@ def _bare_app() -> FastAPI:
         title="bagel-serving",
         version=bagel.__version__,
         description=ABOUT,
+        # FastAPI's own pages load Swagger UI from the network; `add_docs` serves it from here.
         docs_url=None,
         redoc_url=None,
         # The root span of a request over HTTP; spans of our own show what happens in it.
@@ -126,6 +127,7 @@ def _handled(endpoint: Endpoint, route: str, metrics: Metrics) -> Endpoint:
 
     async def handle(request: Request) -> Response:
         given = request.headers.get(REQUEST_ID, "")[:LONGEST_REQUEST_ID]
+        # It goes into a header and into logs, so it is taken only if both can hold it.
         request_id = given if given and given.isascii() and given.isprintable() else new_request_id()
         current_request.set(request_id)
         annotate_request(request_id=request_id)

@@ -37,6 +37,7 @@ class Bodies:
         _check_type(request, "application/json")
         structure, body, most = self._structure(), bytearray(), 2 * max(self._guards.max_body_bytes, SMALL)
         async for piece in request.stream():
+            # Counted before it is kept, so that a body that is refused takes no more memory.
             structure.feed(piece)
             body += piece
         if len(body) <= SMALL:

@@ -100,6 +100,7 @@ def _parsed(name: str, text: str) -> object:
 
 
 def _drop_nulls(body: Body) -> str | None:
+    # A list first, since the body changes on the way.
     for name in [name for name, value in body.items() if value is None]:
         del body[name]
     return None
@@ -192,6 +193,7 @@ def _typed_parts(body: Body) -> str | None:
 def _typed(part: Mapping[str, Any]) -> Mapping[str, Any]:
     match part:
         case {"image": str(image)} if part.get("type", "image") == "image":
+            # A URL has its scheme at the beginning; anything else is taken for base64.
             return _image_part(image if ":" in image[:10] else f"data:image/png;base64,{image}")
         case {"image_url": str(url)}:
             return _image_part(url)
@@ -232,6 +234,7 @@ def without_marks(text: str) -> str:
         found = found.removesuffix(tail)
         if not head and not tail:
             break
+    # A text without marks keeps its white space.
     return found if found != text.strip() else text
 
 

@@ -68,6 +68,7 @@ class Connections:
     def drop_one(self) -> bool:
         """End the one that has waited longest for its client; False if none waits."""
         if self._waiting:
+            # Counted out now, since the event loop reports its end only later.
             self.ended(oldest := next(iter(self._waiting)))
             oldest.transport.abort()
             return True
@@ -89,6 +90,7 @@ class Connections:
     def waits(self, connection: Connection) -> None:
         """It waits for a request, from now on."""
         self._open.add(connection)
+        # Taken out and put in again, which moves it to the end of the order.
         self._waiting.pop(connection, None)
         self._waiting[connection] = None
 
@@ -143,6 +145,7 @@ class Connection(Certified):
             self._all.waits(self)
         if self.transport.is_closing():
             self._end_if_stuck(-1)
+        # Its client has begun to send the next request already.
         elif not self._asked and self.conn.trailing_data[0]:
             self._expect_head()
 
@@ -175,6 +178,7 @@ class Connection(Certified):
 
     def _end_if_stuck(self, before: int) -> None:
         """End it once its client has read nothing for a while of what is left to send."""
+        # The first call says -1, which no size equals, so it only starts the timer.
         left = self.transport.get_write_buffer_size()
         if left == before:
             self.transport.abort()
@@ -240,6 +244,7 @@ class Acceptor:
             self._loop.remove_reader(self._socket.fileno())
 
     def _accept(self) -> None:
+        # Bounded, so that many new connections do not keep the event loop from the old ones.
         for _ in range(_AT_ONCE):
             if not self._connections.make_room():
                 self._pause()  # until one ends

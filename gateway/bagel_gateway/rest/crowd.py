@@ -25,6 +25,7 @@ class Crowd:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, which has a connection of its own."""
+        # Probes take no place, so that a crowded gateway still answers its health checks.
         if scope["type"] != "http" or scope["path"] in PROBES:
             await self._app(scope, receive, send)
             return
@@ -84,4 +85,5 @@ class _Upload:
             try:
                 return await self._receive()
             finally:
+                # `give_way` may have taken it out already.
                 self._awaited.pop(self, None)

@@ -47,6 +47,7 @@ def data_of(url: str, field: str) -> bytes:
 
 def _from_base64(coded: bytes, field: str) -> bytes:
     try:
+        # Strictly first: most URLs are clean, and the lenient way copies the data several times.
         file = base64.b64decode(coded, validate=True)
     except binascii.Error:
         file = _from_nearly_base64(coded, field)

@@ -105,6 +105,7 @@ class OmniReading(Reading):
         wanted = self._fitted(wanted, largest) if modality.makes_image else wanted
         defaults = {**self._guidance(modality), **self._requests.defaults}
         try:
+            # Any text will do, as which settings have an effect does not depend on it.
             request = resolve(modality, (TextPart("-"),), {}, {**defaults, **wanted})
         except InvalidRequest:  # the planning refuses it, by the client's name
             return given, wanted

@@ -44,6 +44,7 @@ class Fetcher:
     def _get(self, host: str, port: int, path: str) -> bytes:
         # The socket's timeout bounds a single read; this bounds a server that sends a few bytes at a time.
         deadline = time.monotonic() + TIMEOUT_S
+        # This client follows no redirects, which could lead to a host that is not on the list.
         connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=self._tls)
         try:
             connection.request("GET", path, headers={"User-Agent": "bagel-serving", "Accept": "image/*"})

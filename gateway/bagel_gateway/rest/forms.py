@@ -145,6 +145,7 @@ class FormReader:
         part = self._part
         if part.filename is None and len(part.data) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequest(part.name, f"{part.name} has more than {MAX_FIELD_BYTES} bytes, the most of a field")
+        # A view, since a slice of bytes would be one more copy.
         part.data += memoryview(data)[start:end]
 
     def _part_end(self) -> None:

@@ -53,6 +53,7 @@ class _Body:
         if self._complete:
             return await self._receive()
         if self._announced is not None and self._announced > self._most:
+            # Refused by what it announces, before any of it is read.
             self._raise_too_large()
         message = await self._in_pace()
         if message["type"] == "http.request":

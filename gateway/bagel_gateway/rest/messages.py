@@ -105,6 +105,7 @@ class _Reading:
             elif value is not None or (key == "content" and role != "assistant"):
                 self._wrong(f"{where}.{key} is {value!r:.80}; it must be a text or a list of parts")
         if role == "user" and not self._interleave:
+            # The sort is stable: images keep their order, and texts theirs.
             self.contents[before:] = sorted(self.contents[before:], key=lambda content: "url" not in content)
 
     def _take(self, read: Callable[[str, Any], dict[str, str]], where: str, given: object) -> None:

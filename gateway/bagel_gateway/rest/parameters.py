@@ -229,6 +229,7 @@ def read(model: type[P], refused: Mapping[str, Only], data: Mapping[str, Any], *
     Raises InvalidRequest with everything that is wrong, or UnknownParameter if a name is wrong.
     """
     given = dict(data)
+    # Taken out here, since the model below would call them unknown.
     refusals = [error for name, only in refused.items() for error in only.refused(name, given.pop(name, None))]
     try:
         read = model.model_validate(given, strict=typed)

@@ -76,6 +76,7 @@ class Front:
         if self._names:
             return self._names
         name = (await self.requests.describe()).model.name
+        # Clients need not know the folders of the machine that serves.
         return (PurePath(name).name if PurePath(name).is_absolute() else name,)
 
     async def check_model(self, asked: str | None) -> str:

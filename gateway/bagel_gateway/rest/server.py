@@ -76,6 +76,7 @@ class RestServer:
         app: ASGIApp = make_app(
             front, bodies, fetcher, metrics, backends, draining, int(time.time()), grpc, keyed=keyed
         )
+        # Each layer goes around those before it, so that a caller is checked before its body is read.
         app = LimitBodies(app, config, room)
         if keys is not None:
             app = RequireKey(app, keys, metrics)

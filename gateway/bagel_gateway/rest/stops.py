@@ -64,6 +64,7 @@ async def stopped(events: Events, stops: Sequence[Stop]) -> Events:
     """The events of several answers, each up to its stop text; the work is cancelled once all have stopped."""
     async with aclosing(events):
         async for number, event in events:
+            # The work goes on until all answers have stopped.
             if stops[number].stopped:
                 continue
             for passed in stops[number].take(event):

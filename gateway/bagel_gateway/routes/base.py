@@ -95,6 +95,7 @@ class Route(ABC):
         timings = convert.timings_from_wire(finished.timings)
         if self._waited_s:
             timings = {"queue": self._waited_s + timings.pop("queue", 0.0), **timings}
+        # Measured here, since no stage sees the whole of a request.
         timings["total"] = time.perf_counter() - self._started + self._waited_s
         del finished.timings[:]
         finished.timings.extend(convert.timings_to_wire(timings))
@@ -194,6 +195,7 @@ class Route(ABC):
                 case "admitted":
                     admitted = event.admitted
                     self._begin()
+                    # A DiT that draws from K/V begins at once; one that has the whole request reads its prompt first.
                     if settings is None:
                         self._emit_drawing(admitted)
                 case "prefill":

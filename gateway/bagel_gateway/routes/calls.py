@@ -36,6 +36,7 @@ async def responses(call: StreamStreamCall[list[bytes], R], backend: Backend) ->
             backend.lost(str(failed), failed.hidden)  # the next request need not find out by itself
         raise failed from None
     finally:
+        # Also when the reader leaves early: the stage's work ends with it.
         call.cancel()
 
 

@@ -105,6 +105,7 @@ class Staged(Route):
     async def _serve(self) -> gateway_pb2.Finished:
         """Keep the contexts until the DiT has taken them over."""
         self._leases = leases = LeaseKeeper(self._thinker.lessor)
+        # A think text may take longer than the leases of its companions last.
         renewing = asyncio.create_task(leases.renew())
         try:
             async with asyncio.TaskGroup() as group:
@@ -146,6 +147,7 @@ class Staged(Route):
                     build.built = event.built
         built = result_of(build.built if refs else None, self._thinker, "context")
         if not build.handed_over.done():
+            # A context without a think text has one reference, and is handed over when it is complete.
             build.handed_over.set_result(refs[-1])
         if all(each.built for each in self._builds):
             self._emit_prefill(sum(each.length for each in self._builds))
