@@ -126,6 +126,7 @@ class Rows:
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
         """The blocks for a kernel: query starts [blocks + 1], K/V starts [blocks + 1] and lengths [blocks], int32."""
+        # int32, as FlashAttention takes it.
         index = torch.arange(self.count + 1, dtype=torch.int32, device=self.starts.device)
         queries, begin = [], 0
         for count in self._experts:
@@ -133,6 +134,7 @@ class Rows:
             begin += self.count * count
         queries.append(torch.full_like(index[:1], begin))
         experts = len(self._experts)
+        # Kernels take one start more than there are blocks, as for packed K/V; `lengths` say what is read.
         end = self.starts[-1:] + self.lengths[-1:]
         starts = torch.cat((*[self.starts] * experts, end)).int()
         return torch.cat(queries), starts, self.lengths.repeat(experts).int()

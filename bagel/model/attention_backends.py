@@ -37,6 +37,7 @@ def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     queries, length = len(q), len(k)
     first = causal and queries == length  # without context, PyTorch's own causal order is ours
     mask = None
+    # Aligned at the end. A single query sees everything and needs no mask.
     if causal and 1 < queries < length:
         mask = torch.ones(queries, length, dtype=torch.bool, device=q.device).tril(length - queries)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -59,6 +60,7 @@ def fa2(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
 def fa3(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """FlashAttention 3 for Hopper, from the package fa3-fwd; called as fa2 is."""
+    # Imported here, as the extra fa3 may be missing.
     from fa3_fwd_interface import flash_attn_varlen_func
 
     query_starts, starts, lengths = rows.on_device

@@ -79,6 +79,7 @@ def choose_backend(
 def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Triton's kernels where Triton can compile for this device. PyTorch for CUDA brings all but a C compiler."""
     try:
+        # Imported here, as PyTorch's builds without CUDA bring no Triton.
         from bagel.model.triton_kernels import TRITON
 
         TRITON.try_out(device, dtype)

@@ -1,4 +1,4 @@
-"""Which device a name means, and which number type auto comes to there: one rule for every process."""
+"""Which device a name means, and which dtype `auto` means there: one rule for every process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def choose_device(name: str, gpu: int = 0) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> str:
-    """The number type that a name comes to on a device. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """The dtype that a name means on a device. auto: bfloat16 on a GPU, float32 on a CPU."""
     if name == AUTO:
         return "bfloat16" if device.type == "cuda" else "float32"
     return name

@@ -28,6 +28,7 @@ def timesteps(num_timesteps: int, shift: float) -> Tensor:
 
 def guided_steps(t: Tensor, interval: tuple[float, float]) -> list[bool]:
     """Whether guidance is on in the step that starts at each t: lo < t <= hi, compared in float32."""
+    # In float64 a time at the interval's end might fall on its other side.
     lo, hi = torch.tensor(interval, dtype=torch.float32)
     return [bool(on) for on in (t > lo) & (t <= hi)]
 
@@ -55,6 +56,7 @@ def guide(velocities: Mapping[BranchName, Tensor], settings: ImageSettings) -> T
     text = velocities[BranchName.CFG_TEXT]
     image = velocities.get(BranchName.CFG_IMG)
     g = text + settings.cfg_text_scale * (c - text)
+    # Only this type rescales before the image branch comes in, as in the reference.
     if settings.cfg_renorm_type is RenormType.TEXT_CHANNEL:
         return _guide_image(_renorm(c, g, settings.cfg_renorm_min, per_token=True), image, settings)
     h = _guide_image(g, image, settings)

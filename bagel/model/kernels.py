@@ -87,6 +87,7 @@ class TorchKernels:
         turned_q, turned_k = norm_and_rotate(qk.float(), weight, eps, rope).split((heads, kv_heads), dim=-2)
         q.view(turned_q.shape).copy_(turned_q)
         for cache, new in zip(kv, (turned_k, v), strict=True):
+            # By index, as a row's tokens do not lie together: latents lie between two delimiters.
             cache.index_copy_(0, slots, new.flatten(0, -3).to(cache.dtype))
 
     def gate(self, gate_up: Tensor) -> Tensor:

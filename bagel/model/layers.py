@@ -67,6 +67,7 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, theta: float) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
+        # Not persistent: it is computed, and the checkpoint does not hold it.
         self.register_buffer("inv_freq", torch.empty(head_dim // 2, dtype=torch.float32), persistent=False)
         self.reset()
 

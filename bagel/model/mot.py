@@ -64,6 +64,7 @@ class ExpertOutput(nn.Module):
         """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
         delta = backend.after_attention(self.o_proj(attended.flatten(-2)).view(x.shape))
         x, normed = self.post_attention_layernorm(x, delta, backend.kernels, attended.dtype)
+        # In place, as this x is the sum that was just made, not the caller's tensor.
         return x.add_(backend.after_mlp(self.mlp(normed, backend.kernels)))
 
 
@@ -84,6 +85,7 @@ class MoTLayer(nn.Module):
         self, und: Tensor, gen: Tensor | None, rows: Rows, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> tuple[Tensor, Tensor | None]:
         """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the layer's slab."""
+        # One tensor, of which each expert fills its part, so that attention takes it without a copy.
         q = kv[0].new_empty(rows.queries, self.heads, self.head_dim)
         split = rows.count * rows.und
         if gen is None:
@@ -115,6 +117,7 @@ class MoTDecoder(nn.Module):
         hidden, eps, stem = config.hidden_size, config.rms_norm_eps, f"{name}.model"
         share = linears.rank.decoder(config)
         self.kv_shape = KvShape(config.num_hidden_layers, share.kv_heads.count, config.head_dim)
+        # Replaced when the model gets its memory, as the choice depends on the device.
         self.backend = LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.embed_tokens = nn.Embedding(config.vocab_size if parts.text else 2, hidden, dtype=linears.dtype)

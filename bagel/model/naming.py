@@ -40,6 +40,7 @@ class Slot:
 def slots(model: Bagel) -> Iterator[Slot]:
     """Every slice of the checkpoint that this model needs, in the order of its parameters."""
     for path, module in model.named_modules():
+        # The autoencoder has a file and names of its own, listed below.
         if path == "vae" or path.startswith("vae."):
             continue
         match module:
@@ -100,6 +101,7 @@ def _vae_slots(model: Bagel) -> Iterator[Slot]:
     """The autoencoder's tensors. The attention's 1 x 1 convolutions are linear layers in diffusers."""
     assert model.vae is not None
     parameters = dict(model.vae.autoencoder.named_parameters())
+    # Some names do not exist, like a shortcut where widths are equal; those are never looked up.
     file_names = {diffusers_name(name, len(model.config.vae.ch_mult)): name for name in _vae_file_names(model)}
     for name, parameter in parameters.items():
         convolution = ".attentions.0.to_" in name and parameter.dim() == 2

@@ -10,6 +10,7 @@ from torch import Tensor
 
 def to_pixels(image: Image.Image) -> Tensor:
     """RGB image -> [3, H, W] float32 in [-1, 1]: (u8 / 255 - 0.5) / 0.5, for ViT and VAE alike."""
+    # np.array copies: torch needs memory that it may write to, which an image does not give.
     u8 = torch.from_numpy(np.array(image, dtype=np.uint8))
     return (u8.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 

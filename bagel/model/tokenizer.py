@@ -36,6 +36,7 @@ class BagelTokenizer:
         except Exception as error:  # the tokenizers library raises Exception itself
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{folder}: {_damaged(folder)} cannot be read: {reason}") from None
+        # A second tokenizer, so that no text of a user becomes a control token.
         self._plain = _without_added_tokens(self._control)
         self.bos, self.eos = self._id(folder, IM_START), self._id(folder, IM_END)
         self.image_start, self.image_end = self._id(folder, VISION_START), self._id(folder, VISION_END)

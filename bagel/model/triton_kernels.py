@@ -62,6 +62,7 @@ class TritonKernels:
             direct,
             swapped,
             direct.stride(0),
+            # Where a row has one position for all tokens, stride 0 reads the same factors for each.
             direct.stride(1) if direct.shape[1] > 1 else 0,
             n,
             q,
@@ -86,6 +87,7 @@ class TritonKernels:
     def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compile and run one kernel; raises what Triton raises where it cannot."""
         self.gate(torch.zeros(1, 32, dtype=dtype, device=device))
+        # Errors of a launch show only when the host waits for it.
         torch.cuda.synchronize(device)
 
 
@@ -100,6 +102,7 @@ def _warps(elements: int) -> int:
 @triton.jit
 def _norm(x, delta, added, weight, normed, eps, width, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """One token: normed = rms_norm(x [+ delta]) * weight; with ADD the sum is kept in `added`."""
+    # int64, as offsets of many long rows exceed int32.
     token = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     there = column < width

@@ -52,11 +52,13 @@ class Vae(nn.Module):
             latent_channels=config.z_channels,
             norm_num_groups=NORM_GROUPS,
             sample_size=TILE_SIZE,
+            # The checkpoint's autoencoder has no such convolutions.
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
         # Also where another default type is set, as vLLM does. Not by diffusers' own `to`, which warns of it.
         nn.Module.to(self.autoencoder, torch.float32)
+        # Dropped while the model has no memory yet, so that a role pays for its half alone.
         if not encoder:
             self.autoencoder.encoder = None
         if not decoder:

@@ -25,6 +25,7 @@ def problems_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 def _problem(checkpoint: Checkpoint, role: Role) -> str:
     try:
+        # Names and shapes do not depend on the dtype.
         check_role(checkpoint, empty_model(checkpoint.config, role, dtype=torch.bfloat16, device="meta"))
     except CheckpointError as error:
         return str(error)

@@ -59,6 +59,7 @@ def load_model(
     first few of many), both before anything is allocated; ConfigError too for attention that cannot run there.
     """
     model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank)
+    # While the model has no memory, so that a checkpoint that does not fit costs nothing.
     check_role(checkpoint, model)
     model = _place(model, device, attention, eager=eager)
     fill(checkpoint, list(slots(model)))
@@ -89,6 +90,7 @@ def _unplaced_model(
 def _place(model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False) -> Bagel:
     """Give a model memory on a device."""
     model.to_empty(device=device)
+    # `to_empty` leaves it without values, and no file has them.
     model.language_model.rotary.reset()
     model.language_model.backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager)
     return model

@@ -69,12 +69,14 @@ def _run(golden: Golden, reports: Iterator[Comparison], tolerance: float, *, as_
         print(report.as_json(now - before) if as_json else report.line(now - before), flush=True)
         before, count = now, count + 1
         failed += [report.case] if report.failures else []
+    # A case that was lost must not pass unseen.
     failed += [f"{name} (listed but not there)" for name in golden.missing()]
     seconds = round(time.perf_counter() - start, 1)
     if as_json:
         print(json.dumps({"cases": count, "failed": failed, "tolerance": tolerance, "seconds": seconds}))
     else:
         print(_summary(count, failed, tolerance, seconds))
+    # A folder without cases proves nothing.
     return 1 if failed or not count else 0
 
 
@@ -99,7 +101,7 @@ def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[Comparis
         try:
             compare_case(with_transforms(engine, case, fingerprint), case, report)
             report.finish(case.data["images"])
-        except Exception as error:  # nor is a case that cannot be repeated
+        except Exception as error:  # so is a case that cannot be repeated
             report.failures.append(_one_line(error))
         return report
 

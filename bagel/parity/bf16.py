@@ -34,6 +34,7 @@ class Bf16Comparison(Comparison):
 
     def picture(self, name: str, ours: Image.Image, path: Path) -> None:
         self.compared.add(path.name)
+        # int16, as differences of u8 may be negative.
         wanted = np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
         reference = np.asarray(Image.open(self.recorded[name]).convert("RGB"), dtype=np.int16)
         distance = float(np.abs(np.asarray(ours, dtype=np.int16) - wanted).mean())

@@ -87,6 +87,7 @@ class Golden:
     def cases(self, numerics: str) -> list[Case]:
         """Cases of fp32 or bf16, by name."""
         folder = self.root / numerics
+        # By either file, so that a case that has lost one of them fails and is not left out.
         files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
         return [Case(self.root, folder, name) for name in sorted({path.stem for path in files} - {_DISTANCES})]
 

@@ -82,6 +82,7 @@ def _resize(table: Any, case: Comparison) -> None:
                 "vit_of_in": resized_size(*size, vit),
                 "vit_of_vae": resized_size(*first, vit),
             }
+            # Over what is recorded, so that a column that nothing computes is a failure.
             for column in _rows(row.keys() - {"in"}, f"{kind} {size}", case):
                 case.equal(f"{kind} {size} {column}", list(ours[column]) if column in ours else None, row[column])
 

@@ -98,6 +98,7 @@ class PromptRun:
     def _compare_block(self, name: str, record: Recorder) -> None:
         self.report.tensor(f"{name}.llm_inputs", record.decoder_inputs)
         for i in range(self.engine.model.config.llm.num_hidden_layers):
+            # A function, called only if the case has recorded this layer.
             self.report.tensor(f"{name}.llm_layer{i}", lambda i=i: record.decoder_layer(i))  # type: ignore[misc]
         self.report.tensor(f"{name}.llm_hidden", record.decoder_hidden)
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# An error within the tolerance can move a value across a border between two steps.
 LARGEST_U8_STEP = 1
 NAME_COLUMNS = 30
 
@@ -93,6 +94,7 @@ class Comparison:
         if ours.size != wanted.size:
             self.failures.append(f"{name}: {ours.size}, wanted {wanted.size}")
             return
+        # int16, as differences of u8 may be negative.
         difference = np.abs(np.asarray(ours, dtype=np.int16) - np.asarray(wanted, dtype=np.int16))
         self.errors[f"u8 {name}"] = float(difference.max())
         if difference.max() > LARGEST_U8_STEP:
@@ -106,6 +108,7 @@ class Comparison:
 
     def line(self, seconds: float) -> str:
         """One line for a terminal: the largest error of a tensor, or what is wrong, cut to the width."""
+        # Errors of pictures are in another unit.
         worst = max((error for name, error in self.errors.items() if not name.startswith("u8 ")), default=0.0)
         what = f"WRONG  {'; '.join(self.failures)}" if self.failures else f"ok     largest error {worst:.1e}"
         line = f"{self.case:<{NAME_COLUMNS}} {seconds:6.1f} s  {what}"

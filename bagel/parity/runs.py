@@ -171,6 +171,7 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     report.equal("n_latent_tokens", tokens, case.result["n_latent_tokens"])
     report.equal("steps_run", picture.steps, case.result["steps_run"])
     report.equal("timesteps", picture.times, case.result["timesteps"])
+    # A GPU's bucket on every device, so that padded steps are compared too.
     bucket = latent_bucket(tokens)
     model, space = run.engine.model, kv_space_of(run.engine.model, picture.kv_tokens(bucket))
     canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab))
@@ -178,6 +179,7 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     forwards = {name: case.result[f"steps_with_{name}_forward"] for name in ("cfg_text", "cfg_img")}
     _first_step(canvas, drawing, run, forwards)
     report.tensor("timesteps", torch.tensor(picture.times))
+    # Copies, as a step changes the latents in place.
     recorded: dict[str, list[torch.Tensor]] = {"x": [drawing.latents.clone()]}
     while not drawing.finished:
         _step(canvas, drawing, recorded, forwards)

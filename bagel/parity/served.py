@@ -162,6 +162,7 @@ class ServedRun:
         """Have the Thinker build a context, pull it as a DiT does, and check that it is the one meant."""
         seed, mode = case.data.get("seed") or 0, PosteriorMode.MEAN if _is_mean(case) else PosteriorMode.SEED
         chain = self._planner.chain(parts, self._planner.prepare_images(parts, mode, seed))
+        # An empty context has no K/V to pull.
         if not parts:
             return _Pulled(chain, {})
         assert self._thinker is not None
@@ -171,6 +172,7 @@ class ServedRun:
         async with channel(self._thinker) as connection:
             events = ThinkerServiceStub(connection).BuildContext(request, timeout=300)
             ref = kv_pb2.ContextRef()
+            # A new store each time, so that everything is pulled and nothing reused.
             store = KvStore(self._layout, self._fingerprint, STORE_BYTES)
             puller = KvPuller(store, {"thinker-0": connection})
             async for event in events:
@@ -178,6 +180,7 @@ class ServedRun:
                     ref = event.context
                     async with puller.hold([ref]) as held:
                         await held.fetch()
+                        # Copies, as the store may reuse its memory once the context is no longer held.
                         kv = {segment.digest: _copy(store.load(segment.digest)) for segment in ref.segments}
             await puller.close()
         report.equal("digests", [segment.digest for segment in ref.segments], [each.digest for each in chain.segments])
