@@ -136,6 +136,7 @@ class Rows:
         experts = len(self._experts)
         # Kernels take one start more than there are blocks, as for packed K/V; `lengths` say what is read.
         end = self.starts[-1:] + self.lengths[-1:]
+        # Both experts of a row see the same K/V.
         starts = torch.cat((*[self.starts] * experts, end)).int()
         return torch.cat(queries), starts, self.lengths.repeat(experts).int()
 

@@ -78,6 +78,7 @@ class Bagel(nn.Module):
         """token_ids [...] -> [..., hidden] float32."""
         if not self.role.parts.text:
             raise NotSupported(f"role {self.role} reads no text; load the model with role understand, context or full")
+        # The residual stream is float32, whatever the weights are.
         return cast(Tensor, self.language_model.embed_tokens(token_ids)).float()
 
     def delimiter_embeddings(self) -> Tensor:
@@ -91,7 +92,7 @@ class Bagel(nn.Module):
             raise NotSupported(f"role {self.role} has no ViT; load the model with role understand, context or full")
         vit_ids = self._grid(rows, columns, self.config.vit.positions_per_side)
         features = self.connector(self.vit_model(pixel_tokens.to(self.device), vit_ids))
-        # The two tables have sides of their own, so one place has another id in each.
+        # Each table has a side of its own, so a place may have another id in each.
         table_ids = self._grid(rows, columns, self.vit_pos_embed.side)
         return cast(Tensor, features.float() + self.vit_pos_embed(table_ids))
 

@@ -88,6 +88,7 @@ class MoTLayer(nn.Module):
         # One tensor, of which each expert fills its part, so that attention takes it without a copy.
         q = kv[0].new_empty(rows.queries, self.heads, self.head_dim)
         split = rows.count * rows.und
+        # Text and ViT tokens are the understanding expert's alone.
         if gen is None:
             self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
             return self.und_output(und, backend.attend(q, *kv, rows), backend), None
@@ -98,6 +99,7 @@ class MoTLayer(nn.Module):
             lambda: self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend),
             lambda: gen_input(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend),
         )
+        # After both experts, as each attends to the K/V that the other has written.
         attended = backend.attend(q, *kv, rows)
         both: tuple[Tensor, Tensor] = backend.run_both(
             lambda: self.und_output(und, attended[:split], backend),
@@ -138,6 +140,7 @@ class MoTDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run all layers on embedded tokens (float32); hidden states before the last norm, in und's and gen's shapes.
 
+        # Now, so that this layer's K/V are sent while the next ones are computed.
         on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
         """
         for i, layer in enumerate(self.layers):

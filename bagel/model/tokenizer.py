@@ -55,6 +55,7 @@ class BagelTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, control tokens kept."""
+        # Control tokens are kept, as `reply` cuts the text by them.
         return str(self._control.decode(list(ids), skip_special_tokens=False))
 
     def reply(self, ids: Sequence[int]) -> str:

@@ -149,15 +149,18 @@ def _rotate(
     other = tl.load(source + head * DIM + opposite, inside, 0.0).to(tl.float32)
     of_q = head < HEADS
     weight = tl.where(of_q, tl.load(q_norm + d, d < DIM, 0.0), tl.load(k_norm + d, d < DIM, 0.0))
+    # The partner has its own weight, as the norm comes before the rotation.
     far = tl.where(of_q, tl.load(q_norm + opposite, d < DIM, 0.0), tl.load(k_norm + opposite, d < DIM, 0.0))
     scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
     cos = tl.load(direct + factor + d, d < DIM, 0.0)
     sin = tl.load(swapped + factor + d, d < DIM, 0.0)
+    # A value and its partner have one scale, so it may come last.
     y = (x * weight * cos + other * far * sin) * scale
     at_q = q + token.to(tl.int64) * (HEADS * DIM) + head * DIM + d
     tl.store(at_q, y.to(q.dtype.element_ty), inside & of_q)
     at_k = k + slot * (KV_HEADS * DIM) + (head - HEADS) * DIM + d
     tl.store(at_k, y.to(k.dtype.element_ty), inside & (head >= HEADS))
+    # v is copied as it is: only q and k are normed and turned.
     head = tl.arange(0, COPIED)[:, None]
     inside = (head < KV_HEADS) & (d < DIM)
     values = tl.load(source + (HEADS + KV_HEADS + head) * DIM + d, inside, 0.0)

@@ -129,6 +129,7 @@ def check_known(files: Mapping[str, Mapping[str, TensorInfo]], config: ModelConf
 def check_tensors(files: Mapping[str, Shapes], needed: Sequence[Slot], where: str) -> None:
     """Compare what a model needs with what the files hold. Raises CheckpointError with every difference."""
     problems = []
+    # A tensor of several slots is reported once.
     for file, name, shape in dict.fromkeys((slot.file, slot.name, slot.shape) for slot in needed):
         found = files[file].get(name)
         if found is None:

@@ -49,10 +49,12 @@ class Bf16Comparison(Comparison):
 def compare_bf16(golden: Golden, device: str, run: Run) -> Iterator[Comparison]:
     """Every case of bf16/, run in bfloat16 and judged against its float32 twin."""
     cases = golden.cases("bf16")
+    # Without cases no second model is loaded.
     if not cases:
         return
     engine = BagelEngine.load(golden.checkpoint, dtype=torch.bfloat16, device=device)
     for case in cases:
+        # Both bfloat16 runs, ours and the reference's, are measured from the float32 one.
         twin = Case(golden.root, golden.root / "fp32", case.name)
         yield run(engine, twin, f"bf16/{case.name}", partial(_report, golden, case, twin))
 

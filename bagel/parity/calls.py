@@ -41,6 +41,7 @@ class Calls:
         for past, inputs, at in zip(pasts, record.all("decoder.in"), positions, strict=True):
             rows: Rows = inputs[2]
             mode = "gen" if rows.gen else "und"
+            # A recorder allows no graphs, so the host knows the places.
             assert rows.intervals is not None
             _, length = rows.intervals[0]
             span = (past, length - past, int(at.min()), int(at.max()))

@@ -35,6 +35,7 @@ class PromptRun:
         self.prompt = case_prompt(case)
         self.seed = case.data.get("seed") or 0
         self.mean = str(case.data.get("posterior", "")).startswith("mean")
+        # The reference draws all noise from the request's seed, in the order of mode seed.
         mode = PosteriorMode.MEAN if self.mean else PosteriorMode.SEED
         self.images = self.planner.prepare_images(self.prompt, mode, self.seed)
         self._compare_sizes()

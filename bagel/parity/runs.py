@@ -136,6 +136,7 @@ def _decode(run: PromptRun, context: Context, wanted: dict[str, Any]) -> str:
     predicted = [int(logits.argmax()) for logits in record.all("lm_head.out")]
     ids = [engine.tokenizer.bos, *predicted[: forwards - 1]][: len(predicted)]
     run.calls.add_forwards(range(context.length, context.length + len(predicted)), record)
+    # Without these, no text would be compared and the case would pass.
     report.require("gen.ids", "gen.logits")
     report.tensor("gen.ids", torch.tensor(ids))
     report.tensor("gen.logits", torch.cat(record.all("lm_head.out")))
@@ -155,6 +156,7 @@ def _decode(run: PromptRun, context: Context, wanted: dict[str, Any]) -> str:
     }
     called = ("ids_with_bos", "steps_run")
     asked = ("ids_with_bos", "visible_ids", "predicted_after_each_step", "text")
+    # A direct call of generate_text has recorded less.
     for name in called if stops else asked:
         report.equal(name, ours[name], wanted[name])
     return text
@@ -232,6 +234,7 @@ def _first_step(canvas: Canvas, drawing: Drawing, run: PromptRun, forwards: dict
 
 def _size(run: PromptRun, settings: ImageSettings) -> tuple[int, int]:
     if run.images:
+        # An edit is as large as its last image after resizing.
         width, height = list(run.images.values())[-1].prepared.size
         return height, width
     assert settings.height is not None and settings.width is not None

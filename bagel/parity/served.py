@@ -54,6 +54,7 @@ def compare_served(
         if case.name not in NOT_SERVED:
             groups.setdefault(_transforms_of(case), []).append(case)
     config = load_deploy_config(shipped_deploy_config(topology), engine=engine)
+    # Transforms belong to a checkpoint's configuration, so each pair needs services of its own.
     for transforms, cases in groups.items():
         with tempfile.TemporaryDirectory(prefix="bagel-parity-") as folder:
             model = _with_transforms(golden.checkpoint.folder, transforms, Path(folder))
@@ -81,6 +82,7 @@ class ServedRun:
         try:
             report.tensors = {name: tensor for name, tensor in case.tensors.items() if self._is_handed_over(name)}
             text = self._generate(case, report)
+            # A single stage hands no K/V over.
             if self._two_stages:
                 asyncio.run(self._compare_kv(case, text, report))
             report.finish(name for name in case.data["images"] if name.endswith(".image.png") and not _is_mean(case))
