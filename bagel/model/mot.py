@@ -140,11 +140,11 @@ class MoTDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Run all layers on embedded tokens (float32); hidden states before the last norm, in und's and gen's shapes.
 
-        # Now, so that this layer's K/V are sent while the next ones are computed.
         on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
         """
         for i, layer in enumerate(self.layers):
             und, gen = layer(und, gen, rows, slab.layer(i), self.backend)
+            # Now, so that this layer's K/V are sent while the next ones are computed.
             if on_layer is not None:
                 on_layer(i)
         return und, gen

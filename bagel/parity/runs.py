@@ -136,7 +136,7 @@ def _decode(run: PromptRun, context: Context, wanted: dict[str, Any]) -> str:
     predicted = [int(logits.argmax()) for logits in record.all("lm_head.out")]
     ids = [engine.tokenizer.bos, *predicted[: forwards - 1]][: len(predicted)]
     run.calls.add_forwards(range(context.length, context.length + len(predicted)), record)
-    # Without these, no text would be compared and the case would pass.
+    # Required by name, as `tensor` passes over what a case has not recorded.
     report.require("gen.ids", "gen.logits")
     report.tensor("gen.ids", torch.tensor(ids))
     report.tensor("gen.logits", torch.cat(record.all("lm_head.out")))
