@@ -35,6 +35,7 @@ OWN_SERVICES = ("model", "device", "dtype", "engine", "topology", "init_timeout"
 def eval_nano(args: argparse.Namespace) -> None:
     """Run the command; raises ConfigError where the evaluation is not installed, BagelError if a row failed."""
     evaluate, rows = _evaluation(EVALUATE), _evaluation(ROWS)
+    # The rows' names are checked before any service starts.
     chosen = rows.rows_named(args.rows or [])
     count = EVALUATED if args.count is None else args.count
     with _served(args) as (generate, about):

@@ -105,6 +105,7 @@ def complain_of_unknown(
     """
     known = [name for action in parser._actions for name in action.option_strings]
     problems: list[str] = []
+    # Only the first one: a word further on may be the value of an unknown flag.
     if not unknown[0].startswith("-"):
         places = {"--prompts": "a prompt goes behind --prompts", "--model": "a model goes behind --model"}
         hint = next((remedy for flag, remedy in places.items() if flag in known), "leave it out")

@@ -35,6 +35,7 @@ def make_requests(
     if args.negative_prompt:
         check_text("--negative-prompt", args.negative_prompt)
     options = {request_option(flag): getattr(args, flag) for flag in REQUEST_FLAGS}
+    # Read once, as all requests share it.
     image = _image_parts(modality, args.image_path)
     requests = []
     for number, prompt in enumerate(prompts):

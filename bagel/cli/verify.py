@@ -119,6 +119,7 @@ def _examine(report: _Report, checkpoint: Checkpoint, role: str | None) -> None:
         checkpoint.check_unchanged()
         if not [name for name in (EMA, AE) if name not in {file.name for file in covered}]:
             report.fingerprint = fingerprint_of(checkpoint.config, covered).hex()
+    # Several services may refuse a model for the same reason.
     report.problems += sorted({why for why in report.services.values() if why} - set(report.problems))
 
 

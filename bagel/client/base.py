@@ -28,6 +28,7 @@ class ClientBase(ABC, Generic[Stream]):
 
     def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
         self._target, self._security, self._api_key = target, security, api_key
+        # Checked now, before any call could send the key in plaintext.
         self._key = key_metadata(api_key, target, security)
 
     def stream(

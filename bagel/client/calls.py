@@ -116,6 +116,7 @@ def call_of(arguments: Mapping[str, Any] | str, index: int) -> Call:
 
 def check_at_once(at_once: object) -> None:
     """Refuse what is no number of requests; a semaphore of none would be waited for without end."""
+    # True and False are whole numbers for Python.
     if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
         raise InvalidRequest("at_once", f"at_once is {at_once!r:.80}; it must be a whole number at least 1")
 
@@ -131,6 +132,7 @@ def _parts(prompt: PromptInput, image: ImageInput | None) -> list[common_pb2.Par
     before = [] if image is None else [common_pb2.Part(image=common_pb2.ImagePart(data=_image_bytes(image)))]
     if isinstance(prompt, str):
         return [*before, _part(prompt)]
+    # Both can be iterated over, and would become parts by their bytes or keys.
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise InvalidRequest(
             "prompt", f"prompt is {prompt!r:.80}; it must be a text, or a list of texts, TextPart and ImagePart"

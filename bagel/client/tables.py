@@ -9,7 +9,7 @@ from bagel.telemetry.stages import steps_of
 
 NOTHING = "-"
 LABEL_CHARACTERS = 40
-"""Of a prompt, where it names a request."""
+"""Longest part of a prompt that names its request."""
 
 
 def profile_table(results: Sequence[Result]) -> str:

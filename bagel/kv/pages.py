@@ -38,6 +38,7 @@ class KvLayout:
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise ConfigError(f"K/V type {self.dtype!r} is unknown; it must be one of {', '.join(ITEM_BYTES)}")
+        # A row larger than a page could never be sent.
         if min(self.layers, self.kv_heads, self.head_dim) < 1 or self.page_tokens < 1:
             raise ConfigError(f"{self} fits no page of {PAGE_BYTES} bytes; sizes must be at least 1 and a row less")
 
@@ -53,6 +54,7 @@ class KvLayout:
     @property
     def page_tokens(self) -> int:
         """Tokens of a full page."""
+        # By the whole model's heads, so that all ranks cut a segment into the same pages.
         heads = max(self.page_heads, self.kv_heads)
         return PAGE_BYTES // (2 * heads * self.head_dim * self.itemsize)
 

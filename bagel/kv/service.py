@@ -105,6 +105,7 @@ def _interval(name: str, begin: int, end: int, count: int) -> tuple[int, int]:
 
 def add_kv_blocks(servicer: KvBlocksServicer, server: grpc.aio.Server) -> None:
     """Register the service; Pull with bytes as they are, so that no payload goes through protobuf."""
+    # glibc would give the memory of each page back to the kernel otherwise, and have it cleared again.
     reuse_freed_memory()
     handlers: dict[str, Any] = {
         "Pull": grpc.unary_stream_rpc_method_handler(

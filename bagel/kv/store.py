@@ -28,7 +28,7 @@ OnPage = Callable[[bytes, int, int, int], None]
 """Called with (digest, layer, token begin, token end)."""
 
 LOOK_AGAIN_S = 0.5
-"""Who waits looks at the leases this often: nothing else runs when a lease lapses."""
+"""Seconds between two looks at the leases while a caller waits: nothing else runs when a lease lapses."""
 
 
 class KvStore:

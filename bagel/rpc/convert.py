@@ -139,6 +139,7 @@ def options_from_wire(message: common_pb2.Request) -> dict[str, Any]:
     check_stop_tokens(len(message.text.stop_token_ids))
     if message.text.stop_token_ids:
         options["stop_token_ids"] = tuple(message.text.stop_token_ids)
+    # 0 of an enumeration means that none is set.
     if message.posterior:
         options["posterior"] = _named("posterior", message.posterior, _POSTERIORS)
     return options
@@ -333,6 +334,7 @@ def _image_fields(message: common_pb2.ImageSettings) -> dict[str, Any]:
 
 
 def _set_fields(message: Any, names: Iterable[str]) -> dict[str, Any]:
+    # By presence, not by value: a user may have set 0 or False.
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 

@@ -10,7 +10,7 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 """A prompt's images and a picture fit; K/V pages are far smaller."""
 DRAIN_S = 30.0
 READER_TIMEOUT_S = 60.0
-"""That a reader may take nothing: longer than a phone is out of reach in a tunnel."""
+"""Longest time in which a reader may take nothing: longer than a phone is out of reach in a tunnel."""
 MAX_UNREAD_BYTES = 128 * 2**20
 MAX_UNREAD_CALL_BYTES = 64 * 2**20
 """Ten large pictures with their previews; a message alone may have as much."""

@@ -82,8 +82,10 @@ class Waiting:
 
     def add(self, nbytes: int) -> None:
         """So many more wait."""
+        # The wait begins with the first byte, not with the call.
         if not self.nbytes:
             self.since = time.monotonic()
+        # A reader that was dropped is not counted any more.
         if self.give_up is not None:
             self._unread._change(self, self.nbytes + nbytes)
 

@@ -46,6 +46,7 @@ class Histogram:
 
     def __init__(self, scraped: prometheus_client.Histogram, exported: Exported, about: str) -> None:
         self._scraped, self._as = scraped, exported
+        # The same buckets as those of Prometheus, so that both show the same.
         self._exported = metrics.meter.create_histogram(
             exported.name, exported.unit, about, explicit_bucket_boundaries_advisory=metrics.SECONDS
         )

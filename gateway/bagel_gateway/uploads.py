@@ -45,6 +45,7 @@ class Upload(Generic[R]):
             async with self._turn if nbytes > LARGE_BYTES else nullcontext():
                 yield make()
 
+        # A stream of one message, which gRPC forgets once it is sent; it keeps a unary request to the end.
         call: aio.StreamStreamCall[Pieces, R] = self._call(once(), timeout=timeout, metadata=tuple(metadata))
         return call
 

@@ -40,7 +40,7 @@ class GrpcFront:
 
 
 def add_playground(app: FastAPI, grpc: GrpcFront) -> None:
-    """Serve the page at `/`, which is told where gRPC is, and its files under `/playground`."""
+    """Serve the page at `/`, with the gateway's gRPC port in it, and its files under `/playground`."""
     html = (STATIC / "index.html").read_text(encoding="utf-8").replace(_GRPC.format(""), _GRPC.format(grpc))
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -1,4 +1,4 @@
-"""Answers that end with their client: whoever goes away cancels the work. Server-sent events."""
+"""Answers that end with their client: a client that leaves cancels the work. Server-sent events."""
 
 from __future__ import annotations
 

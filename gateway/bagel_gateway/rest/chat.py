@@ -41,6 +41,7 @@ class Chat:
         try:
             given = read(ChatParameters, REFUSED_CHAT, body, typed=True)
         except InvalidRequest as error:
+            # The messages' problems are listed too, so that a client can mend all at once.
             raise together([error, *problems_of(body.get("messages"))]) from None
         if given.stream_options is not None and not given.stream:
             raise InvalidRequest("stream_options", "stream_options is for a stream; send stream: true")
@@ -54,6 +55,7 @@ class Chat:
         images = sum(part.HasField("image") for part in parts)
         modality, names = _modality(given, images), _names(given)
         given, options = await reading.settings(given, options_of(given), modality, {**FIELD_NAMES, **names})
+        # Only the tokens of pictures are counted by the stride.
         reply = _Reply(given, model, await self._stride() if given.makes_image else 1)
         events = self._front.events(given, modality, parts, options, names)
         if given.stop:
@@ -100,6 +102,7 @@ class _Reply:
                     continue
                 if number not in begun:
                     begun.add(number)
+                    # OpenAI's streams name the role in a choice's first chunk.
                     yield self._chunk(number, {"role": "assistant", "content": ""})
                 if delta is not None:
                     yield self._chunk(number, delta)
@@ -168,6 +171,7 @@ def _names(given: ChatParameters) -> Mapping[str, str]:
     if given.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     elif given.makes_image and given.max_tokens is None:
+        # The only text of a picture is its think text.
         names["max_tokens"] = "max_think_tokens"
     if given.temperature is not None:
         names["temperature"] = "temperature"

@@ -37,7 +37,7 @@ _UNPACKED = ("extra_body", "extra_args", "extra_params")
 _HEADS = (*(f"<|im_start|>{role}\n" for role in ("user", "system", "assistant")), *CONTROL_MARKS)
 _TAILS = ("<|im_start|>assistant", *CONTROL_MARKS)
 _MOST_MARKS = 16
-"""That are taken off one end. Whatever is left is refused, as marks are without the mode."""
+"""Most marks that are taken off one end. Whatever is left is refused, as marks are without the mode."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ RESERVE = 32
 KEPT = 64
 """Descriptors that are left to services and files, beside gRPC's, half of all (`bagel.rpc.service.limits`)."""
 BACKLOG = 128
-"""Of the kernel's queue of connections that are not accepted yet."""
+"""Length of the kernel's queue of connections that are not accepted yet."""
 STUCK_S = 30.0
-"""That a client may read nothing of what is left for it when its connection ends."""
+"""Seconds in which a client may read nothing of what is left for it when its connection ends."""
 _AT_ONCE = 64
 _STARVED_S = 0.2
 _WARN_EVERY_S = 60.0
@@ -236,7 +236,7 @@ class Acceptor:
         self._closed = True
 
     async def wait_closed(self) -> None:
-        """Return at once: whoever closes the connections waits for them."""
+        """Return at once: what closes the connections waits for them."""
 
     def _pause(self) -> None:
         if self._accepting:

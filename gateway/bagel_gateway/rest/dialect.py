@@ -27,7 +27,7 @@ GUIDANCE: Mapping[str, Any] = {
 }
 """vllm-omni's guidance, of pictures and edits alike, where it differs from ours."""
 _GIVEN_OUT = ("output_format", "output_compression", "partial_images")
-"""Settings that are of the answer, and no options of bagel.request."""
+"""Settings of the answer, which are no options of bagel.request."""
 _LONGEST = 4000
 
 P = TypeVar("P", bound=Parameters)

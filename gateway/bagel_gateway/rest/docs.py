@@ -71,6 +71,7 @@ def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _schema(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, Any]:
     schema = model.model_json_schema()
+    # The schema stands inside of an operation, where a reference to $defs would lead nowhere.
     schema.pop("$defs", None)
     properties = schema["properties"]
     for name in list(properties):
@@ -81,5 +82,6 @@ def _schema(model: type[BaseModel], refused: Mapping[str, Only]) -> dict[str, An
     if FIELD in properties:
         properties[FIELD]["items"] = MESSAGE
     for name, only in refused.items():
+        # null counts as left out, so it is never refused.
         properties[name] = {"description": f"refused: {only.why}", "enum": [None, *only.values]}
     return schema

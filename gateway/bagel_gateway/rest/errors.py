@@ -76,6 +76,7 @@ def error_response(error: BagelError) -> JSONResponse:
     if isinstance(error, Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, Busy):
+        # Whole seconds, as HTTP has them, and never 0: a client would be back at once.
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(error_body(error), status_of(error), headers)
 
@@ -93,6 +94,7 @@ def renamed(error: InvalidRequest, names: Mapping[str, str], size: str | None = 
         problem = type(each)(each.field, each.message, each.index).named(names)
         if name == "size" and each.message.startswith(f"{each.field} is "):
             problem = type(each)(name, f"size is {size}: its {each.message}")
+        # Several fields may have one name here, and the same problem.
         problems.setdefault((name, problem.message), problem)
     return together([*problems.values()])
 

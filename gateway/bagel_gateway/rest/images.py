@@ -63,6 +63,7 @@ class Images:
         given = read(ImageParameters, REFUSED_EDIT, reading.body(fields), typed=False)
         if not images and not urls:
             raise InvalidRequest("image", "image is missing; send one or several image files")
+        # Counted before any URL is fetched.
         check_images(len(images) + len(urls), "image", self._front.max_images)
         images += await unless_gone(request, self._fetched(urls))
         return reading.noted(await self._answer(request, given, images, reading))
@@ -79,6 +80,7 @@ class Images:
         await self._front.check_model(given.model)
         stride = (await self._front.requests.describe()).model.latent_stride
         modality = Modality.IMG2IMG if images else Modality.TEXT2IMG
+        # Images come before the text, as the model was made for.
         parts = [*map(image_part, images), text_part(given.prompt)]
         given, options = await reading.settings(given, options_of(given), modality, {**FIELD_NAMES, **_NAMES})
         events = self._front.events(given, modality, parts, options, _NAMES)
@@ -105,7 +107,7 @@ def _response(given: ImageParameters, results: list[Outcome], stride: int) -> di
     return {
         "created": int(time.time()),
         **_about(given, results[0]),
-        **({"quality": given.told_quality} if given.told_quality else {}),  # no answer's type has "auto"
+        **({"quality": given.answered_quality} if given.answered_quality else {}),  # no answer's type has "auto"
         **_identified(given),
         "data": data,
         "usage": usage(results, stride),
@@ -169,7 +171,7 @@ def _described(type_: str, given: ImageParameters, result: Outcome, picture: com
         "b64_json": base64_of(picture.data),
         "created_at": int(time.time()),
         **_about(given, result),
-        "quality": given.told_quality or "auto",
+        "quality": given.answered_quality or "auto",
     }
 
 

@@ -15,7 +15,7 @@ from bagel_gateway.room import Held, Room
 TEXT_PATHS = frozenset({"/v1/images/generations"})
 """Where no image can be in a body."""
 _DIGITS = 18
-"""Of a number of bytes; what has more is larger than any body that is read."""
+"""Most digits of a number of bytes: one with more is larger than any body that is read."""
 
 
 class LimitBodies:
@@ -60,6 +60,7 @@ class _Body:
             more = len(message.get("body", b""))
             if self._held.nbytes + more > self._most:
                 self._raise_too_large()
+            # Counted before the application gets it, and keeps it.
             self._held.resize(self._held.nbytes + more)
             self._came += more
             self._complete = not message.get("more_body", False)

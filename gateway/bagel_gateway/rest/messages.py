@@ -58,6 +58,7 @@ async def parts_of(
             try:
                 parts.append(image_part(await image_at(content["url"], fetcher)))
             except InvalidRequest as error:
+                # The same class, so that the status stays the same.
                 raise type(error)(error.field, f"{content['where']}: {error}") from None
         else:
             parts.append(text_part(content["text"]))

@@ -100,9 +100,11 @@ class CheckOrigin:
 
     def _may_call(self, headers: Mapping[str, str]) -> bool:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        # Asked first, since a page of an allowed origin is cross-site by Sec-Fetch-Site.
         if origin is not None and (origin in self._allowed or ANY in self._allowed):
             return True
         if site is not None:
+            # "none" is a person's own doing, such as an address that was typed in.
             return site in ("same-origin", "none")
         return origin is None or _is_of(origin, headers.get("host", "").lower())
 

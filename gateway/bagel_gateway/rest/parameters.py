@@ -159,7 +159,7 @@ class ImageParameters(Parameters):
     quality: Quality | None = Field(None, description="timesteps by a name; num_inference_steps goes before it")
 
     @property
-    def told_quality(self) -> str | None:
+    def answered_quality(self) -> str | None:
         """The quality by one of the names that OpenAI's clients know in an answer; None if none was used."""
         if self.num_inference_steps is not None or self.quality is None:
             return None
@@ -305,6 +305,7 @@ def options_of(given: Parameters) -> dict[str, Any]:
     if given.cfg_renorm_type is not None:
         options["cfg_renorm_type"] = RenormType(given.cfg_renorm_type)
     options["width"], options["height"] = _size(given.size)
+    # Timesteps that were given go before a quality.
     if isinstance(given, ImageParameters) and options["steps"] is None:
         options["steps"] = QUALITY.get(given.quality or "auto")
     if isinstance(given, ChatParameters):

@@ -14,7 +14,7 @@ from bagel.telemetry.logs import Log
 
 PIECE = 16 * 1024
 UNSENT_BYTES = 2 * PIECE
-"""That the kernel takes ahead of what it has sent: with its own megabytes, minutes would pass between two pieces."""
+"""Bytes that the kernel takes ahead of what it has sent: with megabytes of them, two pieces would be minutes apart."""
 ABORT = "bagel.abort"
 """In the state of a request: what ends its connection without waiting for its client."""
 

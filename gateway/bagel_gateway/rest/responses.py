@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class Answer(BaseModel):
     """Part of an answer. What has a default may be absent."""
 
+    # So the tests find what is answered and not documented.
     model_config = ConfigDict(extra="forbid")
 
 

@@ -100,6 +100,7 @@ class Front:
             log.info("asked", user=given.user, safety_identifier=given.safety_identifier)
         try:
             message = generate_request(given, convert.options_to_wire(modality, parts, options))
+            # HTTP knows no deadline; a client that leaves cancels its request.
             async with aclosing(self.requests.serve_many(message, given.count, lambda: None)) as events:
                 async for event in events:
                     yield event

@@ -45,7 +45,7 @@ from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
 
 LAST_ANSWERS_S = 5
-"""For connections that are still written to when everything is served."""
+"""Seconds for connections that are still written to when everything is served."""
 
 
 class RestServer:

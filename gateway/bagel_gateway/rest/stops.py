@@ -40,7 +40,7 @@ class Stop:
         return held
 
     def take(self, event: Event) -> list[Event]:
-        """An event of the answer as the client hears of it; `finished` at a stop text, after which none is taken."""
+        """What the client gets for an event of the answer: at a stop text `finished`, after which no event is taken."""
         match event.WhichOneof("event"):
             case "prefill":
                 self._prompt = event.prefill.tokens
