@@ -22,6 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of PyTorch's ways to say that a device has too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    # Other allocators and libraries raise plain RuntimeErrors, which only their words tell apart.
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
@@ -58,5 +59,6 @@ def _slab(model: Bagel, tokens: int) -> SharedSlab:
 def _share(device: torch.device) -> int:
     """The most bytes that K/V get by default."""
     if device.type == "cuda":
+        # Of what is free: the weights are loaded already.
         return torch.cuda.mem_get_info(device)[0] // 2
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

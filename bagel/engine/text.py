@@ -43,6 +43,7 @@ class TextBatch:
         """space: where the K/V of the texts lie."""
         self.model, self.tokenizer, self._space = model, tokenizer, space
         self._entries: list[_Entry] = []
+        # Made when first needed, as only a GPU captures.
         self._graphs: DecodeGraphs | None = None
 
     def __len__(self) -> int:
@@ -98,6 +99,7 @@ class TextBatch:
             for entry, token in zip(entries, tokens, strict=True)
             if not entry.run.finished and self._take(entry.run, token)
         ]
+        # A list first, as `remove` changes the batch.
         for run in [entry.run for entry in entries if entry.run.finished]:
             self.remove(run)
         return shown

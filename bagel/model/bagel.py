@@ -103,6 +103,7 @@ class Bagel(nn.Module):
         """
         if self.vae2llm is None or self.time_embedder is None or self.latent_pos_embed is None:
             raise NotSupported(f"role {self.role} has no generation expert; use role context, denoise or full")
+        # All latents of a row have one time.
         time = self.time_embedder(t.flatten()).view(*t.shape, 1, -1)
         return cast(Tensor, self.vae2llm(tokens).float() + time + self.latent_pos_embed(position_ids))
 

@@ -74,6 +74,7 @@ def _renorm(c: Tensor, v: Tensor, smallest: float, *, per_token: bool) -> Tensor
     ratio: Tensor = torch.linalg.vector_norm(c, dim=dim, keepdim=True) / (
         torch.linalg.vector_norm(v, dim=dim, keepdim=True) + 1e-8
     )
+    # At most 1: guidance may be scaled back to gen's norm, never up to it.
     return v * ratio.clamp(min=smallest, max=1.0)
 
 

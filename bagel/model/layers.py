@@ -78,6 +78,7 @@ class Rotary(nn.Module):
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """position_ids [...] int64 -> cos, sin [..., head_dim] float32."""
+        # In float32, as bfloat16 has too few digits to tell large positions apart.
         angles = position_ids[..., None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()

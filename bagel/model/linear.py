@@ -39,10 +39,12 @@ class Linear(nn.Linear):
     def __init__(
         self, outputs: Mapping[str, Share], inputs: Share, split: Split, *, bias: bool, dtype: torch.dtype
     ) -> None:
+        # Layers that read the same input, like q, k and v, are one matrix product.
         super().__init__(inputs.count, sum(share.count for share in outputs.values()), bias=bias, dtype=dtype)
         self.outputs, self.inputs, self.split = outputs, inputs, split
 
     def forward(self, x: Tensor) -> Tensor:
+        # Norms give float32 unless asked otherwise; the weights may be bfloat16.
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 

@@ -38,6 +38,7 @@ class VitLayer(nn.Module):
 
     def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
+        # Norms are float32 in a model of any dtype.
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
         self.self_attn = VitAttention(linears, f"{name}.self_attn", config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
@@ -58,6 +59,7 @@ class VitEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.positions_per_side**2, hidden, dtype=linears.dtype)
 
     def forward(self, pixel_tokens: Tensor, position_ids: Tensor) -> Tensor:
+        # The residual stream is float32 from here on.
         return cast(Tensor, self.patch_embedding(pixel_tokens).float() + self.position_embedding(position_ids))
 
 

@@ -83,6 +83,7 @@ def _unplaced_model(
     config: ModelConfig, role: Role, dtype: torch.dtype, delimiter_ids: tuple[int, int] = (0, 1), rank: Rank = ONLY
 ) -> Bagel:
     """A model that has shapes and types alone."""
+    # Elsewhere PyTorch would fill every weight with random values, only to be overwritten.
     with torch.device("meta"):
         return Bagel(config, role, delimiter_ids, linears=LinearFactory(dtype, rank)).requires_grad_(False)
 

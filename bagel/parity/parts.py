@@ -57,6 +57,7 @@ def compare_table(path: Path, tokenizer: BagelTokenizer) -> Comparison:
             _tokenizer(table, tokenizer, case)
         else:
             case.failures.append(f"nothing compares the table {path.stem!r}")
+    # A damaged table is one failure, not the end of the rest.
     except Exception as error:
         case.failures.append(f"{type(error).__name__}: {error}")
     return case

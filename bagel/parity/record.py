@@ -89,4 +89,5 @@ def _watched(model: Bagel) -> dict[str, nn.Module]:
     if model.vit_model is not None:
         modules["vit.embeddings"] = model.vit_model.embeddings
         modules |= {f"vit.{i}": layer for i, layer in enumerate(model.vit_model.layers)}
+    # A role may lack some of them.
     return {name: module for name, module in modules.items() if module is not None}
