@@ -39,7 +39,7 @@ class WindowClock:
         self._marks: list[Moment] = []
 
     def reach(self, step: int) -> None:
-        """So many of the steps are launched, and the next is about to be, unless that was the last."""
+        """Take note that `step` steps are launched, just before the next one, if there is one."""
         if step % WINDOW == 0 or step == self._steps:
             self._marks.append(mark(self._device))
 

@@ -86,7 +86,7 @@ class DeviceCheck:
         return True
 
     def _trial_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """The given one, or that of the default size if that is smaller: a huge one may rightly fail."""
+        """The given grid, but at most that of the default size, as a huge one may rightly fail."""
         config = self._model.config
         height, width = (side // config.latent_stride for side in config.default_image_size)
         return grid if grid[0] * grid[1] <= height * width else (height, width)

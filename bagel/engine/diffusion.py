@@ -211,7 +211,7 @@ class DiffusionEngine:
         self.vae.finish(FinishedPicture(id_, latents, grid, active.output, active.windows, launched))
 
     def _previews(self, active: Mapping[int, _Active]) -> OnVelocity | None:
-        """What hands previews on while a step is taken; None where it makes none."""
+        """A callback that hands over the previews of a step; None if it makes none."""
         wanted = {each.drawing: id_ for id_, each in active.items() if each.drawing.step + 1 in each.previews}
         if not wanted:
             return None

@@ -83,7 +83,7 @@ class Engine:
         return self._check.look_again_s
 
     def warm_up(self) -> None:
-        """Do before the first request what it would wait for. Raises OutOfMemory."""
+        """Do the work that the first request would otherwise wait for. Raises OutOfMemory."""
         with self.heartbeat.work():
             texts = None if self.single_stage is None else self.single_stage.texts
             warm_up(self.loaded, self.space, self._diffusion, texts)

@@ -93,7 +93,7 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Previewed:
-    """A picture under way, given out as its output says: its preview `index` (from 0), made in `step`."""
+    """A preview of a picture under way, in the format of its output: number `index` (from 0), made in `step`."""
 
     id: int
     index: int
@@ -105,7 +105,7 @@ class Previewed:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture, given out as its output says. profile: seconds of its stages on the device, if it is profiled."""
+    """A finished picture, in the format of its output. profile: seconds of its stages on the device, if asked for."""
 
     id: int
     picture: bytes | Image

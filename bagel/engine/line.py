@@ -39,7 +39,7 @@ class WaitingLine:
         return self._waiting.get(id_)
 
     def leave(self, id_: int) -> None:
-        """Wait no more; nothing if it does not."""
+        """Take a picture out of the line, if it waits there."""
         if self._waiting.pop(id_, None) is not None:
             self._space.withdraw(("picture", id_))
 

@@ -65,7 +65,7 @@ class SharedSlab:
         return True
 
     def withdraw(self, owner: Hashable) -> None:
-        """An owner waits no more; nothing if it did not."""
+        """Take an owner out of the line, if it waits there."""
         self._waiting.pop(owner, None)
 
     def take_all(self, lengths: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from bagel.request import TextSettings
 
 @dataclass
 class TextRun:
-    """One text to decode after a context. tokens: the visible ids so far; error: what it ended with, if not well."""
+    """One text to decode after a context. tokens: the visible ids so far; error: why it failed, if it did."""
 
     context: Context
     settings: TextSettings

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def warm_up(
     loaded: LoadedModel, space: SharedSlab, diffusion: DiffusionEngine | None, texts: TextScheduler | None
 ) -> None:
-    """Run what each of these two does for requests; `space` holds the K/V of both.
+    """Run each kind of work that `diffusion` and `texts` do for requests; `space` holds the K/V of both.
 
     Raises OutOfMemory if the device is too small for a picture or an image of the default size.
     """

@@ -34,7 +34,7 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare everything in a folder; 0 if it all agrees, 1 if not, 2 for a folder that is none."""
+    """Compare everything in a folder; 0 if it all agrees, 1 if not, 2 if the folder has no recordings."""
     parser = OnceParser(prog="python -m bagel.parity", description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path, help="recordings: checkpoint/, inputs/, fp32/, tables/, README.md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

@@ -97,7 +97,7 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, config: Thinke
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; at once if its engine hangs, or vLLM was there, which Python takes seconds to take apart."""
+    """End the process: at once if its engine hangs or vLLM is loaded, which Python takes seconds to tear down."""
     if "vllm" in sys.modules or any(thread.name.endswith("-engine") for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

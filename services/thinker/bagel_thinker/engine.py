@@ -39,10 +39,10 @@ class Engine(Protocol):
 
 
 def died() -> EngineDied:
-    """What callers get of an engine that can compute no more."""
+    """The error that callers get from an engine that can compute no more."""
     return EngineDied("the Thinker's engine cannot go on, and the service ends; its log has the details; try again")
 
 
 def internal_error(cause: Exception) -> BagelError:
-    """What callers get of a failure that is no request's own."""
+    """The error that callers get for a failure that no request caused."""
     return BagelError(f"internal error of the engine: {type(cause).__name__}; the log of this service has the details")

@@ -146,7 +146,7 @@ class TorchEngine:
         return engine
 
     def warm_up(self) -> None:
-        """Do before the first request what it would wait for, on the engine's own thread. Raises OutOfMemory."""
+        """Do the work that the first request would otherwise wait for, on the engine's thread. Raises OutOfMemory."""
         done: Future[None] = Future()
 
         def work() -> None:

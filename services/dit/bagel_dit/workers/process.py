@@ -133,7 +133,7 @@ class _Process:
         self._call(self._on_death, hung or _cause(self._process.exitcode))
 
     def _pass_on(self) -> str:
-        """Pass on reports until the process has ended, or is to be killed: then why, else empty."""
+        """Pass on reports until the process ends or must be killed; why it must be, else an empty text."""
         limit = self._step_timeout_s  # while it loads: the import of a large library may keep it silent
         while True:
             try:
