@@ -72,7 +72,7 @@ class BagelEngine:
     def __init__(self, loaded: LoadedModel, *, max_num_seqs: int | None = None, profile: bool = False) -> None:
         """max_num_seqs: requests under way at once; profile: results have the durations of the diffusion stages."""
         self.loaded, self.max_num_seqs = loaded, max_num_seqs or DEFAULT_MAX_NUM_SEQS
-        # A queue, as the VAE's and the planner's threads emit too.
+        # A queue, as the VAE's thread emits too.
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._engine = Engine(loaded, self._events.put, max_num_seqs=self.max_num_seqs, profile=profile)
         self._ids, self._turn = count(), Lock()
@@ -180,7 +180,7 @@ class _Batch:
                     self._begin(*waiting.popleft())
                 if (plan := self._scheduler.plan()) is not None:
                     self._engine.execute(plan)
-                # Blocks: with no step to take, the loop waits for those threads.
+                # Blocks: with no step to take, the loop waits for the VAE's thread.
                 self._observe(self._events.get())
                 while not self._events.empty():
                     self._observe(self._events.get())
