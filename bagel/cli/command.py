@@ -68,11 +68,12 @@ COMMANDS = {
         "gateway knows it, for the file of --api-keys. Whoever's line is deleted there has a key no more.",
     ),
 }
-"""By name: what adds the flags, the help and the description. A module of the command's name runs it."""
+"""What adds each command's flags, its help and its description. A module of its name runs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `bagel ARGV` (sys.argv without it) and return its exit code."""
+    # First, since every error below is printed too.
     _make_printable()
     try:
         _run(argv)

@@ -26,6 +26,7 @@ def security_of(args: argparse.Namespace) -> Security:
 def api_key_of(args: argparse.Namespace) -> str | None:
     """The API key of --api-key-file, else of the environment, else none; ConfigError for a file that has none."""
     if args.api_key_file is None:
+        # A variable that is set and empty counts as none.
         return os.environ.get(API_KEY, "").strip() or None
     try:
         key = decode_marked(Path(args.api_key_file).read_bytes()).strip()

@@ -119,6 +119,7 @@ def _generate_there(args: argparse.Namespace) -> None:
     from bagel.client.batch import generate_all
     from bagel.client.omni import describe
 
+    # Read before the gateway is asked, so that a file that is wrong is named first.
     security, api_key = security_of(args), api_key_of(args)
     model = describe(args.endpoint, security=security, api_key=api_key)
     about = {"model": model_label(model.name), "fingerprint": model.checkpoint_fingerprint.hex(), "dtype": model.dtype}
@@ -161,7 +162,7 @@ def _produce(
 
 
 def _folder(args: argparse.Namespace, requests: Sequence[Request]) -> Path | None:
-    """Where pictures go; None for answers."""
+    """The folder for pictures; None for answers."""
     return make_folder(args.output or OUTPUT) if requests[0].modality.makes_image else None
 
 

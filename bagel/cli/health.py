@@ -19,6 +19,7 @@ def health(args: argparse.Namespace) -> None:
         raise ConfigError("no --endpoint; name the service, like --endpoint 127.0.0.1:50051")
     security = security_of(args)
     status = health_of(args.endpoint, args.timeout or HEALTH_TIMEOUT_S, security)
+    # A second look says why: nothing listens, or TLS does not fit.
     if status == UNREACHABLE:
         raise NoBackend(for_command_line(unreachable("service", args.endpoint, security)))
     if status != "SERVING":

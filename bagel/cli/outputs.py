@@ -56,6 +56,7 @@ class Output:
         elif len(self._requests) == 1:
             write_out("\n")  # the text itself has been written as it came
         else:
+            # Kept until the answers before it are written.
             self._answers[result.index] = result
             while (answer := self._answers.pop(self._written, None)) is not None:  # in the prompts' order
                 write_answer(prompt_text(self._requests[self._written].prompt), answer)
@@ -86,6 +87,7 @@ def save_picture(folder: Path, image: Image, settings: Mapping[str, str]) -> Pat
 
 def _settings(request: Request, result: Result, engine: Mapping[str, str]) -> dict[str, str]:
     assert result.image is not None
+    # The size as drawn: the request may have left it open, or it was rounded to the grid.
     image = replace(request.image, width=result.image.width, height=result.image.height)
     return picture_settings(replace(request, image=image), result.text, engine)
 

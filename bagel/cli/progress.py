@@ -95,6 +95,7 @@ class TerminalProgress(Progress):
 
     @contextmanager
     def finish(self, result: Result) -> Iterator[None]:
+        # The bars go first, since the picture's path may go to the same terminal.
         self.close()
         self._drawing.pop(result.index, None)
         yield

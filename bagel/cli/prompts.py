@@ -98,6 +98,7 @@ def _decoded(data: bytes, source: str) -> str:
     """A file's text: UTF-8, or what its byte-order mark says; InvalidRequest naming what it seems to be instead."""
     mark, encoding = mark_of(data)
     found = f"--txt-prompts {source}"
+    # Looked at before decoding: ASCII in two bytes a character is also UTF-8, full of NULs.
     if not mark and (wide := _unmarked(data)):
         raise InvalidRequest(
             "prompt",
@@ -154,7 +155,7 @@ def _guess(data: bytes) -> str:
 
 
 def _control_character(text: str) -> int | None:
-    """Where the first one is that no prompt is meant to hold."""
+    """The place of the first control character that no prompt is meant to hold."""
     found: Iterator[int] = (
         i for i, each in enumerate(text) if unicodedata.category(each) == "Cc" and each not in _ALLOWED
     )

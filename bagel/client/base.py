@@ -24,7 +24,7 @@ class ClientBase(ABC, Generic[Stream]):
     """
 
     _stub: Any
-    """Of GatewayService, made by the subclass with its own kind of channel."""
+    """The stub of GatewayService, made by the subclass with its own kind of channel."""
 
     def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
         self._target, self._security, self._api_key = target, security, api_key

@@ -21,7 +21,7 @@ class Attempt:
     refused: Busy | None = None
 
     def hearing(self, on_event: OnServiceEvent | None) -> OnServiceEvent:
-        """What hears the call's events, of which the first shows that it was accepted."""
+        """Takes the call's events, of which the first shows that the call was accepted."""
 
         def heard(event: ServiceEvent) -> None:
             self.begun = True

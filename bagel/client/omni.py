@@ -230,7 +230,7 @@ class ServedEngine:
 
     @property
     def fingerprint(self) -> bytes:
-        """Of the checkpoint that the services have loaded."""
+        """The fingerprint of the checkpoint that the services have loaded."""
         return self._served.checkpoint_fingerprint
 
     @cached_property

@@ -116,7 +116,7 @@ def _cell(column: _Column, value: float | None) -> str:
 
 
 def _percentile(number: int) -> Callable[[Sequence[float]], float]:
-    """Between two values it is interpolated."""
+    """A percentile, interpolated between two values."""
     # quantiles needs two values, so a single one is given twice.
     return lambda values: quantiles([*values] * (1 + (len(values) == 1)), n=100, method="inclusive")[number - 1]
 

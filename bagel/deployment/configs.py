@@ -11,7 +11,7 @@ from bagel.deployment.thinker_config import ThinkerConfig
 
 GATEWAY = "gateway"
 CONFIGS: Mapping[str, type[Config]] = {GATEWAY: GatewayConfig, "thinker": ThinkerConfig, "dit": DitConfig}
-"""By role."""
+"""The configuration class of each role."""
 
 
 def settings_named(name: str) -> dict[str, Setting]:

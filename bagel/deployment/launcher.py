@@ -219,12 +219,12 @@ def _gateway_config(config: DeployConfig, listen: str, name: str, settings: Mapp
 
 
 def _asked_of(role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of settings of all services those of this one."""
+    """The settings of this service, out of those of all services."""
     return {name: value for name, value in settings.items() if role in settings_named(name)}
 
 
 def _at(addresses: Mapping[str, str], role: str) -> tuple[str, ...]:
-    """Where the services of a role are, as the gateway's settings say it."""
+    """The addresses of the services of a role, as the gateway's settings have them."""
     return tuple(f"{name}={address}" for name, address in addresses.items() if name.startswith(f"{role}-"))
 
 

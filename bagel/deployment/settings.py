@@ -238,6 +238,6 @@ def add_flags(parser: argparse.ArgumentParser, settings: Sequence[Setting]) -> N
 
 
 def given(values: Mapping[str, Any], settings: Sequence[Setting]) -> dict[str, Any]:
-    """Of argparse's values those that were given, by the names of the fields."""
+    """The values that were given, out of those of argparse, by the names of the fields."""
     found = {each: values[each.dest] for each in settings if values.get(each.dest) is not None}
     return {each.name: each.decode(value) for each, value in found.items()}

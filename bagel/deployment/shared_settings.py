@@ -13,7 +13,7 @@ BATCH_TIMEOUT_S = 5.0
 KV_BYTES = 2 * 2**30
 """Shared memory for K/V, of each side."""
 STEP_TIMEOUT_S = 600.0
-"""Of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
+"""Seconds of a step, or of a layer of one: far beyond any that a GPU or a CPU takes."""
 DTYPES = ("auto", "bfloat16", "float32")
 ENGINES = ("auto", "torch", "vllm")
 ATTENTION_BACKENDS = ("auto", "fa3", "fa2", "sdpa")
@@ -49,7 +49,7 @@ def allowed_callers(*roles: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Listening(Config):
-    """Of every service: where it listens, with which TLS and bounds, and what it logs."""
+    """Settings of every service: where it listens, with which TLS and bounds, and what it logs."""
 
     CALLERS: ClassVar[tuple[str, ...]] = ()
     """The names that it takes calls of where tls_allow_clients says none; empty: any of the CA's."""
@@ -96,7 +96,7 @@ class Listening(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Calling(Config):
-    """Of a service that calls others."""
+    """Settings of a service that calls others."""
 
     tls_server_names: tuple[str, ...] = setting(
         "the name that the certificate of a service must have (default: its role, thinker or dit); may be given again, "
@@ -108,7 +108,7 @@ class Calling(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingImages(Config):
-    """Of a service that reads images."""
+    """Settings of a service that reads images."""
 
     image_workers: int = setting("processes that read images", default=2, metavar="N", at_least=1, everywhere=True)
     # 64 megapixels take two or three seconds.
@@ -123,7 +123,7 @@ class ReadingImages(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class OfModel(Config):
-    """Of a service that loads the model."""
+    """Settings of a service that loads the model."""
 
     model: str = setting("checkpoint folder, hub name or bagel-nano", elsewhere=WIRED)
     name: str

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # the gateway, which has no store, keeps leases too
 CALL_TIMEOUT_S = 5.0
 """Most seconds of a Renew or Release; a peer that is gone forgets its leases by itself."""
 IDLE_S = 0.2
-"""Between two looks while no lease is held."""
+"""Seconds between two looks while no lease is held."""
 SHORTEST_S = 0.02
-"""Between two renewals, however short the leases are."""
+"""Fewest seconds between two renewals, however short the leases are."""
 
 log = Log("bagel.kv.leases")
 

@@ -28,7 +28,7 @@ from bagel.telemetry.tracing import span
 from bagel.v1 import kv_pb2
 
 RECONNECT_S = 0.25
-"""Before a broken stream is pulled again: a call made at once can go out on the connection that is just breaking."""
+"""Seconds before a broken stream is pulled again: a call made at once can go out on the breaking connection."""
 
 WAITING_SHARE = 4
 """Signs of life that a source is asked for in one page timeout: some may be late, and one is enough."""

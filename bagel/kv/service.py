@@ -21,7 +21,7 @@ from bagel.rpc.errors import streaming, unary
 from bagel.v1 import kv_pb2
 
 SHORTEST_WAITING_S = 0.05
-"""Between two signs of life, whatever a puller asks for."""
+"""Fewest seconds between two signs of life, whatever a puller asks for."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 

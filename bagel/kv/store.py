@@ -304,7 +304,7 @@ class KvStore:
             yield
 
     def _missing(self, segment: Segment, layer: int) -> list[int]:
-        """Where the pages of a layer begin that are not there."""
+        """The begins of the pages that a layer still lacks."""
         ranges = self.layout.page_ranges(segment.length)
         return [begin for begin, _ in ranges if (layer, begin) not in segment.ready]
 

@@ -19,7 +19,7 @@ from bagel.telemetry.otlp import shut_down
 from bagel.telemetry.tracing import set_up_tracing
 
 LAST_WORDS_S = 1.0
-"""For a failed service to send its callers their errors before it ends."""
+"""Seconds that a failed service has to send its callers their errors before it ends."""
 
 log = Log("bagel.service")
 

@@ -196,7 +196,7 @@ def _modality(message: gateway_pb2.GenerateRequest) -> str:
 
 
 def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:
-    """Where the time of a request went, for its log line; firsts: seconds until the first event of each kind."""
+    """The seconds of a request by stage, for its log line; firsts: seconds until the first event of each kind."""
     seconds = {timing.stage: timing.seconds for timing in finished.timings}
     seconds |= {f"first_{kind}": firsts[kind] for kind in ("text", "step") if kind in firsts}
     usage = {field.name: value for field, value in finished.usage.ListFields()}

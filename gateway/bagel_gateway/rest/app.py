@@ -45,7 +45,7 @@ from bagel_gateway.rest.responses import (
 from bagel_gateway.rest.serve import Front
 
 GONE = 499
-"""For counters and traces alone: the client has left."""
+"""The status of a request whose client has left, for counters and traces alone."""
 ABOUT = "OpenAI's API for images and chats; docs/rest.md says what of it is honoured and what is refused."
 
 Endpoint = Callable[[Request], Awaitable[Response]]

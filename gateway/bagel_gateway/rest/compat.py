@@ -169,7 +169,7 @@ def _modalities(body: Body) -> str | None:
     return None
 
 
-def _heard_by_nobody(body: Body) -> str | None:
+def _without_a_stream(body: Body) -> str | None:
     if body.get("stream") in (True, "true", "True", "1"):
         return None
     dropped = [name for name in ("partial_images", "progress") if body.pop(name, None) not in (None, 0, "0", False)]
@@ -297,7 +297,7 @@ ROWS: tuple[Row, ...] = (
         {**_said("<|im_start|>user\n<|image_pad|>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"), **_DRAWN},
         {**_said("What is it?"), **_DRAWN},
     ),
-    Row("`partial_images`, `progress` without `stream`", "noted", _heard_by_nobody, {"partial_images": 2}, {}),
+    Row("`partial_images`, `progress` without `stream`", "noted", _without_a_stream, {"partial_images": 2}, {}),
     Row("a setting without effect, such as steps for a text answer", "noted"),
     Row("a size above the model's largest", "the largest size of that shape is used; noted"),
     Row("no `cfg_img_scale`, `cfg_interval` or `cfg_renorm_type`", "vllm-omni's: 1.5, [0.4, 1.0] and global"),

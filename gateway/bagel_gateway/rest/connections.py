@@ -99,7 +99,7 @@ class Connections:
         self._waiting.pop(connection, None)
 
     def ended(self, connection: Connection) -> None:
-        """It is no more."""
+        """It has ended."""
         self._open.discard(connection)
         self._waiting.pop(connection, None)
         self.on_room()

@@ -30,6 +30,7 @@ class RequireKey:
         try:
             current_caller.set(self._keys.ring.check(shown))
         except Unauthenticated as error:
+            # Asked after the key, so that a probe that shows one is served as its caller.
             if not _is_open(scope):
                 self._metrics.http("without a key", 401)
                 await refuse(error, scope, receive, send)

@@ -13,7 +13,7 @@ from bagel_gateway.rest.errors import BodyTooLarge, BodyTooSlow
 from bagel_gateway.room import Held, Room
 
 TEXT_PATHS = frozenset({"/v1/images/generations"})
-"""Where no image can be in a body."""
+"""Routes whose bodies have no image."""
 _DIGITS = 18
 """Most digits of a number of bytes: one with more is larger than any body that is read."""
 

@@ -16,7 +16,7 @@ PIECE = 16 * 1024
 UNSENT_BYTES = 2 * PIECE
 """Bytes that the kernel takes ahead of what it has sent: with megabytes of them, two pieces would be minutes apart."""
 ABORT = "bagel.abort"
-"""In the state of a request: what ends its connection without waiting for its client."""
+"""The key, in the state of a request, of what ends its connection without waiting for its client."""
 
 log = Log("bagel_gateway.rest")
 
@@ -34,6 +34,7 @@ class Abortable(H11Protocol):
         """Tell the connection's requests how, and have them wait until what they sent has gone to the kernel."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=1)  # of none, TLS would wait for ever
+        # A copy, since uvicorn gives all its connections the same state.
         self.app_state = {**self.app_state, ABORT: transport.abort}
 
 

@@ -25,6 +25,7 @@ async def refuse(error: BagelError, scope: Scope, receive: Receive, send: Send, 
     response = error_response(error)
     response.headers["Connection"] = "close"
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    # Left open, so that the connection stays until the client has ceased to send.
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     if linger:
         await _linger(receive)

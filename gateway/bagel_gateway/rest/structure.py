@@ -64,7 +64,7 @@ class Structure:
 
     @staticmethod
     def _end_of_string(piece: bytes, at: int) -> int:
-        """Where its closing quote is, or a backslash that ends the piece, or the end of the piece."""
+        """The place of its closing quote, or of a backslash that ends the piece, or the end of the piece."""
         quote = piece.find(b'"', at)
         end = quote if quote >= 0 else len(piece)
         if piece.find(b"\\", at, end) < 0:  # most are long and have none: files in base64

@@ -54,7 +54,7 @@ class Route(ABC):
     """
 
     _leases: LeaseKeeper | None = None
-    """Of contexts at the Thinker, until the DiT takes them over."""
+    """Keeps the leases of contexts at the Thinker until the DiT takes them over."""
 
     def __init__(
         self,
