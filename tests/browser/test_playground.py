@@ -312,11 +312,11 @@ def test_files_that_are_no_input_are_refused_with_a_reason(page: Page) -> None:
     assert "notes.txt is no image that can be read here; use PNG" in problem.inner_text()
     page.locator("#file").set_input_files(as_file("broken.png", b"not a png"))
     problem.filter(has_text="broken.png is damaged").wait_for()
-    page.locator("#file").set_input_files([as_file(f"{number}.png") for number in range(5)])
-    page.get_by_alt_text("Image 4: 3.png").wait_for()
-    assert "At most 4 images" in problem.inner_text()
+    page.locator("#file").set_input_files([as_file(f"{number}.png") for number in range(8)])
+    page.get_by_alt_text("Image 7: 6.png").wait_for()
+    assert "At most 7 images" in problem.inner_text()
     page.get_by_role("button", name="Remove image 2, 1.png").click()
-    assert page.locator("#thumbs img").count() == 3
+    assert page.locator("#thumbs img").count() == 6
     assert page.locator("#thumbs button").nth(1).evaluate("button => button === document.activeElement")
 
 
