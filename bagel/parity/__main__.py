@@ -21,6 +21,7 @@ import torch
 from bagel.arguments import OnceParser
 from bagel.engine.local import BagelEngine
 from bagel.errors import BagelError
+from bagel.model.device import choose_device
 from bagel.parity.bf16 import compare_bf16
 from bagel.parity.golden import Case, Golden
 from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     topology = args.topology or (None if args.engine is None else BAGEL.model_type)
     try:
         golden = Golden(args.folder)
+        choose_device(args.device)  # a GPU that is not there is an error in one line, before anything is loaded
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
         if topology is None:
             reports = _reports(golden, args.device, tolerance)

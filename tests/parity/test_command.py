@@ -127,6 +127,12 @@ def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path, capsys: py
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(few), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "error: device cuda is not there: torch sees no GPU; use --device cpu\n"
+
+
 def test_a_bfloat16_set_with_holes_has_as_many_failures(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(GOLDEN / "bf16", few / "bf16")
     comparison = few / "bf16" / "comparison.json"
