@@ -16,6 +16,8 @@ import pytest
 
 from tests.conftest import GOLDEN
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 60
 

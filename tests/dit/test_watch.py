@@ -25,6 +25,8 @@ from bagel_dit.workers.watch import Watch
 from tests.engine.driven import READ, Driven, driven, of
 from tests.helpers import request
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 LIMIT_S = 1.0
 
 

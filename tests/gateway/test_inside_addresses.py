@@ -24,6 +24,8 @@ from bagel.v1 import common_pb2, gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests.gateway_stages import Deployment, deployment
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 SECRETS = (
     "failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.5:50061: Failed to connect to remote host",
     "DNS resolution failed for thinker.internal:50061: C-ares status is not ARES_SUCCESS",

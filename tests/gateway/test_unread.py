@@ -20,6 +20,8 @@ from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.gateway.test_service import red_cube, through, until
 from tests.gateway_stages import Deployment
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 MIB = 2**20
 LARGE = 3 * MIB
 """Of a picture: more than windows and buffers between two processes take."""

@@ -22,6 +22,8 @@ from bagel.images.jpeg import MAX_SCANS
 from bagel.images.pool import ImagePool
 from bagel.images.worker import MEMORY_BYTES, NICENESS
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 LIMIT_S = 60
 
 

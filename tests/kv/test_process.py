@@ -21,6 +21,8 @@ from bagel.kv.service import KvBlocksServicer, add_kv_blocks
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=64, dtype="float32")
 DIGEST, LENGTH, FINGERPRINT = b"s" * 16, 10, b"tests"
 TIMEOUT_S = 0.5

@@ -10,6 +10,8 @@ import torch
 from bagel.engine.local import BagelEngine
 from bagel.model.vae import Vae
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 BOUND = 1e-5
 """A tenth of what a recording allows. Group norms over channels that lie last are off by 2e-5 and more at this size."""
 SIDE = 320

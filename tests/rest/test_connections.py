@@ -21,6 +21,8 @@ from tests.gateway_stages import Deployment
 from tests.rest.test_front import CHAT, IMAGES, get, post, through
 from tests.rest.test_limits import head
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 IN_TIME_S = 10.0
 HALF = b"GET /healthz HTTP/1.1\r\nHost: loc"
 WHOLE = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"

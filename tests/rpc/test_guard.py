@@ -28,6 +28,8 @@ from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from tests.rpc.test_transport import SERVICE, SERVING, add_stats, leases
 
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 LIMIT_S = 30
 SHORT = Limits(connections=24, streams=8, watches=16, message_s=1, handshake_s=1, age_s=1)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
+
 PROGRAM = """
 import time
 from bagel.telemetry.metrics import set_up_metrics, timed_call
