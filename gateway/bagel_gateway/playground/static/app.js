@@ -228,17 +228,24 @@ async function useKey() {
   if (/[^!-~]/.test(key)) return complainOfKey("That is no key: it has no spaces, and plain letters, digits and signs alone.");
   apiKey.set(key);
   await check();
-  if (!byId("key").hidden) return field.focus();
-  field.value = "";
-  prompt.focus();
-  announce("The key is accepted.");
+  if (!byId("key").hidden) field.focus();
 }
 
 /** Ask for a key, or no more. A page that is opened by a link sends none, so the API's own has no link then. */
 function askForKey(wanted) {
+  if (!wanted && !byId("key").hidden) takeKey();
   byId("key").hidden = !wanted;
   byId("api").hidden = wanted || apiKey.get() !== "";
   complainOfKey(wanted && apiKey.get() ? "The server does not know this key, or no longer." : "");
+}
+
+/** The key that was given works. A server that reads its keys again may say so only in a later check. */
+function takeKey() {
+  const field = byId("api-key");
+  field.value = "";
+  // A hidden field would lose the focus to nothing.
+  if (byId("key").contains(document.activeElement)) prompt.focus();
+  announce("The key is accepted.");
 }
 
 function complainOfKey(text) {
@@ -262,6 +269,7 @@ async function check() {
     byId("server").dataset.state = name;
     byId("server-text").textContent = text;
   };
+  const key = apiKey.get();
   try {
     const { ready, models } = await server();
     if (ready) askForKey(false);
@@ -271,6 +279,8 @@ async function check() {
     else told("asking", "The model is not ready yet");
     if (state.model !== before && byId("outcome").hidden) showWelcome();
   } catch (error) {
+    // An answer to a key that has been replaced meanwhile says nothing of the new one.
+    if (error.kind === "key" && apiKey.get() !== key) return;
     if (error.kind === "key") askForKey(true);
     told("down", error.kind === "key" ? "An API key is needed" : "The server does not answer");
   }
