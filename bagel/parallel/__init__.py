@@ -1,1 +1,1 @@
-"""Work over several ranks: one file for each way to divide it. So far only the mesh stands (`mesh`)."""
+"""Work over several ranks: the mesh, its groups, and one file for each way to divide the work."""

@@ -1,0 +1,128 @@
+"""The ranks that one process exchanges tensors with, by axis of the mesh (`torch.distributed`).
+
+Every rank calls the same exchanges of a group in the same order; who leaves one out makes the others wait. Ranks
+exchange through NCCL where the model is on a GPU, through gloo on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagel.parallel.mesh import Mesh, Rank
+
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+# PyTorch 2.13 has it under a new name, and warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks of the mesh; index: this one's place among them. A group of one exchanges nothing."""
+
+    index: int = 0
+    size: int = 1
+    handle: dist.ProcessGroup | None = None
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, the same on every rank; written into x, which is returned."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.handle)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' tensors of one shape, in the order of the ranks: [...] -> [size, ...]."""
+        if self.size == 1:
+            return x[None]
+        gathered = x.new_empty(self.size * x.numel())
+        # Flat, as gloo takes no other shape than the ranks' tensors one behind the other.
+        _all_gather(gathered, x.flatten(), group=self.handle)
+        return gathered.view(self.size, *x.shape)
+
+    def share(self, x: Tensor, source: int = 0) -> Tensor:
+        """The tensor of the rank of index `source`, on every rank; written into x, which is returned."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.handle, group_src=source)
+        return x
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A rank's groups. Without torch.distributed, those of a mesh of size one.
+
+    tp: ranks that divide each layer; context: those that divide the latents of each row; rows: those that divide the
+    rows of a step, along data and cfg; world: all. vae_decode, vae_encode: those that divide the tiles of pictures, by
+    a group for each thread that runs the autoencoder, so that decoding goes on beside steps.
+    """
+
+    rank: Rank = field(default_factory=Rank)
+    tp: Group = Group()
+    context: Group = Group()
+    rows: Group = Group()
+    world: Group = Group()
+    vae_decode: Group = Group()
+    vae_encode: Group = Group()
+
+
+def join(rank: Rank, device: torch.device, init_method: str, *, timeout_s: float, vae_ranks: int = 1) -> Groups:
+    """Meet all ranks of the mesh, and form the groups; called once in a process, by all of them.
+
+    init_method: as torch.distributed has it, like tcp://127.0.0.1:29500. timeout_s: of an exchange that another rank
+    does not come to. vae_ranks: so many ranks, from the first on, divide the tiles of pictures.
+    """
+    mesh = rank.mesh
+    if mesh.size == 1:
+        return Groups(rank)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        BACKENDS[device.type],
+        init_method=init_method,
+        rank=rank.index,
+        world_size=mesh.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+    def form(members: Sequence[Sequence[Rank]]) -> Group:
+        """This rank's group of these, which all ranks form in the same order."""
+        mine = Group()
+        for ranks in members:
+            indices = [each.index for each in ranks]
+            if len(indices) == 1:
+                continue
+            handle = dist.new_group(indices, timeout=timeout)
+            if rank.index in indices:
+                mine = Group(indices.index(rank.index), len(indices), handle)
+        return mine
+
+    ranks = [mesh.rank(index) for index in range(mesh.size)]
+    return Groups(
+        rank,
+        tp=form(_along(mesh, "tp")),
+        context=form(_along(mesh, "context")),
+        rows=form(_along(mesh, "data", "cfg")),
+        world=Group(rank.index, mesh.size, dist.group.WORLD),
+        vae_decode=form([ranks[:vae_ranks]]),
+        vae_encode=form([ranks[:vae_ranks]]),
+    )
+
+
+def leave() -> None:
+    """Take leave of all groups; nothing in a process that is in none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _along(mesh: Mesh, *axes: str) -> list[list[Rank]]:
+    """The mesh's ranks in lists of those that differ along these axes alone."""
+    lists: dict[tuple[int, ...], list[Rank]] = {}
+    others = [axis for axis in ("data", "cfg", "context", "tp") if axis not in axes]
+    for index in range(mesh.size):
+        rank = mesh.rank(index)
+        lists.setdefault(tuple(getattr(rank, axis) for axis in others), []).append(rank)
+    return list(lists.values())
