@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from bagel.checkpoint.limits import padded_latents
+from bagel.engine.arrivals import Arrival, Arrivals
 from bagel.engine.clock import WindowClock
 from bagel.engine.commands import LandedPage
 from bagel.engine.events import Begun, Event, StepTaken, StepTimed
@@ -33,13 +33,17 @@ from bagel.model.bagel import Bagel
 
 @dataclass
 class _Active:
-    """A picture on a canvas. previews: steps that one is made in; windows: times it, if it is profiled."""
+    """A picture on a canvas. previews: steps that one is made in; windows: times it, if it is profiled.
+
+    arrival: its K/V on their way; None if they were there from the beginning.
+    """
 
     canvas: Canvas
     drawing: Drawing
     output: OutputFormat | None
     previews: tuple[int, ...]
     windows: WindowClock | None
+    arrival: Arrival | None = None
 
 
 class DiffusionEngine:
@@ -61,10 +65,13 @@ class DiffusionEngine:
         fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8; profile:
         pictures come with the durations of their stages.
         """
-        self._model, self._device, self._pages, self._profile = model, model.device, pages, profile
+        self._model, self._device, self._profile = model, model.device, profile
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
         self._space, self._graphs = space, StepGraphs.over(model, space.slab)
+        self._arrivals: Arrivals | None = None
+        if pages is not None:
+            self._arrivals = Arrivals(space.slab, pages, model.language_model.kv_heads, heartbeat, fail)
         self._canvases: dict[int, Canvas] = {}
         self._active: dict[int, _Active] = {}
         self.vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)
@@ -78,6 +85,8 @@ class DiffusionEngine:
 
     def close(self) -> None:
         """Wait for the pictures that are being decoded, and end."""
+        if self._arrivals is not None:
+            self._arrivals.close()
         self.vae.close()
 
     def canvas(self, bucket: int) -> Canvas:
@@ -98,14 +107,14 @@ class DiffusionEngine:
         if (waiting := self._line.get(id_)) is not None:
             waiting.pages += pages  # they stay in shared memory until it has begun
         elif (active := self._active.get(id_)) is not None:
-            self._copy(active.drawing, pages)
+            self._copy(active, pages)
 
     def begin(self, id_: int) -> None:
         """All K/V of a picture have arrived; nothing if it has left."""
         if (waiting := self._line.get(id_)) is not None:
             waiting.begun = True
         elif (active := self._active.get(id_)) is not None:
-            self._announce(id_, active)
+            self._begin(id_, active)
 
     def admit(self) -> None:
         """Place the pictures that there is room for now."""
@@ -113,9 +122,9 @@ class DiffusionEngine:
             id_, waiting = turn
             try:
                 active = self._place(id_, waiting)
-                self._copy(active.drawing, waiting.pages)
+                self._copy(active, waiting.pages)
                 if waiting.begun:
-                    self._announce(id_, active)
+                    self._begin(id_, active)
             except Exception as error:
                 self._end(id_, error)
 
@@ -147,6 +156,8 @@ class DiffusionEngine:
         """Let a picture leave; nothing if it has."""
         self._line.leave(id_)
         if (active := self._active.pop(id_, None)) is not None:
+            if self._arrivals is not None and active.arrival is not None:
+                self._arrivals.drop(active.arrival)
             active.canvas.remove(active.drawing)
             if not active.canvas.drawings:
                 # On a CPU every number of latents is a bucket, so empty canvases would pile up.
@@ -165,28 +176,24 @@ class DiffusionEngine:
         canvas = self._canvases.get(bucket) or self.canvas(bucket)
         drawing = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
         self._canvases[bucket] = canvas
-        active = self._active[id_] = _Active(canvas, drawing, waiting.output, previews, windows)
+        arrival = None if self._arrivals is None else self._arrivals.open(id_, drawing.place)
+        active = self._active[id_] = _Active(canvas, drawing, waiting.output, previews, windows, arrival)
         return active
+
+    def _begin(self, id_: int, active: _Active) -> None:
+        """Emit Begun, as soon as the K/V that have arrived are in the slab."""
+        if self._arrivals is None or active.arrival is None:
+            self._announce(id_, active)
+        else:
+            self._arrivals.finish(active.arrival, lambda: self._announce(id_, active))
 
     def _announce(self, id_: int, active: _Active) -> None:
         picture = active.drawing.picture
         self._emit(Begun(id_, picture.steps, active.canvas.padded, len(picture.distinct())))
 
-    @torch.inference_mode()
-    def _copy(self, drawing: Drawing, pages: Sequence[LandedPage]) -> None:
-        slab = self._space.slab
-        for page in pages:
-            start = drawing.place(page.branch) + page.row
-            for tensor, offset in ((slab.k, page.k_offset), (slab.v, page.v_offset)):
-                tensor[page.layer, start : start + page.rows] = self._rows(page, offset)
-
-    def _rows(self, page: LandedPage, offset: int) -> Tensor:
-        """Rows of K or V in shared memory, [rows, kv_heads, head_dim]."""
-        assert self._pages is not None
-        shape = (page.rows, *self._space.slab.k.shape[2:])
-        nbytes = page.rows * self._space.slab.k[0, 0].nbytes
-        # A view: the caller's write to the slab is the only copy.
-        return self._pages[offset : offset + nbytes].view(self._model.dtype).view(shape)
+    def _copy(self, active: _Active, pages: Sequence[LandedPage]) -> None:
+        if self._arrivals is not None and active.arrival is not None and pages:
+            self._arrivals.copy(active.arrival, pages)
 
     def _launch(self, active: Mapping[int, _Active]) -> list[StepTimed]:
         """One step of pictures that are on one canvas; a step that is now known to be done."""

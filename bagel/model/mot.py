@@ -118,6 +118,7 @@ class MoTDecoder(nn.Module):
         super().__init__()
         hidden, eps, stem = config.hidden_size, config.rms_norm_eps, f"{name}.model"
         share = linears.rank.decoder(config)
+        self.kv_heads = share.kv_heads
         self.kv_shape = KvShape(config.num_hidden_layers, share.kv_heads.count, config.head_dim)
         # Replaced when the model gets its memory, as the choice depends on the device.
         self.backend = LayerBackend()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from bagel.engine.commands import LandedPage
@@ -58,7 +59,7 @@ class PageLoader:
     def flush(self) -> None:
         """Emit the pages that wait for it."""
         if self._waiting:
-            self._emit(tuple(self._waiting))
+            self._emit(joined(self._waiting, self._store.layout.row_bytes))
             self._waiting = []
 
     def check(self) -> None:
@@ -81,3 +82,26 @@ class PageLoader:
             self._loop.call_soon(self.flush)
         for branch, row in self._places[digest]:
             self._waiting.append(LandedPage(branch, layer, row + begin, end - begin, k + skip, v + skip))
+
+
+def joined(pages: Sequence[LandedPage], row_bytes: int) -> tuple[LandedPage, ...]:
+    """Pages of one layer that follow each other as one: a rank makes few large copies of them."""
+    runs: list[LandedPage] = []
+    for page in sorted(pages, key=lambda each: (each.branch, each.layer, each.row)):
+        if runs and _continues(runs[-1], page, row_bytes):
+            runs[-1] = replace(runs[-1], rows=runs[-1].rows + page.rows)
+        else:
+            runs.append(page)
+    return tuple(runs)
+
+
+def _continues(run: LandedPage, page: LandedPage, row_bytes: int) -> bool:
+    """Whether a page follows a run, in the slab and in shared memory: two segments lie apart there."""
+    nbytes = run.rows * row_bytes
+    return (run.branch, run.layer, run.row + run.rows, run.k_offset + nbytes, run.v_offset + nbytes) == (
+        page.branch,
+        page.layer,
+        page.row,
+        page.k_offset,
+        page.v_offset,
+    )
