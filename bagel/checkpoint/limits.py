@@ -82,9 +82,13 @@ def latent_bucket(tokens: int) -> int:
     return -(-tokens // granularity) * granularity
 
 
-def padded_latents(tokens: int, device: str) -> int:
-    """Latents of a row on a device, padded only on a GPU: a CPU compiles and captures nothing."""
-    return latent_bucket(tokens) if device.startswith("cuda") else tokens
+def padded_latents(tokens: int, device: str, ranks: int = 1) -> int:
+    """Latents of a row on a device, padded only on a GPU: a CPU compiles and captures nothing.
+
+    ranks: of context parallel, each of which computes as many latents of a row.
+    """
+    padded = latent_bucket(tokens) if device.startswith("cuda") else tokens
+    return -(-padded // ranks) * ranks
 
 
 def row_kv_tokens(context: int, padded: int) -> int:

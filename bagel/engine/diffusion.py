@@ -29,6 +29,7 @@ from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
+from bagel.parallel.groups import UNDIVIDED, Groups
 
 
 @dataclass
@@ -59,16 +60,18 @@ class DiffusionEngine:
         fail: Callable[[int, Exception], None],
         pages: Tensor | None = None,
         profile: bool = False,
+        groups: Groups = UNDIVIDED,
     ) -> None:
         """space: holds the pictures' K/V; emit: receives Begun, StepTaken, Previewed and Drawn.
 
         fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8; profile:
-        pictures come with the durations of their stages.
+        pictures come with the durations of their stages; groups: the ranks that draw together.
         """
         self._model, self._device, self._profile = model, model.device, profile
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
-        self._space, self._graphs = space, StepGraphs.over(model, space.slab)
+        self._groups = groups
+        self._space, self._graphs = space, StepGraphs.over(model, space.slab, groups.context)
         self._arrivals: Arrivals | None = None
         if pages is not None:
             self._arrivals = Arrivals(space.slab, pages, model.language_model.kv_heads, heartbeat, fail)
@@ -89,17 +92,20 @@ class DiffusionEngine:
             self._arrivals.close()
         self.vae.close()
 
+    def bucket(self, tokens: int) -> int:
+        """The number of latents that a picture's rows are padded to."""
+        return padded_latents(tokens, self._device.type, self._groups.context.size)
+
     def canvas(self, bucket: int) -> Canvas:
         """An empty canvas for pictures of one bucket."""
-        return Canvas(self._model, bucket, self._space, self._graphs)
+        return Canvas(self._model, bucket, self._space, self._graphs, self._groups)
 
     def add(self, id_: int, picture: Picture, output: OutputFormat | None, *, begun: bool) -> None:
         """Let a picture wait for room for its K/V; emits Begun once it has room and its K/V are there.
 
         begun: they are there already. Raises InvalidRequest for a picture that will never have room.
         """
-        padded = padded_latents(picture.tokens, self._device.type)
-        self._line.join(id_, Waiting(picture, output, padded, begun))
+        self._line.join(id_, Waiting(picture, output, self.bucket(picture.tokens), begun))
         self.admit()
 
     def load_pages(self, id_: int, pages: Sequence[LandedPage]) -> None:

@@ -21,6 +21,7 @@ from bagel.engine.sampler import ArrivingContext, Picture
 from bagel.engine.single_stage import SingleStage
 from bagel.engine.warm_up import warm_up
 from bagel.errors import BagelError, OutOfMemory
+from bagel.parallel.groups import UNDIVIDED, Groups
 
 DEFAULT_MAX_NUM_SEQS = 16
 
@@ -44,16 +45,18 @@ class Engine:
         profile: bool = False,
         pages: Tensor | None = None,
         heartbeat: Heartbeat | None = None,
+        groups: Groups = UNDIVIDED,
     ) -> None:
         """max_num_seqs: texts decoded at once; kv_device_bytes, profile: as DitConfig has them.
 
-        pages: shared memory that K/V arrive in, uint8.
+        pages: shared memory that K/V arrive in, uint8; groups: the ranks that compute together, which all get the same
+        commands in the same order.
         """
         self.loaded, self._emit, self.heartbeat = loaded, emit, heartbeat or Heartbeat()
         model = loaded.model
         self.space = kv_space(model, kv_device_bytes)
         self._diffusion = DiffusionEngine(
-            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile
+            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile, groups=groups
         )
         self.single_stage: SingleStage | None = None
         if loaded.role is Role.FULL:
@@ -66,6 +69,7 @@ class Engine:
                 fail=self._report,
                 # Its contexts were computed here, so no K/V are still to come.
                 draw=lambda id_, picture, output: self._diffusion.add(id_, picture, output, begun=True),
+                bucket=self._diffusion.bucket,
             )
         self._check = DeviceCheck(model, emit, self._drop_caches)
         self._handlers: dict[type, Callable[[Any], None]] = {

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from bagel.model.attention import Rows, upload
 from bagel.model.mot import MoTDecoder
+from bagel.parallel.context import LatentKv
+from bagel.parallel.groups import ALONE, Group
 
 Intervals = Sequence[tuple[int, int]]
 """Start and length of what each row sees, where the host knows them."""
@@ -64,20 +66,27 @@ def latent_rows(
     ropes: Sequence[int],
     counts: Sequence[int],
     padded: int,
+    context: Group = ALONE,
 ) -> Rows:
     """counts[i] latents a row between two delimiters, all of a row at one position ropes[i], full attention.
 
     Rows are padded to `padded` latents; the padding's K/V lie behind what is visible. In the slab a row is
-    [context | start, latents, end | padding]; the delimiters are the understanding expert's two tokens.
+    [context | start, latents, end | padding]; the delimiters are the understanding expert's two tokens. context: ranks
+    that divide the padded latents of each row.
     """
     places = upload([list(starts), list(pasts), list(ropes), list(counts)], torch.int64, decoder.device)
     # The host knows the places here, so attention that loops over rows need not read them back.
     intervals = [(start, past + count + 2) for start, past, count in zip(starts, pasts, counts, strict=True)]
-    return latent_rows_at(decoder, places, padded, _longest(intervals), intervals)
+    return latent_rows_at(decoder, places, padded, _longest(intervals), intervals, context)
 
 
 def latent_rows_at(
-    decoder: MoTDecoder, places: Tensor, padded: int, longest: int, intervals: Intervals | None = None
+    decoder: MoTDecoder,
+    places: Tensor,
+    padded: int,
+    longest: int,
+    intervals: Intervals | None = None,
+    context: Group = ALONE,
 ) -> Rows:
     """As latent_rows, from places [4, rows] int64 on the device: starts, pasts, ropes and counts. longest: see Rows."""
     starts, pasts, ropes, counts = places
@@ -92,9 +101,9 @@ def latent_rows_at(
         und=2,
         und_slots=torch.cat((first, first + 1 + count), dim=1).flatten(),
         und_rope=rope,
-        gen=padded,
+        gen=padded // context.size,
         # latent j lies behind the start delimiter; padding skips the end delimiter too
-        gen_slots=(first + 1 + index + (index >= count)).flatten(),
+        gen_kv=LatentKv.divided(first + 1 + index + (index >= count), context),
         gen_rope=rope,
         intervals=intervals,
     )

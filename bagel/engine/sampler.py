@@ -25,6 +25,8 @@ from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
 from bagel.model.layers import grid_position_ids
+from bagel.parallel.groups import UNDIVIDED, Groups
+from bagel.parallel.rows import Division
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
@@ -165,9 +167,19 @@ class Canvas:
     All fit one bucket: `padded` latents, at least as many as each has.
     """
 
-    def __init__(self, model: Bagel, padded: int, space: SharedSlab, graphs: StepGraphs | None = None) -> None:
-        """space: holds the pictures' K/V; graphs: of its slab; without them every step is launched kernel by kernel."""
-        self.model, self.padded, self._space, self._graphs = model, padded, space, graphs
+    def __init__(
+        self,
+        model: Bagel,
+        padded: int,
+        space: SharedSlab,
+        graphs: StepGraphs | None = None,
+        groups: Groups = UNDIVIDED,
+    ) -> None:
+        """space: holds the pictures' K/V; graphs: of its slab; without them every step is launched kernel by kernel.
+
+        groups: the ranks that compute steps together. All have canvases of the same pictures, and take the same steps.
+        """
+        self.model, self.padded, self._space, self._graphs, self._groups = model, padded, space, graphs, groups
         self.drawings: list[Drawing] = []
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._layouts: dict[tuple[_Row, ...], _Layout] = {}
@@ -239,7 +251,7 @@ class Canvas:
     def velocities(self, wanted: Mapping[Drawing, frozenset[BranchName]]) -> dict[Drawing, dict[BranchName, Tensor]]:
         """Velocities of the given branches of the given pictures at their present step."""
         # In the canvas's order, not the caller's, so that the same set of rows finds its layout again.
-        rows = tuple(
+        rows = list(
             dict.fromkeys(
                 row
                 for drawing in self.drawings
@@ -247,19 +259,23 @@ class Canvas:
                 if name in wanted.get(drawing, frozenset())
             )
         )
+        division = Division.of([row.context.length for row in rows], self._groups.rows)
+        computed = self._compute(tuple(rows[each] for each in division.mine))
+        velocity = dict(zip(rows, division.exchange(computed), strict=True))
+        return {
+            drawing: {name: velocity[drawing.rows[name]][: drawing.picture.tokens] for name in sorted(names)}
+            for drawing, names in wanted.items()
+        }
+
+    def _compute(self, rows: tuple[_Row, ...]) -> Tensor:
+        """The velocities of some rows at their pictures' present steps, [rows, padded, features] float32."""
         layout = self._layout(rows)
         t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
         x = torch.stack([drawing.x for drawing in layout.drawings])
         inputs = StepInputs(x, t, layout.position_ids, layout.places)
         if self._graphs is not None and self._graphs.take(len(rows), self.padded):
-            v = self._graphs.velocities(inputs)
-        else:
-            v = row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
-        place = {row: at for at, row in enumerate(rows)}
-        return {
-            drawing: {name: v[place[drawing.rows[name]], : drawing.picture.tokens] for name in sorted(names)}
-            for drawing, names in wanted.items()
-        }
+            return self._graphs.velocities(inputs)
+        return row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
 
     def _padded_ids(self, picture: Picture) -> Tensor:
         ids = torch.zeros(self.padded, dtype=torch.int64)
@@ -277,7 +293,7 @@ class Canvas:
                 [drawing.picture.tokens for drawing in drawings],
             )
             self._layouts[rows] = _Layout(
-                latent_rows(self.model.language_model, *places, self.padded),
+                latent_rows(self.model.language_model, *places, self.padded, self._groups.context),
                 upload(places, torch.int64, self.model.device),
                 drawings,
                 torch.stack([each.position_ids for each in drawings]),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
 
-from bagel.checkpoint.limits import check_kv_room, padded_latents, row_kv_tokens
+from bagel.checkpoint.limits import check_kv_room, row_kv_tokens
 from bagel.engine.commands import AddRequest
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.events import Done, Event, Planned, Prefilled, PromptRead, StepTimed, Text, TextDone
@@ -48,7 +48,7 @@ class SingleStage:
     """Serves whole requests up to where their pictures are drawn.
 
     emit: receives what happens; fail: a request's error, on any thread; draw: takes a picture on, with its request's
-    id and how it is given out.
+    id and how it is given out; bucket: the number of latents that a picture of so many is padded to.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class SingleStage:
         emit: Callable[[Event], None],
         fail: Callable[[int, Exception], None],
         draw: Callable[[int, Picture, OutputFormat | None], None],
+        bucket: Callable[[int], int],
     ) -> None:
         self._loaded, self._space, self._heartbeat = loaded, space, heartbeat
-        self._emit, self._fail, self._draw = emit, fail, draw
+        self._emit, self._fail, self._draw, self._bucket = emit, fail, draw, bucket
         self._lock = Lock()  # around the two that follow, which the planner's thread changes too
         self._planning: set[int] = set()
         self._planned: dict[int, tuple[RequestPlan, OutputFormat | None]] = {}
@@ -169,10 +170,10 @@ class SingleStage:
 
     def _check_room(self, plan: RequestPlan) -> None:
         """Refuse a request that can never find room for its K/V."""
-        model, needed = self._loaded.model, 0
+        needed = 0
         if plan.draws:
             rows, columns = grid(self._loaded.planner, plan.size)
-            padded = padded_latents(rows * columns, model.device.type)
+            padded = self._bucket(rows * columns)
             chains = {chain.digest: chain.length for chain in plan.chains.values()}
             needed = self._space.needed([row_kv_tokens(length, padded) for length in chains.values()])
         if plan.writes:

@@ -5,6 +5,7 @@ A graph is captured for a number of rows and a bucket, and replayed with other l
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,6 +14,10 @@ from bagel.engine.capture import GraphMaker
 from bagel.engine.layout import latent_rows_at
 from bagel.model.attention import KvSlab, Rows
 from bagel.model.bagel import Bagel
+from bagel.parallel.context import shard, whole
+from bagel.parallel.groups import ALONE, Group
+
+logger = logging.getLogger(__name__)
 
 MOST_LATENTS = 2048
 """Latents of a step, all rows with their padding, up to which it is captured: of more, the device takes longer than
@@ -32,10 +37,15 @@ class StepInputs(NamedTuple):
 
 
 def row_velocities(model: Bagel, delimiters: Tensor, inputs: StepInputs, rows: Rows, slab: KvSlab) -> Tensor:
-    """The velocities of all rows, [rows, bucket, features] float32. delimiters: their embeddings, [2, hidden]."""
-    latents = model.embed_latents(inputs.x, inputs.t, inputs.position_ids)
+    """The velocities of all rows, [rows, bucket, features] float32. delimiters: their embeddings, [2, hidden].
+
+    Ranks of context parallel compute a shard of the latents each, and gather the result.
+    """
+    assert rows.gen_kv is not None
+    context = rows.gen_kv.group
+    latents = model.embed_latents(shard(inputs.x, context), inputs.t, shard(inputs.position_ids, context))
     _, hidden = model.language_model(delimiters.expand(len(inputs.x), -1, -1), latents, rows, slab)
-    return model.velocity(hidden)
+    return whole(model.velocity(hidden), context)
 
 
 class StepGraphs:
@@ -47,9 +57,17 @@ class StepGraphs:
         self._graphs: dict[tuple[int, int], _StepGraph] = {}
 
     @classmethod
-    def over(cls, model: Bagel, slab: KvSlab) -> StepGraphs | None:
-        """The graphs of a slab; None where forwards are not captured."""
-        return cls(model, slab) if model.language_model.backend.captures else None
+    def over(cls, model: Bagel, slab: KvSlab, context: Group = ALONE) -> StepGraphs | None:
+        """The graphs of a slab; None where forwards are not captured.
+
+        context: ranks that divide latents. They exchange K/V within a forward, which a graph would not hold.
+        """
+        if not model.language_model.backend.captures:
+            return None
+        if context.size > 1:
+            logger.info("steps are not captured as CUDA graphs: context parallel ranks exchange K/V within them")
+            return None
+        return cls(model, slab)
 
     def take(self, rows: int, bucket: int) -> bool:
         """Whether a step of this shape is to be replayed."""

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 import torch
 from PIL import Image
 
-from bagel.checkpoint.limits import padded_latents
 from bagel.engine.commands import PlacedContext
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.diffusion import DiffusionEngine
@@ -97,7 +96,7 @@ def _draw(loaded: LoadedModel, space: SharedSlab, diffusion: DiffusionEngine) ->
     config, device = loaded.model.config, loaded.model.device
     height, width = (side // config.latent_stride for side in config.default_image_size)
     noise = torch.zeros(height * width, config.latent_features)
-    bucket = padded_latents(len(noise), device.type)
+    bucket = diffusion.bucket(len(noise))
     for settings, branches in BRANCHES.items():
         contexts = {name: ArrivingContext(PlacedContext(name.encode(), 0, 0)) for name in branches}
         picture = Picture(settings, (height, width), noise, contexts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bagel.model.kernels import Rope
+from bagel.parallel.context import LatentKv
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Rows:
 
     starts, lengths: each row's interval of visible K/V in the slab, its own tokens included, [rows] int64.
     longest: no row sees more tokens than this.
-    und, gen: tokens a row of each expert; slots [rows * und] and [rows * gen] are their places in the slab.
+    und, gen: tokens a row that each expert computes here; und_slots [rows * und]: places of und's in the slab, gen_kv:
+    those of gen's, and of the latents of other ranks (bagel.parallel.context).
     rope: rotary factors (MoTDecoder.rope), [rows, und or 1, 1, head_dim] and [rows, gen or 1, 1, head_dim], float32.
     intervals: starts and lengths again, on the host, for attention that loops over rows there. None in a captured
     forward, which has no fixed ones.
@@ -89,7 +91,7 @@ class Rows:
     und_slots: Tensor
     und_rope: Rope
     gen: int = 0
-    gen_slots: Tensor | None = None
+    gen_kv: LatentKv | None = None
     gen_rope: Rope | None = None
     causal: bool = False
     intervals: Sequence[tuple[int, int]] | None = None

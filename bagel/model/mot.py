@@ -92,14 +92,15 @@ class MoTLayer(nn.Module):
         if gen is None:
             self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
             return self.und_output(und, backend.attend(q, *kv, rows), backend), None
-        gen_input, gen_output = self.gen_input, self.gen_output
-        assert gen_input is not None and gen_output is not None
+        gen_input, gen_output, gen_kv = self.gen_input, self.gen_output, rows.gen_kv
+        assert gen_input is not None and gen_output is not None and gen_kv is not None
         # Of an image the understanding expert has only the two delimiters, a fraction of the generation expert's work.
-        backend.run_both(
+        _, finish = backend.run_both(
             lambda: self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend),
-            lambda: gen_input(gen, rows.gen_rope, rows.gen_slots, q[split:], kv, backend),
+            lambda: gen_kv.write(kv, lambda kv, slots: gen_input(gen, rows.gen_rope, slots, q[split:], kv, backend)),
         )
-        # After both experts, as each attends to the K/V that the other has written.
+        finish()
+        # After both experts and all ranks, as each attends to the K/V that the others have written.
         attended = backend.attend(q, *kv, rows)
         both: tuple[Tensor, Tensor] = backend.run_both(
             lambda: self.und_output(und, attended[:split], backend),

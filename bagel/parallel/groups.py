@@ -6,7 +6,7 @@ exchange through NCCL where the model is on a GPU, through gloo on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -37,18 +37,35 @@ class Group:
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' tensors of one shape, in the order of the ranks: [...] -> [size, ...]."""
+        return self.begin_gather(x)()
+
+    def begin_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to `gather`; the function that is returned waits for the result, and must be called once.
+
+        On a GPU the device's stream waits, not the host. x must stay as it is until then.
+        """
         if self.size == 1:
-            return x[None]
+            return lambda: x[None]
         gathered = x.new_empty(self.size * x.numel())
-        # Flat, as gloo takes no other shape than the ranks' tensors one behind the other.
-        _all_gather(gathered, x.flatten(), group=self.handle)
-        return gathered.view(self.size, *x.shape)
+        # Flat, as gloo takes no other shape than the ranks' tensors one behind the other. Both tensors live until the
+        # wait, as PyTorch keeps them for a work that is under way.
+        work = _all_gather(gathered, x.flatten(), group=self.handle, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return gathered.view(self.size, *x.shape)
+
+        return wait
 
     def share(self, x: Tensor, source: int = 0) -> Tensor:
         """The tensor of the rank of index `source`, on every rank; written into x, which is returned."""
         if self.size > 1:
             dist.broadcast(x, group=self.handle, group_src=source)
         return x
+
+
+ALONE = Group()
+"""The group of a rank that shares its work with no other."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,10 @@ class Groups:
     world: Group = Group()
     vae_decode: Group = Group()
     vae_encode: Group = Group()
+
+
+UNDIVIDED = Groups()
+"""The groups of the rank that computes everything."""
 
 
 def join(rank: Rank, device: torch.device, init_method: str, *, timeout_s: float, vae_ranks: int = 1) -> Groups:

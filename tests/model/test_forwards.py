@@ -87,8 +87,8 @@ def test_places_on_the_device_are_all_that_describes_rows(model: Bagel) -> None:
     places = torch.tensor([[0, 40], [26, 7], [3, 9], [4, 2]])
     rows = latent_rows_at(decoder, places, 4, 100)
     assert rows.und_slots.tolist() == [26, 31, 47, 50]
-    assert rows.gen_slots is not None
-    assert rows.gen_slots.tolist() == [27, 28, 29, 30, 48, 49, 51, 52]  # padding lies behind the end delimiter
+    assert rows.gen_kv is not None
+    assert rows.gen_kv.slots.tolist() == [27, 28, 29, 30, 48, 49, 51, 52]  # padding lies behind the end delimiter
     wanted = [0, 2, 4, 8, 12], [0, 40, 0, 40, 51], [32, 11, 32, 11]
     assert tuple(each.tolist() for each in rows.on_device) == wanted
     assert torch.equal(rows.und_rope[0], decoder.rope(torch.tensor([[3], [9]]))[0])
