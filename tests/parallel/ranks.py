@@ -56,8 +56,7 @@ class Ranks:
             left = {connection: index for index, (_, connection) in enumerate(ranks) if index not in results}
             ready = wait(list(left), LIMIT_S)
             assert ready, f"ranks {sorted(left.values())} of {mesh} hang"
-            for connection in ready:
-                assert isinstance(connection, Connection)
+            for connection in (each for each in left if each in ready):
                 error, results[left[connection]] = connection.recv()
                 assert not error, f"rank {left[connection]} of {mesh}:\n{error}"
         return [results[index] for index in range(len(ranks))]
