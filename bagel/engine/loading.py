@@ -18,6 +18,8 @@ from bagel.model.bagel import Bagel
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
+from bagel.parallel.groups import UNDIVIDED, Groups
+from bagel.parallel.hsdp import local
 from bagel.rpc.convert import model_info
 from bagel.v1 import common_pb2
 
@@ -74,11 +76,11 @@ class LoadedModel:
         )
 
     def memory(self) -> dict[str, int]:
-        """Bytes of weights by component."""
+        """Bytes of weights by component, those that this rank keeps."""
         sizes: dict[str, int] = {}
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             component = name.partition(".")[0]
-            sizes[component] = sizes.get(component, 0) + tensor.nbytes
+            sizes[component] = sizes.get(component, 0) + local(tensor).nbytes
         return sizes
 
 
@@ -92,11 +94,13 @@ def load_role(
     vae_use_tiling: bool = False,
     attention_backend: str = AUTO,
     enforce_eager: bool = False,
+    groups: Groups = UNDIVIDED,
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
 
     vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture;
-    attention_backend, enforce_eager: as `choose_backend` takes them.
+    attention_backend, enforce_eager: as `choose_backend` takes them; groups: the ranks that the model is divided over,
+    which call this together.
     """
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
@@ -108,6 +112,8 @@ def load_role(
             delimiter_ids=delimiters,
             dtype=dtype,
             device=device,
+            rank=groups.rank,
+            sharing=groups.weights,
             attention=attention_backend,
             eager=enforce_eager,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,15 @@ def choose_backend(
     kernels = _fused_kernels(device, dtype)
     captures = name in ON_DEVICE and kernels is not TORCH
     return LayerBackend(BACKENDS[name], kernels, name, run_both=SideBySide(device), captures=captures)
+
+
+def launched_in_order(backend: LayerBackend) -> LayerBackend:
+    """A backend for ranks that gather weights as they compute: one stream, and no CUDA graphs.
+
+    The gathered weights lie elsewhere each time, where a captured forward would not look for them.
+    """
+    logger.info("no CUDA graphs and no second stream: weights are gathered layer by layer (HSDP)")
+    return replace(backend, run_both=one_by_one, captures=False)
 
 
 def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:

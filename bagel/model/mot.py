@@ -109,6 +109,31 @@ class MoTLayer(nn.Module):
         return both
 
 
+class Layers(nn.ModuleList):
+    """The layers of a decoder, in their order.
+
+    A module of its own: ranks that divide the weights gather them around its forward and that of each layer
+    (bagel.parallel.hsdp).
+    """
+
+    def forward(
+        self,
+        und: Tensor,
+        gen: Tensor | None,
+        rows: Rows,
+        slab: KvSlab,
+        backend: LayerBackend,
+        on_layer: OnLayer | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As MoTDecoder's."""
+        for i, layer in enumerate(self):
+            und, gen = layer(und, gen, rows, slab.layer(i), backend)
+            # Now, so that this layer's K/V are sent while the next ones are computed.
+            if on_layer is not None:
+                on_layer(i)
+        return und, gen
+
+
 class MoTDecoder(nn.Module):
     """The language model of one rank, with the parts that its role needs.
 
@@ -125,7 +150,7 @@ class MoTDecoder(nn.Module):
         self.backend = LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.embed_tokens = nn.Embedding(config.vocab_size if parts.text else 2, hidden, dtype=linears.dtype)
-        self.layers = nn.ModuleList(
+        self.layers = Layers(
             MoTLayer(linears, f"{stem}.layers.{i}", config, share, generation=parts.generation)
             for i in range(config.num_hidden_layers)
         )
@@ -144,12 +169,8 @@ class MoTDecoder(nn.Module):
 
         on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
         """
-        for i, layer in enumerate(self.layers):
-            und, gen = layer(und, gen, rows, slab.layer(i), self.backend)
-            # Now, so that this layer's K/V are sent while the next ones are computed.
-            if on_layer is not None:
-                on_layer(i)
-        return und, gen
+        hidden: tuple[Tensor, Tensor | None] = self.layers(und, gen, rows, slab, self.backend, on_layer)
+        return hidden
 
     def rope(self, position_ids: Tensor) -> Rope:
         """position_ids [rows, n] -> rotary factors, each [rows, n, 1, head_dim] float32."""

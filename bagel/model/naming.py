@@ -15,26 +15,51 @@ from bagel.checkpoint.files import AE, EMA
 from bagel.checkpoint.slices import TensorSlice
 from bagel.model.bagel import Bagel
 from bagel.model.layers import AddedRMSNorm, HeadNorms, RMSNorm
-from bagel.model.linear import Linear, Split
+from bagel.model.linear import Linear
 from bagel.model.vae import diffusers_name
+from bagel.parallel.hsdp import local, local_rows
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A slice of a tensor of the checkpoint, and the memory that it fills.
+    """A slice of a tensor of the checkpoint, and the parameter that it fills from row `begin` to row `end`.
 
-    shape: of the whole tensor in the file. target: of the slice's size, perhaps of another shape.
+    shape: of the whole tensor in the file.
     """
 
     file: str
     part: TensorSlice
     shape: tuple[int, ...]
-    target: Tensor
+    parameter: Tensor
+    begin: int
+    end: int
+
+    @property
+    def target(self) -> Tensor:
+        """The memory that it fills: of the slice's size, perhaps of another shape."""
+        return self.parameter[self.begin : self.end]
 
     @property
     def name(self) -> str:
         """The tensor's name in the file."""
         return self.part.name
+
+
+def kept(slot: Slot) -> Slot | None:
+    """The part of a slot that fills rows which this rank keeps; None if it has none of them.
+
+    Ranks that divide the weights (bagel.parallel.hsdp) keep some rows each; every other rank keeps all.
+    """
+    rows = local_rows(slot.parameter)
+    begin, end = max(slot.begin, rows.start), min(slot.end, rows.stop)
+    if begin >= end:
+        return None
+    if len(rows) == len(slot.parameter):
+        return slot
+    # Rows of a parameter are rows of the file's tensor, as such ranks split no layer.
+    start = slot.part.start - slot.begin
+    part = TensorSlice(slot.name, 0, start + begin, start + end)
+    return Slot(slot.file, part, slot.shape, local(slot.parameter), begin - rows.start, end - rows.start)
 
 
 def slots(model: Bagel) -> Iterator[Slot]:
@@ -65,11 +90,11 @@ def _linear_slots(layer: Linear) -> Iterator[Slot]:
     for kind, parameter in layer.named_parameters(recurse=False):
         begin = 0
         for name, outputs in layer.outputs.items():
-            weight = kind == "weight"
-            shape = (outputs.whole, layer.inputs.whole) if weight else (outputs.whole,)
-            dimension, share = (1, layer.inputs) if weight and layer.split is Split.ROW else (0, outputs)
+            weight, inputs = kind == "weight", layer.inputs
+            shape = (outputs.whole, inputs.whole) if weight else (outputs.whole,)
+            dimension, share = (1, inputs) if weight and inputs.count < inputs.whole else (0, outputs)
             part = TensorSlice(f"{name}.{kind}", dimension, share.start, share.stop)
-            yield Slot(EMA, part, shape, parameter[begin : begin + outputs.count])
+            yield Slot(EMA, part, shape, parameter, begin, begin + outputs.count)
             begin += outputs.count
 
 
@@ -82,12 +107,13 @@ def _embedding_slots(model: Bagel, embedding: nn.Module) -> Iterator[Slot]:
         yield _whole(name, table)
         return
     for row, token in enumerate(model.delimiter_ids):
-        yield Slot(EMA, TensorSlice(name, 0, token, token + 1), shape, table[row : row + 1])
+        yield Slot(EMA, TensorSlice(name, 0, token, token + 1), shape, table, row, row + 1)
 
 
 def _whole(name: str, parameter: Tensor, file: str = EMA, shape: tuple[int, ...] | None = None) -> Slot:
     """A tensor that fills a whole parameter. shape: in the file, if it is not the parameter's."""
-    return Slot(file, TensorSlice(name, 0, 0, len(parameter)), shape or tuple(parameter.shape), parameter)
+    rows = len(parameter)
+    return Slot(file, TensorSlice(name, 0, 0, rows), shape or tuple(parameter.shape), parameter, 0, rows)
 
 
 def _vit_name(path: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel.arguments import OnceParser
 from bagel.checkpoint.config import BAGEL_7B_MOT, ModelConfig
@@ -24,10 +24,13 @@ from bagel.checkpoint.slices import SliceReader
 from bagel.checkpoint.tensors import check_plain, few
 from bagel.errors import BagelError, CheckpointError
 from bagel.model.attention_backends import AUTO
-from bagel.model.backend import choose_backend
+from bagel.model.backend import choose_backend, launched_in_order
 from bagel.model.bagel import Bagel
 from bagel.model.linear import LinearFactory
-from bagel.model.naming import Slot, slots
+from bagel.model.mot import MoTDecoder
+from bagel.model.naming import Slot, kept, slots
+from bagel.parallel.groups import ALONE, Group
+from bagel.parallel.hsdp import gather_once, shard
 from bagel.parallel.mesh import Rank
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     rank: Rank = ONLY,
+    sharing: Group = ALONE,
     attention: str = AUTO,
     eager: bool = False,
 ) -> Bagel:
@@ -54,15 +58,16 @@ def load_model(
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
-    rank: whose share is loaded; attention, eager: as `choose_backend` takes them. Raises ConfigError for a model that
-    does not divide among its mesh's ranks, and CheckpointError naming every missing, misshapen or quantised tensor (the
-    first few of many), both before anything is allocated; ConfigError too for attention that cannot run there.
+    rank: whose share is loaded; sharing: ranks that keep a part of the weights each, which call this together;
+    attention, eager: as `choose_backend` takes them. Raises ConfigError for a model that does not divide among its
+    mesh's ranks, and CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), both
+    before anything is allocated; ConfigError too for attention that cannot run there.
     """
     model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank)
     # While the model has no memory, so that a checkpoint that does not fit costs nothing.
     check_role(checkpoint, model)
-    model = _place(model, device, attention, eager=eager)
-    fill(checkpoint, list(slots(model)))
+    model = _place(model, device, attention, eager=eager, sharing=sharing)
+    fill(checkpoint, [mine for slot in slots(model) if (mine := kept(slot)) is not None])
     return model.eval()
 
 
@@ -74,9 +79,10 @@ def empty_model(
     device: torch.device | str,
     delimiter_ids: tuple[int, int] = (0, 1),
     rank: Rank = ONLY,
+    sharing: Group = ALONE,
 ) -> Bagel:
     """A model without values, on any device (meta takes no memory)."""
-    return _place(_unplaced_model(config, role, dtype, delimiter_ids, rank), device)
+    return _place(_unplaced_model(config, role, dtype, delimiter_ids, rank), device, sharing=sharing)
 
 
 def _unplaced_model(
@@ -88,13 +94,26 @@ def _unplaced_model(
         return Bagel(config, role, delimiter_ids, linears=LinearFactory(dtype, rank)).requires_grad_(False)
 
 
-def _place(model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False) -> Bagel:
-    """Give a model memory on a device."""
+def _place(
+    model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False, sharing: Group = ALONE
+) -> Bagel:
+    """Give a model memory on a device: all of it, or the part of a rank that shares the weights with others."""
+    decoder = model.language_model
+    tables = _large_tables(decoder)
+    # Divided while it has no memory, so that a rank never holds more than its part.
+    shard(decoder.layers, tables, sharing, torch.device(device))
     model.to_empty(device=device)
+    gather_once([*decoder.layers, *tables])
     # `to_empty` leaves it without values, and no file has them.
-    model.language_model.rotary.reset()
-    model.language_model.backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager)
+    decoder.rotary.reset()
+    backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager)
+    decoder.backend = backend if sharing.size == 1 else launched_in_order(backend)
     return model
+
+
+def _large_tables(decoder: MoTDecoder) -> list[nn.Module]:
+    """The embedding and the LM head of a role with text. A role without text keeps two rows of the one."""
+    return [] if decoder.lm_head is None else [decoder.embed_tokens, decoder.lm_head]
 
 
 def random_model(

@@ -73,8 +73,9 @@ class Groups:
     """A rank's groups. Without torch.distributed, those of a mesh of size one.
 
     tp: ranks that divide each layer; context: those that divide the latents of each row; rows: those that divide the
-    rows of a step, along data and cfg; world: all. vae_decode, vae_encode: those that divide the tiles of pictures, by
-    a group for each thread that runs the autoencoder, so that decoding goes on beside steps.
+    rows of a step, along data and cfg; world: all. weights: those that divide the weights. vae_decode, vae_encode:
+    those that divide the tiles of pictures, by a group for each thread that runs the autoencoder, so that decoding goes
+    on beside steps.
     """
 
     rank: Rank = field(default_factory=Rank)
@@ -82,6 +83,7 @@ class Groups:
     context: Group = Group()
     rows: Group = Group()
     world: Group = Group()
+    weights: Group = Group()
     vae_decode: Group = Group()
     vae_encode: Group = Group()
 
@@ -90,7 +92,15 @@ UNDIVIDED = Groups()
 """The groups of the rank that computes everything."""
 
 
-def join(rank: Rank, device: torch.device, init_method: str, *, timeout_s: float, vae_ranks: int = 1) -> Groups:
+def join(
+    rank: Rank,
+    device: torch.device,
+    init_method: str,
+    *,
+    timeout_s: float,
+    vae_ranks: int = 1,
+    weight_ranks: int = 1,
+) -> Groups:
     """Meet all ranks of the mesh, and form the groups; called once in a process, by all of them.
 
     init_method: as torch.distributed has it, like tcp://127.0.0.1:29500. timeout_s: of an exchange that another rank
@@ -128,6 +138,7 @@ def join(rank: Rank, device: torch.device, init_method: str, *, timeout_s: float
         context=form(_along(mesh, "context")),
         rows=form(_along(mesh, "data", "cfg")),
         world=Group(rank.index, mesh.size, dist.group.WORLD),
+        weights=form([ranks[at : at + weight_ranks] for at in range(0, mesh.size, weight_ranks)]),
         vae_decode=form([ranks[:vae_ranks]]),
         vae_encode=form([ranks[:vae_ranks]]),
     )
