@@ -15,6 +15,7 @@
     │   ├── ForeignContext          the K/V belongs to another model, type or layout
     │   └── LeaseLapsed             the lease of the K/V has expired
     ├── KvTimeout                   the K/V did not arrive in time
+    ├── TransferDamaged             what was sent is not what arrived
     ├── SourceUnavailable           the peer that holds the K/V cannot be reached
     ├── NotFinite                   a result overflowed
     ├── InitTimeout                 a stage was not ready in time
@@ -207,6 +208,13 @@ class SourceUnavailable(BagelError):
     def __init__(self, message: str, hidden: str = "") -> None:
         super().__init__(message)
         self.hidden = hidden
+
+
+class TransferDamaged(BagelError):
+    """What one side of a call sent is not what the other received; nothing of its answer is to be trusted."""
+
+    grpc_status = "UNAVAILABLE"  # the same request, sent again, is likely to arrive whole
+    http_status = 503
 
 
 class NotFinite(BagelError):

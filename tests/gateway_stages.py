@@ -20,6 +20,7 @@ from bagel.kv.codec import PAGE_VERSION
 from bagel.pipelines import pipeline
 from bagel.rpc.admission import Admission
 from bagel.rpc.errors import streaming, unary
+from bagel.rpc.integrity import WIRE_VERSION
 from bagel.rpc.security import Security
 from bagel.rpc.transport import Host
 from bagel.telemetry.logs import REQUEST_ID
@@ -122,7 +123,7 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
         self, request: thinker_pb2.ThinkerServiceDescribeRequest, context: Any
     ) -> thinker_pb2.ThinkerServiceDescribeResponse:
         return thinker_pb2.ThinkerServiceDescribeResponse(
-            model=self.info, engine="torch", name="thinker-0", page_version=PAGE_VERSION
+            model=self.info, engine="torch", name="thinker-0", page_version=PAGE_VERSION, wire_version=WIRE_VERSION
         )
 
     def _ref(self, request: thinker_pb2.BuildContextRequest) -> kv_pb2.ContextRef:
@@ -215,6 +216,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
             name="dit-0",
             sources=["thinker-0"],
             page_version=self.page_version,
+            wire_version=WIRE_VERSION,
         )
 
 
@@ -260,9 +262,13 @@ async def deployment(
     thinkers: Sequence[bytes] = (b"k",),
     dits: Sequence[bytes] = (b"k",),
     ready: bool = True,
+    thinkers_at: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncIterator[Deployment]:
-    """Run a gateway with fake stages. thinkers, dits: the K/V fingerprint of each; ready: wait until it is ready."""
+    """Run a gateway with fake stages. thinkers, dits: the K/V fingerprint of each; ready: wait until it is ready.
+
+    thinkers_at: where the gateway is to call its Thinkers instead.
+    """
     journal, single = Journal(), len(pipeline(topology).stages) == 1
     served_thinkers = [] if single else [Thinker(journal, fingerprint) for fingerprint in thinkers]
     served_dits = [Dit(journal, single_stage=single, kv_fingerprint=fingerprint) for fingerprint in dits]
@@ -270,12 +276,12 @@ async def deployment(
         hosts = []
         for thinker in served_thinkers:
             host = Host("127.0.0.1:0", ())
-            thinker_pb2_grpc.add_ThinkerServiceServicer_to_server(thinker, host.server)
-            kv_pb2_grpc.add_KvBlocksServiceServicer_to_server(thinker.leases, host.server)
+            thinker_pb2_grpc.add_ThinkerServiceServicer_to_server(thinker, host.methods)
+            kv_pb2_grpc.add_KvBlocksServiceServicer_to_server(thinker.leases, host.methods)
             hosts.append(host)
         for dit in served_dits:
             host = Host("127.0.0.1:0", ())
-            dit_pb2_grpc.add_DitServiceServicer_to_server(dit, host.server)
+            dit_pb2_grpc.add_DitServiceServicer_to_server(dit, host.methods)
             hosts.append(host)
         for host in hosts:
             await host.start()
@@ -288,7 +294,7 @@ async def deployment(
             GatewayConfig(
                 listen="127.0.0.1:0",
                 pipeline=topology,
-                thinkers=tuple(addresses[: len(served_thinkers)]),
+                thinkers=tuple(thinkers_at or addresses[: len(served_thinkers)]),
                 dits=tuple(addresses[len(served_thinkers) :]),
                 **settings,
             ),

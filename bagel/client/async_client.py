@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import grpc
 
-from bagel.client.base import ClientBase
+from bagel.client.base import GENERATE, ClientBase
 from bagel.client.busy_retry import BusyRetry
 from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, call_of, check_at_once, listed, refuse_unheard
 from bagel.events import Result, ServiceEvent
@@ -27,6 +27,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
         super().__init__(target, security, api_key=api_key)
         self._channel = channel(target, security)
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._serve = self._channel.unary_stream(GENERATE, request_serializer=None, response_deserializer=None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -119,7 +120,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
             # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
         # Only a stream that was read to its end must have a result.
-        reader.check_finished()
+        reader.check_finished(await responses.trailing_metadata())
 
 
 async def _last(events: AsyncEvents, on_event: OnServiceEvent | None) -> Result:

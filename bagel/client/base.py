@@ -14,6 +14,7 @@ from bagel.rpc.transport import PLAINTEXT, Security
 from bagel.v1 import gateway_pb2
 
 Stream = TypeVar("Stream")
+GENERATE = "/bagel.v1.GatewayService/Generate"
 
 
 class ClientBase(ABC, Generic[Stream]):
@@ -25,6 +26,8 @@ class ClientBase(ABC, Generic[Stream]):
 
     _stub: Any
     """The stub of GatewayService, made by the subclass with its own kind of channel."""
+    _serve: Any
+    """Its method Generate, which takes and gives bytes."""
 
     def __init__(self, target: str, security: Security = PLAINTEXT, *, api_key: str | None = None) -> None:
         self._target, self._security, self._api_key = target, security, api_key
@@ -69,12 +72,13 @@ class ClientBase(ABC, Generic[Stream]):
 
     def _generate(self, call: Call) -> tuple[Any, ResponseReader]:
         """A call's responses, which can be cancelled, and what reads them."""
-        metadata = (*call.metadata, *self._key)
-        return self._stub.Generate(call.message, timeout=call.timeout, metadata=metadata), self._reader(call.index)
+        metadata, sent = (*call.metadata, *self._key), call.message.SerializeToString()
+        # As bytes, of which both sides keep a digest.
+        return self._serve(sent, timeout=call.timeout, metadata=metadata), self._reader(call.index, sent)
 
     def _describe(self, timeout: float | None) -> Any:
         request = gateway_pb2.DescribeModelRequest()
         return self._stub.DescribeModel(request, timeout=deadline_of(timeout), metadata=self._key)
 
-    def _reader(self, index: int = 0) -> ResponseReader:
-        return ResponseReader(index, self._target)
+    def _reader(self, index: int = 0, sent: bytes = b"") -> ResponseReader:
+        return ResponseReader(index, self._target, sent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any
 
@@ -13,24 +13,27 @@ from bagel.errors import BagelError, InvalidRequest, RemoteError
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.rpc import convert
 from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.integrity import Digest, parsed
 from bagel.v1 import common_pb2, gateway_pb2
 
 
 class ResponseReader:
     """Responses of one request as events. The picture comes in the Result, with the rest of it.
 
-    index: of the request among several; target: the gateway, for messages.
+    index: of the request among several; target: the gateway, for messages; sent: the request's bytes.
     """
 
-    def __init__(self, index: int, target: str) -> None:
-        self._index, self._target = index, target
+    def __init__(self, index: int, target: str, sent: bytes = b"") -> None:
+        self._index, self._target, self._digest = index, target, Digest(sent)
         self._accepted = gateway_pb2.Accepted()
         self._settings: Mapping[str, Any] = {}
         self._picture = common_pb2.Picture()
         self._finished = False
 
-    def read(self, response: gateway_pb2.GenerateResponse) -> ServiceEvent | None:
+    def read(self, data: bytes) -> ServiceEvent | None:
         """The event of a response; None for the picture and for what a newer gateway may send."""
+        self._digest.add(data)
+        response = parsed(gateway_pb2.GenerateResponse.FromString, data, self._target)
         match response.WhichOneof("event"):
             case "accepted":
                 self._accepted = accepted = response.accepted
@@ -61,8 +64,12 @@ class ResponseReader:
             failure.index = self._index
         return failure
 
-    def check_finished(self) -> None:
-        """Raise if the gateway ended the stream without its last event."""
+    def check_finished(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Raise if the gateway ended the stream without its last event, or if anything was damaged on its way.
+
+        trailing: the metadata that the stream ended with.
+        """
+        self._digest.check(trailing, self._target)
         if not self._finished:
             raise RemoteError(f"{self._target} ended the request without its result", "INTERNAL")
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import grpc
 
-from bagel.client.base import ClientBase
+from bagel.client.base import GENERATE, ClientBase
 from bagel.client.batch import generate_all
 from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, listed, refuse_unheard
 from bagel.events import Result, ServiceEvent
@@ -30,6 +30,7 @@ class Client(ClientBase[Events]):
         super().__init__(target, security, api_key=api_key)
         self._channel = sync_channel(target, security)
         self._stub = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._serve = self._channel.unary_stream(GENERATE, request_serializer=None, response_deserializer=None)
 
     def __enter__(self) -> Self:
         return self
@@ -91,7 +92,7 @@ class Client(ClientBase[Events]):
             # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
         # Only a stream that was read to its end must have a result.
-        reader.check_finished()
+        reader.check_finished(responses.trailing_metadata())
 
 
 def _last(events: Events, on_event: OnServiceEvent | None) -> Result:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc.aio import AioRpcError, Metadata, ServicerContext
 from grpc_status import rpc_status
@@ -134,11 +134,21 @@ def decoding(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         try:
             if kind is not None and limit is not None:
                 check_fields(data, kind, limit)
-            return read(data)
+            return _known(read(data))
         except DecodeError as error:
             return Undecodable(str(error))
 
     return decode
+
+
+def _known(message: Any) -> Any:
+    """The message, or an Undecodable if it has fields of another release: what they ask for would be left undone."""
+    if isinstance(message, Message):
+        nbytes = message.ByteSize()
+        message.DiscardUnknownFields()  # nested ones too
+        if message.ByteSize() != nbytes:
+            return Undecodable("it has fields that this release does not know; run the same release on both sides")
+    return message
 
 
 def unary(handler: Callable[[Any, Q, Any], Awaitable[R]]) -> Callable[[Any, Q, Any], Awaitable[R]]:

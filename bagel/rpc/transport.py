@@ -18,6 +18,7 @@ from bagel.errors import BagelError, ConfigError, Loading
 from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
+from bagel.rpc.integrity import Received, receiving
 from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
 from bagel.rpc.reach import why_not_free
 from bagel.rpc.security import PLAINTEXT, Security
@@ -127,18 +128,32 @@ def _guarded(
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """The handler, for requests that are no message or may be large, and for clients that do not read."""
     handler = cast(Any, found)  # of its fields, those of its kind are not None
-    read = decoding(handler.request_deserializer)
+    read, serialize = receiving(decoding(handler.request_deserializer)), handler.response_serializer
     if handler.response_streaming:
-        write = writing(handler.unary_stream, unread)
+        write = writing(handler.unary_stream, unread, serialize)
         if receive is not None:
-            received = _received(write, read, receive)
-            return grpc.stream_stream_rpc_method_handler(received, None, handler.response_serializer)
-        return grpc.unary_stream_rpc_method_handler(write, read, handler.response_serializer)
-    return grpc.unary_unary_rpc_method_handler(handler.unary_unary, read, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(_received(write, read, receive), None, None)
+        return grpc.unary_stream_rpc_method_handler(write, read, None)
+    return grpc.unary_unary_rpc_method_handler(_answering(handler.unary_unary, serialize), read, None)
+
+
+def _answering(
+    method: Callable[[Any, Any], Awaitable[Any]], serialize: Callable[[Any], bytes] | None
+) -> Callable[[Received, Any], Awaitable[bytes]]:
+    """A servicer's unary method, with the digest of both messages at its end."""
+
+    async def answer(received: Received, context: aio.ServicerContext[Any, Any]) -> bytes:
+        response = await method(received.message, context)
+        data = response if serialize is None else serialize(response)
+        received.digest.add(data)
+        context.set_trailing_metadata(received.digest.metadata)
+        return data
+
+    return answer
 
 
 def _received(
-    write: Callable[[Any, Any], Awaitable[None]], read: Callable[[bytes], Any], receive: Receive
+    write: Callable[[Received, Any], Awaitable[None]], read: Callable[[bytes], Received], receive: Receive
 ) -> Callable[[Any, Any], Awaitable[None]]:
     """A handler of a stream whose one message is received as `receive` does it; the same on the wire."""
 

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from bagel.errors import NotRead
+from bagel.rpc.integrity import Received
 from bagel.rpc.unread import Unread, Waiting
 from bagel.telemetry.logs import Log
 
@@ -25,14 +26,20 @@ OPEN_FILES = "/dev/fd"
 log = Log("bagel.writing")
 
 
-def writing(method: Streaming, unread: Unread) -> Callable[[Any, Context], Awaitable[None]]:
-    """A servicer's streaming method as a coroutine that writes its responses, each in time.
+def writing(
+    method: Streaming, unread: Unread, serialize: Callable[[Any], bytes] | None
+) -> Callable[[Received, Context], Awaitable[None]]:
+    """A servicer's streaming method as a coroutine that writes its responses, each in time, then their digest.
+
+    serialize: None for a method whose responses are bytes with checksums of their own, and need no digest.
 
     NotRead is raised in the method when a response is not taken in time, which ends its work. What gRPC holds of such a
     call stays until its client reads on or leaves; where that is too much, the connection is broken.
     """
 
-    async def write(request: Any, context: Context) -> None:
+    async def write(received: Received, context: Context) -> None:
+        request, digest = received.message, received.digest
+
         def break_off(why: str) -> None:
             found = break_connection(context.peer())
             log.warning("a connection is broken whose client does not read", peer=context.peer(), found=found, why=why)
@@ -40,14 +47,19 @@ def writing(method: Streaming, unread: Unread) -> Callable[[Any, Context], Await
         with unread.waiting(break_off) as waiting:
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
-                    if not await _taken(response, context, unread, waiting):
+                    data = response if serialize is None else serialize(response)
+                    if serialize is not None:
+                        digest.add(data)
+                    if not await _taken(data, context, unread, waiting):
                         waiting.add(_size(request))  # gRPC keeps it as long as the call
                         await responses.athrow(_not_read(context, unread, waiting))
+            if serialize is not None:
+                context.set_trailing_metadata(digest.metadata)
 
     return write
 
 
-async def _taken(response: Any, context: Context, unread: Unread, waiting: Waiting) -> bool:
+async def _taken(response: bytes, context: Context, unread: Unread, waiting: Waiting) -> bool:
     """Whether the client has made room for a response in time."""
     nbytes = _size(response)
     waiting.add(nbytes)

@@ -364,12 +364,15 @@ class DitServiceDescribeResponse(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     PAGE_VERSION_FIELD_NUMBER: _builtins.int
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
     single_stage: _builtins.bool
     """Whether it serves whole requests, or draws from a Thinker's contexts."""
     name: _builtins.str
     """Name under which peers know it."""
     page_version: _builtins.int
     """The rule by which it reads pages of K/V; see PullResponse."""
+    wire_version: _builtins.int
+    """Version of what services say to each other; a gateway refuses another one. 0: a release that did not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelInfo:
         """What it serves."""
@@ -386,10 +389,11 @@ class DitServiceDescribeResponse(_message.Message):
         name: _builtins.str = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
         page_version: _builtins.int = ...,
+        wire_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "page_version", b"page_version", "single_stage", b"single_stage", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "page_version", b"page_version", "single_stage", b"single_stage", "sources", b"sources", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -259,10 +259,13 @@ class DescribeModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
     pipeline: _builtins.str
     """The pipeline of the deployment, for requests that do not say whether to think."""
     version: _builtins.str
     """Version of bagel-serving."""
+    wire_version: _builtins.int
+    """Version of what services and clients say to each other. 0: a release that did not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelInfo:
         """The model."""
@@ -273,10 +276,11 @@ class DescribeModelResponse(_message.Message):
         model: _common_pb2.ModelInfo | None = ...,
         pipeline: _builtins.str = ...,
         version: _builtins.str = ...,
+        wire_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pipeline", b"pipeline", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "pipeline", b"pipeline", "version", b"version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

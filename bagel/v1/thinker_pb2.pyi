@@ -211,12 +211,15 @@ class ThinkerServiceDescribeResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     PAGE_VERSION_FIELD_NUMBER: _builtins.int
+    WIRE_VERSION_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """The engine: torch or vllm."""
     name: _builtins.str
     """Name under which peers know it."""
     page_version: _builtins.int
     """The rule by which it writes pages of K/V; see PullResponse."""
+    wire_version: _builtins.int
+    """Version of what services say to each other; a gateway refuses another one. 0: a release that did not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelInfo:
         """What it serves."""
@@ -228,10 +231,11 @@ class ThinkerServiceDescribeResponse(_message.Message):
         engine: _builtins.str = ...,
         name: _builtins.str = ...,
         page_version: _builtins.int = ...,
+        wire_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "model", b"model", "name", b"name", "page_version", b"page_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "model", b"model", "name", b"name", "page_version", b"page_version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.deployment.gateway_config import SILENCE_S
-from bagel.errors import ConfigError, ForeignContext, NoBackend
+from bagel.errors import ConfigError, ForeignContext, NoBackend, TransferDamaged
 from bagel.kv.lease_keeper import PeerLessor
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType
 from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.integrity import WIRE_VERSION, checked_unary
 from bagel.rpc.security import DIT, THINKER
 from bagel.rpc.transport import PLAINTEXT, Security, channel
 from bagel.telemetry.logs import Log
-from bagel.v1 import dit_pb2, dit_pb2_grpc, thinker_pb2, thinker_pb2_grpc
+from bagel.v1 import dit_pb2, thinker_pb2
 from bagel.v1.common_pb2 import ModelInfo
 from bagel_gateway.uploads import Upload
 
+T = TypeVar("T")
 CHECK_EVERY_S = 1.0
 CHECK_TIMEOUT_S = 5.0
 LOOK_AGAIN_S = 0.05
@@ -121,7 +124,7 @@ class Backend:
             self._unanswered_since = began if self._unanswered_since is None else self._unanswered_since
             if time.monotonic() - self._unanswered_since >= self.silence_s:
                 self._fall_silent()
-        except ConfigError as error:
+        except (ConfigError, TransferDamaged) as error:
             self.lost(str(error))
         else:
             self._found(model)
@@ -152,6 +155,19 @@ class Backend:
     async def _describe(self) -> ModelInfo:
         raise NotImplementedError
 
+    async def _asked(self, path: str, request: Message, read: Callable[[bytes], T]) -> T:
+        """The answer to a call of one message, whole."""
+        return await checked_unary(self._channel, path, request, read, peer=self.name, timeout=CHECK_TIMEOUT_S)
+
+    def _check_version(self, theirs: int) -> None:
+        """Refuse a service that would drop, or read otherwise, what a request asks for."""
+        if theirs != WIRE_VERSION:
+            version = theirs or "1 (it does not say)"
+            raise ConfigError(
+                f"{self.name} speaks version {version} of the services' protocol, this gateway {WIRE_VERSION}; run the "
+                "same release of both"
+            )
+
     def _found(self, model: ModelInfo) -> None:
         if self.model is None:
             fingerprint = model.kv_fingerprint.hex()
@@ -170,9 +186,11 @@ class ThinkerBackend(Backend):
     ) -> None:
         super().__init__(address, security, silence_s, server_name)
         self.source, self.page_version = address.name, 0
-        self.stub = thinker_pb2_grpc.ThinkerServiceStub(self._channel)
         self.build = Upload[thinker_pb2.BuildContextResponse](
-            self._channel, "/bagel.v1.ThinkerService/BuildContext", thinker_pb2.BuildContextResponse.FromString
+            self._channel,
+            "/bagel.v1.ThinkerService/BuildContext",
+            thinker_pb2.BuildContextResponse.FromString,
+            address.name,
         )
         self.lessor = PeerLessor(address.name, self._channel)
 
@@ -182,7 +200,12 @@ class ThinkerBackend(Backend):
         await super().close()
 
     async def _describe(self) -> ModelInfo:
-        reply = await self.stub.Describe(thinker_pb2.ThinkerServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
+        request, read = (
+            thinker_pb2.ThinkerServiceDescribeRequest(),
+            thinker_pb2.ThinkerServiceDescribeResponse.FromString,
+        )
+        reply = await self._asked("/bagel.v1.ThinkerService/Describe", request, read)
+        self._check_version(reply.wire_version)
         self.source, self.page_version = reply.name or self.address.name, reply.page_version
         return reply.model
 
@@ -206,14 +229,18 @@ class DitBackend(Backend):
     ) -> None:
         super().__init__(address, security, silence_s, server_name)
         self.sources, self.page_version = frozenset[str](), 0
-        self.stub = dit_pb2_grpc.DitServiceStub(self._channel)
         self.generate = Upload[dit_pb2.DitServiceGenerateResponse](
-            self._channel, "/bagel.v1.DitService/Generate", dit_pb2.DitServiceGenerateResponse.FromString
+            self._channel,
+            "/bagel.v1.DitService/Generate",
+            dit_pb2.DitServiceGenerateResponse.FromString,
+            address.name,
         )
         self._receives_kv = receives_kv
 
     async def _describe(self) -> ModelInfo:
-        reply = await self.stub.Describe(dit_pb2.DitServiceDescribeRequest(), timeout=CHECK_TIMEOUT_S)
+        request, read = dit_pb2.DitServiceDescribeRequest(), dit_pb2.DitServiceDescribeResponse.FromString
+        reply = await self._asked("/bagel.v1.DitService/Describe", request, read)
+        self._check_version(reply.wire_version)
         if reply.single_stage == self._receives_kv:
             change = "start it without --single-stage" if self._receives_kv else "start it with --single-stage"
             raise ConfigError(f"{self.name} does not fit the gateway's pipeline; {change}")
@@ -222,7 +249,6 @@ class DitBackend(Backend):
 
 
 B = TypeVar("B", bound=Backend)
-T = TypeVar("T")
 
 
 class Backends:

@@ -16,6 +16,7 @@ from bagel.pipelines import PipelineConfig
 from bagel.request import MAX_SEED
 from bagel.rpc import convert
 from bagel.rpc.admission import Admission
+from bagel.rpc.integrity import WIRE_VERSION
 from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log
 from bagel.v1 import gateway_pb2
@@ -97,7 +98,10 @@ class Requests:
         """What is served; NoBackend while nothing is."""
         services = await self._backends.begin(self._deployed.stages)
         return gateway_pb2.DescribeModelResponse(
-            model=services.model, pipeline=self._deployed.model_type, version=bagel.__version__
+            model=services.model,
+            pipeline=self._deployed.model_type,
+            version=bagel.__version__,
+            wire_version=WIRE_VERSION,
         )
 
     async def _run_all(

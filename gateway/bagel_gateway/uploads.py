@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from google.protobuf.message import Message
 from grpc import aio
 
 from bagel.prompts import Part, Prompt, TextPart
+from bagel.rpc.integrity import Digest, parsed
 from bagel.rpc.structure import varint
 from bagel.v1 import common_pb2
 from bagel_gateway.images import file_of
@@ -28,26 +29,58 @@ _BYTES = 2
 """The wire type of bytes and of messages: a length, then so many bytes."""
 
 
-class Upload(Generic[R]):
-    """A method that takes one message and streams its answers."""
+class Answers(Generic[R]):
+    """The answers of one call as messages. Once all have come, they are what the peer has sent, or TransferDamaged."""
 
-    def __init__(self, channel: aio.Channel, path: str, response: Callable[[bytes], R]) -> None:
-        self._call = channel.stream_stream(path, _joined, response)
+    def __init__(self, read: Callable[[bytes], R], peer: str) -> None:
+        self._read, self._peer = read, peer
+        self.digest = Digest()
+        """Of what is sent, once it is."""
+
+    def begin(self, call: aio.StreamStreamCall[Pieces, bytes]) -> Self:
+        """Take the answers of this call."""
+        self._call = call
+        return self
+
+    def cancel(self) -> bool:
+        """End the call, which ends the reading."""
+        return self._call.cancel()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> R:
+        data = await self._call.read()
+        if not isinstance(data, bytes):  # grpc.aio.EOF, of a call that has ended well
+            self.digest.check(await self._call.trailing_metadata(), self._peer)
+            raise StopAsyncIteration
+        self.digest.add(data)
+        return parsed(self._read, data, self._peer)
+
+
+class Upload(Generic[R]):
+    """A method of a peer that takes one message and streams its answers."""
+
+    def __init__(self, channel: aio.Channel, path: str, response: Callable[[bytes], R], peer: str) -> None:
+        self._call: Any = channel.stream_stream(path, _joined, None)
+        self._response, self._peer = response, peer
         self._turn = asyncio.Lock()
 
     def __call__(
         self, make: Callable[[], Pieces], nbytes: int, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
-    ) -> aio.StreamStreamCall[Pieces, R]:
+    ) -> Answers[R]:
         """Call it with the message that `make` makes, of about so many bytes, when it is its turn."""
+        answers = Answers(self._response, self._peer)
 
         async def once() -> AsyncIterator[Pieces]:
             # A large message is held whole while it is put together, so only one of them is at a time.
             async with self._turn if nbytes > LARGE_BYTES else nullcontext():
-                yield make()
+                pieces = make()
+                answers.digest = Digest(*pieces)
+                yield pieces
 
         # A stream of one message, which gRPC forgets once it is sent; it keeps a unary request to the end.
-        call: aio.StreamStreamCall[Pieces, R] = self._call(once(), timeout=timeout, metadata=tuple(metadata))
-        return call
+        return answers.begin(self._call(once(), timeout=timeout, metadata=tuple(metadata)))
 
 
 def with_prompt(message: Message, name: str, prompt: Prompt) -> Pieces:

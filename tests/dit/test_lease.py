@@ -86,7 +86,7 @@ async def draw(pair: Pair, runner: Runner, store: KvStore, ref: Any) -> None:
         draining=asyncio.Event(),
     )
     host = Host("127.0.0.1:0", ())
-    dit_pb2_grpc.add_DitServiceServicer_to_server(dit, host.server)
+    dit_pb2_grpc.add_DitServiceServicer_to_server(dit, host.methods)
     await host.start()
     settings = image_settings_to_wire(ImageSettings(cfg_text_scale=1.0, height=64, width=64))
     ref.next_rope = 0

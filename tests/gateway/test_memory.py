@@ -196,9 +196,9 @@ async def gateway_process() -> AsyncIterator[tuple[subprocess.Popen[bytes], str,
     journal = Journal()
     thinker, dit = Thinker(journal), Dit(journal, single_stage=False, kv_fingerprint=b"k")
     hosts = [Host("127.0.0.1:0", ()), Host("127.0.0.1:0", ())]
-    thinker_pb2_grpc.add_ThinkerServiceServicer_to_server(thinker, hosts[0].server)
-    kv_pb2_grpc.add_KvBlocksServiceServicer_to_server(thinker.leases, hosts[0].server)
-    dit_pb2_grpc.add_DitServiceServicer_to_server(dit, hosts[1].server)
+    thinker_pb2_grpc.add_ThinkerServiceServicer_to_server(thinker, hosts[0].methods)
+    kv_pb2_grpc.add_KvBlocksServiceServicer_to_server(thinker.leases, hosts[0].methods)
+    dit_pb2_grpc.add_DitServiceServicer_to_server(dit, hosts[1].methods)
     for host in hosts:
         await host.start()
         await host.ready()

@@ -7,20 +7,20 @@ from collections.abc import AsyncIterator
 from typing import TypeVar
 
 import grpc
-from grpc.aio import StreamStreamCall
 
 from bagel.errors import BagelError, Draining, EngineDied, Loading, RemoteError, RunnerDied
 from bagel.rpc.errors import from_rpc_error
 from bagel_gateway.backends import Backend
+from bagel_gateway.uploads import Answers
 
 R = TypeVar("R")
 
 
-async def responses(call: StreamStreamCall[list[bytes], R], backend: Backend) -> AsyncIterator[R]:
+async def responses(call: Answers[R], backend: Backend) -> AsyncIterator[R]:
     """A call's responses; its errors become BagelErrors. The call is cancelled when the caller leaves.
 
-    Raises RemoteError if the backend falls silent. gRPC alone would wait for ever: neither a stopped process nor a
-    network that drops packets ends a call.
+    Raises TransferDamaged at the end of a call whose bytes are not the same at both ends, RemoteError if the backend
+    falls silent. gRPC alone would wait for ever: a stopped process, or a network that drops packets, ends no call.
     """
     try:
         with backend.waiting(call.cancel):  # which ends the reading

@@ -49,6 +49,7 @@ from bagel.rpc.convert import (
     timings_to_wire,
 )
 from bagel.rpc.errors import streaming, unary
+from bagel.rpc.integrity import WIRE_VERSION
 from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import watch_queue
@@ -153,6 +154,7 @@ class DitServicer(DitServiceServicer):
             name=self.name,
             sources=self.sources,
             page_version=PAGE_VERSION,
+            wire_version=WIRE_VERSION,
         )
 
     async def _draw(

@@ -34,6 +34,7 @@ from bagel.rpc.admission import Admission
 from bagel.rpc.coalescing_queue import CoalescingQueue
 from bagel.rpc.convert import posterior_from_wire, prompt_from_wire, text_settings_from_wire, timings_to_wire
 from bagel.rpc.errors import streaming, unary
+from bagel.rpc.integrity import WIRE_VERSION
 from bagel.rpc.prompt_images import resized_images
 from bagel.telemetry.logs import Log
 from bagel.telemetry.stages import StageClock
@@ -177,7 +178,11 @@ class ThinkerServicer(ThinkerServiceServicer):
     ) -> thinker_pb2.ThinkerServiceDescribeResponse:
         """What this Thinker is."""
         return thinker_pb2.ThinkerServiceDescribeResponse(
-            model=self.engine.info, engine=self.engine.name, name=self.name, page_version=PAGE_VERSION
+            model=self.engine.info,
+            engine=self.engine.name,
+            name=self.name,
+            page_version=PAGE_VERSION,
+            wire_version=WIRE_VERSION,
         )
 
     def _post(self) -> Post:

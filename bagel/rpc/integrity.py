@@ -1,0 +1,100 @@
+"""Whether both ends of a call have the same bytes of it: a digest of its messages, which comes with its end.
+
+TCP's checksum is 16 bits wide, and a proxy or a network card may damage what passes behind it. HTTP/2 would not notice
+a changed seed, or an answer that is given to another call of its connection. So a service sends a digest of the request
+as it came and of all answers in their order. Whoever called compares it with what it sent and received. Pages of K/V
+have checksums of their own, and with TLS nothing can be changed. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from bagel.errors import TransferDamaged
+
+WIRE_VERSION = 2
+"""What peers say of themselves in `Describe`. It changes with whatever a peer of the version before would drop or read
+otherwise, so that a result would change. Version 1 did not say, and sent no digests."""
+KEY = "bagel-digest-bin"
+"""The trailing metadata that has the digest."""
+_BYTES = 16
+
+R = TypeVar("R")
+
+
+class Digest:
+    """Of the messages of one call: the request's, then each answer's. Of a message: its length, then its bytes."""
+
+    def __init__(self, *request: bytes) -> None:
+        """request: the first message, in pieces."""
+        self._hash = blake2b(digest_size=_BYTES)
+        self._add(request)
+
+    def add(self, message: bytes) -> None:
+        """Take one more message in."""
+        self._add((message,))
+
+    @property
+    def metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """What a service sends at the end of the call."""
+        return ((KEY, self._hash.digest()),)
+
+    def check(self, trailing: Iterable[tuple[str, str | bytes]] | None, peer: str) -> None:
+        """Raise TransferDamaged unless a call that has ended well ended with this digest."""
+        told = next((value for key, value in trailing or () if key == KEY), None)
+        if told is None:
+            raise TransferDamaged(
+                f"{peer} did not say what it received and sent: it is of an older release, or what it said was damaged "
+                "on its way; send the request again, or run the same release on both sides"
+            )
+        if told != self._hash.digest():
+            raise TransferDamaged(
+                f"what {peer} received and sent is not what was sent and received here: it was damaged on its way; "
+                "send the request again, and use TLS where this comes again"
+            )
+
+    def _add(self, pieces: Iterable[bytes]) -> None:
+        pieces = tuple(pieces)
+        self._hash.update(sum(map(len, pieces)).to_bytes(8, "little"))
+        for piece in pieces:
+            self._hash.update(piece)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A request as it came: its message, and the digest of its bytes, which the answers go into."""
+
+    message: Any
+    digest: Digest
+
+
+def receiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Received]:
+    """A request's deserializer that keeps the digest of what came."""
+    return lambda data: Received(read(data), Digest(data))
+
+
+def parsed(read: Callable[[bytes], R], data: bytes, peer: str) -> R:
+    """An answer as a message; TransferDamaged if it is none."""
+    try:
+        return read(data)
+    except DecodeError as error:
+        raise TransferDamaged(f"an answer of {peer} cannot be read ({error}); send the request again") from None
+
+
+async def checked_unary(
+    channel: aio.Channel, path: str, request: Any, read: Callable[[bytes], R], *, peer: str, timeout: float
+) -> R:
+    """The answer of a call with one message each way. Raises grpc.RpcError as the call does, or TransferDamaged."""
+    sent = request.SerializeToString()
+    method: Any = channel.unary_unary(path, request_serializer=None, response_deserializer=None)
+    call = method(sent, timeout=timeout)
+    digest, data = Digest(sent), await call
+    digest.add(data)
+    digest.check(await call.trailing_metadata(), peer)
+    return parsed(read, data, peer)

@@ -1,0 +1,81 @@
+"""python -m tests.campaign: see the package."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.campaign import report
+from tests.campaign.campaign import Campaign, Verdict
+from tests.campaign.faults import plan
+from tests.campaign.fleet import ROOT, Fleet
+
+FIRST, GENERATION = 18, 100
+"""Rounds until the fleet is started anew, with TLS where it had none and without where it had it: twice soon, so that
+a short campaign has both, then seldom."""
+
+
+def is_tls(number: int) -> bool:
+    """Whether that round's services speak TLS."""
+    return number >= FIRST if number < 2 * FIRST else bool((number - 2 * FIRST) // GENERATION % 2)
+
+
+async def run(
+    seed: int, faults: int, only: int | None, code: Path, folder: Path, *, stop_at_first: bool = False
+) -> list[Verdict]:
+    """Rounds until so many faults have happened, or one round alone. code: the packages that the services run."""
+    verdicts: list[Verdict] = []
+    fleet: Fleet | None = None
+    number, count = only or 0, 0
+    try:
+        while count < faults:
+            if fleet is None or fleet.tls != is_tls(number):
+                if fleet is not None:
+                    await fleet.stop()
+                began = time.perf_counter()
+                fleet = Fleet(folder / f"fleet-{number}", code, is_tls(number))
+                await fleet.start()
+                campaign = Campaign(fleet)
+                print(
+                    f"fleet {'with' if fleet.tls else 'without'} TLS: {time.perf_counter() - began:.1f} s",
+                    flush=True,
+                )
+            verdict = await campaign.run(plan(seed, number, sorted(fleet.links), tls=fleet.tls))
+            verdicts.append(verdict)
+            count += verdict.fired.total()
+            print(report.line(verdict, count), flush=True)
+            for wrong in verdict.wrong:
+                print(f"  {wrong}\n  again: python -m tests.campaign --seed {seed} --only {number}", flush=True)
+            if only is not None or (verdict.wrong and stop_at_first):
+                break
+            number += 1
+    finally:
+        if fleet is not None:
+            await fleet.stop()
+    return verdicts
+
+
+def main() -> int:
+    """Run the command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.campaign", description="Faults against real services.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--faults", type=int, default=300, help="how many are injected, at least")
+    parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the services' logs there")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+        verdicts = asyncio.run(run(args.seed, args.faults, args.only, ROOT, args.logs or Path(folder)))
+    print(report.table(verdicts))
+    print(f"requests: {report.ends(verdicts)}")
+    wrong, count = sum(len(verdict.wrong) for verdict in verdicts), report.total(verdicts).total()
+    print(f"seed {args.seed}: {count} faults in {time.perf_counter() - began:.0f} s, {wrong} failures")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""One round: its requests and its faults at once, then peace, then the verdicts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Awaitable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from bagel.errors import BagelError
+from tests.campaign import machine, peers, watch
+from tests.campaign.faults import Fault, Round
+from tests.campaign.fleet import DITS, FRONTS, STAGES, TWIN_FRONT, Fleet
+from tests.campaign.judge import shown, verdict
+from tests.campaign.proxy import NetFault
+from tests.campaign.workload import Ask, Outcome, send
+
+REST_S = 6.0
+"""How soon after the last request all services are as they were."""
+QUIET_S, QUIET_TICKS = 0.15, 6
+"""A stage at rest uses less than so many hundredths of a second in that time."""
+PROBES = (
+    Ask("text2img", "a probe", 1),
+    Ask("text2text", "a probe", 2),
+    Ask("text2img", "a probe", 1, single=True),
+    Ask("img2img", "a probe", 3, image=1),
+)
+"""Sent after each round, and answered right: whatever a round did, nothing of it is left."""
+
+
+@dataclass
+class Verdict:
+    """What came of a round. wrong: each failure in one line; ends: how requests ended."""
+
+    round: Round
+    fired: Counter[tuple[str, str]] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    ends: Counter[str] = field(default_factory=Counter)
+    s: float = 0.0
+
+
+class Campaign:
+    """Rounds against one fleet."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self._twins: dict[Ask, Outcome] = {}
+        self._first: dict[int, watch.Use] = {}
+
+    async def run(self, round_: Round) -> Verdict:
+        """Run a round to its verdict."""
+        began, found = time.perf_counter(), Verdict(round_)
+        requests = [asyncio.create_task(self._ask(at, each)) for at, each in round_.asks]
+        doing = [asyncio.create_task(self._do(fault, found)) for fault in round_.faults]
+        armed = await asyncio.gather(*doing)
+        outcomes = await asyncio.gather(*requests)
+        for fault, net in zip(round_.faults, armed, strict=True):
+            if net is not None and net.fired:
+                found.fired[fault.group, fault.kind] += 1
+        await self._heal(found)
+        await self._judge(outcomes, found)
+        await self._at_rest(found)
+        found.s = time.perf_counter() - began
+        return found
+
+    # While it lasts
+
+    async def _ask(self, at_s: float, ask: Ask) -> Outcome:
+        await asyncio.sleep(at_s)
+        return await send(ask, watch.front_of(self.fleet, "gateway-single" if ask.single else "gateway"))
+
+    async def _do(self, fault: Fault, found: Verdict) -> NetFault | None:
+        """Do one fault. A fault of the network is armed, and happens once bytes pass."""
+        await asyncio.sleep(fault.at_s)
+        group = fault.group
+        if group in ("network", "pages") and fault.kind != "refuse":
+            down = bool(fault.number & 1)
+            net = NetFault(fault.kind, down, fault.number // 2 % 700, fault.seconds, fault.number)
+            self.fleet.links[fault.place].arm(net)
+            return net
+        if group == "clients":
+            found.fired[group, fault.kind] += 1
+            return None
+        if await self._done(fault, found):
+            found.fired[group, fault.kind] += 1
+        return None
+
+    async def _done(self, fault: Fault, found: Verdict) -> bool:
+        try:
+            if fault.kind == "refuse":
+                link = self.fleet.links[fault.place]
+                link.refusing = True
+                link.break_all()
+                await asyncio.sleep(fault.seconds)
+                link.refusing = False
+                return True
+            happening: Awaitable[bool] = (
+                peers.happen(fault, self.fleet)
+                if fault.group in ("peers", "certificates")
+                else machine.happen(fault, self.fleet)
+            )
+            return await happening
+        except Exception as error:
+            found.wrong.append(f"{fault.kind} at {fault.place}: {type(error).__name__}: {error}")
+            return True
+
+    # Afterwards
+
+    async def _heal(self, found: Verdict) -> None:
+        """Undo what does not end by itself: links, stopped processes, clocks, files; start again what has ended."""
+        fleet = self.fleet
+        for link in fleet.links.values():
+            link.heal()
+        if any(fault.group == "processes" for fault in found.round.faults):
+            for name in fleet.models:
+                fleet.repair(name)
+            for name, service in fleet.services.items():
+                if any(fault.kind == "clock" for fault in found.round.faults) and "twin" not in name:
+                    fleet.clock.jump(name, 0)
+                with suppress(ProcessLookupError):
+                    os.kill(service.process.pid, signal.SIGCONT)
+            if any(fault.kind in ("drain", "checkpoint", "shared-memory") for fault in found.round.faults):
+                await self._until_ended(found)
+            for name in fleet.dead():
+                self._check_last_words(name, found)
+                await fleet.restart(name)
+        for name in STAGES:
+            await fleet.listens(name)
+        try:
+            await fleet.until_ready(60)
+        except BagelError as error:
+            found.wrong.append(f"not ready again: {error}")
+            for name in fleet.dead():
+                await fleet.restart(name)
+            await fleet.until_ready()
+
+    async def _until_ended(self, found: Verdict) -> None:
+        """Wait for a service that was told to end, or that cannot go on."""
+        for fault in found.round.faults:
+            if fault.kind in ("drain", "checkpoint", "shared-memory"):
+                process = self.fleet.services[fault.place].process
+                limit = time.monotonic() + 20
+                while process.poll() is None and time.monotonic() < limit:
+                    await asyncio.sleep(0.05)
+                if process.poll() is None:
+                    found.wrong.append(f"{fault.kind}: {fault.place} has not ended within 20 s")
+                elif fault.kind == "drain" and process.returncode != 0:
+                    found.wrong.append(f"{fault.place} was told to stop and ended with exit code {process.returncode}")
+
+    def _check_last_words(self, name: str, found: Verdict) -> None:
+        """A service that ends by itself says why in one line, without a traceback."""
+        service = self.fleet.services[name]
+        if service.process.returncode in (0, -signal.SIGKILL) or any(f.kind == "memory" for f in found.round.faults):
+            return
+        try:
+            service.check()
+        except BagelError as error:
+            if "ended with exit code" in str(error) or "was killed" in str(error):
+                found.wrong.append(f"{name} ended without a clear line: {error}")
+
+    async def _judge(self, outcomes: list[Outcome], found: Verdict) -> None:
+        for outcome in outcomes:
+            twin = await self._twin(outcome.ask) if outcome.answer is not None else None
+            found.ends[self._end(outcome)] += 1
+            if wrong := verdict(outcome, twin, found.round):
+                found.wrong.append(f"{shown(outcome.ask)}: {wrong}")
+
+    def _end(self, outcome: Outcome) -> str:
+        if outcome.answer is not None:
+            return "answered"
+        return "left" if outcome.left else f"{outcome.error} {outcome.status}"
+
+    async def _twin(self, ask: Ask) -> Outcome:
+        """What undisturbed services answer."""
+        key = ask.twin
+        if key not in self._twins:
+            self._twins[key] = await send(key, watch.front_of(self.fleet, TWIN_FRONT, direct=True))
+        return self._twins[key]
+
+    async def _at_rest(self, found: Verdict) -> None:
+        """Nothing is held, nothing computes, everything works, and no process has grown."""
+        for probe in PROBES:
+            outcome = await self._ask(0.0, probe)
+            if wrong := verdict(outcome, await self._twin(probe), replace(found.round, flavour="clients")):
+                found.wrong.append(f"afterwards, {shown(probe)}: {wrong}")
+        deadline = time.monotonic() + REST_S
+        while (left := await self._unrest()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        found.wrong += [f"not at rest: {each}" for each in left]
+        if left:
+            self._first.clear()
+
+    async def _unrest(self) -> list[str]:
+        fleet = self.fleet
+        if left := await watch.held(fleet):
+            return left
+        before = {name: watch.use(service.process.pid) for name, service in fleet.services.items()}
+        await asyncio.sleep(QUIET_S)
+        known = {os.getpid()}
+        for name in (*STAGES, *FRONTS):
+            now, was = watch.use(fleet.services[name].process.pid), before[name]
+            if now is None or was is None:
+                left.append(f"{name} has ended")
+                continue
+            known |= {now.pid, *now.children}
+            if name in (*DITS, "single") and now.cpu - was.cpu > QUIET_TICKS:
+                left.append(f"{name} computes, though nothing is asked of it")
+            if now.files > 0:
+                left += [f"{name} has {more}" for more in watch.grown(self._first.setdefault(now.pid, now), now)]
+        return left or watch.orphans(known)

@@ -1,0 +1,72 @@
+"""Faults in pages of K/V: HTTP/2 frames on their way from a source, of which those with a page are hit."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.campaign.proxy import NetFault
+
+HEAD = 9
+DATA = 0
+PREFIX = 5
+"""gRPC's own: a flag and a length before each message."""
+HEADER_BYTES = 45
+"""A page's header, from its digest to its checksum."""
+
+
+class Framed:
+    """One direction of one connection, cut into frames."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._held: bytes = b""
+
+    def take(self, data: bytes, faults: Sequence[NetFault]) -> bytes:
+        """What goes on: whole frames, some of them changed."""
+        self._rest += data
+        out: list[bytes] = []
+        while len(self._rest) >= HEAD and len(self._rest) >= (end := HEAD + int.from_bytes(self._rest[:3])):
+            frame, self._rest = self._rest[:end], self._rest[end:]
+            fault = next((each for each in faults if not each.fired), None) if is_page(frame) else None
+            out.append(frame if fault is None else self._hit(frame, fault))
+            if fault is None and self._held:
+                out.append(self._held)
+                self._held = b""
+        return b"".join(out)
+
+    def _hit(self, frame: bytes, fault: NetFault) -> bytes:
+        fault.fired = True
+        chance = random.Random(fault.seed)
+        match fault.kind:
+            case "page-twice":
+                return frame + frame
+            case "page-late":  # after the next frame: of another page, or of another call
+                held, self._held = self._held, frame
+                return held
+            case "page-header":
+                return flipped(frame, HEAD + PREFIX + chance.randrange(HEADER_BYTES), chance)
+            case "page-payload":
+                return flipped(
+                    frame, chance.randrange(min(len(frame) - 1, HEAD + PREFIX + HEADER_BYTES), len(frame)), chance
+                )
+            case "page-lost":  # its bytes stay, so that the frames after it are still read: a page of zeros
+                return frame[: HEAD + PREFIX] + bytes(len(frame) - HEAD - PREFIX)
+            case _:
+                raise AssertionError(fault.kind)
+
+
+def is_page(frame: bytes) -> bool:
+    """Whether a frame begins with a page: DATA, a message whose first field is a digest of 16 bytes."""
+    start = HEAD + PREFIX
+    return frame[3] == DATA and len(frame) > 100 and frame[start : start + 2] == b"\x0a\x10"
+
+
+def flipped(frame: bytes, at: int, chance: random.Random) -> bytes:
+    """The frame with one bit of that byte changed."""
+    damaged = bytearray(frame)
+    damaged[min(at, len(frame) - 1)] ^= 1 << chance.randrange(8)
+    return bytes(damaged)

@@ -1,0 +1,68 @@
+"""Right, or a clear error of the documented kind, within its deadline: the verdict on one outcome."""
+
+from __future__ import annotations
+
+from tests.campaign.faults import Round
+from tests.campaign.workload import LATE_S, Ask, Outcome
+
+DOCUMENTED = frozenset(
+    {"ABORTED", "DATA_LOSS", "DEADLINE_EXCEEDED", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+)
+"""Statuses of docs/grpc.md that a fault may end a good request with."""
+DOCUMENTED_HTTP = frozenset({"408", "429", "503", "504"})
+BROKEN = frozenset({"INTERNAL", "UNKNOWN", "CANCELLED", "UNIMPLEMENTED", "NOT_FOUND", "PERMISSION_DENIED"})
+"""What gRPC itself ends a call with whose own connection is damaged."""
+OWN_DEADLINE_S = 0.3
+"""How soon before its deadline a call ends that has run into it."""
+
+
+def verdict(outcome: Outcome, twin: Outcome | None, round_: Round) -> str:
+    """What is wrong with an outcome; empty if nothing is. twin: what undisturbed services answer to the same."""
+    ask = outcome.ask
+    if outcome.left and not (ask.leaves or ask.leaves_s):
+        return f"no end {outcome.s:.1f} s after it was sent, with a deadline of {ask.deadline_s:g} s"
+    if outcome.s > ask.deadline_s + LATE_S:
+        return f"ended {outcome.s - ask.deadline_s:.1f} s after its deadline: {outcome}"
+    if outcome.left:
+        return ""
+    if outcome.answer is not None:
+        if twin is None or twin.answer is None:
+            return f"answered, but its twin is {twin}"
+        return "" if outcome.answer == twin.answer else f"a wrong answer: {difference(outcome.answer, twin.answer)}"
+    return _of_error(outcome, round_)
+
+
+def _of_error(outcome: Outcome, round_: Round) -> str:
+    ask = outcome.ask
+    if not ask.stays and outcome.status == "DEADLINE_EXCEEDED":
+        return ""
+    if ask.front == "grpc" and outcome.status == "DEADLINE_EXCEEDED" and outcome.s > ask.deadline_s - OWN_DEADLINE_S:
+        return f"only its own deadline ended it: {outcome}"
+    if round_.strict and ask.stays:
+        return f"an error that no fault of this round excuses: {outcome}"
+    if outcome.error in ("HTTP", "HTTP event"):
+        documented = outcome.status in DOCUMENTED_HTTP or (
+            outcome.error == "HTTP event" and outcome.status != "UNREADABLE"
+        )
+        return "" if documented and "internal error" not in outcome.message else f"an undocumented error: {outcome}"
+    if outcome.error == "RemoteError" and round_.damages and outcome.status in BROKEN:
+        return ""
+    if outcome.error == "BagelError" or outcome.status not in DOCUMENTED:
+        return f"an undocumented error: {outcome}"
+    return ""
+
+
+def difference(one: tuple[object, ...], other: tuple[object, ...]) -> str:
+    """Where two answers differ, in short."""
+    for at, (ours, theirs) in enumerate(zip(one, other, strict=False)):
+        if ours != theirs:
+            if isinstance(ours, bytes) and isinstance(theirs, bytes):
+                first = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), -1)
+                return f"part {at}: {len(ours)} and {len(theirs)} bytes, unequal from {first} on"
+            return f"part {at}: {ours!r:.80}, not {theirs!r:.80}"
+    return f"{len(one)} parts, not {len(other)}"
+
+
+def shown(ask: Ask) -> str:
+    """A request, in one line."""
+    return f"{ask.modality} {ask.front} {'single' if ask.single else 'two stages'}{' think' * ask.think} {ask.prompt!r}"

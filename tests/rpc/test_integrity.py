@@ -1,0 +1,112 @@
+"""What is damaged on its way in plaintext is found, and peers of another release are refused: nothing is dropped."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import pytest
+
+from bagel.client import AsyncClient
+from bagel.errors import InvalidRequest, NoBackend, TransferDamaged
+from bagel.rpc import integrity
+from bagel.rpc.errors import from_rpc_error
+from bagel.v1 import gateway_pb2
+from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
+from tests import gateway_stages
+from tests.gateway_stages import deployment
+
+ASKED: dict[str, Any] = {"prompt": "a cup", "modality": "text2text", "max_tokens": 5}
+
+
+class Damage:
+    """A port that leads to another one, and changes bytes of one direction where they pass in one piece."""
+
+    def __init__(self, target: str, up: tuple[bytes, bytes] | None, down: tuple[bytes, bytes] | None) -> None:
+        self._target, self._up, self._down = target, up, down
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> str:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        host, _, port = self._target.rpartition(":")
+        theirs, out = await asyncio.open_connection(host, int(port))
+        self._writers += [writer, out]
+        await asyncio.gather(_pass(reader, out, self._up), _pass(theirs, writer, self._down))
+
+
+async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: tuple[bytes, bytes] | None) -> None:
+    with suppress(OSError):
+        while data := await reader.read(1 << 16):
+            writer.write(data if change is None else data.replace(*change))
+            await writer.drain()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("up", "down"),
+    [((b"a cup", b"a cut"), None), (None, (b"so be it", b"so be if"))],
+    ids=["the request", "the answer"],
+)
+def test_a_changed_text_is_found_at_the_end_of_its_call(
+    up: tuple[bytes, bytes] | None, down: tuple[bytes, bytes] | None
+) -> None:
+    async def main() -> None:
+        async with deployment() as running, Damage(running.target, up, down) as address:
+            async with AsyncClient(address) as client:
+                with pytest.raises(TransferDamaged, match="damaged on its way; send the request again"):
+                    await client.generate(**ASKED)
+            assert (await running.client.generate(**ASKED)).text == "so be it"
+
+    asyncio.run(main())
+
+
+def test_what_a_thinker_says_is_held_against_its_digest_too() -> None:
+    async def main() -> None:
+        async with deployment() as running:
+            (backend,) = running.gateway.backends.thinkers
+            damage = Damage(backend.address.target, None, (b"so be it", b"so be if"))
+            async with damage as address, deployment(thinkers_at=[f"thinker-0={address}"]) as other:
+                with pytest.raises(TransferDamaged, match="what thinker-0 received and sent"):
+                    await other.client.generate(**ASKED)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("theirs", [0, integrity.WIRE_VERSION + 1])
+def test_a_service_of_another_wire_version_gets_no_request(monkeypatch: pytest.MonkeyPatch, theirs: int) -> None:
+    monkeypatch.setattr(gateway_stages, "WIRE_VERSION", theirs)
+
+    async def main() -> None:
+        async with deployment(ready=False, backend_timeout_s=0.2) as running:
+            with pytest.raises(NoBackend, match=rf"speaks version {theirs or 1}.*run the same release"):
+                await running.client.generate(**ASKED)
+            assert not running.journal.open_calls and not running.thinkers[0].asked
+
+    asyncio.run(main())
+
+
+def test_a_field_of_another_release_is_refused_and_not_dropped() -> None:
+    async def main() -> None:
+        async with deployment() as running, grpc.aio.insecure_channel(running.target) as channel:
+            request = gateway_pb2.GenerateRequest()
+            request.request.prompt.add().text.text = "a cup"
+            request.request.text.MergeFromString(b"\xf8\x3e\x07")  # number 1007
+            with pytest.raises(grpc.RpcError) as told:
+                async for _ in GatewayServiceStub(channel).Generate(request):
+                    pass
+            error = from_rpc_error(told.value, "the gateway")
+            assert isinstance(error, InvalidRequest) and "fields that this release does not know" in str(error)
+
+    asyncio.run(main())
