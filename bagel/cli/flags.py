@@ -181,6 +181,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to serve")
     _add_model(group)
     _add_thinker(group)
+    _add_memory(group)
     _add(group, "--deploy-config", "chosen from the model", "deploy file", type=_given, metavar="FILE")
     group = parser.add_argument_group("where")
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
@@ -282,9 +283,15 @@ def _add_thinker(group: Group) -> None:
     _add(group, "--engine", default, "what runs the Thinker; auto: vllm if installed and on a GPU", choices=ENGINES)
 
 
+def _add_memory(group: Group) -> None:
+    smaller = "fp8: half the DiT's memory, less exact; a Thinker on vLLM too"
+    _add(group, "--quantization", "none", smaller, type=_given, metavar="NAME")
+
+
 def _add_engine(group: Group) -> None:
     _add_model(group)
     _add_thinker(group)
+    _add_memory(group)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
     _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
@@ -296,7 +303,6 @@ def _add_not_built(group: Group) -> None:
     _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over", type=_whole, metavar="N")
     _add(group, "--worker-backend", "process", "what runs workers", choices=WORKER_BACKENDS)
     _add(group, "--ray-address", "none", "Ray cluster", type=_given, metavar="ADDRESS")
-    _add(group, "--quantization", "none", "like fp8", type=_given, metavar="NAME")
 
 
 def _add_reports(group: Group) -> None:

@@ -88,7 +88,7 @@ def _generate_here(args: argparse.Namespace) -> None:
     refuse_flags(args)
     refuse_without_endpoint(args)
     deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
-    config = load_deploy_config(deploy, engine=args.engine)
+    config = load_deploy_config(deploy, engine=args.engine, quantization=args.quantization)
     in_process = len(config.spec.stages) == 1
     defaults = request_defaults(config)
     prompts = prompts_of(args)

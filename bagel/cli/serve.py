@@ -34,7 +34,7 @@ WATCH_S = 0.2
 def serve(args: argparse.Namespace) -> None:
     """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
     model, checkpoint = find_model(args.model)
-    config = deployment_for(checkpoint, args.deploy_config, engine=args.engine)
+    config = deployment_for(checkpoint, args.deploy_config, engine=args.engine, quantization=args.quantization)
     settings = _settings(args)
     where = _where(args)
     starting = deployment(args, config, model, checkpoint, **where, logs=_logs(args), **settings)

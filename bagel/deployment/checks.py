@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from bagel.deployment.not_built import NOT_BUILT, NotBuilt, unbuilt
 from bagel.deployment.schema import DIT_KEYS, DIT_PARALLEL_KEYS, DeployConfig, ParallelConfig, StageDeploy
+from bagel.deployment.shared_settings import QUANTIZATIONS
 from bagel.errors import ConfigError, NotSupported
 from bagel.pipelines import StageConfig, StageExecutionType
 
@@ -53,6 +54,8 @@ def _role_problem(stage: StageDeploy, spec: StageConfig) -> str | None:
     if spec.execution_type is StageExecutionType.DIFFUSION:
         if stage.engine is not None:
             return f"engine is {stage.engine!r}; it is the Thinker's, leave it out here"
+        if stage.quantization not in (None, *QUANTIZATIONS):
+            return f"quantization is {stage.quantization!r}; the DiT has {', '.join(QUANTIZATIONS)}"
         text = list(stage.default_sampling_params.text()) if spec.input_sources else []
         return (
             f"default_sampling_params.{text[0]} is set; this stage writes no text, set it on stage 0" if text else None

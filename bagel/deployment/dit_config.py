@@ -10,6 +10,7 @@ from bagel.deployment.shared_settings import (
     ATTENTION_BACKENDS,
     KV_BYTES,
     OF_STAGE,
+    QUANTIZATIONS,
     SERVICE,
     STEP_TIMEOUT_S,
     WIRED,
@@ -48,6 +49,10 @@ class DitConfig(ReadingImages, OfModel, Calling, Listening):
     attention_backend: str = setting(
         "what computes attention; auto: the fastest that runs on the device",
         default="auto", choices=ATTENTION_BACKENDS, stage=True, elsewhere=OF_STAGE,
+    )  # fmt: skip
+    quantization: str | None = setting(
+        "format of the decoder's weights, which are quantised as they are loaded: half the memory, less exact",
+        default=None, choices=QUANTIZATIONS, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
     kv_cache_bytes: int = setting("shared memory for K/V", default=KV_BYTES, at_least=1)
     kv_page_timeout_s: float = setting("without a word of a source", default=PAGE_TIMEOUT_S, metavar="S", above=0)

@@ -43,7 +43,6 @@ NOT_BUILT = (
     *(NotBuilt(f"parallel_config.{key}", works=1) for key in ("sequence_parallel_size", "ulysses_degree")),
     *(NotBuilt(f"parallel_config.{key}", works=1) for key in ("ring_degree", "allgather_degree")),
     NotBuilt("parallel_config.enable_expert_parallel", works=False),
-    NotBuilt("quantization", on_vllm=True),
     NotBuilt("async_chunk", works=False, of="file"),
     NotBuilt("worker_backend", works="process", of="command"),
     NotBuilt("ray_address", of="command"),

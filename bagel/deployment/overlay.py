@@ -18,7 +18,8 @@ def with_overrides(config: DeployConfig, **overrides: object) -> DeployConfig:
     """A copy with stage settings given as keywords, as the embedded API and the command line take them.
 
     A setting goes to each stage that it means something to (vae_*, cfg_* and hsdp settings to the DiT, engine to the
-    Thinker); None means not given. Raises ConfigError or NotSupported like `load_deploy_config`.
+    Thinker, quantization to the DiT and to a Thinker whose engine is vllm); None means not given. Raises ConfigError or
+    NotSupported like `load_deploy_config`.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     words = ", ".join(f"{key}={value!r}" for key, value in given.items())
@@ -59,12 +60,18 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
     drawing = [spec.stage_id for spec in config.spec.stages if spec.execution_type is StageExecutionType.DIFFUSION]
     if "engine" in given and len(drawing) == len(config.spec.stages):
         raise ConfigError(f"{source}: engine is the Thinker's, and {config.pipeline} has none; leave it out")
+
+    def engine(stage: Mapping[str, Any]) -> object:
+        return given.get("engine", stage.get("engine"))
+
     for stage in data.get("stages", ()):
         spread = stage.setdefault("parallel_config", {})
         for key, value in given.items():
             if key == "tensor_parallel_size":
                 spread.pop(key, None)  # stated in one place only
             others = ("engine",) if stage["stage_id"] in drawing else (*DIT_PARALLEL_KEYS, *DIT_KEYS)
-            if key not in others:
+            # The torch engine has none, and a DiT is quantised beside it.
+            plain = key == "quantization" and stage["stage_id"] not in drawing and engine(stage) != "vllm"
+            if key not in others and not plain:
                 (spread if key in DIT_PARALLEL_KEYS else stage)[key] = value
     return data

@@ -12,15 +12,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, field_validator, model_validator
 
 from bagel.deployment.dit_config import DitConfig
-from bagel.deployment.not_built import NOT_BUILT
 from bagel.deployment.settings import Config, settings_of
-from bagel.deployment.thinker_config import VLLM_ONLY, ThinkerConfig
+from bagel.deployment.thinker_config import TORCH_LACKS, VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, InvalidRequest
 from bagel.pipelines import PipelineConfig, pipeline
 from bagel.request import MAX_SEED, TextSettings
 
-VLLM_KEYS = tuple(each.name for each in VLLM_ONLY if each.name not in {row.key for row in NOT_BUILT})
-"""Stage keys that only the vLLM engine honours."""
+VLLM_KEYS = tuple(each.name for each in VLLM_ONLY if each.name not in TORCH_LACKS)
+"""Stage keys that only tune the vLLM engine."""
 _THINKER = {each.name for each in settings_of(ThinkerConfig) if each.stage}
 DIT_KEYS = tuple(each.name for each in settings_of(DitConfig) if each.stage and each.name not in _THINKER)
 """Stage keys that mean something to the DiT stage only."""
@@ -120,6 +119,9 @@ def _keys_of_services() -> Any:
         kind = Literal[tuple(each.choices)] if each.choices else each.kind
         bounds: Any = Field(ge=each.at_least, gt=each.above, le=each.at_most)
         switch = each.kind is bool and not each.optional
+        # A setting of both services has the wider type, the Thinker's; `check` knows what the DiT takes.
+        if each.name in keys:
+            continue
         keys[each.name] = (bool, False) if switch else (Annotated[kind, bounds] | None, None)
     return create_model("_ServiceKeys", __base__=_Model, **keys)
 

@@ -17,6 +17,8 @@ STEP_TIMEOUT_S = 600.0
 DTYPES = ("auto", "bfloat16", "float32")
 ENGINES = ("auto", "torch", "vllm")
 ATTENTION_BACKENDS = ("auto", "fa3", "fa2", "sdpa")
+QUANTIZATIONS = ("fp8",)
+"""What a DiT can quantise its weights to."""
 TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 SERVICE = (r"[^=]+=[^=]+:\d+", "NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")
 

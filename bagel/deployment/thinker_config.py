@@ -90,5 +90,7 @@ class ThinkerConfig(ReadingImages, OfModel, Listening):
     )  # fmt: skip
 
 
+TORCH_LACKS = ("tensor_parallel_size", "quantization")
+"""Those of vLLM's settings that are features, which a Thinker on torch refuses; the others only tune vLLM."""
 VLLM_ONLY = tuple(each for each in settings_of(ThinkerConfig) if each.heading == VLLM)
 """Settings that the torch engine does not have."""

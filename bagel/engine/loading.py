@@ -15,6 +15,7 @@ from bagel.kv.digests import fingerprint as kv_fingerprint_of
 from bagel.kv.pages import KvLayout
 from bagel.model.attention_backends import AUTO
 from bagel.model.bagel import Bagel
+from bagel.model.linear import Fp8Linear, Quantization
 from bagel.model.threads import settle_threads
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
@@ -53,8 +54,10 @@ class LoadedModel:
         max_model_len: int | None = None,
     ) -> LoadedModel:
         """A model with what goes with it; max_model_len None: all positions that it has."""
+        # A DiT that receives K/V names what it receives, which its own weights' format does not change.
+        quantization = model.quantization if role.parts.text else None
         # K/V of another dtype are other bytes, so the dtype is part of their identity.
-        kv_fingerprint = kv_fingerprint_of(fingerprint, str(model.dtype).removeprefix("torch."))
+        kv_fingerprint = kv_fingerprint_of(fingerprint, str(model.dtype).removeprefix("torch."), quantization)
         planner = ChainPlanner(model.config, tokenizer, kv_fingerprint)
         limit = position_limit(model.config, max_model_len)
         return cls(model, tokenizer, role, fingerprint, planner, kv_fingerprint, limit)
@@ -95,12 +98,13 @@ def load_role(
     attention_backend: str = AUTO,
     enforce_eager: bool = False,
     groups: Groups = UNDIVIDED,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
 
     vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture;
     attention_backend, enforce_eager: as `choose_backend` takes them; groups: the ranks that the model is divided over,
-    which call this together.
+    which call this together; quantization: of `Quantization`.
     """
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
@@ -116,6 +120,7 @@ def load_role(
             sharing=groups.weights,
             attention=attention_backend,
             eager=enforce_eager,
+            quantization=None if quantization is None else Quantization(quantization),
         )
     settle_threads(model.config, device)
     if vae_use_tiling:
@@ -123,7 +128,17 @@ def load_role(
     backend = model.language_model.backend
     chosen = {"attention": backend.attention, "kernels": backend.kernels.name, "device": str(device)}
     logger.info("backend", extra={"fields": chosen})
+    if model.quantization is not None:
+        logger.info("quantised", extra={"fields": _quantised(model)})
     return LoadedModel.of(model, tokenizer, role, checkpoint.fingerprint, max_model_len=max_model_len)
+
+
+def _quantised(model: Bagel) -> dict[str, object]:
+    """What is quantised, for the log."""
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    weights = sum(layer.weight.nbytes + layer.scale.nbytes for layer in layers)
+    plain = sum(layer.weight.numel() * model.dtype.itemsize for layer in layers)
+    return {"format": model.quantization, "layers": len(layers), "bytes": weights, "bytes_unquantised": plain}
 
 
 def kv_layout(checkpoint: Checkpoint, dtype: str) -> KvLayout:

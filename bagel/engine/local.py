@@ -89,6 +89,7 @@ class BagelEngine:
         max_model_len: int | None = None,
         attention_backend: str = AUTO,
         enforce_eager: bool = False,
+        quantization: str | None = None,
         profile: bool = False,
     ) -> BagelEngine:
         """The engine of a checkpoint; raises CheckpointError if its files do not fit. Arguments as `load_role`'s."""
@@ -101,6 +102,7 @@ class BagelEngine:
             vae_use_tiling=vae_use_tiling,
             attention_backend=attention_backend,
             enforce_eager=enforce_eager,
+            quantization=quantization,
         )
         return cls(loaded, max_num_seqs=max_num_seqs, profile=profile)
 
@@ -254,6 +256,7 @@ def load(
             max_model_len=stage.max_model_len,
             attention_backend=stage.attention_backend or AUTO,
             enforce_eager=bool(stage.enforce_eager),
+            quantization=stage.quantization,
             profile=profile,
         )
 

@@ -39,6 +39,7 @@ class Bagel(nn.Module):
         super().__init__()
         parts, hidden, dtype = role.parts, config.llm.hidden_size, linears.dtype
         self.config, self.role, self.delimiter_ids = config, role, delimiter_ids
+        self.quantization = linears.quantization
         self.language_model = MoTDecoder(linears, "language_model", config.llm, parts)
         self.vit_model = self.connector = self.vit_pos_embed = None
         if parts.vision:

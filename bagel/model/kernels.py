@@ -12,21 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bagel.model.fp8 import FP8, Scaled, quantise
+
 Rope = tuple[Tensor, Tensor]
+Activations = Tensor | Scaled
+"""What a matrix product takes: a tensor, or rows in FP8 with their scales."""
 
 
 class Kernels(Protocol):
-    """The elementwise work of a layer. name: as the log calls this set."""
+    """The elementwise work of a layer. name: as the log calls this set.
+
+    dtype: the weights' type of the product that takes a result; with float8_e4m3fn the result is Scaled.
+    """
 
     name: str
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Activations:
+        """x [..., n] rounded to dtype."""
+        ...
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Activations:
         """RMS norm of x [..., hidden] float32, computed in float32 and rounded to dtype."""
         ...
 
     def add_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Activations]:
         """x + delta in float32 (a new tensor), and its RMS norm in dtype; x and delta [..., hidden]."""
         ...
 
@@ -48,8 +59,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def gate(self, gate_up: Tensor) -> Tensor:
-        """silu(gate) * up of [..., 2 * intermediate]."""
+    def gate(self, gate_up: Tensor, dtype: torch.dtype) -> Activations:
+        """silu(gate) * up of [..., 2 * intermediate], rounded to dtype, which is gate_up's or float8_e4m3fn."""
         ...
 
 
@@ -58,16 +69,20 @@ class TorchKernels:
 
     name = "torch"
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Activations:
+        """As Kernels.cast."""
+        return quantise(x) if dtype is FP8 else x.to(dtype)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Activations:
         """As Kernels.norm."""
-        return rms_norm(x, weight, eps).to(dtype)
+        return self.cast(rms_norm(x, weight, eps), dtype)
 
     def add_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Activations]:
         """As Kernels.add_norm."""
         added = x + delta
-        return added, rms_norm(added, weight, eps).to(dtype)
+        return added, self.cast(rms_norm(added, weight, eps), dtype)
 
     def rotate(
         self,
@@ -90,10 +105,11 @@ class TorchKernels:
             # By index, as a row's tokens do not lie together: latents lie between two delimiters.
             cache.index_copy_(0, slots, new.flatten(0, -3).to(cache.dtype))
 
-    def gate(self, gate_up: Tensor) -> Tensor:
+    def gate(self, gate_up: Tensor, dtype: torch.dtype) -> Activations:
         """As Kernels.gate."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        # Rounded once, from float32, where a product in FP8 takes it.
+        gate, up = (gate_up.float() if dtype is FP8 else gate_up).chunk(2, dim=-1)
+        return self.cast(F.silu(gate).mul_(up), dtype)
 
 
 TORCH = TorchKernels()

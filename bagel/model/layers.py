@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel.model.kernels import TORCH, Kernels, Rope
+from bagel.model.kernels import TORCH, Activations, Kernels, Rope
 from bagel.model.linear import LinearFactory
 from bagel.parallel.mesh import Share
 
@@ -25,8 +25,8 @@ class RMSNorm(nn.Module):
         self.name, self.eps = name, eps
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
 
-    def forward(self, x: Tensor, kernels: Kernels = TORCH, dtype: torch.dtype = torch.float32) -> Tensor:
-        """x [..., size] float32 -> its norm in dtype."""
+    def forward(self, x: Tensor, kernels: Kernels = TORCH, dtype: torch.dtype = torch.float32) -> Activations:
+        """x [..., size] float32 -> its norm in dtype, as Kernels.norm."""
         return kernels.norm(x, self.weight, self.eps, dtype)
 
 
@@ -38,8 +38,8 @@ class AddedRMSNorm(nn.Module):
         self.name, self.eps = name, eps
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
 
-    def forward(self, x: Tensor, delta: Tensor, kernels: Kernels, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """x + delta in float32 (a new tensor), and its norm in dtype; x and delta [..., size]."""
+    def forward(self, x: Tensor, delta: Tensor, kernels: Kernels, dtype: torch.dtype) -> tuple[Tensor, Activations]:
+        """x + delta in float32 (a new tensor), and its norm as Kernels.add_norm; x and delta [..., size]."""
         return kernels.add_norm(x, delta, self.weight, self.eps, dtype)
 
 
@@ -93,8 +93,13 @@ class GatedMlp(nn.Module):
         self.gate_up_proj = linears.column(gate_up, hidden, bias=False)
         self.down_proj = linears.row(f"{name}.down_proj", columns, hidden)
 
-    def forward(self, x: Tensor, kernels: Kernels) -> Tensor:
-        return cast(Tensor, self.down_proj(kernels.gate(self.gate_up_proj(x))))
+    @property
+    def takes(self) -> torch.dtype:
+        """The type of the inputs, as Kernels names it."""
+        return self.gate_up_proj.weight.dtype
+
+    def forward(self, x: Activations, kernels: Kernels) -> Tensor:
+        return cast(Tensor, self.down_proj(kernels.gate(self.gate_up_proj(x), self.down_proj.weight.dtype)))
 
 
 class Mlp(nn.Module):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel.errors import ConfigError
+from bagel.model.fp8 import FP8, MULTIPLE, Scaled, scaled_product
 from bagel.parallel.mesh import Rank, Share
 
 
@@ -48,12 +50,49 @@ class Linear(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
+class Fp8Linear(Linear):
+    """A layer whose weight is e4m3, with one scale an output (bagel.model.fp8). It takes and gives whole tokens.
+
+    Of a row split each rank scales its own columns: it need not read the others' bytes, and rounds no coarser than one
+    rank would.
+    """
+
+    def __init__(
+        self, outputs: Mapping[str, Share], inputs: Share, split: Split, *, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(outputs, inputs, split, bias=bias, dtype=dtype)
+        if self.in_features % MULTIPLE or self.out_features % MULTIPLE:
+            raise ConfigError(
+                f"quantization fp8 needs inputs and outputs that are multiples of {MULTIPLE}; this rank's share of "
+                f"{next(iter(outputs))} has {self.in_features} and {self.out_features}; leave it out, or use fewer "
+                "tensor-parallel ranks"
+            )
+        self.weight = nn.Parameter(torch.empty_like(self.weight, dtype=FP8), requires_grad=False)
+        # A parameter of as many rows as the weight, so that ranks which divide its rows divide both alike.
+        scale = torch.empty(self.out_features, 1, dtype=torch.float32)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Scaled) -> Tensor:  # type: ignore[override]
+        """x [..., inputs], from `Kernels` -> [..., outputs] bfloat16."""
+        return scaled_product(x, self.weight, self.scale, self.bias)
+
+
+class Quantization(StrEnum):
+    """Number formats of the decoder's weights, other than the model's type."""
+
+    FP8 = "fp8"
+
+
 @dataclass(frozen=True)
 class LinearFactory:
-    """Makes the linear layers of one rank's network. dtype: the type of the model's matrix products."""
+    """Makes the linear layers of one rank's network.
+
+    dtype: the type of the model's matrix products; quantization: the format of the decoder layers' weights instead.
+    """
 
     dtype: torch.dtype
     rank: Rank = field(default_factory=Rank)
+    quantization: Quantization | None = None
 
     def column(self, outputs: Mapping[str, Share], inputs: int, *, bias: bool) -> Linear:
         """A layer of which this rank computes a share of the outputs, of one or more layers of the checkpoint."""
@@ -80,5 +119,11 @@ class LinearFactory:
     def _make(
         self, outputs: Mapping[str, Share], inputs: Share, split: Split, *, bias: bool, exact: bool = False
     ) -> Linear:
-        """The one place that chooses a layer's number format; a quantised one will be another class, made here."""
+        """The one place that chooses a layer's number format.
+
+        Only split layers are quantised: they are the decoder's, nearly all of the weights. What every rank has whole is
+        small, or is the model's first or last layer, whose errors cost most.
+        """
+        if self.quantization is Quantization.FP8 and split is not Split.NONE:
+            return Fp8Linear(outputs, inputs, split, bias=bias, dtype=self.dtype)
         return Linear(outputs, inputs, split, bias=bias, dtype=torch.float32 if exact else self.dtype)

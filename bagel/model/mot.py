@@ -46,7 +46,7 @@ class ExpertInput(nn.Module):
         self, x: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> None:
         """Fill q [rows * n, heads, head_dim], and kv at slots, from x [rows, n, hidden] float32."""
-        qkv = self.qkv_proj(self.input_layernorm(x, backend.kernels, q.dtype))
+        qkv = self.qkv_proj(self.input_layernorm(x, backend.kernels, self.qkv_proj.weight.dtype))
         self.qk_norm(qkv, rope, slots, q, kv, backend.kernels)
 
 
@@ -62,8 +62,9 @@ class ExpertOutput(nn.Module):
 
     def forward(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
         """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
-        delta = backend.after_attention(self.o_proj(attended.flatten(-2)).view(x.shape))
-        x, normed = self.post_attention_layernorm(x, delta, backend.kernels, attended.dtype)
+        taken = backend.kernels.cast(attended.flatten(-2), self.o_proj.weight.dtype)
+        delta = backend.after_attention(self.o_proj(taken).view(x.shape))
+        x, normed = self.post_attention_layernorm(x, delta, backend.kernels, self.mlp.takes)
         # In place, as this x is the sum that was just made, not the caller's tensor.
         return x.add_(backend.after_mlp(self.mlp(normed, backend.kernels)))
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from bagel.checkpoint.files import AE, EMA
 from bagel.checkpoint.slices import TensorSlice
 from bagel.model.bagel import Bagel
+from bagel.model.fp8 import quantise_into
 from bagel.model.layers import AddedRMSNorm, HeadNorms, RMSNorm
-from bagel.model.linear import Linear
+from bagel.model.linear import Fp8Linear, Linear
 from bagel.model.vae import diffusers_name
 from bagel.parallel.hsdp import local, local_rows
 
@@ -24,7 +25,7 @@ from bagel.parallel.hsdp import local, local_rows
 class Slot:
     """A slice of a tensor of the checkpoint, and the parameter that it fills from row `begin` to row `end`.
 
-    shape: of the whole tensor in the file.
+    shape: of the whole tensor in the file. scale: of each row of the parameter [rows, 1], where it is FP8.
     """
 
     file: str
@@ -33,11 +34,19 @@ class Slot:
     parameter: Tensor
     begin: int
     end: int
+    scale: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
         """The memory that it fills: of the slice's size, perhaps of another shape."""
         return self.parameter[self.begin : self.end]
+
+    def fill(self, values: Tensor) -> None:
+        """Copy the slice's values, in the target's shape, into the model's memory."""
+        if self.scale is None:
+            self.target.copy_(values)
+        else:
+            quantise_into(values, self.target, self.scale[self.begin : self.end])
 
     @property
     def name(self) -> str:
@@ -59,7 +68,8 @@ def kept(slot: Slot) -> Slot | None:
     # Rows of a parameter are rows of the file's tensor, as such ranks split no layer.
     start = slot.part.start - slot.begin
     part = TensorSlice(slot.name, 0, start + begin, start + end)
-    return Slot(slot.file, part, slot.shape, local(slot.parameter), begin - rows.start, end - rows.start)
+    scale = None if slot.scale is None else local(slot.scale)
+    return Slot(slot.file, part, slot.shape, local(slot.parameter), begin - rows.start, end - rows.start, scale)
 
 
 def slots(model: Bagel) -> Iterator[Slot]:
@@ -88,13 +98,16 @@ def slots(model: Bagel) -> Iterator[Slot]:
 def _linear_slots(layer: Linear) -> Iterator[Slot]:
     """A column split takes rows of each tensor, a row split takes columns: PyTorch's weights are [outputs, inputs]."""
     for kind, parameter in layer.named_parameters(recurse=False):
+        if kind == "scale":
+            continue  # no file has it
         begin = 0
         for name, outputs in layer.outputs.items():
             weight, inputs = kind == "weight", layer.inputs
             shape = (outputs.whole, inputs.whole) if weight else (outputs.whole,)
             dimension, share = (1, inputs) if weight and inputs.count < inputs.whole else (0, outputs)
             part = TensorSlice(f"{name}.{kind}", dimension, share.start, share.stop)
-            yield Slot(EMA, part, shape, parameter, begin, begin + outputs.count)
+            scale = layer.scale if weight and isinstance(layer, Fp8Linear) else None
+            yield Slot(EMA, part, shape, parameter, begin, begin + outputs.count, scale)
             begin += outputs.count
 
 

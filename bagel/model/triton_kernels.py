@@ -5,14 +5,19 @@ Needs Triton, which PyTorch's CUDA builds bring. bench/README.md has a row for w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bagel.model.kernels import Rope
+from bagel.model.fp8 import FP8, LARGEST, SMALLEST, Scaled
+from bagel.model.kernels import Activations, Rope
 
 _GATE_BLOCK = 1024
+_GATE_LOOP = 4096
+_LARGEST, _SMALLEST = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 
 
 class TritonKernels:
@@ -20,25 +25,42 @@ class TritonKernels:
 
     name = "triton"
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """As Kernels.norm."""
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Activations:
+        """As Kernels.cast."""
+        if dtype is not FP8:
+            return x.to(dtype)
         x = x.contiguous()
-        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+        out = _new_scaled(x.shape, x)
         width = x.shape[-1]
         block = triton.next_power_of_2(width)
-        _norm[x.numel() // width,](x, x, x, weight, normed, eps, width, block, False, num_warps=_warps(block))
-        return normed
+        _quantise[x.numel() // width,](x, *out, width, block, num_warps=_warps(block))
+        return out
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Activations:
+        """As Kernels.norm."""
+        x = x.contiguous()
+        return self._norm(x, x, x, weight, eps, dtype, add=False)
 
     def add_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Activations]:
         """As Kernels.add_norm."""
         x, delta = x.contiguous(), delta.contiguous()
-        added, normed = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+        added = torch.empty_like(x)
+        return added, self._norm(x, delta, added, weight, eps, dtype, add=True)
+
+    def _norm(
+        self, x: Tensor, delta: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, *, add: bool
+    ) -> Activations:
+        scaled = _new_scaled(x.shape, x) if dtype is FP8 else None
+        normed = torch.empty(x.shape, dtype=dtype, device=x.device) if scaled is None else scaled.values
+        # Without scales the kernel writes none, and any pointer does.
+        scales = x if scaled is None else scaled.scales
         width = x.shape[-1]
         block = triton.next_power_of_2(width)
-        _norm[x.numel() // width,](x, delta, added, weight, normed, eps, width, block, True, num_warps=_warps(block))
-        return added, normed
+        rows, scale = x.numel() // width, scaled is not None
+        _norm[rows,](x, delta, added, weight, normed, scales, eps, width, block, add, scale, num_warps=_warps(block))
+        return normed if scaled is None else scaled
 
     def rotate(
         self,
@@ -77,21 +99,34 @@ class TritonKernels:
             num_warps=_warps(turned * dim),
         )
 
-    def gate(self, gate_up: Tensor) -> Tensor:
+    def gate(self, gate_up: Tensor, dtype: torch.dtype) -> Activations:
         """As Kernels.gate."""
         width = gate_up.shape[-1] // 2
-        out = gate_up.new_empty((*gate_up.shape[:-1], width))
+        shape = (*gate_up.shape[:-1], width)
+        if dtype is FP8:
+            scaled = _new_scaled(shape, gate_up)
+            _gate_scaled[scaled.scales.numel(),](gate_up, *scaled, width, _GATE_LOOP, num_warps=_warps(_GATE_LOOP))
+            return scaled
+        out = gate_up.new_empty(shape)
         _gate[out.numel() // width, triton.cdiv(width, _GATE_BLOCK)](gate_up, out, width, _GATE_BLOCK)
         return out
 
     def try_out(self, device: torch.device, dtype: torch.dtype) -> None:
         """Compile and run one kernel; raises what Triton raises where it cannot."""
-        self.gate(torch.zeros(1, 32, dtype=dtype, device=device))
+        self.gate(torch.zeros(1, 32, dtype=dtype, device=device), dtype)
         # Errors of a launch show only when the host waits for it.
         torch.cuda.synchronize(device)
 
 
 TRITON = TritonKernels()
+
+
+def _new_scaled(shape: Sequence[int], like: Tensor) -> Scaled:
+    """Rows in FP8 that a kernel fills, on the device of `like`."""
+    return Scaled(
+        torch.empty(shape, dtype=FP8, device=like.device),
+        torch.empty((*shape[:-1], 1), dtype=torch.float32, device=like.device),
+    )
 
 
 def _warps(elements: int) -> int:
@@ -100,8 +135,10 @@ def _warps(elements: int) -> int:
 
 
 @triton.jit
-def _norm(x, delta, added, weight, normed, eps, width, BLOCK: tl.constexpr, ADD: tl.constexpr):
-    """One token: normed = rms_norm(x [+ delta]) * weight; with ADD the sum is kept in `added`."""
+def _norm(
+    x, delta, added, weight, normed, scales, eps, width, BLOCK: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr
+):
+    """One token: normed = rms_norm(x [+ delta]) * weight; with ADD the sum is kept in `added`, with SCALE in FP8."""
     # int64, as offsets of many long rows exceed int32.
     token = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
@@ -112,6 +149,10 @@ def _norm(x, delta, added, weight, normed, eps, width, BLOCK: tl.constexpr, ADD:
         tl.store(added + token + column, value, there)
     scale = tl.rsqrt(tl.sum(value * value) / width + eps)
     value = value * scale * tl.load(weight + column, there, 0.0).to(tl.float32)
+    if SCALE:
+        largest = tl.maximum(tl.max(tl.abs(value)), _SMALLEST)
+        tl.store(scales + tl.program_id(0), largest / _LARGEST)
+        value = value * (_LARGEST / largest)
     tl.store(normed + token + column, value.to(normed.dtype.element_ty), there)
 
 
@@ -177,3 +218,38 @@ def _gate(gate_up, out, width, BLOCK: tl.constexpr):
     up = tl.load(gate_up + token * 2 * width + width + column, there, 0.0).to(tl.float32)
     value = gate * tl.sigmoid(gate) * up
     tl.store(out + token * width + column, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _gate_scaled(gate_up, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One token: silu(gate) * up in FP8. Computed twice, as it does not fit into registers; the caches hold it."""
+    token = tl.program_id(0).to(tl.int64)
+    source = gate_up + token * 2 * WIDTH
+    most = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, WIDTH, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        there = column < WIDTH
+        gate = tl.load(source + column, there, 0.0).to(tl.float32)
+        up = tl.load(source + WIDTH + column, there, 0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(gate * tl.sigmoid(gate) * up))
+    largest = tl.maximum(tl.max(most), _SMALLEST)
+    tl.store(scales + token, largest / _LARGEST)
+    for begin in range(0, WIDTH, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        there = column < WIDTH
+        gate = tl.load(source + column, there, 0.0).to(tl.float32)
+        up = tl.load(source + WIDTH + column, there, 0.0).to(tl.float32)
+        value = gate * tl.sigmoid(gate) * up * (_LARGEST / largest)
+        tl.store(out + token * WIDTH + column, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _quantise(x, out, scales, width, BLOCK: tl.constexpr):
+    """One token in FP8."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < width
+    value = tl.load(x + token * width + column, there, 0.0).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(value)), _SMALLEST)
+    tl.store(scales + token, largest / _LARGEST)
+    tl.store(out + token * width + column, (value * (_LARGEST / largest)).to(out.dtype.element_ty), there)

@@ -26,7 +26,8 @@ from bagel.errors import BagelError, CheckpointError
 from bagel.model.attention_backends import AUTO
 from bagel.model.backend import choose_backend, launched_in_order
 from bagel.model.bagel import Bagel
-from bagel.model.linear import LinearFactory
+from bagel.model.fp8 import check_fp8, quantise_into
+from bagel.model.linear import Fp8Linear, LinearFactory, Quantization
 from bagel.model.mot import MoTDecoder
 from bagel.model.naming import Slot, kept, slots
 from bagel.parallel.groups import ALONE, Group
@@ -53,17 +54,21 @@ def load_model(
     sharing: Group = ALONE,
     attention: str = AUTO,
     eager: bool = False,
+    quantization: Quantization | None = None,
 ) -> Bagel:
     """The model of a role, its weights read from the checkpoint.
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
     rank: whose share is loaded; sharing: ranks that keep a part of the weights each, which call this together;
-    attention, eager: as `choose_backend` takes them. Raises ConfigError for a model that does not divide among its
-    mesh's ranks, and CheckpointError naming every missing, misshapen or quantised tensor (the first few of many), both
-    before anything is allocated; ConfigError too for attention that cannot run there.
+    attention, eager: as `choose_backend` takes them; quantization: of the decoder's weights, as they are read. Raises
+    ConfigError for a model that does not divide among its mesh's ranks, and CheckpointError naming every missing,
+    misshapen or quantised tensor (the first few of many), both before anything is allocated; ConfigError too for
+    attention or a quantization that cannot run there.
     """
-    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank)
+    if quantization is Quantization.FP8:
+        check_fp8(torch.device(device), dtype)
+    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank, quantization)
     # While the model has no memory, so that a checkpoint that does not fit costs nothing.
     check_role(checkpoint, model)
     model = _place(model, device, attention, eager=eager, sharing=sharing)
@@ -80,18 +85,26 @@ def empty_model(
     delimiter_ids: tuple[int, int] = (0, 1),
     rank: Rank = ONLY,
     sharing: Group = ALONE,
+    quantization: Quantization | None = None,
 ) -> Bagel:
     """A model without values, on any device (meta takes no memory)."""
-    return _place(_unplaced_model(config, role, dtype, delimiter_ids, rank), device, sharing=sharing)
+    model = _unplaced_model(config, role, dtype, delimiter_ids, rank, quantization)
+    return _place(model, device, sharing=sharing)
 
 
 def _unplaced_model(
-    config: ModelConfig, role: Role, dtype: torch.dtype, delimiter_ids: tuple[int, int] = (0, 1), rank: Rank = ONLY
+    config: ModelConfig,
+    role: Role,
+    dtype: torch.dtype,
+    delimiter_ids: tuple[int, int] = (0, 1),
+    rank: Rank = ONLY,
+    quantization: Quantization | None = None,
 ) -> Bagel:
     """A model that has shapes and types alone."""
+    linears = LinearFactory(dtype, rank, quantization)
     # Elsewhere PyTorch would fill every weight with random values, only to be overwritten.
     with torch.device("meta"):
-        return Bagel(config, role, delimiter_ids, linears=LinearFactory(dtype, rank)).requires_grad_(False)
+        return Bagel(config, role, delimiter_ids, linears=linears).requires_grad_(False)
 
 
 def _place(
@@ -117,18 +130,34 @@ def _large_tables(decoder: MoTDecoder) -> list[nn.Module]:
 
 
 def random_model(
-    config: ModelConfig, role: Role, *, dtype: torch.dtype, device: torch.device | str, seed: int
+    config: ModelConfig,
+    role: Role,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    quantization: Quantization | None = None,
 ) -> Bagel:
-    """A model with random weights made in place, scaled so that activations stay near one; for benchmarks."""
-    model = empty_model(config, role, dtype=dtype, device=device)
+    """A model with random weights made in place, scaled so that activations stay near one; for benchmarks.
+
+    Quantised, it has the same weights, rounded.
+    """
+    model = empty_model(config, role, dtype=dtype, device=device, quantization=quantization)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "norm" in name.split(".")[-2] and name.endswith("weight"):
+        path, _, kind = name.rpartition(".")
+        if kind == "scale":
+            continue  # its weight's values made it
+        deviation = parameter[0].numel() ** -0.5
+        if "norm" in path.rpartition(".")[-1] and kind == "weight":
             parameter.fill_(1.0)
         elif parameter.dim() == 1:
             parameter.zero_()
+        elif isinstance(layer := model.get_submodule(path), Fp8Linear):
+            plain = torch.empty(parameter.shape, dtype=dtype, device=device)
+            quantise_into(plain.normal_(0.0, deviation, generator=generator), layer.weight, layer.scale)
         else:
-            parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            parameter.normal_(0.0, deviation, generator=generator)
     return model.eval()
 
 
@@ -185,12 +214,12 @@ def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor) -> Tenso
 
     Memory that is used again is already mapped: that makes reading from the page cache about twice as fast.
     """
-    dtype, target = STORED_TYPES[stored], slot.target
-    nbytes = target.numel() * dtype.itemsize
+    dtype = STORED_TYPES[stored]
+    nbytes = slot.target.numel() * dtype.itemsize
     if len(buffer) < nbytes:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
     reader.read(slot.part, buffer.numpy().data[:nbytes])
-    target.copy_(buffer[:nbytes].view(dtype).view(target.shape))
+    slot.fill(buffer[:nbytes].view(dtype).view(slot.target.shape))
     return buffer
 
 

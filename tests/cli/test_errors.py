@@ -80,7 +80,7 @@ WRONG: list[tuple[list[str], str]] = [
     ([*P, "--cfg-parallel-size", "4"], "it must be 1, 2 or 3"),
     ([*P, "--worker-backend", "ray"], "--worker-backend ray is not built yet; only process works"),
     ([*P, "--ray-address", "auto"], "--ray-address 'auto' is not built yet; leave it out"),
-    ([*P, "--quantization", "fp8"], "--quantization 'fp8' is not built yet; leave it out"),
+    ([*P, "--quantization", "int8"], "quantization is 'int8'; the DiT has fp8"),
     ([*P, "--endpoint", "localhost"], "'localhost' is no HOST:PORT"),
     (
         [*P, "--stage-configs-path", "x.yaml", "--num-inference-steps=20", "--omni", "--stesp", "9"],

@@ -226,8 +226,9 @@ def test_all_problems_of_a_file_are_told_at_once() -> None:
     told = problem_of(two_stages({"max_num_seqs": 0, "engine_args": {}}, {"runtime": {}, "devicse": "0"}))
     assert re.search(r"engine_args is .*; write its keys beside stage_id; .*runtime is .*; write devices beside", told)
     assert re.search(r"devicse is .*; did you mean devices\?; stages\[stage_id=0\]\.max_num_seqs is 0", told)
-    unbuilt = two_stages(dit={"quantization": "fp8"}, async_chunk=True)
-    with pytest.raises(NotSupported, match=r"async_chunk is True, .*; stages\[stage_id=1\]\.quantization is 'fp8'"):
+    unbuilt = two_stages(dit={"parallel_config": {"data_parallel_size": 2}}, async_chunk=True)
+    told_of = r"async_chunk is True, .*; stages\[stage_id=1\]\.parallel_config\.data_parallel_size is 2"
+    with pytest.raises(NotSupported, match=told_of):
         refuse_unbuilt(parse_deploy_config(unbuilt))
     assert problem_of({f"key{n}": 0 for n in range(20)}).endswith("more")
 
@@ -441,7 +442,6 @@ def test_connectors_that_lead_nowhere(data: dict[str, Any], message: str) -> Non
         ("parallel_config: {cfg_parallel_size: 2}", "parallel_config.cfg_parallel_size is 2, .*; only 1 works"),
         ("parallel_config: {vae_patch_parallel_size: 2}", "vae_patch_parallel_size is 2, .*; only 1 works"),
         ("parallel_config: {use_hsdp: true, hsdp_shard_size: 2}", "use_hsdp is True, .*; only false works"),
-        ("quantization: fp8", "quantization is 'fp8', which is not built yet; leave it out"),
     ],
 )
 def test_settings_that_are_not_built_are_refused(tmp_path: Path, stage: str, message: str) -> None:
@@ -546,6 +546,15 @@ def test_an_override_goes_to_the_stages_it_means_something_to(deploy: DeployConf
     assert changed.connectors == deploy.connectors
 
 
+def test_quantization_goes_to_the_dit_and_to_a_thinker_on_vllm(deploy: DeployConfig) -> None:
+    """The torch engine has none, so that asking for a smaller DiT must not refuse the Thinker beside it."""
+    for engine, thinkers in (("torch", None), (None, None), ("vllm", "fp8")):
+        changed = with_overrides(deploy, quantization="fp8", engine=engine)
+        assert [stage.quantization for stage in changed.stages] == [thinkers, "fp8"]
+        assert changed.stage(1).settings(DitConfig)["quantization"] == "fp8"
+        assert not any("quantization" in note for note in changed.notes())
+
+
 def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_use_tiling": True}
     with pytest.raises(NotSupported, match=r"bagel\.yaml with tensor_parallel_size=2, .*: stages.* not built yet"):
@@ -573,7 +582,7 @@ def test_an_override_replaces_the_size_in_parallel_config(tmp_path: Path) -> Non
         ({"vae_use_tilin": True}, "vae_use_tilin is not a known setting; did you mean vae_use_tiling?"),
         ({"stage_id": 3}, "stage_id is not a known setting"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size is '2'; it must be a whole number"),
-        ({"quantization": "fp8"}, "quantization is 'fp8', which is not built yet"),
+        ({"quantization": "int4"}, "quantization is 'int4'; the DiT has fp8"),
         ({"cfg_parallel_size": 3}, "parallel_config.cfg_parallel_size is 3, which is not built yet"),
     ],
 )

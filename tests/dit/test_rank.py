@@ -12,7 +12,7 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.shared_settings import ATTENTION_BACKENDS
 from bagel.deployment.thinker_config import ThinkerConfig
-from bagel.errors import ConfigError
+from bagel.errors import ConfigError, NotSupported
 from bagel.model.attention_backends import AUTO, BACKENDS
 from bagel.model.backend import LayerBackend, choose_backend
 from bagel_dit.workers import RankSettings, rank
@@ -46,3 +46,11 @@ def test_enforce_eager_reaches_the_choice_of_kernels(checkpoint: Checkpoint, mon
         config = ThinkerConfig(model="tiny", device="cpu", enforce_eager=eager, kv_store_bytes=2**24, engine="torch")
         load_engine(config, checkpoint).close()
     assert asked == [True, False, True, False]
+
+
+def test_a_rank_quantises_as_the_settings_say_and_a_torch_thinker_refuses_to(checkpoint: Checkpoint) -> None:
+    for single_stage in (False, True):
+        told = settings(checkpoint, quantization="fp8", dtype="bfloat16", single_stage=single_stage)
+        assert rank.load(told).model.quantization == "fp8"
+    with pytest.raises(NotSupported, match="the torch engine has no quantization; leave it out, or start the Thinker"):
+        load_engine(ThinkerConfig(model="tiny", device="cpu", quantization="fp8", engine="torch"), checkpoint)

@@ -13,7 +13,8 @@ from bagel.errors import ConfigError
 from bagel.model.attention import KvShape, QueryBlock, Rows
 from bagel.model.attention_backends import BACKENDS, READ_AHEAD, choose_attention, sdpa
 from bagel.model.backend import _fused_kernels, choose_backend
-from bagel.model.kernels import TORCH, Kernels
+from bagel.model.fp8 import FP8, Scaled
+from bagel.model.kernels import TORCH, Activations, Kernels
 
 CPU = torch.device("cpu")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -123,8 +124,12 @@ def test_every_backend_attends_alike(name: str, layout: str, heads: tuple[int, i
     assert (BACKENDS[name](q, k, v, rows).double() - wanted).norm() < 4e-3 * wanted.norm()
 
 
-def elementwise(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every function once, on two rows of five tokens; what is written is poisoned before."""
+def plain(x: Activations) -> Tensor:
+    return x.values.float() * x.scales if isinstance(x, Scaled) else x
+
+
+def elementwise(kernels: Kernels, dtype: torch.dtype, takes: torch.dtype) -> dict[str, Tensor]:
+    """Every function once, on two rows of five tokens, for products that take a type; what is written is poisoned."""
     generator, device = torch.Generator().manual_seed(2), torch.device("cuda")
     rows, n, width, heads, kv_heads, dim = 2, 5, 100, 6, 2, 20
 
@@ -132,7 +137,7 @@ def elementwise(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator).to(device)
 
     x, delta, weight = random(rows, n, width), random(rows, n, width).to(dtype), random(width)
-    added, normed = kernels.add_norm(x, delta, weight, 1e-6, dtype)
+    added, normed = kernels.add_norm(x, delta, weight, 1e-6, takes)
     qkv = random(rows, n, (heads + 2 * kv_heads) * dim).to(dtype)
     q, k, v = (
         torch.full((size, h, dim), torch.nan, dtype=dtype, device=device) for size, h in ((10, 6), (30, 2), (30, 2))
@@ -140,18 +145,27 @@ def elementwise(kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
     slots = torch.randperm(30, generator=generator)[:10].to(device)
     rope = random(rows, n, 1, dim), random(rows, n, 1, dim)
     kernels.rotate(qkv, (random(dim), random(dim)), 1e-6, rope, q, (k, v), slots)
-    gated = kernels.gate(random(rows, n, 66).to(dtype))
-    normed_alone = kernels.norm(x, weight, 1e-6, dtype)
-    return {"norm": normed_alone, "added": added, "normed": normed, "q": q, "k": k, "v": v, "gate": gated}
+    taken = {
+        "norm": kernels.norm(x, weight, 1e-6, takes),
+        "normed": normed,
+        # Longer than the blocks of the kernel that scales it.
+        "gate": kernels.gate(random(rows, n, 2 * 5000).to(dtype), takes),
+        "cast": kernels.cast(delta, takes),
+    }
+    return {"added": added, "q": q, "k": k, "v": v, **{name: plain(each) for name, each in taken.items()}}
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
-def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, near: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "takes", "near"),
+    # e4m3 has steps of an eighth, and values on the border of two may go either way.
+    [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.bfloat16, 5e-3), (torch.bfloat16, FP8, 0.13)],
+)
+def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, takes: torch.dtype, near: float) -> None:
     from bagel.model.triton_kernels import TRITON
 
-    ours, theirs = elementwise(TRITON, dtype), elementwise(TORCH, dtype)
+    ours, theirs = elementwise(TRITON, dtype, takes), elementwise(TORCH, dtype, takes)
     for name, wanted in theirs.items():
         torch.testing.assert_close(ours[name], wanted, rtol=near, atol=near, equal_nan=True, msg=name)
 

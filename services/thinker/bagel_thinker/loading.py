@@ -10,8 +10,7 @@ import torch
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
 from bagel.deployment.defaults import how_to_install
-from bagel.deployment.not_built import NOT_BUILT
-from bagel.deployment.thinker_config import VLLM_ONLY, ThinkerConfig
+from bagel.deployment.thinker_config import TORCH_LACKS, VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.model.device import choose_device, choose_dtype
 from bagel.telemetry.logs import Log
@@ -32,8 +31,7 @@ def _torch(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
     from bagel_thinker.torch_engine import TorchEngine
 
     given = [each.name for each in VLLM_ONLY if getattr(config, each.name) != each.default]
-    # A feature that is missing is refused; a setting that only tunes vLLM is logged below.
-    if refused := [row.name for row in NOT_BUILT if row.key in given]:
+    if refused := [name for name in TORCH_LACKS if name in given]:
         raise NotSupported(
             f"the torch engine has no {' and no '.join(refused)}; leave it out, or start the Thinker with --engine vllm"
         )

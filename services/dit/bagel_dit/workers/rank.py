@@ -69,6 +69,7 @@ def load(settings: RankSettings) -> LoadedModel:
         vae_use_tiling=config.vae_use_tiling,
         attention_backend=config.attention_backend,
         enforce_eager=bool(config.enforce_eager),
+        quantization=config.quantization,
     )
 
 
