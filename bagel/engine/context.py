@@ -72,6 +72,8 @@ class Cache(Protocol):
 
     def get(self, digest: bytes) -> SegmentKv | None: ...
 
+    def has(self, digest: bytes) -> bool: ...
+
     def put(self, digest: bytes, entry: SegmentKv) -> None: ...
 
 
@@ -87,6 +89,9 @@ class SegmentCache:
         if entry is not None:
             self._entries.move_to_end(digest)
         return entry
+
+    def has(self, digest: bytes) -> bool:
+        return digest in self._entries
 
     def put(self, digest: bytes, entry: SegmentKv) -> None:
         # An entry above the bound would drive out all others, then itself.
@@ -124,8 +129,15 @@ class ContextBuilder:
                 return context
 
     @torch.inference_mode()
-    def steps(self, chain: Chain, on_kv: OnKv | None = None) -> Generator[Segment, None, Context]:
-        """As `build`, pausing before each segment that is to be computed, so that other work can go between."""
+    def steps(
+        self, chain: Chain, on_kv: OnKv | None = None, *, with_kv: bool = True
+    ) -> Generator[Segment, None, Context]:
+        """As `build`, pausing before each segment that is to be computed, so that other work can go between.
+
+        with_kv: False for a context that only has to be in the cache; if it is, it comes without K/V.
+        """
+        if not with_kv and all(self.cache.has(segment.digest) for segment in chain.segments):
+            return Context(chain)
         known = [self.cache.get(segment.digest) for segment in chain.segments]
         # Nothing is allocated for a context that is known as a whole.
         if all(kv is not None for kv in known):

@@ -83,6 +83,7 @@ class ContextRequest:
 
     emit: receives each event, on the engine's thread; an error that it raises ends this request and no other.
     settings: how the text is decoded, None for no text. append: the text becomes the last segment of the context.
+    with_kv: whether ContextDone has the context's K/V even if they were known; without it, they may only be cached.
     """
 
     chain: Chain
@@ -90,6 +91,7 @@ class ContextRequest:
     emit: Callable[[ContextEvent], None]
     settings: TextSettings | None = None
     append: bool = False
+    with_kv: bool = True
     computed: dict[bytes, int] = field(default_factory=dict, init=False)
     layer_times: list[float] = field(default_factory=list, init=False)
 
@@ -207,7 +209,9 @@ class TextScheduler:
             request.layer_times.append(time.monotonic())
             request.emit(LayerComputed(segment, layer, k, v))
 
-        return self.builder.steps(chain, on_kv)
+        # A text that follows needs them in any case, but no text follows an appended one.
+        follows = request.settings is not None and chain is request.chain
+        return self.builder.steps(chain, on_kv, with_kv=request.with_kv or follows)
 
     def _build(self, entry: _Entry) -> None:
         try:

@@ -154,6 +154,19 @@ class KvStore:
                 rows[1].copy_(v)
             self._mark(segment, [(layer, begin) for begin in missing], computed=True)
 
+    def layer_rows(self, digest: bytes, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Memory for K and V of a layer, each [length, kv_heads, head_dim], to be filled before `mark_layer`.
+
+        None if the layer is ready. For the writer that has claimed and pinned the segment. Raises UnknownSegment.
+        """
+        with self._entered():
+            segment = self._ledger.get(digest)
+            # Ready pages are not written again: readers have views of them.
+            if not self._missing(segment, layer):
+                return None
+            rows = self._tensor(segment)[layer]
+            return rows[0], rows[1]
+
     def mark_layer(self, digest: bytes, layer: int) -> None:
         """A layer has been written to the arena (`offsets`) from outside, while the segment was claimed and pinned.
 

@@ -16,9 +16,10 @@ from bagel_thinker.watchdog import Pulse
 class Engine(Protocol):
     """Builds contexts, hands each layer's K/V to the store as it is computed, writes text if asked.
 
-    A request's events are emitted on the engine's own thread. K/V go to the segments of the store that a lease
-    has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can compute no more.
-    pulse: of that thread, which is called NAME-engine.
+    A request's events are emitted on threads of the engine's own, one after the other. K/V go to the segments of the
+    store that a lease has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can
+    compute no more.
+    pulse: of the thread that computes, which is called NAME-engine.
     """
 
     name: str

@@ -16,7 +16,7 @@ from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.memory import kv_space
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import ContextEvent, ContextFailed, ContextRequest, LayerComputed, TextScheduler
+from bagel.engine.text_scheduler import ContextFailed, ContextRequest, TextScheduler
 from bagel.engine.warm_up import warm_up
 from bagel.errors import Draining, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
@@ -24,36 +24,30 @@ from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
 from bagel_thinker.engine import died, internal_error
+from bagel_thinker.export import KvLane, Outlet
 from bagel_thinker.watchdog import Pulse
 
-NEAR_CACHE_BYTES = 2**28
-"""Segments kept on the device, to go on from without a copy out of shared memory."""
+NEAR_CACHE_BYTES = {"cpu": 2**28, "cuda": 2**30}
+"""Segments kept on the device, by its type, to go on from without a copy out of shared memory.
+
+The image blocks of an edit of the largest size take half a gigabyte.
+"""
 
 log = Log("bagel.thinker")
-
-
-def claim(store: KvStore, digest: bytes) -> bool:
-    """Whether a segment is to be written to the store: a lease has reserved it, and it is not there yet."""
-    try:
-        return store.claim(digest)
-    except UnknownSegment:
-        return False
 
 
 class StoreCache:
     """The builder's cache: segments on the device first, then those in the store's shared memory."""
 
-    def __init__(self, store: KvStore, device: torch.device) -> None:
-        self._store, self._device = store, device
-        self._near = SegmentCache(NEAR_CACHE_BYTES)
+    def __init__(self, store: KvStore, lane: KvLane, device: torch.device) -> None:
+        self._store, self._lane, self._device = store, lane, device
+        self._near = SegmentCache(NEAR_CACHE_BYTES[device.type])
 
     def get(self, digest: bytes) -> SegmentKv | None:
         """A segment's K/V. What is near, but was reserved in the store, is written there: a DiT will pull it."""
         near = self._near.get(digest)
         if near is not None:
-            if claim(self._store, digest):
-                for layer in range(near.k.shape[0]):
-                    self._store.write_layer(digest, layer, near.k[layer], near.v[layer])
+            self._lane.segment(digest, near)
             return near
         try:
             # Pinned, so that it is not evicted while it is read.
@@ -61,18 +55,42 @@ class StoreCache:
         except UnknownSegment:
             return None
         try:
-            if not self._store.is_complete(digest):
+            if not self._complete(digest):
                 return None
-            # A copy: what a build goes on from must not change under it when the store evicts.
-            k, v = (tensor.to(self._device, copy=True) for tensor in self._store.load(digest))
+            kv = self._load(digest)
         finally:
             self._store.unpin(digest)
-        self._near.put(digest, SegmentKv(k, v))
-        return SegmentKv(k, v)
+        self._near.put(digest, kv)
+        return kv
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a segment need not be computed. What is near goes to the store as by `get`."""
+        if (near := self._near.get(digest)) is not None:
+            self._lane.segment(digest, near)
+            return True
+        return self._complete(digest)
 
     def put(self, digest: bytes, entry: SegmentKv) -> None:
         """Keep a segment near by; the store has got it layer by layer."""
         self._near.put(digest, entry)
+
+    def _load(self, digest: bytes) -> SegmentKv:
+        """A copy of a segment: what a build goes on from must not change under it when the store evicts."""
+        stored = self._store.load(digest)
+        k, v = (torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device) for tensor in stored)
+        # Layer by layer, as each lies in one piece: the driver copies no other without a copy on the host first.
+        for layer in range(len(k)):
+            for target, source in zip((k, v), stored, strict=True):
+                target[layer].copy_(source[layer], non_blocking=True)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return SegmentKv(k, v)
+
+    def _complete(self, digest: bytes) -> bool:
+        """Whether the store has a segment, or is about to have it."""
+        if self._lane.fills([digest]):
+            self._lane.wait()
+        return self._store.is_complete(digest)
 
 
 class TorchEngine:
@@ -91,14 +109,14 @@ class TorchEngine:
     ) -> None:
         """kv_device_bytes: memory of the device for the K/V of texts under way, as `kv_space` takes it."""
         self.store, self.planner, self._loaded = store, loaded.planner, loaded
-        self._filling: bytes | None = None
         self.failed: Future[None] = Future()
-        self.pulse = Pulse()
+        self._lane = KvLane(store, loaded.model.device)
+        self.pulse = Pulse(beside=self._lane.pulse)
         self.info = loaded.info(model_name)
         self._space = kv_space(loaded.model, kv_device_bytes)
         self._texts = TextScheduler(
             loaded,
-            ContextBuilder(loaded.model, StoreCache(store, loaded.model.device)),
+            ContextBuilder(loaded.model, StoreCache(store, self._lane, loaded.model.device)),
             self._space,
             max_num_seqs=max_num_seqs,
             on_write=partial(count_step, "text"),
@@ -139,7 +157,8 @@ class TorchEngine:
             enforce_eager=enforce_eager,
         )
         store = KvStore(kv_layout(checkpoint, kind), loaded.kv_fingerprint, kv_store_bytes)
-        log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=NEAR_CACHE_BYTES)
+        near = NEAR_CACHE_BYTES[place.type]
+        log.info("memory", weights_bytes=loaded.memory(), kv_store_bytes=kv_store_bytes, near_cache=near)
         engine = cls(loaded, store, model_name=model_name, max_num_seqs=max_num_seqs, kv_device_bytes=kv_device_bytes)
         if place.type == "cuda" and not enforce_eager:
             engine.warm_up()
@@ -162,7 +181,9 @@ class TorchEngine:
 
     def submit(self, request: ContextRequest) -> None:
         """Start a request."""
-        request.emit = partial(self._store_kv, request.emit)
+        # The store is what its caller asks for.
+        request.with_kv = False
+        request.emit = Outlet(self._lane, self.store.layout.layers, request).emit
         self._commands.put(lambda: self._start(request))
 
     def cancel(self, request: ContextRequest) -> None:
@@ -173,6 +194,7 @@ class TorchEngine:
         """Stop the thread after the unit of work under way."""
         self._commands.put(None)
         self._thread.join()
+        self._lane.close()
 
     def _run(self) -> None:
         if self._loaded.model.device.type == "cuda":
@@ -232,24 +254,3 @@ class TorchEngine:
         context = builder.build(self.planner.append_text(Chain(), "ok"))
         if not all(kv.k.isfinite().all() and kv.v.isfinite().all() for kv in context.kv):
             raise NotFinite("the K/V of a short text are not finite")
-
-    def _store_kv(self, emit: Callable[[ContextEvent], None], event: ContextEvent) -> None:
-        """Write each layer that is computed to the store, if a lease has reserved its segment; pass on the rest."""
-        match event:
-            case LayerComputed():
-                self._write(event)
-                return
-            case ContextFailed() if self._filling is not None:
-                self.store.unclaim(self._filling)  # others may want the segment that this request did not finish
-                self._filling = None
-        emit(event)
-
-    def _write(self, event: LayerComputed) -> None:
-        digest = event.segment.digest
-        # One claim for all layers of a segment.
-        if event.layer == 0:
-            self._filling = digest if claim(self.store, digest) else None
-        if self._filling == digest:
-            self.store.write_layer(digest, event.layer, event.k, event.v)
-            if event.layer + 1 == self.store.layout.layers:
-                self._filling = None

@@ -20,21 +20,30 @@ log = Log("bagel.thinker")
 
 
 class Pulse:
-    """Which step the engine's thread is at; None while it waits for work. Written by that thread, read by any."""
+    """Which step a thread is at; None while it waits for work. Written by that thread, read by any.
 
-    def __init__(self) -> None:
-        self.step: int | None = None
-        self._steps = 0
+    beside: of a thread that works for this one; both are waiting for work only if each of them is.
+    """
+
+    def __init__(self, beside: Pulse | None = None) -> None:
+        self._step: int | None = None
+        self._steps, self._beside = 0, beside
+
+    @property
+    def step(self) -> tuple[int | None, ...] | None:
+        """What changes with every step; None while there is none."""
+        steps = (self._step,) if self._beside is None else (self._step, self._beside._step)
+        return None if steps.count(None) == len(steps) else steps
 
     def beat(self) -> None:
         """A step begins."""
         # A number, so that two looks tell a new step from the same one.
         self._steps += 1
-        self.step = self._steps
+        self._step = self._steps
 
     def rest(self) -> None:
         """There is nothing to do."""
-        self.step = None
+        self._step = None
 
 
 async def watch(engine: Engine, limit_s: float) -> None:

@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
 )
 
+from bagel.engine.host_memory import pin
 from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.sink import Notice, Outlet
 
@@ -234,7 +235,7 @@ class _DeviceCopies:
         self._device, self._outlet = device, outlet
         self._stream = torch.cuda.Stream(device)
         self._queue: queue.SimpleQueue[tuple[Any, Notice] | None] = queue.SimpleQueue()
-        self._pin()
+        pin(torch.frombuffer(outlet.arena.buffer, dtype=torch.uint8), device)
         self._thread = threading.Thread(target=self._send_all, name="kv-copies", daemon=True)
         self._thread.start()
 
@@ -257,12 +258,6 @@ class _DeviceCopies:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join(10)
-
-    def _pin(self) -> None:
-        whole = torch.frombuffer(self._outlet.arena.buffer, dtype=torch.uint8)
-        result = torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
-        if int(result) != 0:
-            log.warning("the store's memory could not be pinned; copies will hold up prefill", error=str(result))
 
     def _send_all(self) -> None:
         while (entry := self._queue.get()) is not None:
