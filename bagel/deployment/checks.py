@@ -72,16 +72,11 @@ def _role_problem(stage: StageDeploy, spec: StageConfig) -> str | None:
 
 def _parallel_problem(stage: StageDeploy) -> str | None:
     """Sizes that contradict each other, beginning with the key; None if they do not."""
-    spread, world = stage.parallel_config, stage.world_size
-    if spread.use_hsdp and spread.hsdp_shard_size < 2:
-        return "parallel_config.hsdp_shard_size is 1; use_hsdp shards over that many GPUs, it must be at least 2"
-    if not spread.use_hsdp and (spread.hsdp_shard_size > 1 or spread.hsdp_replicate_size > 1):
-        return "parallel_config.use_hsdp is False; it must be true for hsdp_shard_size or hsdp_replicate_size above 1"
-    if spread.vae_patch_parallel_size > world:
-        return (
-            f"parallel_config.vae_patch_parallel_size is {spread.vae_patch_parallel_size}; it must be at most the "
-            f"stage's world size {world} (tensor_parallel_size x cfg_parallel_size x hsdp sizes)"
-        )
+    try:
+        world = stage.world_size
+    except ConfigError as error:
+        section = "" if str(error).startswith("tensor_parallel_size") else "parallel_config."
+        return f"{section}{error}"
     if len(stage.device_ids) != world:
         example = ",".join(str(gpu) for gpu in range(world))
         return f'devices is {stage.devices!r}; it must list a GPU for each rank of world size {world}, like "{example}"'

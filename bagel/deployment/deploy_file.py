@@ -54,10 +54,7 @@ def request_defaults(config: DeployConfig) -> dict[str, Any]:
 
 def effective_settings(stage: StageDeploy) -> str:
     """The line a stage logs at start: what its parallel and VAE settings come to."""
-    return (
-        f"stage {stage.stage_id}: tensor_parallel_size {stage.tp_size}, vae_patch_parallel_size "
-        f"{stage.parallel_config.vae_patch_parallel_size}, vae_use_tiling {str(stage.tiling).lower()}"
-    )
+    return f"stage {stage.stage_id}: {stage.parallel.described()}, vae_use_tiling {str(stage.tiling).lower()}"
 
 
 def _chosen_pipeline(checkpoint: Checkpoint) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bagel.deployment.parallel_settings import OnRanks
 from bagel.deployment.settings import setting
 from bagel.deployment.shared_settings import (
     ATTENTION_BACKENDS,
@@ -22,14 +23,15 @@ from bagel.deployment.shared_settings import (
     known_as,
     listen_at,
 )
+from bagel.errors import ConfigError
 
 PAGE_TIMEOUT_S = 30.0
 """A source that waits says so; a connection that is dead is noticed sooner, by keepalive."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DitConfig(ReadingImages, OfModel, Calling, Listening):
-    """Everything that a DiT is started with; its runner processes get the same."""
+class DitConfig(OnRanks, ReadingImages, OfModel, Calling, Listening):
+    """Everything that a DiT is started with; its ranks get the same."""
 
     MODULE: ClassVar = "bagel_dit"
     ABOUT: ClassVar = "Draws pictures from K/V, or serves whole requests."
@@ -68,6 +70,21 @@ class DitConfig(ReadingImages, OfModel, Calling, Listening):
     enable_diffusion_pipeline_profiler: bool = setting(
         "log the durations of each picture's diffusion stages, and tell the caller", default=False
     )
+
+    @property
+    def tiling(self) -> bool:
+        """The effective vae_use_tiling."""
+        return self.vae_use_tiling or self.parallel.vae_use_tiling
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that do not fit together."""
+        super().check()
+        if self.parallel.world_size > 1 and self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"device is {self.device}, one GPU, for {self.parallel.world_size} ranks; use cuda, and name the GPUs "
+                "with devices in the deploy file, or CUDA_VISIBLE_DEVICES",
+                "device",
+            )
 
     @property
     def source_addresses(self) -> dict[str, str]:

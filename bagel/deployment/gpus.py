@@ -20,11 +20,15 @@ def check_device(device: str) -> None:
 
 def has_gpu() -> bool:
     """Whether torch could find a GPU: one that NVIDIA's driver shows, or AMD's interface."""
-    if os.path.exists(_AMD):
-        return True
+    return os.path.exists(_AMD) or gpu_count() > 0
+
+
+def gpu_count() -> int:
+    """The GPUs that NVIDIA's driver shows; 0 where it shows none, or is not there."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return 0
     count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    shown = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if shown else 0

@@ -15,12 +15,14 @@ class NotBuilt:
     """A setting that has no effect yet. of: it is a key of a stage, of the whole deploy file, or a flag of a command.
 
     works: the one value that is right; None: none is, and it is left out. on_vllm: a Thinker on vLLM has it.
+    remedy: what does the same here.
     """
 
     key: str
     works: object = None
     on_vllm: bool = False
     of: str = "stage"
+    remedy: str = ""
 
     @property
     def name(self) -> str:
@@ -30,18 +32,20 @@ class NotBuilt:
     @property
     def instead(self) -> str:
         """What to do instead."""
-        return "leave it out" if self.works is None else f"only {str(self.works).lower()} works"
+        instead = "leave it out" if self.works is None else f"only {str(self.works).lower()} works"
+        return f"{instead}; {self.remedy}" if self.remedy else instead
 
 
+_CONTEXT = "context_parallel_size divides the latents of a picture among GPUs"
+_SEQUENCE = ("sequence_parallel_size", "ulysses_degree", "ring_degree", "allgather_degree")
 NOT_BUILT = (
-    NotBuilt("tensor_parallel_size", works=1, on_vllm=True),
-    NotBuilt("parallel_config.tensor_parallel_size", works=1, on_vllm=True),
     NotBuilt("parallel_config.cfg_parallel_size", works=1),
+    NotBuilt("parallel_config.context_parallel_size", works=1),
     NotBuilt("parallel_config.vae_patch_parallel_size", works=1),
     NotBuilt("parallel_config.use_hsdp", works=False),
-    *(NotBuilt(f"parallel_config.{key}", works=1) for key in ("pipeline_parallel_size", "data_parallel_size")),
-    *(NotBuilt(f"parallel_config.{key}", works=1) for key in ("sequence_parallel_size", "ulysses_degree")),
-    *(NotBuilt(f"parallel_config.{key}", works=1) for key in ("ring_degree", "allgather_degree")),
+    NotBuilt("parallel_config.pipeline_parallel_size", works=1, remedy="tensor_parallel_size divides the layers"),
+    NotBuilt("parallel_config.data_parallel_size", works=1, remedy="start several DiTs (docs/parallel.md)"),
+    *(NotBuilt(f"parallel_config.{key}", works=1, remedy=_CONTEXT) for key in _SEQUENCE),
     NotBuilt("parallel_config.enable_expert_parallel", works=False),
     NotBuilt("async_chunk", works=False, of="file"),
     NotBuilt("worker_backend", works="process", of="command"),
@@ -57,6 +61,14 @@ def unbuilt(rows: Iterable[NotBuilt], owner: object) -> list[tuple[NotBuilt, obj
     """
     found = ((row, attrgetter(row.key)(owner)) for row in rows)
     return [(row, value) for row, value in found if value not in (None, row.works)]
+
+
+def refuse_sizes(config: object) -> None:
+    """Raise NotSupported for the first size of a service's configuration whose effect is not built."""
+    for row in NOT_BUILT:
+        value = getattr(config, row.name, None)
+        if row.key.startswith("parallel_config.") and value not in (None, row.works):
+            raise NotSupported(f"--{row.name.replace('_', '-')} {value} is not built yet; {row.instead}")
 
 
 def refuse_flags(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,24 @@ from bagel.deployment.yaml_files import merge, read_yaml
 from bagel.errors import ConfigError
 from bagel.pipelines import StageExecutionType
 
+SPREADING = frozenset({"tensor_parallel_size", *DIT_PARALLEL_KEYS})
+"""Settings that say how many ranks a stage has."""
+
 
 def with_overrides(config: DeployConfig, **overrides: object) -> DeployConfig:
     """A copy with stage settings given as keywords, as the embedded API and the command line take them.
 
     A setting goes to each stage that it means something to (vae_*, cfg_* and hsdp settings to the DiT, engine to the
-    Thinker, quantization to the DiT and to a Thinker whose engine is vllm); None means not given. Raises ConfigError or
-    NotSupported like `load_deploy_config`.
+    Thinker, quantization and tensor_parallel_size to the DiT and to a Thinker whose engine is vllm); None means not
+    given. A stage that gets more ranks this way, and no devices, takes the GPUs that follow its own. Raises ConfigError
+    or NotSupported like `load_deploy_config`.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     words = ", ".join(f"{key}={value!r}" for key, value in given.items())
     source = f"{config.source} with {words}" if given else config.source
     changed = validate(_overlay(config, given, source), source)
+    if "devices" not in given and SPREADING & given.keys():
+        changed = validate(_with_devices(changed), source)
     # Refused first: nobody should have to mend a setting only to hear that it does not exist yet.
     refuse_unbuilt(changed)
     check(changed)
@@ -61,17 +68,28 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
     if "engine" in given and len(drawing) == len(config.spec.stages):
         raise ConfigError(f"{source}: engine is the Thinker's, and {config.pipeline} has none; leave it out")
 
-    def engine(stage: Mapping[str, Any]) -> object:
-        return given.get("engine", stage.get("engine"))
-
     for stage in data.get("stages", ()):
         spread = stage.setdefault("parallel_config", {})
         for key, value in given.items():
-            if key == "tensor_parallel_size":
+            others: tuple[str, ...] = (*DIT_PARALLEL_KEYS, *DIT_KEYS)
+            if stage["stage_id"] in drawing:
+                others = ("engine",)
+            elif given.get("engine", stage.get("engine")) != "vllm":
+                # The torch engine has neither, and the DiT beside it may be quantised, and have several GPUs.
+                others = (*others, "quantization", "tensor_parallel_size")
+            if key == "tensor_parallel_size" and key not in others:
                 spread.pop(key, None)  # stated in one place only
-            others = ("engine",) if stage["stage_id"] in drawing else (*DIT_PARALLEL_KEYS, *DIT_KEYS)
-            # The torch engine has none, and a DiT is quantised beside it.
-            plain = key == "quantization" and stage["stage_id"] not in drawing and engine(stage) != "vllm"
-            if key not in others and not plain:
+            if key not in others:
                 (spread if key in DIT_PARALLEL_KEYS else stage)[key] = value
+    return data
+
+
+def _with_devices(config: DeployConfig) -> dict[str, Any]:
+    """The deploy file's data, where a stage with fewer devices than ranks takes the GPUs that follow its last one."""
+    data = config.model_dump(exclude_unset=True)
+    for stage, keys in zip(config.stages, data.get("stages", ()), strict=True):
+        with suppress(ConfigError):  # sizes that do not fit, which `check` tells of
+            gpus, missing = stage.device_ids, stage.world_size - len(stage.device_ids)
+            if missing > 0:
+                keys["devices"] = ",".join(map(str, (*gpus, *range(max(gpus) + 1, max(gpus) + 1 + missing))))
     return data

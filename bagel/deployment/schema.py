@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model, field_validator, model_validator
@@ -15,6 +16,7 @@ from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.settings import Config, settings_of
 from bagel.deployment.thinker_config import TORCH_LACKS, VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, InvalidRequest
+from bagel.parallel.config import ParallelConfig as Sizes
 from bagel.pipelines import PipelineConfig, pipeline
 from bagel.request import MAX_SEED, TextSettings
 
@@ -48,6 +50,7 @@ class ParallelConfig(_Model):
 
     tensor_parallel_size: Count | None = None
     cfg_parallel_size: Annotated[int, Field(ge=1, le=3)] = 1
+    context_parallel_size: Count = 1
     vae_patch_parallel_size: Count = 1
     use_hsdp: bool = False
     hsdp_shard_size: Count = 1
@@ -173,16 +176,20 @@ class StageDeploy(_keys_of_services()):  # type: ignore[misc]  # keys that no ty
         return int(self.tensor_parallel_size or self.parallel_config.tensor_parallel_size or 1)
 
     @property
+    def parallel(self) -> Sizes:
+        """How the stage is spread over ranks; ConfigError for sizes that do not fit together."""
+        keys = {each.name: getattr(self.parallel_config, each.name) for each in fields(Sizes)}
+        return Sizes(**{**keys, "tensor_parallel_size": self.tp_size})
+
+    @property
     def world_size(self) -> int:
         """The stage's ranks, one GPU each."""
-        spread = self.parallel_config
-        hsdp = spread.hsdp_shard_size * spread.hsdp_replicate_size if spread.use_hsdp else 1
-        return self.tp_size * spread.cfg_parallel_size * hsdp
+        return self.parallel.world_size
 
     @property
     def tiling(self) -> bool:
         """The effective vae_use_tiling: VAE patch parallelism hands out tiles, so it turns tiling on."""
-        return self.vae_use_tiling or self.parallel_config.vae_patch_parallel_size > 1
+        return self.vae_use_tiling or self.parallel.vae_use_tiling
 
     def settings(self, config: type[Config]) -> dict[str, Any]:
         """What the stage sets of its service's configuration, by the names of the fields."""
@@ -190,6 +197,8 @@ class StageDeploy(_keys_of_services()):  # type: ignore[misc]  # keys that no ty
         values = {
             each.name: effective.get(each.name, getattr(self, each.name)) for each in settings_of(config) if each.stage
         }
+        spread = self.parallel_config
+        values |= {each.name: getattr(spread, each.name) for each in settings_of(config) if each.section}
         return {name: value for name, value in values.items() if value is not None}
 
 

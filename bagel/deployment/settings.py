@@ -43,8 +43,9 @@ class Setting:
 
     kind: of the value, or of each where there are several; optional: None is a value too. help: without the default,
     which is added. flag: where the field's name does not give it. shape: of a text, a regular expression and its words.
-    heading: in --help. stage: a key of a deploy file's stage too. elsewhere: what sets it in `bagel serve`, where that
-    is no flag of the same name. everywhere: `bagel serve` gives it to all services, not to the gateway alone.
+    heading: in --help. stage: a key of a deploy file's stage too; section: one of this section of a stage. elsewhere:
+    what sets it in `bagel serve`, where that is no flag of the same name. everywhere: `bagel serve` gives it to all
+    services, not to the gateway alone.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Setting:
     shape: tuple[str, str] | None = None
     heading: str = ""
     stage: bool = False
+    section: str = ""
     elsewhere: str = ""
     everywhere: bool = False
 

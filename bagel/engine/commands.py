@@ -80,10 +80,15 @@ class AddRequest:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One turn: an Euler step of these pictures (all of one bucket), and a unit of reading and writing text."""
+    """One turn: an Euler step of these pictures (all of one bucket), and a unit of reading and writing text.
+
+    begin: whole requests that reading begins with from this turn on. Ranks plan them in threads of their own, so a rank
+    waits here for its plan: all begin a request in the same turn.
+    """
 
     pictures: tuple[int, ...]
     read: bool
+    begin: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,6 @@ from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
-from bagel.parallel.groups import UNDIVIDED, Groups
 
 
 @dataclass
@@ -60,18 +59,17 @@ class DiffusionEngine:
         fail: Callable[[int, Exception], None],
         pages: Tensor | None = None,
         profile: bool = False,
-        groups: Groups = UNDIVIDED,
     ) -> None:
         """space: holds the pictures' K/V; emit: receives Begun, StepTaken, Previewed and Drawn.
 
         fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8; profile:
-        pictures come with the durations of their stages; groups: the ranks that draw together.
+        pictures come with the durations of their stages. The ranks of the model's groups draw together.
         """
         self._model, self._device, self._profile = model, model.device, profile
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
-        self._groups = groups
-        self._space, self._graphs = space, StepGraphs.over(model, space.slab, groups.context)
+        self._groups = model.groups
+        self._space, self._graphs = space, StepGraphs.over(model, space.slab, model.groups.context)
         self._arrivals: Arrivals | None = None
         if pages is not None:
             self._arrivals = Arrivals(space.slab, pages, model.language_model.kv_heads, heartbeat, fail)

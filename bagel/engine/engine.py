@@ -12,7 +12,7 @@ from bagel.checkpoint.roles import Role
 from bagel.engine.commands import AddPicture, AddRequest, Begin, Command, LoadPages, Remove, StepPlan
 from bagel.engine.device_check import DeviceCheck
 from bagel.engine.diffusion import DiffusionEngine
-from bagel.engine.events import Event, Failed, Stepped, StepTimed
+from bagel.engine.events import Broken, Event, Failed, Stepped, StepTimed
 from bagel.engine.loading import LoadedModel
 from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
@@ -21,7 +21,6 @@ from bagel.engine.sampler import ArrivingContext, Picture
 from bagel.engine.single_stage import SingleStage
 from bagel.engine.warm_up import warm_up
 from bagel.errors import BagelError, OutOfMemory
-from bagel.parallel.groups import UNDIVIDED, Groups
 
 DEFAULT_MAX_NUM_SEQS = 16
 
@@ -45,18 +44,18 @@ class Engine:
         profile: bool = False,
         pages: Tensor | None = None,
         heartbeat: Heartbeat | None = None,
-        groups: Groups = UNDIVIDED,
     ) -> None:
         """max_num_seqs: texts decoded at once; kv_device_bytes, profile: as DitConfig has them.
 
-        pages: shared memory that K/V arrive in, uint8; groups: the ranks that compute together, which all get the same
-        commands in the same order.
+        pages: shared memory that K/V arrive in, uint8. The ranks of the model's groups compute together, and all get
+        the same commands in the same order.
         """
         self.loaded, self._emit, self.heartbeat = loaded, emit, heartbeat or Heartbeat()
-        model = loaded.model
+        model, self._world = loaded.model, loaded.groups.world
+        self._broken = False
         self.space = kv_space(model, kv_device_bytes)
         self._diffusion = DiffusionEngine(
-            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile, groups=groups
+            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile
         )
         self.single_stage: SingleStage | None = None
         if loaded.role is Role.FULL:
@@ -93,7 +92,13 @@ class Engine:
             warm_up(self.loaded, self.space, self._diffusion, texts)
 
     def execute(self, command: Command) -> None:
-        """Carry out a command. An error ends the request that it is about, and is an event."""
+        """Carry out a command. An error ends the request that it is about, and is an event.
+
+        Of several ranks each gets the same commands and does the same. An error that the others may not have, like
+        memory that runs out, is the end of all: the event Broken, after which nothing is carried out.
+        """
+        if self._broken:
+            return
         with self.heartbeat.work():
             try:
                 self._handlers[type(command)](command)
@@ -140,7 +145,7 @@ class Engine:
         try:
             timed += self._diffusion.step(plan.pictures)
             if plan.read and self.single_stage is not None:
-                timed += self.single_stage.work()
+                timed += self.single_stage.work(plan.begin)
         finally:  # the scheduler waits for this event before it plans on
             reading = self.single_stage is not None and self.single_stage.busy
             self._emit(Stepped(reading, tuple(timed)))
@@ -157,6 +162,9 @@ class Engine:
     def _report(self, id_: int | None, error: Exception) -> None:
         """Emit a request's error; the receiver answers with Remove. From any thread."""
         if not isinstance(error, BagelError):
+            if self._world.size > 1:
+                self._break(error)
+                return
             if is_out_of_memory(error):
                 # Only noted, as this may be any thread: `_look` frees memory and tries.
                 self._check.ran_out()
@@ -166,6 +174,14 @@ class Engine:
                 error = _internal(error)
         if id_ is not None:
             self._emit(Failed(id_, error))
+
+    def _break(self, error: Exception) -> None:
+        """Say that this rank can go on no longer: the others wait for it, or have gone another way."""
+        if not self._broken:
+            self._broken = True
+            logger.error("this rank cannot go on", exc_info=error)
+            what = "out of memory" if is_out_of_memory(error) else type(error).__name__
+            self._emit(Broken(f"{what}: {next(iter(str(error).splitlines()), '')}"))
 
 
 def _internal(cause: Exception) -> BagelError:

@@ -137,7 +137,14 @@ class Health:
     healthy: bool
 
 
+@dataclass(frozen=True)
+class Broken:
+    """A rank of several can go on no longer: an error that the others do not have. cause: what it was, in one line."""
+
+    cause: str
+
+
 RequestEvent = (
     Planned | PromptRead | Prefilled | Text | TextDone | Begun | StepTaken | Previewed | Drawn | Done | Failed
 )
-Event = RequestEvent | Stepped | Health
+Event = RequestEvent | Stepped | Health | Broken

@@ -43,6 +43,11 @@ class LoadedModel:
     kv_fingerprint: bytes
     max_model_len: int
 
+    @property
+    def groups(self) -> Groups:
+        """The ranks that the model is divided among."""
+        return self.model.groups
+
     @classmethod
     def of(
         cls,
@@ -116,11 +121,10 @@ def load_role(
             delimiter_ids=delimiters,
             dtype=dtype,
             device=device,
-            rank=groups.rank,
-            sharing=groups.weights,
             attention=attention_backend,
             eager=enforce_eager,
             quantization=None if quantization is None else Quantization(quantization),
+            groups=groups,
         )
     settle_threads(model.config, device)
     if vae_use_tiling:

@@ -30,6 +30,7 @@ def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
     """Room for so many bytes of K/V on the model's device, allocated once.
 
     None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, a quarter of the host's for a CPU.
+    Ranks of one model have the same room, that of the one with the least: what fits is then the same on all of them.
     Raises ConfigError for less than a token, OutOfMemory if the device does not have it.
     """
     token = model.kv_shape.token_bytes(model.dtype)
@@ -37,8 +38,10 @@ def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
         nbytes = min(DEFAULT_KV_TOKENS * token, _share(model.device))
     elif nbytes < token:
         raise ConfigError(f"kv_device_bytes is {nbytes}; K/V of one token of this model take {token}")
+    tokens = torch.tensor([nbytes // token], device=model.device)
+    tokens = model.groups.world.gather(tokens)
     try:
-        return _slab(model, nbytes // token)
+        return _slab(model, int(tokens.min()))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -41,6 +41,7 @@ class Scheduler:
         self._active: dict[int, _Active] = {}
         self._turn = self._under_way = self._stale = 0
         self._reading = False
+        self._planned: dict[int, None] = {}
 
     def observe(self, event: Event) -> None:
         """Take note of an event of the engine."""
@@ -49,6 +50,7 @@ class Scheduler:
                 self._active[event.id] = _Active(event.id, event.steps, event.bucket, event.rows)
             case Planned():
                 self._reading = True
+                self._planned[event.id] = None
                 self._stale = self._under_way  # plans made before say nothing of this request
             case Stepped():
                 self._under_way -= 1
@@ -57,9 +59,10 @@ class Scheduler:
                 else:
                     self._reading = event.reading
 
-    def remove(self, picture: int) -> None:
-        """Let a picture leave; nothing if it has left, as it does when its last step is planned."""
-        self._active.pop(picture, None)
+    def remove(self, id_: int) -> None:
+        """Let a request leave; nothing if it has left, as a picture does when its last step is planned."""
+        self._active.pop(id_, None)
+        self._planned.pop(id_, None)
 
     def plan(self) -> StepPlan | None:
         """The next plan; None if there is nothing to do, or the engine has enough to do."""
@@ -68,7 +71,8 @@ class Scheduler:
         if not self._active and self._under_way:
             return None  # how much text there is to do is known once the plan under way is done
         self._under_way += 1
-        return StepPlan(self._choose(), read=self._reading)
+        begin, self._planned = tuple(self._planned), {}
+        return StepPlan(self._choose(), read=self._reading, begin=begin)
 
     def _choose(self) -> tuple[int, ...]:
         chosen: list[_Active] = []

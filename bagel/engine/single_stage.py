@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -66,7 +66,7 @@ class SingleStage:
         self._loaded, self._space, self._heartbeat = loaded, space, heartbeat
         self._emit, self._fail, self._draw, self._bucket = emit, fail, draw, bucket
         self._lock = Lock()  # around the two that follow, which the planner's thread changes too
-        self._planning: set[int] = set()
+        self._planning: dict[int, Future[None]] = {}
         self._planned: dict[int, tuple[RequestPlan, OutputFormat | None]] = {}
         self._serving: dict[int, _Serving] = {}
         # One thread, so that requests are planned in the order in which they came.
@@ -101,21 +101,25 @@ class SingleStage:
     def submit(self, command: AddRequest) -> None:
         """Plan a request in a thread, as long texts and large images must not delay the steps of others."""
         with self._lock:
-            self._planning.add(command.id)
-        self._thread.submit(self._plan_in_thread, command)
+            self._planning[command.id] = self._thread.submit(self._plan_in_thread, command)
 
     def add(self, id_: int, plan: RequestPlan, output: OutputFormat | None) -> None:
-        """Serve a planned request from the next unit of work on; emits Planned."""
+        """Serve a planned request from the unit of work on that begins with it; emits Planned."""
         with self._lock:
             self._planned[id_] = (plan, output)
         self._emit(Planned(id_))
 
-    def work(self) -> list[StepTimed]:
-        """One unit of reading and writing, if there is any; the text steps that it took."""
+    def work(self, begin: Sequence[int] = ()) -> list[StepTimed]:
+        """One unit of reading and writing, if there is any; the text steps that it took.
+
+        begin: requests that it begins with, once this rank has planned them; those that are over are passed by.
+        """
         self._timed = []
-        for id_, (plan, output) in self._take_planned().items():
+        for id_ in begin:
+            if (planned := self._take_planned(id_)) is None:
+                continue
             try:
-                self._begin(id_, plan, output)
+                self._begin(id_, *planned)
             except Exception as error:
                 self.remove(id_)
                 self._fail(id_, error)
@@ -133,7 +137,7 @@ class SingleStage:
     def remove(self, id_: int) -> None:
         """Drop a request; nothing if it is over, or drawn."""
         with self._lock:
-            self._planning.discard(id_)
+            self._planning.pop(id_, None)
             self._planned.pop(id_, None)
         if (serving := self._serving.pop(id_, None)) is not None:
             for request in serving.requests:
@@ -144,8 +148,9 @@ class SingleStage:
         self._thread.shutdown(cancel_futures=True)
 
     def _plan_in_thread(self, command: AddRequest) -> None:
-        if command.id not in self._planning:
-            return  # it was cancelled
+        with self._lock:  # `submit` has it until the request is noted
+            if command.id not in self._planning:
+                return  # it was cancelled
         try:
             with self._heartbeat.work():
                 plan = self.plan(command.request)
@@ -158,15 +163,16 @@ class SingleStage:
         with self._lock:
             if command.id not in self._planning:
                 return  # cancelled meanwhile: nobody would remove what is added now
-            self._planning.discard(command.id)
             self._planned[command.id] = (plan, command.output)
         self._emit(Planned(command.id))  # after it is added: the step plan that this leads to must find it
 
-    def _take_planned(self) -> dict[int, tuple[RequestPlan, OutputFormat | None]]:
-        """Take out the requests that are planned, in their order."""
+    def _take_planned(self, id_: int) -> tuple[RequestPlan, OutputFormat | None] | None:
+        """Take out a request once it is planned; None if it is over, or was only to be checked."""
+        if (planning := self._planning.get(id_)) is not None:
+            wait([planning])  # done long ago on the rank that answers, perhaps not yet on the others
         with self._lock:
-            planned, self._planned = self._planned, {}
-        return planned
+            self._planning.pop(id_, None)
+            return self._planned.pop(id_, None)
 
     def _check_room(self, plan: RequestPlan) -> None:
         """Refuse a request that can never find room for its K/V."""

@@ -52,7 +52,7 @@ class EarlyPicture:
 
 
 class VaeWorker:
-    """One thread, and on a GPU one stream.
+    """One thread, and on a GPU one stream. Of several ranks, the first one alone gives pictures out.
 
     emit: receives Drawn and Previewed; fail: the error of a picture; is_drawing: whether an id is still on a canvas.
     """
@@ -68,6 +68,7 @@ class VaeWorker:
     ) -> None:
         self._model, self._device, self._heartbeat = model, model.device, heartbeat
         self._emit, self._fail, self._is_drawing = emit, fail, is_drawing
+        self._works = model.groups.world.index == 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
         self._jobs: set[Future[None]] = set()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -103,6 +104,8 @@ class VaeWorker:
         self._thread.shutdown()
 
     def _submit(self, work: Callable[[Any], None], job: object) -> None:
+        if not self._works:
+            return
         future = self._thread.submit(self._watched, work, job)
         # Before the callback is added: it may run at once.
         self._jobs.add(future)

@@ -20,6 +20,7 @@ from bagel.model.attention_backends import (
 )
 from bagel.model.kernels import TORCH, Kernels
 from bagel.model.streams import RunBoth, SideBySide, one_by_one
+from bagel.parallel.groups import UNDIVIDED, Groups
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +62,26 @@ class LayerBackend:
 
 
 def choose_backend(
-    device: torch.device, dtype: torch.dtype, *, attention: str = AUTO, eager: bool = False
+    device: torch.device, dtype: torch.dtype, *, attention: str = AUTO, eager: bool = False, groups: Groups = UNDIVIDED
 ) -> LayerBackend:
     """The fastest backend for a model of this type on this device.
 
-    eager: use PyTorch's own operators between the products, one stream and no CUDA graphs. Raises ConfigError for an
-    attention backend that cannot run there.
+    eager: use PyTorch's own operators between the products, one stream and no CUDA graphs; groups: the ranks that
+    divide the model. Raises ConfigError for an attention backend that cannot run there.
     """
     name = choose_attention(device, dtype, attention)
+    add_up = groups.tp.add_up if groups.tp.size > 1 else unchanged
+    backend = LayerBackend(BACKENDS[name], attention=name, after_attention=add_up, after_mlp=add_up)
     if device.type != "cuda" or eager:
-        return LayerBackend(BACKENDS[name], attention=name)
-    kernels = _fused_kernels(device, dtype)
-    captures = name in ON_DEVICE and kernels is not TORCH
-    return LayerBackend(BACKENDS[name], kernels, name, run_both=SideBySide(device), captures=captures)
+        return backend
+    backend = replace(backend, kernels=_fused_kernels(device, dtype))
+    if groups.tp.size * groups.context.size > 1:
+        # Two streams would let the ranks' exchanges come in different orders. And a graph that waits for another
+        # rank's graph is safe only if both replay the same ones in the same order, next to the autoencoder's thread.
+        logger.info("no CUDA graphs and one stream: ranks exchange tensors within layers")
+        return backend
+    captures = name in ON_DEVICE and backend.kernels is not TORCH
+    return replace(backend, run_both=SideBySide(device), captures=captures)
 
 
 def launched_in_order(backend: LayerBackend) -> LayerBackend:

@@ -40,6 +40,8 @@ class Bagel(nn.Module):
         parts, hidden, dtype = role.parts, config.llm.hidden_size, linears.dtype
         self.config, self.role, self.delimiter_ids = config, role, delimiter_ids
         self.quantization = linears.quantization
+        self.groups = linears.groups
+        """The ranks that this model is divided among."""
         self.language_model = MoTDecoder(linears, "language_model", config.llm, parts)
         self.vit_model = self.connector = self.vit_pos_embed = None
         if parts.vision:

@@ -7,7 +7,7 @@ number format that it computes in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bagel.errors import ConfigError
 from bagel.model.fp8 import FP8, MULTIPLE, Scaled, scaled_product
+from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.parallel.mesh import Rank, Share
 
 
@@ -91,8 +92,13 @@ class LinearFactory:
     """
 
     dtype: torch.dtype
-    rank: Rank = field(default_factory=Rank)
+    groups: Groups = UNDIVIDED
     quantization: Quantization | None = None
+
+    @property
+    def rank(self) -> Rank:
+        """The rank whose shares the layers have."""
+        return self.groups.rank
 
     def column(self, outputs: Mapping[str, Share], inputs: int, *, bias: bool) -> Linear:
         """A layer of which this rank computes a share of the outputs, of one or more layers of the checkpoint."""

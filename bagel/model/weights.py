@@ -30,15 +30,12 @@ from bagel.model.fp8 import check_fp8, quantise_into
 from bagel.model.linear import Fp8Linear, LinearFactory, Quantization
 from bagel.model.mot import MoTDecoder
 from bagel.model.naming import Slot, kept, slots
-from bagel.parallel.groups import ALONE, Group
+from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.parallel.hsdp import gather_once, shard
-from bagel.parallel.mesh import Rank
 
 logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
-ONLY = Rank()
-"""The rank of a model that is not divided."""
 STORED_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """PyTorch's types of the weights that a checkpoint may hold (bagel.checkpoint.tensors)."""
 
@@ -50,8 +47,7 @@ def load_model(
     delimiter_ids: tuple[int, int],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    rank: Rank = ONLY,
-    sharing: Group = ALONE,
+    groups: Groups = UNDIVIDED,
     attention: str = AUTO,
     eager: bool = False,
     quantization: Quantization | None = None,
@@ -60,18 +56,18 @@ def load_model(
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
-    rank: whose share is loaded; sharing: ranks that keep a part of the weights each, which call this together;
-    attention, eager: as `choose_backend` takes them; quantization: of the decoder's weights, as they are read. Raises
-    ConfigError for a model that does not divide among its mesh's ranks, and CheckpointError naming every missing,
-    misshapen or quantised tensor (the first few of many), both before anything is allocated; ConfigError too for
-    attention or a quantization that cannot run there.
+    groups: of the rank whose share is loaded; ranks that divide the weights (`weights`) call this together. attention,
+    eager: as `choose_backend` takes them; quantization: of the decoder's weights, as they are read. Raises ConfigError
+    for a model that does not divide among its mesh's ranks, and CheckpointError naming every missing, misshapen or
+    quantised tensor (the first few of many), both before anything is allocated; ConfigError too for attention or a
+    quantization that cannot run there.
     """
     if quantization is Quantization.FP8:
         check_fp8(torch.device(device), dtype)
-    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, rank, quantization)
+    model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, groups, quantization)
     # While the model has no memory, so that a checkpoint that does not fit costs nothing.
     check_role(checkpoint, model)
-    model = _place(model, device, attention, eager=eager, sharing=sharing)
+    model = _place(model, device, attention, eager=eager)
     fill(checkpoint, [mine for slot in slots(model) if (mine := kept(slot)) is not None])
     return model.eval()
 
@@ -83,13 +79,11 @@ def empty_model(
     dtype: torch.dtype,
     device: torch.device | str,
     delimiter_ids: tuple[int, int] = (0, 1),
-    rank: Rank = ONLY,
-    sharing: Group = ALONE,
+    groups: Groups = UNDIVIDED,
     quantization: Quantization | None = None,
 ) -> Bagel:
     """A model without values, on any device (meta takes no memory)."""
-    model = _unplaced_model(config, role, dtype, delimiter_ids, rank, quantization)
-    return _place(model, device, sharing=sharing)
+    return _place(_unplaced_model(config, role, dtype, delimiter_ids, groups, quantization), device)
 
 
 def _unplaced_model(
@@ -97,21 +91,19 @@ def _unplaced_model(
     role: Role,
     dtype: torch.dtype,
     delimiter_ids: tuple[int, int] = (0, 1),
-    rank: Rank = ONLY,
+    groups: Groups = UNDIVIDED,
     quantization: Quantization | None = None,
 ) -> Bagel:
     """A model that has shapes and types alone."""
-    linears = LinearFactory(dtype, rank, quantization)
+    linears = LinearFactory(dtype, groups, quantization)
     # Elsewhere PyTorch would fill every weight with random values, only to be overwritten.
     with torch.device("meta"):
         return Bagel(config, role, delimiter_ids, linears=linears).requires_grad_(False)
 
 
-def _place(
-    model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False, sharing: Group = ALONE
-) -> Bagel:
+def _place(model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False) -> Bagel:
     """Give a model memory on a device: all of it, or the part of a rank that shares the weights with others."""
-    decoder = model.language_model
+    decoder, sharing = model.language_model, model.groups.weights
     tables = _large_tables(decoder)
     # Divided while it has no memory, so that a rank never holds more than its part.
     shard(decoder.layers, tables, sharing, torch.device(device))
@@ -119,7 +111,7 @@ def _place(
     gather_once([*decoder.layers, *tables])
     # `to_empty` leaves it without values, and no file has them.
     decoder.rotary.reset()
-    backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager)
+    backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager, groups=model.groups)
     decoder.backend = backend if sharing.size == 1 else launched_in_order(backend)
     return model
 

@@ -104,7 +104,8 @@ def join(
     """Meet all ranks of the mesh, and form the groups; called once in a process, by all of them.
 
     init_method: as torch.distributed has it, like tcp://127.0.0.1:29500. timeout_s: of an exchange that another rank
-    does not come to. vae_ranks: so many ranks, from the first on, divide the tiles of pictures.
+    does not come to. vae_ranks: so many ranks, from the first on, divide the tiles of pictures. weight_ranks: so many
+    neighbours divide the weights.
     """
     mesh = rank.mesh
     if mesh.size == 1:

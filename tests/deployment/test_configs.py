@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bagel.deployment.configs import CONFIGS
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.deployment.process import Service
-from bagel.deployment.schema import StageDeploy
+from bagel.deployment.schema import ParallelConfig, StageDeploy
 from bagel.deployment.settings import JSON_FLAG, Config, Setting, setting, settings_of
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError
@@ -34,6 +35,12 @@ TEXTS = {
     "--gpu-memory-utilization": "0.5",
     "--allow-origin": "https://a.example",
     "--max-bytes-in-flight": str(2**40),
+    "--tensor-parallel-size": "2",
+    "--cfg-parallel-size": "2",
+    "--context-parallel-size": "2",
+    "--vae-patch-parallel-size": "4",
+    "--hsdp-shard-size": "2",
+    "--hsdp-replicate-size": "2",
 }
 """Of settings that not any text or number will do for."""
 
@@ -54,17 +61,26 @@ def text_of(each: Setting) -> str:
     return str(int((each.at_most or 99) - 2)) if each.kind in (int, float) else "mine"
 
 
-def changed(config: type[Config]) -> list[str]:
-    """Flags that change every setting."""
-    switches = [each.flag for each in settings_of(config) if each.kind is bool]
-    return [*switches, *(f"{each.flag}={text_of(each)}" for each in settings_of(config) if each.kind is not bool)]
+HSDP = {"use_hsdp", "hsdp_shard_size", "hsdp_replicate_size"}
+APART = [HSDP, {"tensor_parallel_size"}]
+"""Settings that do not go together."""
 
 
+def changed(config: type[Config], without: Collection[str] = HSDP) -> list[str]:
+    """Flags that change every setting but those."""
+    several = [each for each in settings_of(config) if each.name not in without]
+    switches = [each.flag for each in several if each.kind is bool]
+    return [*switches, *(f"{each.flag}={text_of(each)}" for each in several if each.kind is not bool)]
+
+
+@pytest.mark.parametrize("without", APART)
 @pytest.mark.parametrize("config", [*CONFIGS.values(), Grown])
-def test_every_setting_is_a_flag_reaches_another_process_and_is_in_the_log(config: type[Config]) -> None:
-    made = config.read(changed(config))
+def test_every_setting_is_a_flag_reaches_another_process_and_is_in_the_log(
+    config: type[Config], without: Collection[str]
+) -> None:
+    made = config.read(changed(config, without))
     for each in settings_of(config):
-        assert getattr(made, each.name) not in (each.default, None), each.flag
+        assert each.name in without or getattr(made, each.name) not in (each.default, None), each.flag
     assert config.from_json(made.to_json()) == made
     assert config.read([JSON_FLAG, made.to_json()]) == made
     assert made.shown().keys() == {each.flag.strip("-").replace("-", "_") for each in settings_of(config)}
@@ -92,6 +108,7 @@ def test_a_child_gets_its_configuration_whole_and_no_other_user_sees_it(tmp_path
 def test_every_setting_that_is_a_stages_is_a_key_of_the_deploy_file(config: type[Config]) -> None:
     for each in settings_of(config):
         assert each.stage == (each.name in StageDeploy.model_fields), each.name
+        assert not each.section or each.name in ParallelConfig.model_fields, each.name
 
 
 @pytest.mark.parametrize("config", CONFIGS.values())
@@ -111,6 +128,13 @@ def test_every_setting_is_in_the_docs(config: type[Config]) -> None:
         (DitConfig, {"single_stage": 1}, "--single-stage is 1; it must be true or false"),
         (DitConfig, {"dtype": "int4"}, "--dtype is 'int4'; it must be one of auto, bfloat16, float32"),
         (DitConfig, {"sources": "thinker-0=a:1"}, "--source is 'thinker-0=a:1'; it must be a list"),
+        (DitConfig, {"cfg_parallel_size": 4}, "--cfg-parallel-size is 4; it must be from 1 to 3"),
+        (DitConfig, {"vae_patch_parallel_size": 2}, "--vae-patch-parallel-size is 2; it must be at most the stage's w"),
+        (DitConfig, {"use_hsdp": True}, "--hsdp-shard-size is 1; use_hsdp shards over that many GPUs, it must"),
+        (DitConfig, {"hsdp_shard_size": 2}, "--use-hsdp is False; it must be true for"),
+        (DitConfig, {"use_hsdp": True, "tensor_parallel_size": 2}, "--use-hsdp is True with tensor_parallel_size 2"),
+        (DitConfig, {"use_hsdp": True, "cfg_parallel_size": 3, "hsdp_shard_size": 2}, "--hsdp-shard-size is 2 and"),
+        (DitConfig, {"tensor_parallel_size": 2, "device": "cuda:1"}, "--device is cuda:1, one GPU, for 2 ranks"),
         (DitConfig, {"sources": ("x",)}, "--source is 'x'; it must be NAME=HOST:PORT, like"),
         (ThinkerConfig, {"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization is 1.5; it must be above 0 and at"),
         (GatewayConfig, {"header_timeout_s": 0}, "--header-timeout is 0; it must be from 0.1 to 86400 seconds"),

@@ -309,10 +309,9 @@ def test_a_request_has_one_seed() -> None:
 def test_the_start_line_states_what_settings_come_to() -> None:
     spread = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2}
     deploy = parse_deploy_config(two_stages(dit={"devices": "0,1", "parallel_config": spread}))
-    line = "stage 1: tensor_parallel_size 2, vae_patch_parallel_size 2, vae_use_tiling true"
-    assert effective_settings(deploy.stage(1)) == line
-    line = "stage 0: tensor_parallel_size 1, vae_patch_parallel_size 1, vae_use_tiling false"
-    assert effective_settings(deploy.stage(0)) == line
+    sizes = "tensor_parallel_size 2, cfg_parallel_size 1, context_parallel_size 1, vae_patch_parallel_size 2, hsdp off"
+    assert effective_settings(deploy.stage(1)) == f"stage 1: {sizes}, vae_use_tiling true"
+    assert effective_settings(deploy.stage(0)).startswith("stage 0: tensor_parallel_size 1, ")
 
 
 def test_keys_without_meaning_are_noted_for_the_engine_that_has_none_for_them() -> None:
@@ -437,11 +436,8 @@ def test_connectors_that_lead_nowhere(data: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ("tensor_parallel_size: 2", "tensor_parallel_size is 2, which is not built yet; only 1 works"),
-        ("parallel_config: {tensor_parallel_size: 2}", "parallel_config.tensor_parallel_size is 2, .*; only 1 works"),
-        ("parallel_config: {cfg_parallel_size: 2}", "parallel_config.cfg_parallel_size is 2, .*; only 1 works"),
-        ("parallel_config: {vae_patch_parallel_size: 2}", "vae_patch_parallel_size is 2, .*; only 1 works"),
-        ("parallel_config: {use_hsdp: true, hsdp_shard_size: 2}", "use_hsdp is True, .*; only false works"),
+        ("parallel_config: {pipeline_parallel_size: 2}", "pipeline_parallel_size is 2, .*; only 1 works; tensor_paral"),
+        ("parallel_config: {ulysses_degree: 2}", "ulysses_degree is 2, .*; only 1 works; context_parallel_size"),
     ],
 )
 def test_settings_that_are_not_built_are_refused(tmp_path: Path, stage: str, message: str) -> None:
@@ -556,17 +552,20 @@ def test_quantization_goes_to_the_dit_and_to_a_thinker_on_vllm(deploy: DeployCon
 
 
 def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "NOT_BUILT", ())
     given = {"tensor_parallel_size": 2, "vae_patch_parallel_size": 2, "vae_use_tiling": True}
-    with pytest.raises(NotSupported, match=r"bagel\.yaml with tensor_parallel_size=2, .*: stages.* not built yet"):
-        with_overrides(deploy, **given)
-    monkeypatch.setattr(checks, "NOT_BUILT", ())  # as it will be once they are built
+    changed = with_overrides(deploy, **given)
+    assert [stage.tp_size for stage in changed.stages] == [1, 2]  # a Thinker on torch has one GPU
+    assert [stage.devices for stage in changed.stages] == ["0", "0,1"]  # those that follow the file's
+    assert [stage.parallel_config.vae_patch_parallel_size for stage in changed.stages] == [1, 2]
+    assert [stage.tiling for stage in changed.stages] == [False, True]
+    changed = with_overrides(deploy, **given, engine="vllm")
+    assert [stage.world_size for stage in changed.stages] == [2, 2]
+    assert [stage.devices for stage in changed.stages] == ["0,1", "0,1"]
     with pytest.raises(ConfigError, match='like "0,1"'):
-        with_overrides(deploy, **given)
-    changed = with_overrides(deploy, **given, devices="0,1")
-    assert [effective_settings(stage) for stage in changed.stages] == [
-        "stage 0: tensor_parallel_size 2, vae_patch_parallel_size 1, vae_use_tiling false",
-        "stage 1: tensor_parallel_size 2, vae_patch_parallel_size 2, vae_use_tiling true",
-    ]
+        with_overrides(deploy, **given, engine="vllm", devices="3")
+    chosen = with_overrides(deploy, **given, engine="vllm", devices="3,1")
+    assert [stage.device_ids for stage in chosen.stages] == [(3, 1), (3, 1)]
 
 
 def test_an_override_replaces_the_size_in_parallel_config(tmp_path: Path) -> None:

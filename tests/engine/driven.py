@@ -22,7 +22,8 @@ from tests.helpers import request
 
 LIMIT_S = 30
 LOOK_S = 0.05
-READ = StepPlan((), read=True)
+READ = StepPlan((), read=True, begin=tuple(range(20)))
+"""A unit of reading that begins with all requests that are planned: those that are not there are passed by."""
 
 
 class Driven:

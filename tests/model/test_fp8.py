@@ -18,6 +18,7 @@ from bagel.model.bagel import Bagel
 from bagel.model.fp8 import AT_ONCE, FP8, check_fp8, quantise, quantise_into, scaled_product
 from bagel.model.linear import Fp8Linear, Quantization
 from bagel.model.weights import empty_model, load_model, random_model
+from bagel.parallel.groups import Groups
 from bagel.parallel.mesh import Mesh
 from tests.model.forwards import FORWARDS
 from tests.model.test_shares import ranks_of, together
@@ -166,7 +167,13 @@ def test_the_log_says_what_is_quantised(checkpoint: Checkpoint, caplog: pytest.L
 
 def test_ranks_scale_their_own_shares(checkpoint: Checkpoint, quantised: Bagel) -> None:
     shares = [
-        load_model(checkpoint, delimiter_ids=DELIMITERS, dtype=torch.bfloat16, rank=rank, quantization=Quantization.FP8)
+        load_model(
+            checkpoint,
+            delimiter_ids=DELIMITERS,
+            dtype=torch.bfloat16,
+            groups=Groups(rank),
+            quantization=Quantization.FP8,
+        )
         for rank in ranks_of(2)
     ]
     name = "language_model.layers.1.gen_output.mlp"
@@ -227,6 +234,6 @@ def test_widths_that_the_hardware_cannot_multiply_are_refused(checkpoint: Checkp
             Role.DENOISE,
             dtype=torch.bfloat16,
             device="meta",
-            rank=Mesh(tp=2).rank(0),
+            groups=Groups(Mesh(tp=2).rank(0)),
             quantization=Quantization.FP8,
         )

@@ -21,6 +21,7 @@ from bagel.model.linear import Linear, Split
 from bagel.model.naming import Slot, slots
 from bagel.model.threads import settle_threads
 from bagel.model.weights import empty_model, load_model, random_model
+from bagel.parallel.groups import Groups
 from bagel.parallel.mesh import Mesh, Rank
 from tests.model.forwards import FORWARDS, Outputs
 
@@ -58,7 +59,7 @@ def sliced(whole: Bagel, share: Bagel) -> Iterator[tuple[Slot, Tensor]]:
 
 def share_of(whole: Bagel, rank: Rank) -> Bagel:
     """A rank's share of a model in memory."""
-    model = empty_model(whole.config, whole.role, dtype=whole.dtype, device="cpu", rank=rank)
+    model = empty_model(whole.config, whole.role, dtype=whole.dtype, device="cpu", groups=Groups(rank))
     for slot, tensor in sliced(whole, model):
         slot.target.copy_(tensor)
     return model.eval()
@@ -124,7 +125,7 @@ def test_a_rank_reads_its_slices_and_no_other_byte(
     monkeypatch.setattr(os, "preadv", counted)
     for rank in ranks_of(2):
         read = 0
-        model = load_model(checkpoint, role, delimiter_ids=DELIMITERS, rank=rank)
+        model = load_model(checkpoint, role, delimiter_ids=DELIMITERS, groups=Groups(rank))
         for slot, tensor in sliced(whole, model):
             assert torch.equal(slot.target, tensor), slot.part
         stored = {"ema.safetensors": 2, "ae.safetensors": 4}  # bytes a number
@@ -134,7 +135,7 @@ def test_a_rank_reads_its_slices_and_no_other_byte(
 @pytest.mark.parametrize("name", FORWARDS)
 def test_two_ranks_compute_what_one_does(checkpoint: Checkpoint, whole: Bagel, name: str) -> None:
     """Six heads and two K/V heads: each rank has one K/V head and its three queries' heads."""
-    shares = [load_model(checkpoint, delimiter_ids=DELIMITERS, rank=rank) for rank in ranks_of(2)]
+    shares = [load_model(checkpoint, delimiter_ids=DELIMITERS, groups=Groups(rank)) for rank in ranks_of(2)]
     assert [each.kv_shape.heads for each in shares] == [1, 1]
     with torch.inference_mode():
         wanted = FORWARDS[name](whole)
@@ -162,4 +163,4 @@ def test_a_model_that_does_not_divide_is_refused_before_anything_is_allocated(
 ) -> None:
     monkeypatch.setattr(Bagel, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
     with pytest.raises(ConfigError, match="do not divide among 4 tensor-parallel ranks; choose a size of 1, 2"):
-        load_model(checkpoint, delimiter_ids=DELIMITERS, rank=Mesh(tp=4).rank(0))
+        load_model(checkpoint, delimiter_ids=DELIMITERS, groups=Groups(Mesh(tp=4).rank(0)))

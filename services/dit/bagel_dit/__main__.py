@@ -10,6 +10,8 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.deployment import serving
 from bagel.deployment.defaults import find_model
 from bagel.deployment.dit_config import DitConfig
+from bagel.deployment.gpus import gpu_count
+from bagel.deployment.not_built import refuse_sizes
 from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(config: DitConfig) -> None:
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
     _, checkpoint = find_model(config.model)
-    checkpoint.config  # noqa: B018  read early, so that its errors show before anybody waits for this service
+    # Read early, so that errors show before anybody waits for this service.
+    check_ranks(config, checkpoint)
     names = [dit_pb2.DESCRIPTOR.services_by_name["DitService"].full_name]
     if not config.single_stage:
         names.append(kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name)
@@ -50,6 +53,7 @@ async def _serve(config: DitConfig) -> None:
     await host.start()
     service.announce(host, config.listen)
     log.info("configuration", **config.shown())
+    log.info("parallel", sizes=config.parallel.described(), vae_use_tiling=config.tiling)
     # Shared memory, so that ranks read what is pulled here without a copy through a pipe.
     arena = None if config.single_stage else Arena(config.kv_cache_bytes)
 
@@ -82,6 +86,15 @@ async def _serve(config: DitConfig) -> None:
             await puller.close()
         await images.close()
         await runner.stop()
+
+
+def check_ranks(config: DitConfig, checkpoint: Checkpoint) -> None:
+    """Raise BagelError for sizes that are not built, a model that they do not divide, or GPUs that are not there."""
+    refuse_sizes(config)
+    config.parallel.check_model(checkpoint.config.llm)
+    gpus = gpu_count() if config.parallel.world_size > 1 and config.device != "cpu" else 0
+    if gpus:
+        config.parallel.check_devices(gpus, "the driver shows")
 
 
 def _servicer(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from bagel.engine.commands import Command, Remove
-from bagel.engine.events import Begun, Health, Planned, RequestEvent, Stepped
+from bagel.engine.events import Begun, Broken, Health, Planned, RequestEvent, Stepped
 from bagel.engine.scheduler import Scheduler
 from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.telemetry.logs import Log
@@ -89,7 +89,7 @@ class RunnerClient:
             self._ranks.send(plan)
 
     def _start(self) -> WorkerGroup:
-        return ProcessGroup(self._settings, 1, emit=self._on_report, on_death=self._on_death)
+        return ProcessGroup(self._settings, emit=self._on_report, on_death=self._on_death)
 
     def _on_report(self, report: Report) -> None:
         match report:
@@ -99,8 +99,8 @@ class RunnerClient:
                 self._ready.set_exception(report.error)
             case Health():
                 self._spawn(self._on_health(report.healthy))
-            case Alive() | Hung():
-                pass  # of the process, which its group handles
+            case Alive() | Hung() | Broken():
+                pass  # of a process, which its group handles
             case Stepped():
                 for done in report.timed:
                     count_step(done.kind, done.requests, done.seconds)
@@ -120,6 +120,8 @@ class RunnerClient:
         self.kv_tokens = ready.kv_tokens
         memory = dict(ready.memory)
         log.info("memory", weights_bytes=memory, kv_tokens=ready.kv_tokens, runner_pid=self.pids[0])
+        if len(self.pids) > 1:
+            log.info("ranks", devices=ready.devices, pids=self.pids)
         self._ready.set_result(None)
         self._has_served = True
         self._spawn(self._on_health(True))

@@ -32,11 +32,20 @@ class RankSettings:
     memory: SharedMemory | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """One rank of a group. rendezvous: where its ranks meet, as torch.distributed has it; empty for a single rank."""
+
+    index: int = 0
+    rendezvous: str = ""
+
+
 class WorkerGroup(Protocol):
     """All ranks of one engine, from their start to their end. A group whose rank ends is over as a whole.
 
     A group is made with two callbacks, both called in the event loop: `emit` receives the events of the rank that
-    answers; `on_death` is called once, with the cause, when a rank has ended unasked.
+    answers, some of them only once all ranks have said the same (`Agreement`); `on_death` is called once, with the rank
+    and the cause, when a rank has ended unasked.
     """
 
     @property

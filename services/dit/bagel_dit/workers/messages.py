@@ -11,6 +11,10 @@ from bagel.errors import BagelError
 
 SILENCE_S = 30.0
 """Once its model is loaded, a rank that has sent nothing for so long is dead."""
+GROUP_SILENCE_S = 10.0
+"""The same of a rank of several, for which all others wait: ten signs of life that did not come."""
+STOPPED_S = 2.0
+"""A rank of several that is stopped by a signal for so long is killed."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,13 @@ class Stop:
 class Ready:
     """The model is loaded: a serialized ModelInfo, and bytes of weights by component.
 
-    kv_tokens: tokens of K/V that its device has room for.
+    kv_tokens: tokens of K/V that its device has room for; devices: of all ranks, in their order.
     """
 
     info: bytes
     memory: Mapping[str, int]
     kv_tokens: int
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.engine import Engine
+from bagel.engine.events import Broken, Event
 from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.memory import is_out_of_memory
 from bagel.engine.progress import Heartbeat
@@ -18,24 +23,29 @@ from bagel.model.bagel import Bagel
 from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.mot import MoTLayer
 from bagel.model.vit import VitLayer
+from bagel.parallel.groups import join, leave
 from bagel.rpc.heap import keep_loaded
 from bagel.telemetry.logs import set_up_logs
-from bagel_dit.workers import RankSettings
+from bagel_dit.workers import Place, RankSettings
+from bagel_dit.workers.agreement import AGREED
 from bagel_dit.workers.messages import LoadFailed, Ready, Stop
 from bagel_dit.workers.pipe import Pipe
 from bagel_dit.workers.watch import Watch
 
+FIRST = Place()
+PR_SET_NAME = 15
+"""Of Linux's prctl; a name has at most 15 bytes there."""
 NICENESS = 5
 """Of a process that computes on a CPU: the services beside it need little of it, and that at once (bench/README.md)."""
 
 
-def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings) -> None:
+def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings, place: Place) -> None:
     """Load the model, then serve until Stop or until the server is gone."""
-    set_up_logs("dit-runner", settings.config.log_level)
+    name = f"dit-runner-{place.index}" if place.rendezvous else "dit-runner"
+    set_up_logs(name, settings.config.log_level)
+    name_process(name)
     try:
-        if choose_device(settings.config.device).type == "cpu":
-            os.nice(NICENESS)
-        loaded = load(settings)
+        loaded = load(settings, place)
         keep_loaded()
         engine = make_engine(pipe, heartbeat, settings, loaded)
         if loaded.model.device.type == "cuda" and not settings.config.enforce_eager:
@@ -50,26 +60,38 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings)
     # From now on only the beats of threads are progress.
     watch.loading = False
     serve(pipe, engine, settings.config.model)
+    leave()
 
 
-def load(settings: RankSettings) -> LoadedModel:
-    """The model of a rank, on its device."""
+def load(settings: RankSettings, place: Place = FIRST) -> LoadedModel:
+    """The share of the model of a rank, on its device: of several, the GPU of its number among those visible."""
     config, checkpoint = settings.config, Checkpoint(settings.folder)
-    device = choose_device(config.device)
-    if device.type == "cuda":
+    device, parallel = choose_device(config.device, place.index), config.parallel
+    if device.type == "cpu":
+        settle_rank(parallel.world_size)
+    else:
         # Streams and kernels go to the current device, which would be GPU 0.
         torch.cuda.set_device(device)
     _check_same(checkpoint, settings.fingerprint)
+    groups = join(
+        parallel.rank(place.index),
+        device,
+        place.rendezvous,
+        timeout_s=config.step_timeout_s,
+        vae_ranks=parallel.vae_patch_parallel_size,
+        weight_ranks=parallel.shards,
+    )
     return load_role(
         checkpoint,
         Role.FULL if config.single_stage else Role.DENOISE,
         dtype=DTYPES[choose_dtype(config.dtype, device)],
         device=device,
         max_model_len=config.max_model_len,
-        vae_use_tiling=config.vae_use_tiling,
+        vae_use_tiling=config.tiling,
         attention_backend=config.attention_backend,
         enforce_eager=bool(config.enforce_eager),
         quantization=config.quantization,
+        groups=groups,
     )
 
 
@@ -80,7 +102,7 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
     beat_in_layers(loaded.model, heartbeat)
     return Engine(
         loaded,
-        pipe.send,
+        pipe.send if loaded.groups.world.index == 0 else only_agreed(pipe),
         max_num_seqs=config.max_num_seqs,
         kv_device_bytes=config.kv_device_bytes,
         profile=config.enable_diffusion_pipeline_profiler,
@@ -93,7 +115,8 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
 def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
     """Report the model, then carry out commands until Stop or until the server is gone."""
     loaded = engine.loaded
-    pipe.send(Ready(loaded.info(model_name).SerializeToString(), loaded.memory(), engine.space.size))
+    device = (str(loaded.model.device),)
+    pipe.send(Ready(loaded.info(model_name).SerializeToString(), loaded.memory(), engine.space.size, device))
     try:
         while not isinstance(order := pipe.next(engine.look_again_s), Stop):
             if order is None:
@@ -104,6 +127,32 @@ def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
     except (EOFError, OSError):
         return
     engine.close()
+
+
+def only_agreed(pipe: Pipe) -> Callable[[Event], None]:
+    """What a rank that does not answer says: that it is as far as the others, or broken."""
+
+    def emit(event: Event) -> None:
+        if isinstance(event, (*AGREED, Broken)):
+            pipe.send(event)
+
+    return emit
+
+
+def settle_rank(world: int) -> None:
+    """Of a rank on a CPU: services beside it go first, and ranks divide the threads."""
+    os.nice(NICENESS)
+    if world > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world))
+        if sys.platform == "linux":
+            # Ranks of one host; otherwise gloo looks up the host's name, which may be nobody's.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def name_process(name: str) -> None:
+    """Let tools like ps and top call this process so, on Linux."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def beat_in_layers(model: Bagel, heartbeat: Heartbeat) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bagel.engine.progress import Heartbeat
 from bagel_dit.workers.messages import Alive, Hung, Report
+from bagel_dit.workers.rendezvous import clear
 
 LOOK_S = 1.0
 IO = Path("/proc/self/io")
@@ -21,33 +23,43 @@ IO = Path("/proc/self/io")
 class Watch(threading.Thread):
     """Reports that the process runs, and if one of its threads has hung: made no beat for `limit_s`.
 
-    Only time in which this runs counts: a process that was stopped for a while has not hung.
+    Only time in which this runs counts: a process that was stopped for a while has not hung. rendezvous: where the
+    ranks of a group have met; such a rank ends with the server, as it may wait for another rank and not read its pipe.
     """
 
-    def __init__(self, heartbeat: Heartbeat, limit_s: float, send: Callable[[Report], None]) -> None:
+    def __init__(
+        self, heartbeat: Heartbeat, limit_s: float, send: Callable[[Report], None], rendezvous: str = ""
+    ) -> None:
         super().__init__(name="watch", daemon=True)
-        self._heartbeat, self._limit_s, self._send = heartbeat, limit_s, send
+        self._heartbeat, self._limit_s, self._send, self._rendezvous = heartbeat, limit_s, send, rendezvous
         self.loading = True
         """Whether the main thread loads the model; it makes progress as long as the process computes or reads."""
 
     def run(self) -> None:
         """Watch until the server is gone, or something hangs."""
+        try:
+            self._look()
+        except OSError:
+            if self._rendezvous:
+                clear(self._rendezvous)
+                os._exit(1)
+
+    def _look(self) -> None:
         # Several looks fit into a short limit too.
         look_s = min(LOOK_S, self._limit_s / 4)
         seen: dict[int, object] = {}
         waited: dict[int, float] = {}
-        with suppress(OSError):
-            while True:
-                time.sleep(look_s)
-                now = self._latest()
-                # Counted in looks, not by the clock, which goes on while a process is stopped.
-                waited = {at: waited.get(at, 0) + look_s if seen.get(at) == beat else 0.0 for at, beat in now.items()}
-                seen = now
-                self._send(Alive())
-                for thread, seconds in waited.items():
-                    if seconds >= self._limit_s:
-                        self._send(Hung(self.loading, _stack(thread)))
-                        return
+        while True:
+            time.sleep(look_s)
+            now = self._latest()
+            # Counted in looks, not by the clock, which goes on while a process is stopped.
+            waited = {at: waited.get(at, 0) + look_s if seen.get(at) == beat else 0.0 for at, beat in now.items()}
+            seen = now
+            self._send(Alive())
+            for thread, seconds in waited.items():
+                if seconds >= self._limit_s:
+                    self._send(Hung(self.loading, _stack(thread)))
+                    return
 
     def _latest(self) -> dict[int, object]:
         main = threading.main_thread().ident
