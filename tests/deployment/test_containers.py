@@ -107,6 +107,28 @@ def test_an_image_takes_its_base_as_an_argument_and_runs_without_rights(service:
     assert not unknown_flags(service, json.loads(command))
 
 
+@pytest.mark.parametrize("service", ["thinker", "dit"])
+def test_what_is_compiled_outlives_a_container(service: str) -> None:
+    text = DOCKERFILES[service].read_text()
+    final = text[text.rindex("\nFROM") :]
+    caches = re.findall(r"\b(\w+)=(/cache\S*)", final)
+    needed = {"TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "BAGEL_CACHE_DIR"}
+    assert needed <= {name for name, _ in caches}
+    user = re.search(r"^USER (\d+:\d+)$", final, re.M)
+    # Without this, a new volume would belong to root.
+    assert user and f"COPY --from=build --chown={user[1]} /owned /" in final and "mkdir -p /owned/cache" in text
+    assert "VOLUME" in final  # or a read-only container without a volume could not write there
+    compose = read(DEPLOY / "compose.yaml")
+    assert "cache:/cache" in compose["services"][service]["volumes"] and "cache" in compose["volumes"]
+    (pod,) = [
+        document["spec"]["template"]["spec"]
+        for path, document in documents()
+        if path.stem == service and document["kind"] == "Deployment"
+    ]
+    assert {"name": "cache", "mountPath": "/cache"} in pod["containers"][0]["volumeMounts"]
+    assert "cache" in {volume["name"] for volume in pod["volumes"]}
+
+
 def test_images_and_make_take_the_same_torch() -> None:
     pinned = re.search(r"^TORCH_VERSION \?= (\S+)$", (ROOT / "Makefile").read_text(), re.M)
     assert pinned is not None
