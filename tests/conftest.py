@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from bagel.model.tokenizer import BagelTokenizer
 
 BORROWERS = {
-    "the recordings' model": ("services/test_services", "client/test_omni", "client/test_stats", "cli/test_keys"),
+    "the recordings' model": (
+        "services/test_services",
+        "client/test_omni",
+        "client/test_stats",
+        "cli/test_keys",
+        "dit/test_ray",
+    ),
     "bagel-nano": ("services/test_openai_client", "services/test_examples", "nano/test_meaning", "docs/test_snippets"),
     "one place a stage": ("services/test_grpc_fuzz", "services/test_batch_timeout"),
     "a browser": ("browser/",),

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bagel.deployment.http_front import GUARDS
-from bagel.deployment.shared_settings import BATCH_TIMEOUT_S, DTYPES, ENGINES, TOPOLOGIES
+from bagel.deployment.shared_settings import BATCH_TIMEOUT_S, DTYPES, ENGINES, TOPOLOGIES, WORKER_BACKENDS
 from bagel.errors import ConfigError
 from bagel.rpc.limits import DRAIN_S
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES
@@ -22,7 +22,6 @@ from bagel.vocabulary import FLAG_INSTEAD, instead_of
 MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "text_channel", "channel")
 POSTERIOR_MODES = ("content", "seed", "mean")
-WORKER_BACKENDS = ("process", "ray")
 ROLES = ("understand", "context", "denoise", "full")
 
 INIT_TIMEOUT_S = 300
@@ -294,6 +293,10 @@ def _add_engine(group: Group) -> None:
     _add_memory(group)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
+    runs = "what runs the DiT's ranks: processes, or actors of Ray"
+    _add(group, "--worker-backend", "process", runs, choices=WORKER_BACKENDS)
+    cluster = "with --worker-backend ray: a cluster that this host is a node of"
+    _add(group, "--ray-address", "none, a Ray of this host", cluster, type=_given, metavar="HOST:PORT")
     _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
@@ -301,8 +304,6 @@ def _add_engine(group: Group) -> None:
 
 def _add_not_built(group: Group) -> None:
     _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over", type=_whole, metavar="N")
-    _add(group, "--worker-backend", "process", "what runs workers", choices=WORKER_BACKENDS)
-    _add(group, "--ray-address", "none", "Ray cluster", type=_given, metavar="ADDRESS")
 
 
 def _add_reports(group: Group) -> None:

@@ -45,6 +45,7 @@ from bagel.deployment.defaults import (
 )
 from bagel.deployment.deploy_file import effective_settings, load_deploy_config, request_defaults, shipped_deploy_config
 from bagel.deployment.not_built import refuse_flags
+from bagel.deployment.parallel_settings import check_ray_address
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout
 from bagel.events import Result, ServiceEvent
@@ -86,10 +87,14 @@ def _generate_here(args: argparse.Namespace) -> None:
     if branches is not None and not 1 <= branches <= 3:
         raise ConfigError(f"--cfg-parallel-size is {branches}; it must be 1, 2 or 3, of which only 1 is built yet")
     refuse_flags(args)
+    backend = args.worker_backend or "process"
+    check_ray_address(backend, args.ray_address)
     refuse_without_endpoint(args)
     deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
     config = load_deploy_config(deploy, engine=args.engine, quantization=args.quantization)
-    in_process = len(config.spec.stages) == 1
+    # Ranks are a service's: this process is one alone.
+    ranks = max(stage.world_size for stage in config.stages)
+    in_process = len(config.spec.stages) == 1 and ranks == 1 and backend == "process"
     defaults = request_defaults(config)
     prompts = prompts_of(args)
     requests = make_requests(args, prompts, defaults)

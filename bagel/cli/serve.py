@@ -82,6 +82,7 @@ def deployment(
         say("; ".join([f"{name} is ready at {address}, {seconds:.1f} s", *about]))
 
     flags = {"device": "device", "dtype": "dtype", "batch_timeout_s": "batch_timeout", PROFILER: PROFILER}
+    flags |= {"worker_backend": "worker_backend", "ray_address": "ray_address"}
     asked = {name: getattr(args, flag, None) for name, flag in flags.items()}
     return Deployment(
         config,

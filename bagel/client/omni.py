@@ -25,9 +25,10 @@ from bagel.client.tables import profile_table
 from bagel.deployment.defaults import find_model
 from bagel.deployment.deploy_file import deployment_for, request_defaults
 from bagel.deployment.launcher import Deployment, OnReady, health_of, reachable
+from bagel.deployment.parallel_settings import check_ray_address
 from bagel.deployment.process import Logs
 from bagel.deployment.schema import DeployConfig
-from bagel.errors import BagelError, ConfigError, InvalidRequest, NoBackend, NotSupported, RemoteError
+from bagel.errors import BagelError, ConfigError, InvalidRequest, NoBackend, RemoteError
 from bagel.events import Result, ServiceEvent
 from bagel.images import load_image, to_rgb
 from bagel.prompts import ImagePart, Prompt, TextPart
@@ -60,7 +61,8 @@ class Omni:
     model: a checkpoint folder or hub name (None: BAGEL_MODEL, else bagel-nano). deploy_config: a deploy file
     (None: the shipped one that the checkpoint chooses). tensor_parallel_size and the like, with any other stage setting
     as a keyword (engine="vllm" for the Thinker), override it; what has no effect is noted in a line on stderr.
-    worker_backend: process alone so far. device: auto, cpu, cuda (the deploy file's GPUs) or
+    worker_backend: what runs the DiT's ranks, process or ray; ray_address: HOST:PORT of the Ray cluster (None: a Ray
+    of this host alone, started and stopped with the DiT). device: auto, cpu, cuda (the deploy file's GPUs) or
     cuda:N; dtype: auto, bfloat16 or float32. log_stats and enable_diffusion_pipeline_profiler: tables on stderr after
     each `generate`, of where the time of each request went, and of the durations of each picture's diffusion stages.
     logs: a folder or stream for the services' logs.
@@ -89,7 +91,8 @@ class Omni:
         on_ready: OnReady | None = None,
         **overrides: object,
     ) -> None:
-        _check_keywords(overrides, worker_backend, ray_address)
+        _check_keywords(overrides)
+        check_ray_address(worker_backend, ray_address)
         self.model, checkpoint = find_model(None if model is None else str(model))
         config = deployment_for(
             checkpoint,
@@ -110,6 +113,8 @@ class Omni:
             dtype=dtype,
             init_timeout_s=init_timeout,
             batch_timeout_s=batch_timeout,
+            worker_backend=worker_backend,
+            ray_address=ray_address,
             enable_diffusion_pipeline_profiler=enable_diffusion_pipeline_profiler,
             logs=Path(logs) if isinstance(logs, str) else logs,
             on_ready=on_ready,
@@ -282,14 +287,10 @@ def _why_no_answer(address: str, security: Security) -> BagelError:
     return unreachable("gateway", address, security)
 
 
-def _check_keywords(overrides: dict[str, object], worker_backend: str, ray_address: str | None) -> None:
-    """Raise ConfigError for keywords of vllm-omni's Omni, all at once; NotSupported for what is not built."""
+def _check_keywords(overrides: dict[str, object]) -> None:
+    """Raise ConfigError for keywords of vllm-omni's Omni, all at once."""
     if instead := [f"{name}: {_INSTEAD[name]}" for name in overrides if name in _INSTEAD]:
         raise ConfigError(f"Omni has no {'; no '.join(instead)}")
-    if worker_backend not in ("process", "ray"):
-        raise ConfigError(f"worker_backend is {worker_backend!r}; it must be process")
-    if worker_backend == "ray" or ray_address is not None:
-        raise NotSupported("worker_backend='ray' and ray_address are not built yet; only process works")
 
 
 def _refuse_beside_requests(given: dict[str, Any]) -> None:

@@ -48,8 +48,6 @@ NOT_BUILT = (
     *(NotBuilt(f"parallel_config.{key}", works=1, remedy=_CONTEXT) for key in _SEQUENCE),
     NotBuilt("parallel_config.enable_expert_parallel", works=False),
     NotBuilt("async_chunk", works=False, of="file"),
-    NotBuilt("worker_backend", works="process", of="command"),
-    NotBuilt("ray_address", of="command"),
 )
 """Delete a row when its effect exists."""
 

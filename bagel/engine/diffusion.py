@@ -29,6 +29,7 @@ from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
+from bagel.parallel.mesh import Share
 
 
 @dataclass
@@ -58,12 +59,14 @@ class DiffusionEngine:
         emit: Callable[[Event], None],
         fail: Callable[[int, Exception], None],
         pages: Tensor | None = None,
+        page_heads: tuple[int, int] | None = None,
         profile: bool = False,
     ) -> None:
         """space: holds the pictures' K/V; emit: receives Begun, StepTaken, Previewed and Drawn.
 
-        fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8; profile:
-        pictures come with the durations of their stages. The ranks of the model's groups draw together.
+        fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8;
+        page_heads: the model's K/V heads whose rows it has, begin and end (None: all); profile: pictures come with the
+        durations of their stages. The ranks of the model's groups draw together.
         """
         self._model, self._device, self._profile = model, model.device, profile
         self._emit, self._fail = emit, fail
@@ -72,7 +75,10 @@ class DiffusionEngine:
         self._space, self._graphs = space, StepGraphs.over(model, space.slab, model.groups.context)
         self._arrivals: Arrivals | None = None
         if pages is not None:
-            self._arrivals = Arrivals(space.slab, pages, model.language_model.kv_heads, heartbeat, fail)
+            kept = model.language_model.kv_heads
+            begin, end = page_heads or (0, kept.whole)
+            heads = Share(kept.start - begin, kept.stop - begin, end - begin)
+            self._arrivals = Arrivals(space.slab, pages, heads, heartbeat, fail)
         self._canvases: dict[int, Canvas] = {}
         self._active: dict[int, _Active] = {}
         self.vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)

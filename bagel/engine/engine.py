@@ -43,19 +43,27 @@ class Engine:
         kv_device_bytes: int | None = None,
         profile: bool = False,
         pages: Tensor | None = None,
+        page_heads: tuple[int, int] | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
         """max_num_seqs: texts decoded at once; kv_device_bytes, profile: as DitConfig has them.
 
-        pages: shared memory that K/V arrive in, uint8. The ranks of the model's groups compute together, and all get
-        the same commands in the same order.
+        pages: shared memory that K/V arrive in, uint8; page_heads: as of DiffusionEngine. The ranks of the model's
+        groups compute together, and all get the same commands in the same order.
         """
         self.loaded, self._emit, self.heartbeat = loaded, emit, heartbeat or Heartbeat()
         model, self._world = loaded.model, loaded.groups.world
         self._broken = False
         self.space = kv_space(model, kv_device_bytes)
         self._diffusion = DiffusionEngine(
-            model, self.space, self.heartbeat, emit=emit, fail=self._report, pages=pages, profile=profile
+            model,
+            self.space,
+            self.heartbeat,
+            emit=emit,
+            fail=self._report,
+            pages=pages,
+            page_heads=page_heads,
+            profile=profile,
         )
         self.single_stage: SingleStage | None = None
         if loaded.role is Role.FULL:

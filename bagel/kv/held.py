@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from bagel.errors import LeaseLapsed
@@ -17,22 +17,25 @@ if TYPE_CHECKING:  # which makes them
 class HeldContexts:
     """Contexts of one request, made by `KvPuller.hold`. lease_id: the lease in the local store."""
 
-    def __init__(self, puller: KvPuller, refs: Sequence[kv_pb2.ContextRef]) -> None:
-        self._puller, self._refs = puller, refs
+    def __init__(self, puller: KvPuller, refs: Sequence[kv_pb2.ContextRef], *, here: bool = True) -> None:
+        self._puller, self._refs, self._here = puller, refs, here
         self._unfetched = list(range(len(refs)))
         self._own = LeaseKeeper(LocalLessor(puller.store))
         self._at_sources: dict[str, LeaseKeeper] = {}
         self._renewing: list[asyncio.Task[None]] = []
         self.lease_id = ""
+        self.elsewhere: list[Callable[[], Awaitable[None]]] = []
+        """Fetches of the same contexts into other stores: started with this one, under the same leases of sources."""
 
     async def fetch(self) -> None:
-        """Make all segments of the contexts complete in the store; gives the sources' leases back.
+        """Make all segments of the contexts complete in the store, and elsewhere; gives the sources' leases back.
 
         Raises IncompleteContext, KvTimeout, SourceUnavailable, ContextRefused or StoreFull.
         """
         self.check()
         self._puller.store.extend(self.lease_id, self._segments())  # what failed for another request meanwhile
-        tasks = [asyncio.create_task(self._fetch(index)) for index in self._unfetched]
+        others = [asyncio.ensure_future(fetch()) for fetch in self.elsewhere]
+        tasks = [*others, *(asyncio.create_task(self._fetch(index, others)) for index in self._unfetched)]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -58,7 +61,7 @@ class HeldContexts:
     async def open(self, room_wait_s: float) -> None:
         """Take all leases. Raises as `KvPuller.hold`."""
         puller = self._puller
-        for ref in self._refs:
+        for ref in self._refs if puller.keeps_sources else ():
             if source := puller.sources.get(ref.source):
                 self._at_sources.setdefault(ref.source, LeaseKeeper(source.lessor)).add(ref.lease_id, ref.lease_seconds)
         self._renewing = [asyncio.create_task(keeper.renew()) for keeper in self._at_sources.values()]
@@ -77,15 +80,22 @@ class HeldContexts:
         for keeper in (self._own, *self._at_sources.values()):
             keeper.release()
 
-    async def _fetch(self, index: int) -> None:
+    async def _fetch(self, index: int, others: Sequence[asyncio.Future[None]]) -> None:
         ref = self._refs[index]
-        await self._puller.fetch(ref)
+        if self._here:
+            await self._puller.fetch(ref)
+        if others:  # the source keeps what they fetch too; `fetch` raises their errors
+            await asyncio.wait(others)
         self._unfetched.remove(index)
         # Contexts may share a lease, which goes back with the last of them.
-        if all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched):
-            self._at_sources[ref.source].release(ref.lease_id)
+        last = all(_lease(self._refs[other]) != _lease(ref) for other in self._unfetched)
+        if last and (keeper := self._at_sources.get(ref.source)) is not None:
+            keeper.release(ref.lease_id)
 
     def _segments(self) -> list[tuple[bytes, int]]:
+        """What is held here: digest and K/V rows of each segment."""
+        if not self._here:
+            return []
         return [(segment.digest, segment.length) for ref in self._refs for segment in ref.segments]
 
 

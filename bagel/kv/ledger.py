@@ -11,7 +11,7 @@ from bagel.kv.arena import ALIGNMENT
 from bagel.kv.digests import DIGEST_BYTES
 from bagel.kv.first_fit import FirstFit
 from bagel.kv.pages import KvLayout
-from bagel.kv.segment import Claim, Lease, Segment, Waiter, name, wake
+from bagel.kv.segment import Lease, Segment, Waiter, name, wake
 
 LONGEST_ID = 64
 
@@ -62,6 +62,11 @@ class Ledger:
         now = self._clock()
         self.release([lease.lease_id for lease in self.leases.values() if lease.deadline <= now])
 
+    def pinned(self, digest: bytes) -> Segment | None:
+        """A segment with this digest that has pins, one that is gone first."""
+        candidates = (*self._orphans, *self.segments.values())
+        return next((each for each in candidates if each.digest == digest and each.pins), None)
+
     def get(self, digest: bytes) -> Segment:
         """The segment; raises what it failed with if a lease still wants it, else UnknownSegment."""
         if (segment := self.segments.get(digest)) is not None:
@@ -71,10 +76,10 @@ class Ledger:
                 failed.alive()
         raise UnknownSegment(f"{name(digest)} is not held here: it was never leased, was evicted, or failed")
 
-    def unclaim(self, claim: Claim) -> None:
-        """Nobody fills a segment any more; no effect if the claim is over."""
-        if (segment := claim.segment).claim is claim:
-            segment.claim = None
+    def unclaim(self, digest: bytes) -> None:
+        """Nobody fills a segment any more; no effect on one that is complete or gone."""
+        if (segment := self.segments.get(digest)) and segment.claimed:
+            segment.claimed = False
             segment.wake()
             self._settle(segment)
             wake(self.room_waiters)
@@ -125,36 +130,27 @@ class Ledger:
             )
 
     def _reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[Segment]:
-        """New segments with one lease each; evicts what is needed for them, and nothing if they do not fit."""
+        """New segments with one lease each; evicts what is needed for them."""
         sizes = [self.layout.segment_bytes(length) for _, length in wanted]
-        for victim in self._victims(sizes):
-            self.discard(victim, None)
-        reserved = []
-        for (digest, length), nbytes in zip(wanted, sizes, strict=True):
-            offset = self._allocator.allocate(nbytes)
-            assert offset is not None  # it was tried
-            pages = self.layout.layers * len(self.layout.page_ranges(length))
-            self.segments[digest] = Segment(digest, length, offset, nbytes, pages, leases=1)
-            reserved.append(self.segments[digest])
-        if reserved:
-            # Others may wait for room for the same segments: they share these, and need the less.
-            wake(self.room_waiters)
-        return reserved
-
-    def _victims(self, sizes: Sequence[int]) -> list[Segment]:
-        """What must be evicted for blocks of these sizes, least recently used first. Raises StoreFull.
-
-        Tried on a copy: a failed request must cost no cache, and wake nobody who would fail and wake it in turn.
-        """
-        trial, blocks = self._allocator.copy(), sum(map(self._allocator.aligned, sizes))
         idle = [segment for segment in self.segments.values() if segment.idle]
-        for number, segment in enumerate(idle):
-            if trial.unused >= blocks and trial.fits(*sizes):
-                return idle[:number]
-            trial.free(segment.offset, segment.nbytes)
-        if trial.fits(*sizes):
-            return idle
-        raise self._full(sum(sizes))
+        # Checked before anything is evicted: a request that cannot fit costs no cache.
+        if sum(sizes) > self._allocator.unused + sum(segment.nbytes for segment in idle):
+            raise self._full(sum(sizes))
+        reserved: list[Segment] = []
+        for (digest, length), nbytes in zip(wanted, sizes, strict=True):
+            # One at a time, since each eviction may join holes to one that is large enough.
+            while (offset := self._allocator.allocate(nbytes)) is None and idle:
+                self.discard(idle.pop(0), None)
+            if offset is None:
+                # There is room in all, but not in one piece: what was taken goes back, as it is all or none.
+                for segment in reserved:
+                    self.discard(segment, None)
+                raise self._full(sum(sizes))
+            pages = self.layout.layers * len(self.layout.page_ranges(length))
+            segment = Segment(digest, length, offset, nbytes, pages, leases=1)
+            reserved.append(segment)
+            self.segments[digest] = segment
+        return reserved
 
     def _full(self, nbytes: int) -> StoreFull:
         held = sum(segment.nbytes for segment in self.segments.values() if not segment.idle)
@@ -193,7 +189,7 @@ class Ledger:
     def discard(self, segment: Segment, error: BagelError | None) -> None:
         """Take a segment out of the store; its memory is free once it has no pins."""
         del self.segments[segment.digest]
-        segment.stored, segment.claim, segment.error = False, None, error
+        segment.stored, segment.claimed, segment.error = False, False, error
         if segment.pins:
             self._orphans.append(segment)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +21,6 @@ from bagel.kv.codec import DTYPES, PAGE_VERSION, Page, decode_page, version_misf
 from bagel.kv.held import HeldContexts
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
-from bagel.kv.segment import Claim
 from bagel.kv.source import Source
 from bagel.kv.store import KvStore
 from bagel.telemetry.logs import Log
@@ -71,7 +70,7 @@ class KvPuller:
     page_timeout_s: longest silence of a source before a pull fails. One whose pages are queued or being computed says
     so meanwhile, however long it takes; room_wait_s: longest wait for room in the store;
     lease_ttl_s: seconds of the local lease, which is renewed meanwhile; head_begin: first head of the model that this
-    store keeps.
+    store keeps; keeps_sources: renew the sources' leases and give them back, unless another does.
     """
 
     def __init__(
@@ -83,9 +82,10 @@ class KvPuller:
         room_wait_s: float = 5.0,
         lease_ttl_s: float = 30.0,
         head_begin: int = 0,
+        keeps_sources: bool = True,
     ) -> None:
         reuse_freed_memory()
-        self.store = store
+        self.store, self.keeps_sources = store, keeps_sources
         self.page_timeout_s, self.room_wait_s, self.lease_ttl_s = page_timeout_s, room_wait_s, lease_ttl_s
         self.heads = (head_begin, head_begin + store.layout.kv_heads)
         self.sources = {name: Source(name, channel) for name, channel in sources.items()}
@@ -93,14 +93,15 @@ class KvPuller:
 
     @asynccontextmanager
     async def hold(
-        self, refs: Iterable[kv_pb2.ContextRef], *, room_wait_s: float | None = None
+        self, refs: Iterable[kv_pb2.ContextRef], *, room_wait_s: float | None = None, here: bool = True
     ) -> AsyncIterator[HeldContexts]:
         """Keep contexts: their sources' leases from now on until they are fetched, the local one until the end.
 
+        here: False if only others fetch them (`HeldContexts.elsewhere`), for whom the sources' leases are kept.
         Raises ConfigError for an unknown source, ForeignContext for another fingerprint, InvalidRequest for what is
         larger than the store, StoreFull if there is no room within room_wait_s (not given: the puller's own).
         """
-        held = HeldContexts(self, list(refs))
+        held = HeldContexts(self, list(refs), here=here)
         try:
             await held.open(self.room_wait_s if room_wait_s is None else room_wait_s)
             yield held
@@ -143,21 +144,21 @@ class KvPuller:
         finally:
             self._fetches.discard(fetch)
 
-    def _claim(self, digests: Iterable[bytes]) -> dict[bytes, Claim]:
+    def _claim(self, digests: Iterable[bytes]) -> list[bytes]:
         """Those that this pull is to fill; none is left claimed if one of them has failed for another request."""
-        mine: dict[bytes, Claim] = {}
+        mine: list[bytes] = []
         try:
             for digest in digests:
-                if claim := self.store.claim(digest):
-                    mine[digest] = claim
+                if self.store.claim(digest):
+                    mine.append(digest)
         except BagelError:
-            for claim in mine.values():
-                self.store.unclaim(claim)
+            for digest in mine:
+                self.store.unclaim(digest)
             raise
         return mine
 
     @contextmanager
-    def _claimed(self, source: str, claims: Mapping[bytes, Claim]) -> Iterator[None]:
+    def _claimed(self, source: str, digests: Sequence[bytes]) -> Iterator[None]:
         """Gives claims back when the pull ends: a fetch that waits may claim them and go on from the pages there are.
 
         A pull that was cancelled or refused says nothing about the context: another request goes on with its own lease.
@@ -169,12 +170,12 @@ class KvPuller:
             raise
         except BagelError as error:
             for fetch in self._fetches:
-                if fetch.source == source and not fetch.waiting.keys().isdisjoint(claims):
+                if fetch.source == source and not fetch.waiting.keys().isdisjoint(digests):
                     fetch.failed = error
             raise
         finally:
-            for claim in claims.values():
-                self.store.unclaim(claim)
+            for digest in digests:
+                self.store.unclaim(digest)
 
     async def _pull(self, ref: kv_pb2.ContextRef, lengths: Mapping[bytes, int]) -> None:
         """Fetch what is missing of segments; damaged or missing pages are asked for once more.

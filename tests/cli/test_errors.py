@@ -78,8 +78,9 @@ WRONG: list[tuple[list[str], str]] = [
     ([*P, "--batch-timeout", "-1"], "--batch-timeout: '-1' is no whole number of seconds from 1 on"),
     ([*P, "--cfg-parallel-size", "2"], "--cfg-parallel-size 2 is not built yet; only 1 works"),
     ([*P, "--cfg-parallel-size", "4"], "it must be 1, 2 or 3"),
-    ([*P, "--worker-backend", "ray"], "--worker-backend ray is not built yet; only process works"),
-    ([*P, "--ray-address", "auto"], "--ray-address 'auto' is not built yet; leave it out"),
+    ([*P, "--ray-address", "10.0.0.5:6379"], "with process as worker backend; it must be ray"),
+    ([*P, "--worker-backend", "ray", "--ray-address", "ray://a:10001"], "it must be HOST:PORT as `ray start --head`"),
+    ([*P, "--worker-backend", "ray", "--ray-address", "auto"], "--ray-address is 'auto'; it must be HOST:PORT"),
     ([*P, "--quantization", "int8"], "quantization is 'int8'; the DiT has fp8"),
     ([*P, "--endpoint", "localhost"], "'localhost' is no HOST:PORT"),
     (

@@ -84,7 +84,7 @@ PROMISED = {
     "--cfg-renorm-min": "0.0",
     "--deploy-config": "the shipped bagel_single_stage.yaml",
     "--worker-backend": "process",
-    "--ray-address": "none",
+    "--ray-address": "none, a Ray of this host",
     "--quantization": "none",
     "--log-stats": "off",
     "--init-timeout": "300",

@@ -177,11 +177,12 @@ def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str,
 def test_keywords_of_vllm_omni_are_taken_or_told() -> None:
     with pytest.raises(ConfigError, match="no stage_configs_path: give deploy_config; no stage_init_"):
         bagel.Omni(MODEL, stage_configs_path="x.yaml", stage_init_timeout=3)
-    with pytest.raises(ConfigError, match="worker_backend is 'mp'; it must be process"):
+    with pytest.raises(ConfigError, match="worker_backend is 'mp'; it must be one of process, ray"):
         bagel.Omni(MODEL, worker_backend="mp")
-    for keywords in ({"worker_backend": "ray"}, {"ray_address": "auto"}):
-        with pytest.raises(NotSupported, match="only process works"):
-            bagel.Omni(MODEL, **keywords)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ray_address is 'a:1', with process as worker backend; it must be ray"):
+        bagel.Omni(MODEL, ray_address="a:1")
+    with pytest.raises(ConfigError, match="it must be HOST:PORT as"):
+        bagel.Omni(MODEL, worker_backend="ray", ray_address="ray://a:10001")
 
 
 def test_request_is_sent_with_every_setting() -> None:

@@ -41,6 +41,7 @@ TEXTS = {
     "--vae-patch-parallel-size": "4",
     "--hsdp-shard-size": "2",
     "--hsdp-replicate-size": "2",
+    "--ray-address": "10.0.0.5:6379",
 }
 """Of settings that not any text or number will do for."""
 
@@ -135,6 +136,8 @@ def test_every_setting_is_in_the_docs(config: type[Config]) -> None:
         (DitConfig, {"use_hsdp": True, "tensor_parallel_size": 2}, "--use-hsdp is True with tensor_parallel_size 2"),
         (DitConfig, {"use_hsdp": True, "cfg_parallel_size": 3, "hsdp_shard_size": 2}, "--hsdp-shard-size is 2 and"),
         (DitConfig, {"tensor_parallel_size": 2, "device": "cuda:1"}, "--device is cuda:1, one GPU, for 2 ranks"),
+        (DitConfig, {"ray_address": "a:1"}, "--ray-address is 'a:1', with process as worker backend; it must be ray"),
+        (DitConfig, {"worker_backend": "ray", "ray_address": "ray://a:1"}, "--ray-address is 'ray://a:1'; it must be"),
         (DitConfig, {"sources": ("x",)}, "--source is 'x'; it must be NAME=HOST:PORT, like"),
         (ThinkerConfig, {"gpu_memory_utilization": 1.5}, "--gpu-memory-utilization is 1.5; it must be above 0 and at"),
         (GatewayConfig, {"header_timeout_s": 0}, "--header-timeout is 0; it must be from 0.1 to 86400 seconds"),

@@ -36,6 +36,8 @@ class Runner:
     meanwhile: Callable[[], None] = lambda: None
     info: Any = field(default_factory=model)
     kv_tokens: int = 100_000
+    here: bool = True
+    nodes: Any = ()
     pages: int = 0
     began: list[int] = field(default_factory=list)
 

@@ -39,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: DitConfig) -> None:
-    service.check_temporary_folder()
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
     _, checkpoint = find_model(config.model)
     # Read early, so that errors show before anybody waits for this service.
@@ -93,7 +92,8 @@ def check_ranks(config: DitConfig, checkpoint: Checkpoint) -> None:
     """Raise BagelError for sizes that are not built, a model that they do not divide, or GPUs that are not there."""
     refuse_sizes(config)
     config.parallel.check_model(checkpoint.config.llm)
-    gpus = gpu_count() if config.parallel.world_size > 1 and config.device != "cpu" else 0
+    own = config.worker_backend == "process"  # a Ray cluster knows its GPUs itself
+    gpus = gpu_count() if own and config.parallel.world_size > 1 and config.device != "cpu" else 0
     if gpus:
         config.parallel.check_devices(gpus, "the driver shows")
 

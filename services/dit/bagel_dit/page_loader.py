@@ -56,6 +56,11 @@ class PageLoader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._unsubscribe()
 
+    @property
+    def complete(self) -> bool:
+        """Whether every page was emitted, or waits for `flush`."""
+        return len(self._seen) == self._wanted
+
     def flush(self) -> None:
         """Emit the pages that wait for it."""
         if self._waiting:
@@ -64,10 +69,15 @@ class PageLoader:
 
     def check(self) -> None:
         """Raise IncompleteContext unless every page was emitted."""
+        if not self.complete:
+            raise IncompleteContext(
+                f"{len(self._seen)} of {self._wanted} pages of K/V landed; the picture was not drawn"
+            )
+
+    @property
+    def _wanted(self) -> int:
         layout = self._store.layout
-        wanted = sum(layout.layers * len(layout.page_ranges(length)) for length in self._lengths.values())
-        if len(self._seen) != wanted:
-            raise IncompleteContext(f"{len(self._seen)} of {wanted} pages of K/V landed; the picture was not drawn")
+        return sum(layout.layers * len(layout.page_ranges(length)) for length in self._lengths.values())
 
     def _on_page(self, digest: bytes, layer: int, begin: int, end: int) -> None:
         # A page may come twice: from the store's list, and as it becomes ready.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
+from bagel.deployment.defaults import missing_install_named
 from bagel.engine.commands import Command, Remove
 from bagel.engine.events import Begun, Broken, Health, Planned, RequestEvent, Stepped
 from bagel.engine.scheduler import Scheduler
@@ -13,7 +14,7 @@ from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
 from bagel.v1 import common_pb2
-from bagel_dit.workers import RankSettings, WorkerGroup
+from bagel_dit.workers import KvNode, RankSettings, WorkerGroup
 from bagel_dit.workers.messages import Alive, Hung, LoadFailed, Ready, Report
 from bagel_dit.workers.process import ProcessGroup
 
@@ -53,6 +54,16 @@ class RunnerClient:
         """Process ids of the ranks."""
         return self._ranks.pids
 
+    @property
+    def here(self) -> bool:
+        """Whether a rank reads K/V in this service's memory."""
+        return self._ranks.here
+
+    @property
+    def nodes(self) -> Sequence[KvNode]:
+        """The other hosts with ranks."""
+        return self._ranks.nodes
+
     async def loaded(self) -> None:
         """Wait until the model is loaded; raises the error that loading ended with."""
         # A caller that is cancelled must not cancel the future that all wait for.
@@ -89,6 +100,11 @@ class RunnerClient:
             self._ranks.send(plan)
 
     def _start(self) -> WorkerGroup:
+        if self._settings.config.worker_backend == "ray":
+            with missing_install_named("ray", "--worker-backend ray needs Ray"):
+                # Imported here, as it is an extra that may be missing.
+                from bagel_dit.workers.ray import RayGroup
+            return RayGroup(self._settings, emit=self._on_report, on_death=self._on_death)
         return ProcessGroup(self._settings, emit=self._on_report, on_death=self._on_death)
 
     def _on_report(self, report: Report) -> None:
@@ -119,8 +135,8 @@ class RunnerClient:
         self._settings = replace(self._settings, fingerprint=self.info.checkpoint_fingerprint)
         self.kv_tokens = ready.kv_tokens
         memory = dict(ready.memory)
-        log.info("memory", weights_bytes=memory, kv_tokens=ready.kv_tokens, runner_pid=self.pids[0])
-        if len(self.pids) > 1:
+        log.info("memory", weights_bytes=memory, kv_tokens=ready.kv_tokens, runner_pid=next(iter(self.pids), None))
+        if len(ready.devices) > 1:
             log.info("ranks", devices=ready.devices, pids=self.pids)
         self._ready.set_result(None)
         self._has_served = True

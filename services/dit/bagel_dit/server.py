@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +59,7 @@ from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
 from bagel_dit.page_loader import PageLoader
 from bagel_dit.runner_client import Events, RunnerClient
+from bagel_dit.workers import HeldElsewhere
 
 Response = dit_pb2.DitServiceGenerateResponse
 
@@ -170,15 +171,27 @@ class DitServicer(DitServiceServicer):
         # All requests wait for room first and for a place second, so that two never wait for each other.
         needed = [ref for ref in refs.values() if ref.segments]
         # A request that has begun was accepted, so it waits as long as it takes.
-        async with self.puller.hold(needed, room_wait_s=math.inf if request.begun else None) as held:
-            wanted, lacking = self._wanted(refs)
+        wait_s = math.inf if request.begun else None
+        async with (
+            self.puller.hold(needed, room_wait_s=wait_s, here=self._runner.here) as held,
+            AsyncExitStack() as far,
+        ):
+            wanted, lacking = self._wanted(refs) if self._runner.here else (0, 0)
+            elsewhere: list[HeldElsewhere] = []
+            # One after the other, in one order for all requests, so that no two wait for each other's room.
+            for node in self._runner.nodes:
+                elsewhere.append(await far.enter_async_context(node.hold(needed, wait_s)))
+            held.elsewhere += [each.fetch for each in elsewhere]
+            wanted, lacking = (
+                sum(counts) for counts in zip((wanted, lacking), *(each.counts for each in elsewhere), strict=True)
+            )
             work.counts |= {"pulled_bytes": lacking, "kv_reused_bytes": wanted - lacking}
             # Pages are pulled while the request waits for its place.
             fetching = asyncio.create_task(held.fetch())
             try:
                 await stack.enter_async_context(self._admission.admit(begun=request.begun))
                 yield Response(admitted=dit_pb2.Admitted(waited_seconds=work.lap("queue")))
-                await self._land(picture, refs, work, held, fetching)
+                await self._land(picture, refs, work, held, elsewhere, fetching)
             finally:
                 fetching.cancel()
                 # Over before `hold` gives back the room that it writes to.
@@ -192,14 +205,17 @@ class DitServicer(DitServiceServicer):
         refs: Mapping[BranchName, kv_pb2.ContextRef],
         work: _Work,
         held: HeldContexts,
+        elsewhere: Sequence[HeldElsewhere],
         fetching: asyncio.Task[None],
     ) -> None:
         """Give the runner the picture and its pages as they land, until it has copied them all."""
         assert self.puller is not None
         # First, as pages of a picture that the engine does not know are dropped.
         self._runner.send(picture)
-        with PageLoader(self.puller.store, refs, lambda pages: self._runner.send(LoadPages(work.id, pages))) as loader:
-            await self._unless_failed(work, fetching)
+        here = refs if self._runner.here else {}
+        with PageLoader(self.puller.store, here, lambda pages: self._runner.send(LoadPages(work.id, pages))) as loader:
+            landing = asyncio.gather(fetching, *(each.land(work.id, refs) for each in elsewhere))
+            await self._unless_failed(work, landing)
             # Pages that wait for the loop's next turn must come before Begin.
             loader.flush()
         loader.check()
@@ -214,6 +230,8 @@ class DitServicer(DitServiceServicer):
         begun = await work.next()
         assert isinstance(begun, Begun)
         held.check()  # only now: until it had begun, the runner read the pages in the store's memory
+        for each in elsewhere:
+            await each.check()
         work.steps = begun.steps
         self._runner.begin(begun)
         work.lap("transfer", pages=len(loader.times), pulled_bytes=work.counts["pulled_bytes"])
@@ -295,7 +313,7 @@ class DitServicer(DitServiceServicer):
         log.info("done", seconds={stage: round(seconds, 4) for stage, seconds in work.clock.timings.items()})
         yield Response(finished=_finished(work))
 
-    async def _unless_failed(self, work: _Work, fetching: asyncio.Task[None]) -> None:
+    async def _unless_failed(self, work: _Work, fetching: asyncio.Future[Any]) -> None:
         """Wait for the pull; what the runner fails with meanwhile ends the wait."""
         # Cancelling it loses no event: a queue's `get` takes one only when it returns.
         failing = asyncio.create_task(work.next())
@@ -306,6 +324,7 @@ class DitServicer(DitServiceServicer):
             await fetching
         finally:
             failing.cancel()
+            fetching.cancel()
 
     def _wanted(self, refs: Mapping[BranchName, kv_pb2.ContextRef]) -> tuple[int, int]:
         """Bytes of the contexts' distinct segments: of all, and of those that are not here yet."""

@@ -13,6 +13,7 @@ from bagel.deployment.defaults import how_to_install
 from bagel.deployment.thinker_config import TORCH_LACKS, VLLM_ONLY, ThinkerConfig
 from bagel.errors import ConfigError, NotSupported
 from bagel.model.device import choose_device, choose_dtype
+from bagel.parallel.mesh import Mesh
 from bagel.telemetry.logs import Log
 from bagel_thinker.engine import Engine
 
@@ -61,6 +62,9 @@ def _vllm(config: ThinkerConfig, checkpoint: Checkpoint, device: torch.device) -
             "vLLM divides the device's memory itself and has no --kv-device-bytes; set --gpu-memory-utilization, or "
             "start the Thinker with --engine torch"
         )
+    if config.tensor_parallel_size > 1:
+        # vLLM would say so with a traceback of each rank.
+        Mesh(tp=config.tensor_parallel_size).rank(0).decoder(checkpoint.config.llm)
     # Imported here, as vLLM is an extra that may be missing.
     from bagel_thinker.vllm.engine import VllmEngine
     from bagel_thinker.vllm.settings import VllmSettings

@@ -51,7 +51,7 @@ class StoreCache:
             return near
         try:
             # Pinned, so that it is not evicted while it is read.
-            pinned = self._store.pin(digest)
+            self._store.pin(digest)
         except UnknownSegment:
             return None
         try:
@@ -59,7 +59,7 @@ class StoreCache:
                 return None
             kv = self._load(digest)
         finally:
-            self._store.unpin(pinned)
+            self._store.unpin(digest)
         self._near.put(digest, kv)
         return kv
 

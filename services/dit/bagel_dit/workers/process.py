@@ -18,7 +18,7 @@ from bagel.engine.commands import Command
 from bagel.engine.events import Broken
 from bagel.engine.progress import Heartbeat
 from bagel.telemetry.logs import Log
-from bagel_dit.workers import Place, RankSettings
+from bagel_dit.workers import KvNode, Place, RankSettings
 from bagel_dit.workers.agreement import Agreement, Disagreement
 from bagel_dit.workers.messages import (
     GROUP_SILENCE_S,
@@ -53,6 +53,9 @@ def _main(connection: Connection, settings: RankSettings, place: Place) -> None:
 
 class ProcessGroup:
     """A WorkerGroup of one child process a rank."""
+
+    here = True
+    nodes: tuple[KvNode, ...] = ()
 
     def __init__(
         self, settings: RankSettings, *, emit: Callable[[Report], None], on_death: Callable[[str], None]

@@ -66,7 +66,7 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings,
 def load(settings: RankSettings, place: Place = FIRST) -> LoadedModel:
     """The share of the model of a rank, on its device: of several, the GPU of its number among those visible."""
     config, checkpoint = settings.config, Checkpoint(settings.folder)
-    device, parallel = choose_device(config.device, place.index), config.parallel
+    device, parallel = choose_device(config.device, place.index if place.gpu is None else place.gpu), config.parallel
     if device.type == "cpu":
         settle_rank(parallel.world_size)
     else:
@@ -108,6 +108,7 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
         profile=config.enable_diffusion_pipeline_profiler,
         # The server's memory itself: a page is copied once, from there to the device.
         pages=None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8),
+        page_heads=None if memory is None else memory.heads,
         heartbeat=heartbeat,
     )
 

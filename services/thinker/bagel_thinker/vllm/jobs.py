@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from bagel.engine.context import Context
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import ContextDone, ContextRequest, TextWritten
-from bagel.kv.segment import Claim
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 
@@ -19,7 +18,6 @@ class Filling:
     """
 
     digest: bytes
-    claim: Claim
     written: set[tuple[int, int]] = field(default_factory=set)
 
 
