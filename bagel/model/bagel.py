@@ -17,14 +17,15 @@ from bagel.model.linear import LinearFactory
 from bagel.model.mot import MoTDecoder
 from bagel.model.vae import Vae
 from bagel.model.vit import Vit
+from bagel.parallel.mesh import Share
 
 
 class Bagel(nn.Module):
     """The network of one rank. A part that the role does not need is None.
 
     The decoder's and ViT's matrix products, embeddings and K/V are of one type; norms, the time embedder, vae2llm,
-    llm2vae and the autoencoder are always in float32. Ranks divide the decoder's layers (see mot); everything else is
-    whole on every rank.
+    llm2vae and the autoencoder are always in float32. Ranks divide the layers of decoder and ViT, the embedding and the
+    LM head; everything else is whole on every rank.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Bagel(nn.Module):
         self.vit_model = self.connector = self.vit_pos_embed = None
         if parts.vision:
             self.vit_model = Vit(linears, "vit_model.vision_model", config.vit)
-            self.connector = Mlp(linears, "connector", config.vit.hidden_size, hidden, hidden)
+            self.connector = Mlp(linears, "connector", config.vit.hidden_size, Share.all(hidden), hidden)
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, hidden, dtype)
         self.vae2llm = self.time_embedder = self.latent_pos_embed = self.llm2vae = None
         if parts.generation:

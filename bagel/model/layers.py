@@ -103,12 +103,12 @@ class GatedMlp(nn.Module):
 
 
 class Mlp(nn.Module):
-    """fc2(gelu_tanh(fc1(x))), with biases: the ViT's MLP and the connector."""
+    """fc2(gelu_tanh(fc1(x))) over a rank's columns, with biases: the ViT's MLP and the connector."""
 
-    def __init__(self, linears: LinearFactory, name: str, in_features: int, hidden: int, out_features: int) -> None:
+    def __init__(self, linears: LinearFactory, name: str, in_features: int, columns: Share, out_features: int) -> None:
         super().__init__()
-        self.fc1 = linears.whole(f"{name}.fc1", in_features, hidden, bias=True)
-        self.fc2 = linears.whole(f"{name}.fc2", hidden, out_features, bias=True)
+        self.fc1 = linears.plain_column({f"{name}.fc1": columns}, in_features)
+        self.fc2 = linears.summed_row(f"{name}.fc2", columns, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.fc2(F.gelu(self.fc1(x), approximate="tanh")))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bagel.errors import ConfigError
 from bagel.model.fp8 import FP8, MULTIPLE, Scaled, scaled_product
-from bagel.parallel.groups import UNDIVIDED, Groups
+from bagel.parallel.groups import UNDIVIDED, Group, Groups
 from bagel.parallel.mesh import Rank, Share
 
 
@@ -49,6 +49,17 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         # Norms give float32 unless asked otherwise; the weights may be bfloat16.
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class SummedLinear(Linear):
+    """A row split that adds the ranks' results up by itself, and has a bias, which is added once."""
+
+    def __init__(self, group: Group, name: str, inputs: Share, outputs: int, *, dtype: torch.dtype) -> None:
+        super().__init__({name: Share.all(outputs)}, inputs, Split.ROW, bias=True, dtype=dtype)
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._group.add_up(F.linear(x.to(self.weight.dtype), self.weight)) + self.bias
 
 
 class Fp8Linear(Linear):
@@ -110,6 +121,17 @@ class LinearFactory:
         It has no bias, which ranks would add once each.
         """
         return self._make({name: Share.all(outputs)}, inputs, Split.ROW, bias=False)
+
+    def plain_column(self, outputs: Mapping[str, Share], inputs: int) -> Linear:
+        """As `column`, with a bias, of a layer outside of the decoder: never quantised."""
+        split = Split.NONE if all(share.count == share.whole for share in outputs.values()) else Split.COLUMN
+        return Linear(outputs, Share.all(inputs), split, bias=True, dtype=self.dtype)
+
+    def summed_row(self, name: str, inputs: Share, outputs: int) -> Linear:
+        """As `row`, of a layer outside of the decoder: it adds the ranks' results up by itself, then its bias."""
+        if inputs.count == inputs.whole:
+            return self.whole(name, inputs.whole, outputs, bias=True)
+        return SummedLinear(self.groups.tp, name, inputs, outputs, dtype=self.dtype)
 
     def whole(
         self, names: str | Sequence[str], inputs: int, outputs: int, *, bias: bool, exact: bool = False

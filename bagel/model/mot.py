@@ -4,8 +4,8 @@ Text, ViT tokens and all image delimiters take the understanding expert; VAE lat
 generation expert. Attention is shared. Each expert's tokens lie contiguously, so that each expert is plain matrix
 products over its own tokens.
 
-Tensor-parallel ranks divide a layer by heads and by the MLP's columns (bagel.parallel.mesh). The embedding and the LM
-head are whole on every rank: a fed DiT keeps two rows of the one and has no other.
+Tensor-parallel ranks divide a layer by heads and by the MLP's columns (bagel.parallel.mesh), and the embedding and the
+LM head by tokens. A fed DiT keeps two rows of the one, whole on every rank, and has no other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bagel.model.backend import LayerBackend
 from bagel.model.kernels import Rope, rope_factors
 from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
 from bagel.model.linear import LinearFactory
+from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
 
 OnLayer = Callable[[int], None]
@@ -150,14 +151,18 @@ class MoTDecoder(nn.Module):
         # Replaced when the model gets its memory, as the choice depends on the device.
         self.backend = LayerBackend()
         self.rotary = Rotary(config.head_dim, config.rope_theta)
-        self.embed_tokens = nn.Embedding(config.vocab_size if parts.text else 2, hidden, dtype=linears.dtype)
+        self.embed_tokens: nn.Embedding = (
+            VocabularyEmbedding(linears, config.vocab_size, hidden)
+            if parts.text
+            else nn.Embedding(2, hidden, dtype=linears.dtype)
+        )
         self.layers = Layers(
             MoTLayer(linears, f"{stem}.layers.{i}", config, share, generation=parts.generation)
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(f"{stem}.norm", hidden, eps) if parts.text else None
         self.norm_moe_gen = RMSNorm(f"{stem}.norm{GENERATION_SUFFIX}", hidden, eps) if parts.denoising else None
-        self.lm_head = linears.whole(f"{name}.lm_head", hidden, config.vocab_size, bias=False) if parts.text else None
+        self.lm_head = LmHead(linears, f"{name}.lm_head", hidden, config.vocab_size) if parts.text else None
 
     @property
     def device(self) -> torch.device:

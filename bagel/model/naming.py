@@ -18,6 +18,7 @@ from bagel.model.fp8 import quantise_into
 from bagel.model.layers import AddedRMSNorm, HeadNorms, RMSNorm
 from bagel.model.linear import Fp8Linear, Linear
 from bagel.model.vae import diffusers_name
+from bagel.model.vocabulary import VocabularyEmbedding
 from bagel.parallel.hsdp import local, local_rows
 
 
@@ -112,12 +113,13 @@ def _linear_slots(layer: Linear) -> Iterator[Slot]:
 
 
 def _embedding_slots(model: Bagel, embedding: nn.Module) -> Iterator[Slot]:
-    """The whole table, or of a role without text the image delimiters' rows, one slice each."""
+    """The rank's rows of the table, or of a role without text the image delimiters' rows, one slice each."""
     assert isinstance(embedding, nn.Embedding)
     name, table = "language_model.model.embed_tokens.weight", embedding.weight
     shape = (model.config.llm.vocab_size, embedding.embedding_dim)
-    if model.role.parts.text:
-        yield _whole(name, table)
+    if isinstance(embedding, VocabularyEmbedding):
+        share = embedding.share
+        yield Slot(EMA, TensorSlice(name, 0, share.start, share.stop), shape, table, 0, share.count)
         return
     for row, token in enumerate(model.delimiter_ids):
         yield Slot(EMA, TensorSlice(name, 0, token, token + 1), shape, table, row, row + 1)

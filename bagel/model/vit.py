@@ -1,6 +1,6 @@
 """The SigLIP vision encoder, as BAGEL runs it: linear patch embedding, no rotary, no pooling head.
 
-Every rank computes all of it: it is a thirtieth of the model and runs once an image.
+Tensor-parallel ranks divide its layers by heads and columns, where these divide (bagel.parallel.mesh).
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ class VitAttention(nn.Module):
 
     def __init__(self, linears: LinearFactory, name: str, config: VitConfig) -> None:
         super().__init__()
-        self.heads, hidden = config.num_attention_heads, config.hidden_size
-        self.qkv_proj = linears.whole([f"{name}.{which}_proj" for which in "qkv"], hidden, hidden, bias=True)
-        self.out_proj = linears.whole(f"{name}.out_proj", hidden, hidden, bias=True)
+        heads, hidden = linears.rank.vit(config).heads, config.hidden_size
+        self.heads, columns = heads.count, heads.times(hidden // config.num_attention_heads)
+        self.qkv_proj = linears.plain_column({f"{name}.{which}_proj": columns for which in "qkv"}, hidden)
+        self.out_proj = linears.summed_row(f"{name}.out_proj", columns, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, hidden] -> [n, hidden]."""
-        n, hidden = x.shape
+        n = len(x)
         q, k, v = self.qkv_proj(x).view(n, 3, self.heads, -1).permute(1, 2, 0, 3)
         y = F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
-        return cast(Tensor, self.out_proj(y.transpose(0, 1).reshape(n, hidden)))
+        return cast(Tensor, self.out_proj(y.transpose(0, 1).reshape(n, -1)))
 
 
 class VitLayer(nn.Module):
@@ -42,7 +43,8 @@ class VitLayer(nn.Module):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
         self.self_attn = VitAttention(linears, f"{name}.self_attn", config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=torch.float32)
-        self.mlp = Mlp(linears, f"{name}.mlp", config.hidden_size, config.intermediate_size, config.hidden_size)
+        columns = linears.rank.vit(config).columns
+        self.mlp = Mlp(linears, f"{name}.mlp", config.hidden_size, columns, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from bagel.checkpoint.config import LlmConfig
+from bagel.checkpoint.config import LlmConfig, VitConfig
 from bagel.errors import ConfigError
 
 
@@ -41,6 +41,14 @@ class DecoderShare:
 
     heads: Share
     kv_heads: Share
+    columns: Share
+
+
+@dataclass(frozen=True)
+class VitShare:
+    """What one rank computes of every layer of the ViT: heads and columns of the MLP."""
+
+    heads: Share
     columns: Share
 
 
@@ -107,12 +115,27 @@ class Rank:
                 f"{heads} heads, {kv_heads} K/V heads and {llm.intermediate_size} columns of this model do not divide "
                 f"among {ranks} tensor-parallel ranks; choose a size of {sizes}"
             )
-        kept = self._equal(kv_heads) if kv_heads >= ranks else self._copied(kv_heads)
-        return DecoderShare(self._equal(heads), kept, self._equal(llm.intermediate_size))
+        kept = self.equal(kv_heads) if kv_heads >= ranks else self._copied(kv_heads)
+        return DecoderShare(self.equal(heads), kept, self.equal(llm.intermediate_size))
 
-    def _equal(self, whole: int) -> Share:
-        each = whole // self.mesh.tp
-        return Share(self.tp * each, (self.tp + 1) * each, whole)
+    def vit(self, vit: VitConfig) -> VitShare:
+        """This rank's share of a ViT; all of it where its heads or columns do not divide.
+
+        It is a thirtieth of the model, and sizes that fit the decoder are not refused for its sake.
+        """
+        heads, columns = vit.num_attention_heads, vit.intermediate_size
+        if heads % self.mesh.tp or columns % self.mesh.tp:
+            return VitShare(Share.all(heads), Share.all(columns))
+        return VitShare(self.equal(heads), self.equal(columns))
+
+    def most(self, whole: int) -> int:
+        """The most items that a tensor-parallel rank gets of so many."""
+        return -(-whole // self.mesh.tp)
+
+    def equal(self, whole: int) -> Share:
+        """This tensor-parallel rank's share of items; the last ranks have fewer where they do not divide."""
+        each = self.most(whole)
+        return Share(min(self.tp * each, whole), min((self.tp + 1) * each, whole), whole)
 
     def _copied(self, whole: int) -> Share:
         head = self.tp * whole // self.mesh.tp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from threading import Barrier
 
 import pytest
@@ -21,7 +21,7 @@ from bagel.model.linear import Linear, Split
 from bagel.model.naming import Slot, slots
 from bagel.model.threads import settle_threads
 from bagel.model.weights import empty_model, load_model, random_model
-from bagel.parallel.groups import Groups
+from bagel.parallel.groups import Group, Groups
 from bagel.parallel.mesh import Mesh, Rank
 from tests.model.forwards import FORWARDS, Outputs
 
@@ -57,40 +57,43 @@ def sliced(whole: Bagel, share: Bagel) -> Iterator[tuple[Slot, Tensor]]:
         yield slot, tensor.reshape(slot.target.shape)
 
 
-def share_of(whole: Bagel, rank: Rank) -> Bagel:
+def share_of(whole: Bagel, groups: Groups) -> Bagel:
     """A rank's share of a model in memory."""
-    model = empty_model(whole.config, whole.role, dtype=whole.dtype, device="cpu", groups=Groups(rank))
+    model = empty_model(whole.config, whole.role, dtype=whole.dtype, device="cpu", groups=groups)
     for slot, tensor in sliced(whole, model):
         slot.target.copy_(tensor)
     return model.eval()
 
 
-class Sum:
-    """Adds up what the ranks, which are threads, bring to one place of a layer."""
+class Threads:
+    """Ranks that are threads of this process, which exchange tensors as a group of processes does."""
 
     def __init__(self, ranks: int) -> None:
-        self._brought: list[Tensor] = [torch.empty(0)] * ranks
-        self._barrier = Barrier(ranks, timeout=30)
+        self.brought: list[Tensor] = [torch.empty(0)] * ranks
+        self.barrier = Barrier(ranks, timeout=30)
 
-    def of_rank(self, index: int) -> Callable[[Tensor], Tensor]:
-        def add(x: Tensor) -> Tensor:
-            self._brought[index] = x
-            self._barrier.wait()
-            total = torch.stack(self._brought).sum(0)
-            self._barrier.wait()
-            return total
+    def groups(self, rank: Rank) -> Groups:
+        return Groups(rank, tp=ThreadGroup(rank.tp, len(self.brought), threads=self))
 
-        return add
+
+@dataclass(frozen=True)
+class ThreadGroup(Group):
+    threads: Threads = field(default_factory=lambda: Threads(1))
+
+    def gather(self, x: Tensor) -> Tensor:
+        self.threads.brought[self.index] = x
+        self.threads.barrier.wait()
+        gathered = torch.stack(self.threads.brought)
+        self.threads.barrier.wait()
+        return gathered
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return x.copy_(self.gather(x).sum(0))
 
 
 def together(shares: Sequence[Bagel], forward: Callable[[Bagel], Outputs]) -> list[Outputs]:
     """A forward on every rank at once; their outputs in the order of ranks."""
     settle_threads(shares[0].config, "cpu")  # ranks that each compute with several threads get in each other's way
-    attention, mlp = Sum(len(shares)), Sum(len(shares))
-    for index, model in enumerate(shares):
-        decoder = model.language_model
-        adds = attention.of_rank(index), mlp.of_rank(index)
-        decoder.backend = replace(decoder.backend, after_attention=adds[0], after_mlp=adds[1])
 
     def run(model: Bagel) -> Outputs:
         with torch.inference_mode():
@@ -135,7 +138,8 @@ def test_a_rank_reads_its_slices_and_no_other_byte(
 @pytest.mark.parametrize("name", FORWARDS)
 def test_two_ranks_compute_what_one_does(checkpoint: Checkpoint, whole: Bagel, name: str) -> None:
     """Six heads and two K/V heads: each rank has one K/V head and its three queries' heads."""
-    shares = [load_model(checkpoint, delimiter_ids=DELIMITERS, groups=Groups(rank)) for rank in ranks_of(2)]
+    threads = Threads(2)
+    shares = [load_model(checkpoint, delimiter_ids=DELIMITERS, groups=threads.groups(rank)) for rank in ranks_of(2)]
     assert [each.kv_shape.heads for each in shares] == [1, 1]
     with torch.inference_mode():
         wanted = FORWARDS[name](whole)
@@ -149,7 +153,8 @@ def test_more_ranks_than_kv_heads_keep_copies_of_them(checkpoint: Checkpoint, kv
     llm = replace(checkpoint.config.llm, num_attention_heads=8, num_key_value_heads=kv_heads, num_hidden_layers=2)
     config: ModelConfig = replace(checkpoint.config, llm=replace(llm, hidden_size=64))
     whole = random_model(config, Role.FULL, dtype=torch.float32, device="cpu", seed=1)
-    shares = [share_of(whole, rank) for rank in ranks_of(tp)]
+    threads = Threads(tp)
+    shares = [share_of(whole, threads.groups(rank)) for rank in ranks_of(tp)]
     assert {each.kv_shape.heads for each in shares} == {max(1, kv_heads // tp)}
     for name in ("text step", "denoise step"):
         with torch.inference_mode():
