@@ -12,7 +12,7 @@ import torch
 
 from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import attacks, cpu, gpu, nano, overhead, profiler, pull, stages, threads
+from bench import attacks, cpu, gpu, nano, overhead, peer, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json
 
 
@@ -39,6 +39,9 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
         "nano": lambda: nano.run(options.only, options.repeats),
         "overhead": lambda: overhead.run(options.repeats, options.rate),
+        "peer": lambda: peer.run(
+            device, options.only, tiny=options.tiny, checkpoint=options.checkpoint, python=options.peer_python
+        ),
         "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
@@ -54,9 +57,11 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
 
 def _device(options: argparse.Namespace) -> torch.device:
     """The device to measure; raises ConfigError if it does not exist."""
-    if options.part != "gpu":
+    if options.part != "peer" and (options.peer_python or options.checkpoint):
+        raise ConfigError("--peer-python and --checkpoint belong to python -m bench peer")
+    if options.part not in ("gpu", "peer"):
         if options.device or options.tiny:
-            raise ConfigError("--device and --tiny belong to the GPU benchmark; run python -m bench gpu")
+            raise ConfigError("--device and --tiny belong to the GPU benchmarks; run python -m bench gpu, or peer")
         return torch.device("cpu")
     device: torch.device = options.device or torch.device("cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -74,15 +79,17 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OnceParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parts = ("attacks", "cpu", "gpu", "nano", "overhead", "profiler", "pull", "stages", "threads")
+    parts = ("attacks", "cpu", "gpu", "nano", "overhead", "peer", "profiler", "pull", "stages", "threads")
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows, sections (gpu) or attacks named so")
     parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
-    parser.add_argument("--device", type=_device_name, help="gpu: cuda (default), cuda:1, or cpu with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="gpu: the tiny model, to check the code")
+    parser.add_argument("--device", type=_device_name, help="gpu, peer: cuda (default), cuda:1, or cpu with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="gpu, peer: the tiny model, to check the code")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="peer: use this one, and make none")
+    parser.add_argument("--peer-python", type=Path, metavar="PATH", help="peer: a Python that can import vllm_omni")
     return parser
 
 
