@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from bagel.deployment.http_front import GUARDS
-from bagel.deployment.shared_settings import BATCH_TIMEOUT_S, DTYPES, ENGINES, TOPOLOGIES, WORKER_BACKENDS
+from bagel.deployment.shared_settings import BATCH_TIMEOUT_S, DTYPES, ENGINES, OFFLOADS, TOPOLOGIES, WORKER_BACKENDS
 from bagel.errors import ConfigError
 from bagel.rpc.limits import DRAIN_S
 from bagel.telemetry.log_files import LOG_BYTES, LOG_FILES
@@ -73,6 +73,7 @@ SERVER_FLAGS = (
     "worker_backend",
     "ray_address",
     "quantization",
+    "cpu_offload",
     "init_timeout",
     "batch_timeout",
     "enable_diffusion_pipeline_profiler",
@@ -282,9 +283,16 @@ def _add_thinker(group: Group) -> None:
     _add(group, "--engine", default, "what runs the Thinker; auto: vllm if installed and on a GPU", choices=ENGINES)
 
 
+def stage_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `serve` and `generate` say over the deploy file."""
+    return {"engine": args.engine, "quantization": args.quantization, "cpu_offload": args.cpu_offload}
+
+
 def _add_memory(group: Group) -> None:
     smaller = "fp8: half the DiT's memory, less exact; a Thinker on vLLM too"
     _add(group, "--quantization", "none", smaller, type=_given, metavar="NAME")
+    least = "layers: keep them in the host's memory: the DiT fits a small GPU, and is slower"
+    _add(group, "--cpu-offload", "none", least, choices=OFFLOADS)
 
 
 def _add_engine(group: Group) -> None:

@@ -29,6 +29,7 @@ from bagel.cli.flags import (
     SERVER_FLAGS,
     flag_name,
     request_option,
+    stage_settings,
 )
 from bagel.cli.inputs import flags_named, located, make_requests, notes_on_flags, prompts_of
 from bagel.cli.outputs import Output, make_folder
@@ -91,7 +92,7 @@ def _generate_here(args: argparse.Namespace) -> None:
     check_ray_address(backend, args.ray_address)
     refuse_without_endpoint(args)
     deploy = args.deploy_config or shipped_deploy_config(BAGEL_SINGLE_STAGE.model_type)
-    config = load_deploy_config(deploy, engine=args.engine, quantization=args.quantization)
+    config = load_deploy_config(deploy, **stage_settings(args))
     # Ranks are a service's: this process is one alone.
     ranks = max(stage.world_size for stage in config.stages)
     in_process = len(config.spec.stages) == 1 and ranks == 1 and backend == "process"

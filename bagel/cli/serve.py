@@ -11,7 +11,7 @@ from typing import Any
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.cli.endpoint import security_of
-from bagel.cli.flags import GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name
+from bagel.cli.flags import GATEWAY_HOST, GATEWAY_PORT, INIT_TIMEOUT_S, flag_name, stage_settings
 from bagel.cli.outputs import write_out
 from bagel.cli.passing import asked_settings
 from bagel.cli.progress import say
@@ -34,7 +34,7 @@ WATCH_S = 0.2
 def serve(args: argparse.Namespace) -> None:
     """Run the command; returns after Ctrl-C or SIGTERM. Raises BagelError if a service ends by itself."""
     model, checkpoint = find_model(args.model)
-    config = deployment_for(checkpoint, args.deploy_config, engine=args.engine, quantization=args.quantization)
+    config = deployment_for(checkpoint, args.deploy_config, **stage_settings(args))
     settings = _settings(args)
     where = _where(args)
     starting = deployment(args, config, model, checkpoint, **where, logs=_logs(args), **settings)

@@ -72,6 +72,8 @@ def _role_problem(stage: StageDeploy, spec: StageConfig) -> str | None:
 
 def _parallel_problem(stage: StageDeploy) -> str | None:
     """Sizes that contradict each other, beginning with the key; None if they do not."""
+    if stage.parallel_config.use_hsdp and stage.cpu_offload is not None:
+        return f"cpu_offload is {stage.cpu_offload}; use_hsdp divides the weights over GPUs instead, leave out one"
     try:
         world = stage.world_size
     except ConfigError as error:

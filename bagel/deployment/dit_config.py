@@ -11,6 +11,7 @@ from bagel.deployment.shared_settings import (
     ATTENTION_BACKENDS,
     KV_BYTES,
     OF_STAGE,
+    OFFLOADS,
     QUANTIZATIONS,
     SERVICE,
     STEP_TIMEOUT_S,
@@ -55,6 +56,11 @@ class DitConfig(OnRanks, ReadingImages, OfModel, Calling, Listening):
     quantization: str | None = setting(
         "format of the decoder's weights, which are quantised as they are loaded: half the memory, less exact",
         default=None, choices=QUANTIZATIONS, stage=True, elsewhere=OF_STAGE,
+    )  # fmt: skip
+    cpu_offload: str | None = setting(
+        "layers: keep the weights of the decoder's layers in the host's memory and copy them to the GPU as they are "
+        "needed: the least memory, the same result, slower",
+        default=None, choices=OFFLOADS, stage=True, elsewhere=OF_STAGE,
     )  # fmt: skip
     kv_cache_bytes: int = setting("shared memory for K/V", default=KV_BYTES, at_least=1)
     kv_page_timeout_s: float = setting("without a word of a source", default=PAGE_TIMEOUT_S, metavar="S", above=0)

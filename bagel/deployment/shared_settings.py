@@ -19,6 +19,8 @@ ENGINES = ("auto", "torch", "vllm")
 ATTENTION_BACKENDS = ("auto", "fa3", "fa2", "sdpa")
 QUANTIZATIONS = ("fp8",)
 """What a DiT can quantise its weights to."""
+OFFLOADS = ("layers",)
+"""What a DiT can keep in the host's memory."""
 WORKER_BACKENDS = ("process", "ray")
 TOPOLOGIES = ("bagel", "bagel_think", "bagel_single_stage")
 SERVICE = (r"[^=]+=[^=]+:\d+", "NAME=HOST:PORT, like thinker-0=10.0.0.5:50052")

@@ -11,6 +11,7 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import position_limit
 from bagel.checkpoint.roles import Role
 from bagel.engine.segments import ChainPlanner
+from bagel.errors import ConfigError
 from bagel.kv.digests import fingerprint as kv_fingerprint_of
 from bagel.kv.pages import KvLayout
 from bagel.model.attention_backends import AUTO
@@ -84,10 +85,15 @@ class LoadedModel:
         )
 
     def memory(self) -> dict[str, int]:
-        """Bytes of weights by component, those that this rank keeps."""
+        """Bytes of weights on the device by component, those that this rank keeps."""
         sizes: dict[str, int] = {}
+        seen: set[int] = set()
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            component = name.partition(".")[0]
+            component, place = name.partition(".")[0], local(tensor).data_ptr()
+            # Layers of weights in the host's memory take turns in the same memory of the device.
+            if place in seen:
+                continue
+            seen.add(place)
             sizes[component] = sizes.get(component, 0) + local(tensor).nbytes
         return sizes
 
@@ -104,13 +110,19 @@ def load_role(
     enforce_eager: bool = False,
     groups: Groups = UNDIVIDED,
     quantization: str | None = None,
+    cpu_offload: str | None = None,
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
 
     vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture;
     attention_backend, enforce_eager: as `choose_backend` takes them; groups: the ranks that the model is divided over,
-    which call this together; quantization: of `Quantization`.
+    which call this together; quantization: of `Quantization`; cpu_offload: "layers" keeps the weights of the decoder's
+    layers in the host's memory, for a GPU alone.
     """
+    if cpu_offload is not None and device.type == "cpu":
+        raise ConfigError(
+            "cpu_offload keeps weights for a GPU in the host's memory; on a CPU they are there already; leave it out"
+        )
     with checkpoint.loading():
         tokenizer = BagelTokenizer(checkpoint.folder)
         # Role denoise loads only their two rows of the embedding.
@@ -124,6 +136,7 @@ def load_role(
             attention=attention_backend,
             eager=enforce_eager,
             quantization=None if quantization is None else Quantization(quantization),
+            offload=cpu_offload is not None,
             groups=groups,
         )
     settle_threads(model.config, device)
@@ -134,6 +147,9 @@ def load_role(
     logger.info("backend", extra={"fields": chosen})
     if model.quantization is not None:
         logger.info("quantised", extra={"fields": _quantised(model)})
+    if (stream := model.language_model.layers.stream) is not None:
+        moving = {"layers": len(stream.moving), "bytes": stream.host_bytes, "device_bytes": stream.device_bytes}
+        logger.info("weights in the host's memory", extra={"fields": moving})
     return LoadedModel.of(model, tokenizer, role, checkpoint.fingerprint, max_model_len=max_model_len)
 
 

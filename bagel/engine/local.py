@@ -90,6 +90,7 @@ class BagelEngine:
         attention_backend: str = AUTO,
         enforce_eager: bool = False,
         quantization: str | None = None,
+        cpu_offload: str | None = None,
         profile: bool = False,
     ) -> BagelEngine:
         """The engine of a checkpoint; raises CheckpointError if its files do not fit. Arguments as `load_role`'s."""
@@ -103,6 +104,7 @@ class BagelEngine:
             attention_backend=attention_backend,
             enforce_eager=enforce_eager,
             quantization=quantization,
+            cpu_offload=cpu_offload,
         )
         return cls(loaded, max_num_seqs=max_num_seqs, profile=profile)
 
@@ -257,6 +259,7 @@ def load(
             attention_backend=stage.attention_backend or AUTO,
             enforce_eager=bool(stage.enforce_eager),
             quantization=stage.quantization,
+            cpu_offload=stage.cpu_offload,
             profile=profile,
         )
 

@@ -93,6 +93,12 @@ def launched_in_order(backend: LayerBackend) -> LayerBackend:
     return replace(backend, run_both=one_by_one, captures=False)
 
 
+def launched_one_by_one(backend: LayerBackend) -> LayerBackend:
+    """A backend for weights that are brought layer by layer: no CUDA graphs, as the copies are launched in between."""
+    logger.info("no CUDA graphs: weights are copied layer by layer (cpu_offload)")
+    return replace(backend, captures=False)
+
+
 def _fused_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Triton's kernels where Triton can compile for this device. PyTorch for CUDA brings all but a C compiler."""
     try:

@@ -41,12 +41,14 @@ def quantise(x: Tensor) -> Scaled:
     return Scaled((x * (LARGEST / largest)).to(FP8), largest / LARGEST)
 
 
-def quantise_into(values: Tensor, target: Tensor, scale: Tensor) -> None:
-    """Quantise the rows of values [rows, n], perhaps on another device, into target [rows, n] and scale [rows, 1]."""
+def quantise_into(values: Tensor, target: Tensor, scale: Tensor, device: torch.device | str) -> None:
+    """Quantise the rows of values [rows, n] into target [rows, n] and scale [rows, 1], which may lie anywhere.
+
+    device: computes, at best the model's, which is faster than the host.
+    """
     for begin in range(0, len(target), AT_ONCE):
         rows = slice(begin, begin + AT_ONCE)
-        # On the model's device, which rounds faster than the host.
-        quantised = quantise(values[rows].to(target.device))
+        quantised = quantise(values[rows].to(device))
         target[rows].copy_(quantised.values)
         scale[rows].copy_(quantised.scales)
 

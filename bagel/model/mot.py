@@ -23,6 +23,7 @@ from bagel.model.backend import LayerBackend
 from bagel.model.kernels import Rope, rope_factors
 from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
 from bagel.model.linear import LinearFactory
+from bagel.model.offload import LayerStream
 from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
 
@@ -70,6 +71,10 @@ class ExpertOutput(nn.Module):
         return x.add_(backend.after_mlp(self.mlp(normed, backend.kernels)))
 
 
+EXPERTS = (("und_input", "und_output"), ("gen_input", "gen_output"))
+"""The modules of each expert in a layer."""
+
+
 class MoTLayer(nn.Module):
     """One decoder layer: two halves of each expert around one attention."""
 
@@ -115,8 +120,10 @@ class Layers(nn.ModuleList):
     """The layers of a decoder, in their order.
 
     A module of its own: ranks that divide the weights gather them around its forward and that of each layer
-    (bagel.parallel.hsdp).
+    (bagel.parallel.hsdp). stream: brings the weights where they lie in the host's memory.
     """
+
+    stream: LayerStream | None = None
 
     def forward(
         self,
@@ -128,7 +135,8 @@ class Layers(nn.ModuleList):
         on_layer: OnLayer | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As MoTDecoder's."""
-        for i, layer in enumerate(self):
+        layers = self if self.stream is None else self.stream.supply(every_expert=gen is not None)
+        for i, layer in enumerate(layers):
             und, gen = layer(und, gen, rows, slab.layer(i), backend)
             # Now, so that this layer's K/V are sent while the next ones are computed.
             if on_layer is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bagel.checkpoint.files import AE, EMA
@@ -42,12 +43,12 @@ class Slot:
         """The memory that it fills: of the slice's size, perhaps of another shape."""
         return self.parameter[self.begin : self.end]
 
-    def fill(self, values: Tensor) -> None:
-        """Copy the slice's values, in the target's shape, into the model's memory."""
+    def fill(self, values: Tensor, device: torch.device | str) -> None:
+        """Copy the slice's values, in the target's shape, into the model's memory. device: quantises them."""
         if self.scale is None:
             self.target.copy_(values)
         else:
-            quantise_into(values, self.target, self.scale[self.begin : self.end])
+            quantise_into(values, self.target, self.scale[self.begin : self.end], device)
 
     @property
     def name(self) -> str:

@@ -22,14 +22,15 @@ from bagel.checkpoint.headers import TensorInfo
 from bagel.checkpoint.roles import Role
 from bagel.checkpoint.slices import SliceReader
 from bagel.checkpoint.tensors import check_plain, few
-from bagel.errors import BagelError, CheckpointError
+from bagel.errors import BagelError, CheckpointError, NotSupported
 from bagel.model.attention_backends import AUTO
-from bagel.model.backend import choose_backend, launched_in_order
+from bagel.model.backend import choose_backend, launched_in_order, launched_one_by_one
 from bagel.model.bagel import Bagel
 from bagel.model.fp8 import check_fp8, quantise_into
 from bagel.model.linear import Fp8Linear, LinearFactory, Quantization
-from bagel.model.mot import MoTDecoder
+from bagel.model.mot import EXPERTS, MoTDecoder
 from bagel.model.naming import Slot, kept, slots
+from bagel.model.offload import LayerStream
 from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.parallel.hsdp import gather_once, shard
 
@@ -51,24 +52,30 @@ def load_model(
     attention: str = AUTO,
     eager: bool = False,
     quantization: Quantization | None = None,
+    offload: bool = False,
 ) -> Bagel:
     """The model of a role, its weights read from the checkpoint.
 
     dtype: of the decoder, ViT and embeddings; norms and the small modules around latents are always float32.
     delimiter_ids: ids of the image delimiters, start and end; role denoise keeps only their rows of the embedding.
     groups: of the rank whose share is loaded; ranks that divide the weights (`weights`) call this together. attention,
-    eager: as `choose_backend` takes them; quantization: of the decoder's weights, as they are read. Raises ConfigError
-    for a model that does not divide among its mesh's ranks, and CheckpointError naming every missing, misshapen or
-    quantised tensor (the first few of many), both before anything is allocated; ConfigError too for attention or a
-    quantization that cannot run there.
+    eager: as `choose_backend` takes them; quantization: of the decoder's weights, as they are read; offload: keep those
+    of its layers in the host's memory (bagel.model.offload). Raises ConfigError for a model that does not divide among
+    its mesh's ranks, and CheckpointError naming every missing, misshapen or quantised tensor (the first few of many),
+    both before anything is allocated; ConfigError too for attention or a quantization that cannot run there,
+    NotSupported for offload of ranks that divide the weights.
     """
     if quantization is Quantization.FP8:
         check_fp8(torch.device(device), dtype)
     model = _unplaced_model(checkpoint.config, role, dtype, delimiter_ids, groups, quantization)
     # While the model has no memory, so that a checkpoint that does not fit costs nothing.
     check_role(checkpoint, model)
-    model = _place(model, device, attention, eager=eager)
-    fill(checkpoint, [mine for slot in slots(model) if (mine := kept(slot)) is not None])
+    if offload and groups.weights.size > 1:
+        raise NotSupported("HSDP divides the weights over GPUs, cpu_offload keeps them on the host; leave out one")
+    model = _place(model, device, attention, eager=eager, offload=offload)
+    fill(checkpoint, [mine for slot in slots(model) if (mine := kept(slot)) is not None], model.device)
+    if (stream := model.language_model.layers.stream) is not None:
+        stream.move()
     return model.eval()
 
 
@@ -101,19 +108,45 @@ def _unplaced_model(
         return Bagel(config, role, delimiter_ids, linears=linears).requires_grad_(False)
 
 
-def _place(model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False) -> Bagel:
+def _place(
+    model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False, offload: bool = False
+) -> Bagel:
     """Give a model memory on a device: all of it, or the part of a rank that shares the weights with others."""
     decoder, sharing = model.language_model, model.groups.weights
     tables = _large_tables(decoder)
     # Divided while it has no memory, so that a rank never holds more than its part.
     shard(decoder.layers, tables, sharing, torch.device(device))
-    model.to_empty(device=device)
+    if offload:
+        keep_layers_on_host(model, torch.device(device))
+        _place_the_rest(model, device)
+    else:
+        model.to_empty(device=device)
     gather_once([*decoder.layers, *tables])
     # `to_empty` leaves it without values, and no file has them.
     decoder.rotary.reset()
     backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager, groups=model.groups)
     decoder.backend = backend if sharing.size == 1 else launched_in_order(backend)
+    if offload:
+        decoder.backend = launched_one_by_one(decoder.backend)
     return model
+
+
+def _place_the_rest(model: Bagel, device: torch.device | str) -> None:
+    """Give memory to the modules that have none yet."""
+    for module in model.modules():
+        if all(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+
+
+def keep_layers_on_host(model: Bagel, device: torch.device) -> LayerStream:
+    """Let the weights of a model's layers lie in the host's memory, and be brought to the device as they are needed.
+
+    They keep their values, if they have any; the stream's `move` lets the model compute.
+    """
+    decoder = model.language_model
+    experts = EXPERTS if model.role.parts.generation else EXPERTS[:1]
+    decoder.layers.stream = LayerStream(list(decoder.layers), experts, device)
+    return decoder.layers.stream
 
 
 def _large_tables(decoder: MoTDecoder) -> list[nn.Module]:
@@ -147,7 +180,7 @@ def random_model(
             parameter.zero_()
         elif isinstance(layer := model.get_submodule(path), Fp8Linear):
             plain = torch.empty(parameter.shape, dtype=dtype, device=device)
-            quantise_into(plain.normal_(0.0, deviation, generator=generator), layer.weight, layer.scale)
+            quantise_into(plain.normal_(0.0, deviation, generator=generator), layer.weight, layer.scale, plain.device)
         else:
             parameter.normal_(0.0, deviation, generator=generator)
     return model.eval()
@@ -191,17 +224,20 @@ def known_names(config: ModelConfig) -> set[str]:
     return {slot.name for slot in slots(_unplaced_model(config, Role.FULL, torch.bfloat16))}
 
 
-def fill(checkpoint: Checkpoint, needed: Sequence[Slot]) -> None:
-    """Read slots from the files of a checkpoint that has been checked, and no other bytes of them."""
+def fill(checkpoint: Checkpoint, needed: Sequence[Slot], device: torch.device | str = "cpu") -> None:
+    """Read slots from the files of a checkpoint that has been checked, and no other bytes of them.
+
+    device: quantises them.
+    """
     for file in dict.fromkeys(slot.file for slot in needed):
         with SliceReader(checkpoint.path(file), checkpoint.header(file)) as reader:
             buffer = torch.empty(0, dtype=torch.uint8)
             for slot in needed:
                 if slot.file == file:
-                    buffer = _read(reader, slot, checkpoint.tensors(file)[slot.name].dtype, buffer)
+                    buffer = _read(reader, slot, checkpoint.tensors(file)[slot.name].dtype, buffer, device)
 
 
-def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor) -> Tensor:
+def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor, device: torch.device | str) -> Tensor:
     """Fill a slot by way of a buffer, which is returned for the next slot. A larger one is made where it is too small.
 
     Memory that is used again is already mapped: that makes reading from the page cache about twice as fast.
@@ -211,7 +247,7 @@ def _read(reader: SliceReader, slot: Slot, stored: str, buffer: Tensor) -> Tenso
     if len(buffer) < nbytes:
         buffer = torch.empty(nbytes, dtype=torch.uint8)
     reader.read(slot.part, buffer.numpy().data[:nbytes])
-    slot.fill(buffer[:nbytes].view(dtype).view(slot.target.shape))
+    slot.fill(buffer[:nbytes].view(dtype).view(slot.target.shape), device)
     return buffer
 
 

@@ -542,6 +542,20 @@ def test_an_override_goes_to_the_stages_it_means_something_to(deploy: DeployConf
     assert changed.connectors == deploy.connectors
 
 
+def test_weights_are_divided_or_kept_on_the_host() -> None:
+    spread = {"use_hsdp": True, "hsdp_shard_size": 2}
+    told = problem_of(two_stages(dit={"cpu_offload": "layers", "devices": "0,1", "parallel_config": spread}))
+    assert "cpu_offload is layers; use_hsdp divides the weights over GPUs instead, leave out one" in told
+
+
+def test_offload_goes_to_the_dit_alone(deploy: DeployConfig) -> None:
+    changed = with_overrides(deploy, cpu_offload="layers")
+    assert [stage.cpu_offload for stage in changed.stages] == [None, "layers"]
+    assert changed.stage(1).settings(DitConfig)["cpu_offload"] == "layers"
+    thinker = problem_of(two_stages({"cpu_offload": "layers"}))
+    assert "cpu_offload is layers; it is for the DiT stage only, leave it out here" in thinker
+
+
 def test_quantization_goes_to_the_dit_and_to_a_thinker_on_vllm(deploy: DeployConfig) -> None:
     """The torch engine has none, so that asking for a smaller DiT must not refuse the Thinker beside it."""
     for engine, thinkers in (("torch", None), (None, None), ("vllm", "fp8")):

@@ -54,3 +54,10 @@ def test_a_rank_quantises_as_the_settings_say_and_a_torch_thinker_refuses_to(che
         assert rank.load(told).model.quantization == "fp8"
     with pytest.raises(NotSupported, match="the torch engine has no quantization; leave it out, or start the Thinker"):
         load_engine(ThinkerConfig(model="tiny", device="cpu", quantization="fp8", engine="torch"), checkpoint)
+
+
+def test_weights_stay_on_the_host_for_a_gpu_alone(checkpoint: Checkpoint) -> None:
+    with pytest.raises(
+        ConfigError, match="cpu_offload keeps weights for a GPU in the host's memory; on a CPU they are"
+    ):
+        rank.load(settings(checkpoint, cpu_offload="layers"))

@@ -124,7 +124,7 @@ def test_weights_are_rounded_once_from_the_file(quantised: Bagel, plain: Bagel) 
 def test_a_large_weight_is_quantised_a_part_at_a_time() -> None:
     values = torch.randn(2 * AT_ONCE + 5, 16)
     target, scale = torch.empty(values.shape, dtype=FP8), torch.empty(len(values), 1)
-    quantise_into(values, target, scale)
+    quantise_into(values, target, scale, values.device)
     wanted = quantise(values)
     assert torch.equal(target.float(), wanted.values.float()) and torch.equal(scale, wanted.scales)
 

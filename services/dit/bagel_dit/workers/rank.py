@@ -92,6 +92,7 @@ def load(settings: RankSettings, place: Place = FIRST) -> LoadedModel:
         enforce_eager=bool(config.enforce_eager),
         quantization=config.quantization,
         groups=groups,
+        cpu_offload=config.cpu_offload,
     )
 
 
