@@ -21,7 +21,7 @@ from bagel.model.weights import empty_model, load_model, random_model
 from bagel.parallel.groups import Groups
 from bagel.parallel.mesh import Mesh
 from tests.model.forwards import FORWARDS
-from tests.model.test_shares import ranks_of, together
+from tests.model.test_shares import Threads, ranks_of, together
 
 DELIMITERS = (929, 930)
 GIB = 2**30
@@ -166,12 +166,13 @@ def test_the_log_says_what_is_quantised(checkpoint: Checkpoint, caplog: pytest.L
 
 
 def test_ranks_scale_their_own_shares(checkpoint: Checkpoint, quantised: Bagel) -> None:
+    threads = Threads(2)
     shares = [
         load_model(
             checkpoint,
             delimiter_ids=DELIMITERS,
             dtype=torch.bfloat16,
-            groups=Groups(rank),
+            groups=threads.groups(rank),
             quantization=Quantization.FP8,
         )
         for rank in ranks_of(2)
