@@ -34,6 +34,7 @@ from bagel.model.attention_backends import AUTO
 from bagel.model.bagel import Bagel
 from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.tokenizer import BagelTokenizer
+from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.request import Request
 from bagel.telemetry.stages import StageClock, stages_before
 
@@ -92,8 +93,12 @@ class BagelEngine:
         quantization: str | None = None,
         cpu_offload: str | None = None,
         profile: bool = False,
+        groups: Groups = UNDIVIDED,
     ) -> BagelEngine:
-        """The engine of a checkpoint; raises CheckpointError if its files do not fit. Arguments as `load_role`'s."""
+        """The engine of a checkpoint; raises CheckpointError if its files do not fit. Arguments as `load_role`'s.
+
+        Of several ranks each has an engine, and all of them are called alike; the first one's results have pictures.
+        """
         loaded = load_role(
             checkpoint,
             Role.FULL,
@@ -103,6 +108,7 @@ class BagelEngine:
             vae_use_tiling=vae_use_tiling,
             attention_backend=attention_backend,
             enforce_eager=enforce_eager,
+            groups=groups,
             quantization=quantization,
             cpu_offload=cpu_offload,
         )
@@ -225,16 +231,20 @@ class _Batch:
                 self._report(StepDone(job.index, event.step, job.steps))
                 if event.step == job.steps:
                     job.clock.lap("denoise")
+                    if self._engine.loaded.groups.world.index:
+                        self._done(event.id, job.result(None))  # the first rank gives the picture out
             case Drawn() | Done():
-                del self._under_way[event.id]
-                result = job.result(event if isinstance(event, Drawn) else None)
-                self._results.append(result)
-                self._report(result)
+                self._done(event.id, job.result(event if isinstance(event, Drawn) else None))
             case Failed():
                 del self._under_way[event.id]
                 self._scheduler.remove(event.id)
                 self._engine.execute(Remove(event.id))
                 self._errors.append(event.error)
+
+    def _done(self, id_: int, result: Result) -> None:
+        del self._under_way[id_]
+        self._results.append(result)
+        self._report(result)
 
 
 def load(

@@ -6,6 +6,8 @@ exchange through NCCL where the model is on a GPU, through gloo on a CPU.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -111,6 +113,9 @@ def join(
     if mesh.size == 1:
         return Groups(rank)
     timeout = timedelta(seconds=timeout_s)
+    if init_method.startswith("file:") and sys.platform == "linux":
+        # Ranks of one host; otherwise gloo looks up the host's name, which may have no address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         BACKENDS[device.type],
         init_method=init_method,

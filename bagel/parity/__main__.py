@@ -12,22 +12,18 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from bagel.arguments import OnceParser
-from bagel.engine.local import BagelEngine
 from bagel.errors import BagelError
 from bagel.model.device import choose_device
-from bagel.parity.bf16 import compare_bf16
-from bagel.parity.golden import Case, Golden
-from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
-from bagel.parity.prompts import with_transforms
-from bagel.parity.report import Comparison, absolute
-from bagel.parity.runs import compare_picture, compare_prefill, compare_text
+from bagel.parallel.groups import UNDIVIDED
+from bagel.parity.cases import compare_all
+from bagel.parity.golden import Golden
+from bagel.parity.report import Comparison
 from bagel.parity.served import compare_served
 from bagel.pipelines import BAGEL, PIPELINES
 
@@ -54,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choose_device(args.device)  # a GPU that is not there is an error in one line, before anything is loaded
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
         if topology is None:
-            reports = _reports(golden, args.device, tolerance)
+            reports = compare_all(UNDIVIDED, args.device, golden, tolerance)
         else:
             reports = compare_served(golden, topology, args.device, tolerance, args.engine)
         return _run(golden, reports, tolerance, as_json=args.json)
@@ -86,51 +82,6 @@ def _summary(count: int, failed: Sequence[str], tolerance: float, seconds: float
     if failed:
         return f"wrong: {', '.join(failed)}; --json says where ({count} cases, tolerance {tolerance:g}, {seconds} s)"
     return f"all {count} cases agree within {tolerance:g} ({seconds} s)" if count else "there is no case"
-
-
-def _reports(golden: Golden, device: str, tolerance: float) -> Iterator[Comparison]:
-    engine = BagelEngine.load(golden.checkpoint, device=device)
-    for path in golden.tables():
-        if path.stem not in NOT_RESULTS:
-            yield compare_table(path, engine.tokenizer)
-    fingerprint = golden.checkpoint.fingerprint
-
-    def run(engine: BagelEngine, case: Case, name: str, make: Callable[[], Comparison]) -> Comparison:
-        try:
-            report = make()
-        except Exception as error:  # a damaged or missing file is one failure, not the end of the rest
-            return Comparison(name, {}, absolute(tolerance), failures=[_one_line(error)])
-        try:
-            compare_case(with_transforms(engine, case, fingerprint), case, report)
-            report.finish(case.data["images"])
-        except Exception as error:  # so is a case that cannot be repeated
-            report.failures.append(_one_line(error))
-        return report
-
-    def recorded(case: Case) -> Comparison:
-        report = Comparison(case.name, case.tensors, absolute(tolerance))
-        report.require(*case.data["tensors"])
-        return report
-
-    for case in golden.cases("fp32"):
-        yield run(engine, case, case.name, partial(recorded, case))
-    yield from compare_bf16(golden, device, run)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def compare_case(engine: BagelEngine, case: Case, report: Comparison) -> None:
-    """Repeat one recorded case and compare everything that it recorded."""
-    if case.name == "components":
-        compare_components(engine.model, report)
-    elif "turns" in case.data:
-        compare_prefill(engine, case, report)
-    elif "num_timesteps" in case.settings:
-        compare_picture(engine, case, report)
-    else:
-        compare_text(engine, case, report)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.local import BagelEngine
+from bagel.parallel.groups import Groups
 from bagel.parity.golden import Case, Golden
 from bagel.parity.report import Comparison, Judge
 
@@ -46,13 +47,13 @@ class Bf16Comparison(Comparison):
             )
 
 
-def compare_bf16(golden: Golden, device: str, run: Run) -> Iterator[Comparison]:
+def compare_bf16(golden: Golden, device: str, run: Run, groups: Groups) -> Iterator[Comparison]:
     """Every case of bf16/, run in bfloat16 and judged against its float32 twin."""
     cases = golden.cases("bf16")
     # Without cases no second model is loaded.
     if not cases:
         return
-    engine = BagelEngine.load(golden.checkpoint, dtype=torch.bfloat16, device=device)
+    engine = BagelEngine.load(golden.checkpoint, dtype=torch.bfloat16, device=device, groups=groups)
     for case in cases:
         # Both bfloat16 runs, ours and the reference's, are measured from the float32 one.
         twin = Case(golden.root, golden.root / "fp32", case.name)

@@ -15,6 +15,7 @@ from bagel.engine.local import BagelEngine
 from bagel.engine.segments import Chain, Segment
 from bagel.images import ImageTransform, pixel_digest, prepare
 from bagel.kv.digests import SegmentKind
+from bagel.model.bagel import Bagel
 from bagel.model.flow import latent_unpatchify
 from bagel.parity.calls import Calls
 from bagel.parity.golden import Case
@@ -80,7 +81,7 @@ class PromptRun:
         report.tensor(f"{name}.output", record.last("vit.out"))
         report.tensor(f"{name}.connector", record.last("connector.out"))
         self._compare_block(name, record)
-        compare_kv(report, "kv_after_vit", context)
+        compare_kv(report, "kv_after_vit", context, self.engine.model)
 
     def _compare_vae(self, segment: Segment, record: Recorder, context: Context) -> None:
         name, report = f"{self.prefix(segment)}vae", self.report
@@ -94,7 +95,7 @@ class PromptRun:
         report.tensor(f"{name}.latent", latent_unpatchify(tokens, *segment.grid, patch)[None])
         report.tensor(f"{name}.latent_position_ids", record.last("latent_pos_embed.in"))
         self._compare_block(name, record)
-        compare_kv(report, "kv_after_vae", context)
+        compare_kv(report, "kv_after_vae", context, self.engine.model)
 
     def _compare_block(self, name: str, record: Recorder) -> None:
         self.report.tensor(f"{name}.llm_inputs", record.decoder_inputs)
@@ -174,12 +175,26 @@ def compare_text_segment(report: Comparison, name: str, segment: Segment, record
     report.tensor(f"{name}.logits", lambda: record.model.language_model.logits(und[0]))
 
 
-def compare_kv(report: Comparison, name: str, context: Context) -> None:
+def compare_kv(report: Comparison, name: str, context: Context, model: Bagel) -> None:
     """All layers of a context that the case recorded under a name."""
     for layer in range(context.kv[0].k.shape[0] if context.kv else 0):
-        report.tensor(f"{name}.{layer}.k", lambda layer=layer: _joined(context, layer, "k"))  # type: ignore[misc]
-        report.tensor(f"{name}.{layer}.v", lambda layer=layer: _joined(context, layer, "v"))  # type: ignore[misc]
+        for which in ("k", "v"):
+            report.tensor(
+                f"{name}.{layer}.{which}",
+                lambda layer=layer, which=which: all_heads(_joined(context, layer, which), model),  # type: ignore[misc]
+            )
 
 
 def _joined(context: Context, layer: int, which: str) -> Tensor:
     return torch.cat([getattr(segment, which)[layer] for segment in context.kv])
+
+
+def all_heads(kv: Tensor, model: Bagel) -> Tensor:
+    """K or V [tokens, heads, head_dim] of this rank's heads -> of all heads, gathered from the ranks."""
+    groups, llm = model.groups, model.config.llm
+    gathered = groups.tp.gather(kv.contiguous())
+    whole = kv.new_empty(len(kv), llm.num_key_value_heads, kv.shape[2])
+    for tp, heads in enumerate(gathered):
+        share = replace(groups.rank, tp=tp).decoder(llm).kv_heads
+        whole[:, share.start : share.stop] = heads
+    return whole

@@ -17,6 +17,7 @@ from typing import Any
 from bagel.engine.commands import Command
 from bagel.engine.events import Broken
 from bagel.engine.progress import Heartbeat
+from bagel.parallel.rendezvous import Rendezvous
 from bagel.telemetry.logs import Log
 from bagel_dit.workers import KvNode, Place, RankSettings
 from bagel_dit.workers.agreement import Agreement, Disagreement
@@ -32,7 +33,6 @@ from bagel_dit.workers.messages import (
     Stop,
 )
 from bagel_dit.workers.pipe import Pipe
-from bagel_dit.workers.rendezvous import Rendezvous
 from bagel_dit.workers.verdict import GRACE_S, End, Weight, verdict
 from bagel_dit.workers.watch import Watch
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -22,6 +21,7 @@ from bagel.kv.arena import Arena
 from bagel.model.bagel import Bagel
 from bagel.model.device import DTYPES, choose_device, choose_dtype
 from bagel.model.mot import MoTLayer
+from bagel.model.threads import share_threads
 from bagel.model.vit import VitLayer
 from bagel.parallel.groups import join, leave
 from bagel.rpc.heap import keep_loaded
@@ -68,7 +68,8 @@ def load(settings: RankSettings, place: Place = FIRST) -> LoadedModel:
     config, checkpoint = settings.config, Checkpoint(settings.folder)
     device, parallel = choose_device(config.device, place.index if place.gpu is None else place.gpu), config.parallel
     if device.type == "cpu":
-        settle_rank(parallel.world_size)
+        os.nice(NICENESS)
+        share_threads(parallel.world_size)
     else:
         # Streams and kernels go to the current device, which would be GPU 0.
         torch.cuda.set_device(device)
@@ -139,16 +140,6 @@ def only_agreed(pipe: Pipe) -> Callable[[Event], None]:
             pipe.send(event)
 
     return emit
-
-
-def settle_rank(world: int) -> None:
-    """Of a rank on a CPU: services beside it go first, and ranks divide the threads."""
-    os.nice(NICENESS)
-    if world > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
-        if sys.platform == "linux":
-            # Ranks of one host; otherwise gloo looks up the host's name, which may be nobody's.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def name_process(name: str) -> None:

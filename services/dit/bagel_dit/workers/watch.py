@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from bagel.engine.progress import Heartbeat
+from bagel.parallel.rendezvous import clear
 from bagel_dit.workers.messages import Alive, Hung, Report
-from bagel_dit.workers.rendezvous import clear
 
 LOOK_S = 1.0
 IO = Path("/proc/self/io")
