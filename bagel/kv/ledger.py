@@ -11,7 +11,7 @@ from bagel.kv.arena import ALIGNMENT
 from bagel.kv.digests import DIGEST_BYTES
 from bagel.kv.first_fit import FirstFit
 from bagel.kv.pages import KvLayout
-from bagel.kv.segment import Lease, Segment, Waiter, name, wake
+from bagel.kv.segment import Claim, Lease, Segment, Waiter, name, wake
 
 LONGEST_ID = 64
 
@@ -62,11 +62,6 @@ class Ledger:
         now = self._clock()
         self.release([lease.lease_id for lease in self.leases.values() if lease.deadline <= now])
 
-    def pinned(self, digest: bytes) -> Segment | None:
-        """A segment with this digest that has pins, one that is gone first."""
-        candidates = (*self._orphans, *self.segments.values())
-        return next((each for each in candidates if each.digest == digest and each.pins), None)
-
     def get(self, digest: bytes) -> Segment:
         """The segment; raises what it failed with if a lease still wants it, else UnknownSegment."""
         if (segment := self.segments.get(digest)) is not None:
@@ -76,10 +71,10 @@ class Ledger:
                 failed.alive()
         raise UnknownSegment(f"{name(digest)} is not held here: it was never leased, was evicted, or failed")
 
-    def unclaim(self, digest: bytes) -> None:
-        """Nobody fills a segment any more; no effect on one that is complete or gone."""
-        if (segment := self.segments.get(digest)) and segment.claimed:
-            segment.claimed = False
+    def unclaim(self, claim: Claim) -> None:
+        """Nobody fills a segment any more; no effect if the claim is over."""
+        if (segment := claim.segment).claim is claim:
+            segment.claim = None
             segment.wake()
             self._settle(segment)
             wake(self.room_waiters)
@@ -134,7 +129,9 @@ class Ledger:
         sizes = [self.layout.segment_bytes(length) for _, length in wanted]
         idle = [segment for segment in self.segments.values() if segment.idle]
         # Checked before anything is evicted: a request that cannot fit costs no cache.
-        if sum(sizes) > self._allocator.unused + sum(segment.nbytes for segment in idle):
+        # In blocks, as both take them: counted in bytes, room that is there would be missed.
+        blocks, evictable = (sum(map(self._allocator.aligned, each)) for each in (sizes, (s.nbytes for s in idle)))
+        if blocks > self._allocator.unused + evictable:
             raise self._full(sum(sizes))
         reserved: list[Segment] = []
         for (digest, length), nbytes in zip(wanted, sizes, strict=True):
@@ -145,6 +142,9 @@ class Ledger:
                 # There is room in all, but not in one piece: what was taken goes back, as it is all or none.
                 for segment in reserved:
                     self.discard(segment, None)
+                # The first ones may have cut the piece that the last one needs; now that all is evicted, it is whole.
+                if self._allocator.fits(*sizes):
+                    return self._reserve(wanted)
                 raise self._full(sum(sizes))
             pages = self.layout.layers * len(self.layout.page_ranges(length))
             segment = Segment(digest, length, offset, nbytes, pages, leases=1)
@@ -189,7 +189,7 @@ class Ledger:
     def discard(self, segment: Segment, error: BagelError | None) -> None:
         """Take a segment out of the store; its memory is free once it has no pins."""
         del self.segments[segment.digest]
-        segment.stored, segment.claimed, segment.error = False, False, error
+        segment.stored, segment.claim, segment.error = False, None, error
         if segment.pins:
             self._orphans.append(segment)
         else:

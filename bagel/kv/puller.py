@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from bagel.kv.codec import DTYPES, PAGE_VERSION, Page, decode_page, version_misf
 from bagel.kv.held import HeldContexts
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
+from bagel.kv.segment import Claim
 from bagel.kv.source import Source
 from bagel.kv.store import KvStore
 from bagel.telemetry.logs import Log
@@ -144,21 +145,21 @@ class KvPuller:
         finally:
             self._fetches.discard(fetch)
 
-    def _claim(self, digests: Iterable[bytes]) -> list[bytes]:
+    def _claim(self, digests: Iterable[bytes]) -> dict[bytes, Claim]:
         """Those that this pull is to fill; none is left claimed if one of them has failed for another request."""
-        mine: list[bytes] = []
+        mine: dict[bytes, Claim] = {}
         try:
             for digest in digests:
-                if self.store.claim(digest):
-                    mine.append(digest)
+                if claim := self.store.claim(digest):
+                    mine[digest] = claim
         except BagelError:
-            for digest in mine:
-                self.store.unclaim(digest)
+            for claim in mine.values():
+                self.store.unclaim(claim)
             raise
         return mine
 
     @contextmanager
-    def _claimed(self, source: str, digests: Sequence[bytes]) -> Iterator[None]:
+    def _claimed(self, source: str, claims: Mapping[bytes, Claim]) -> Iterator[None]:
         """Gives claims back when the pull ends: a fetch that waits may claim them and go on from the pages there are.
 
         A pull that was cancelled or refused says nothing about the context: another request goes on with its own lease.
@@ -170,12 +171,12 @@ class KvPuller:
             raise
         except BagelError as error:
             for fetch in self._fetches:
-                if fetch.source == source and not fetch.waiting.keys().isdisjoint(digests):
+                if fetch.source == source and not fetch.waiting.keys().isdisjoint(claims):
                     fetch.failed = error
             raise
         finally:
-            for digest in digests:
-                self.store.unclaim(digest)
+            for claim in claims.values():
+                self.store.unclaim(claim)
 
     async def _pull(self, ref: kv_pb2.ContextRef, lengths: Mapping[bytes, int]) -> None:
         """Fetch what is missing of segments; damaged or missing pages are asked for once more.

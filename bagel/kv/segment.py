@@ -36,12 +36,16 @@ class Segment:
     page_count: int
     leases: int = 0
     pins: int = 0
-    claimed: bool = False
+    claim: Claim | None = None
     stored: bool = True
     error: BagelError | None = None
     log: list[tuple[int, int]] = field(default_factory=list)
     ready: set[tuple[int, int]] = field(default_factory=set)
     waiters: dict[Waiter, None] = field(default_factory=dict)
+
+    @property
+    def claimed(self) -> bool:
+        return self.claim is not None
 
     @property
     def complete(self) -> bool:
@@ -81,6 +85,20 @@ def _resolve(future: asyncio.Future[None]) -> None:
 def name(digest: bytes) -> str:
     """How messages name a segment."""
     return f"segment {digest.hex()}"
+
+
+@dataclass(eq=False, frozen=True)
+class Claim:
+    """One writer's right to fill a segment: until it is given back, or the segment is complete or gone.
+
+    An object of its own, since a writer may give it back late, when another one fills the same segment anew.
+    """
+
+    segment: Segment
+
+    @property
+    def digest(self) -> bytes:
+        return self.segment.digest
 
 
 @dataclass

@@ -18,7 +18,7 @@ from bagel.kv.arena import ALIGNMENT, Arena
 from bagel.kv.counters import Counters, KvStats
 from bagel.kv.ledger import Ledger
 from bagel.kv.pages import KvLayout, PageKey
-from bagel.kv.segment import OpenPages, ReadyPage, Segment, Waiter, name
+from bagel.kv.segment import Claim, OpenPages, ReadyPage, Segment, Waiter, name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,19 +118,19 @@ class KvStore:
 
     # Filling
 
-    def claim(self, digest: bytes) -> bool:
-        """Whether the caller must fill a segment: False if it is complete or somebody else fills it."""
+    def claim(self, digest: bytes) -> Claim | None:
+        """The right and the duty to fill a segment; None if it is complete or somebody else fills it."""
         with self._entered():
             segment = self._ledger.get(digest)
             if segment.complete or segment.claimed:
-                return False
-            segment.claimed = True
-            return True
+                return None
+            segment.claim = Claim(segment)
+            return segment.claim
 
-    def unclaim(self, digest: bytes) -> None:
-        """Give a claim back: another writer may claim the segment. No effect on one that is complete or gone."""
+    def unclaim(self, claim: Claim) -> None:
+        """Give a claim back: another writer may claim the segment. No effect if the segment is complete or gone."""
         with self._entered():
-            self._ledger.unclaim(digest)
+            self._ledger.unclaim(claim)
 
     def fail(self, digest: bytes, error: BagelError) -> None:
         """Free a segment that cannot be filled; callers that wait for it get the error. No effect on a complete one."""
@@ -282,15 +282,17 @@ class KvStore:
                 for segment in open_:
                     self._ledger.unpin(segment)
 
-    def pin(self, digest: bytes) -> None:
-        """Keep a segment's memory until `unpin`, whatever becomes of its leases."""
+    def pin(self, digest: bytes) -> Segment:
+        """Keep a segment's memory until `unpin`, whatever becomes of its leases; what to call `unpin` with."""
         with self._entered():
-            self._ledger.get(digest).pins += 1
+            segment = self._ledger.get(digest)
+            segment.pins += 1
+            return segment
 
-    def unpin(self, digest: bytes) -> None:
+    def unpin(self, segment: Segment) -> None:
+        """Give back one pin of the very segment that was pinned: there may be another of its digest by now."""
         with self._entered():
-            if segment := self._ledger.pinned(digest):
-                self._ledger.unpin(segment)
+            self._ledger.unpin(segment)
 
     # Counters
 
@@ -357,7 +359,7 @@ class KvStore:
             segment.log += new
             self._count_ready(segment, new, computed)
             if segment.complete:
-                segment.claimed = False
+                segment.claim = None
             subscribers = self._subscribers
             segment.wake()
         for layer, begin in new:

@@ -21,6 +21,7 @@ from bagel.kv.codec import decode_page, encode_page
 from bagel.kv.first_fit import FirstFit
 from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
+from bagel.kv.segment import Claim
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
 from tests.kv.test_puller import has
@@ -47,10 +48,11 @@ def rows(value: float) -> torch.Tensor:
     return torch.full((LENGTH, 2, 8), float(value))
 
 
-def fill(store: KvStore, digest: bytes, layers: int = 2) -> None:
-    assert store.claim(digest)
+def fill(store: KvStore, digest: bytes, layers: int = 2) -> Claim:
+    assert (claim := store.claim(digest))
     for layer in range(layers):
         store.write_layer(digest, layer, rows(layer + 1), rows(-layer - 1))
+    return claim
 
 
 def cached(store: KvStore, *digests: bytes) -> None:
@@ -262,13 +264,13 @@ def test_a_pinned_segment_outlives_its_leases() -> None:
     store = store_of(1)
     lease = store.lease([(A, LENGTH)], 9)
     fill(store, A, layers=1)
-    store.pin(A)
+    pinned = store.pin(A)
     store.release([lease])
     with pytest.raises(StoreFull):
         store.lease([(B, LENGTH)], 9)
     store.write_layer(A, 1, rows(2), rows(-2))
     assert store.is_complete(A)
-    store.unpin(A)
+    store.unpin(pinned)
     store.lease([(B, LENGTH)], 9)
     assert not has(store, A)
 
@@ -284,9 +286,9 @@ def test_what_is_being_filled_outlives_its_leases() -> None:
     store.write_layer(A, 1, rows(2), rows(-2))
     assert store.is_complete(A)
     again = store.lease([(B, LENGTH)], 9)  # a complete one is cache
-    fill(store, B, layers=1)
+    claim = fill(store, B, layers=1)
     store.release([again])
-    store.unclaim(B)
+    store.unclaim(claim)
     assert not has(store, B) and store.stats().stored_bytes == 0
 
 
@@ -294,10 +296,10 @@ def test_waiters_get_the_segment_the_claim_or_the_error() -> None:
     async def main() -> None:
         store = KvStore(LAYOUT, b"tests", 3 * SIZE)
         lease = store.lease([(A, LENGTH), (B, LENGTH)], 9)
-        assert store.claim(A) and store.claim(B)
+        assert store.claim(A) and (claim := store.claim(B))
         whole, given_up = asyncio.create_task(store.wait_segment(A)), asyncio.create_task(store.wait_segment(B))
         await asyncio.sleep(0.01)
-        store.unclaim(B)
+        store.unclaim(claim)
         assert await given_up is False
 
         def write() -> None:

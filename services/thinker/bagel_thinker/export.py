@@ -22,6 +22,7 @@ from bagel.engine.text_scheduler import (
     LayerComputed,
 )
 from bagel.errors import UnknownSegment
+from bagel.kv.segment import Claim
 from bagel.kv.store import KvStore
 from bagel.telemetry.logs import Log
 from bagel_thinker.watchdog import Pulse
@@ -67,7 +68,7 @@ class KvLane:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # Around the two that follow.
         self._idle = Condition()
-        self._open, self._filling = 0, set[bytes]()
+        self._open, self._filling = 0, dict[bytes, Claim]()
         self.pulse = Pulse()
         self._thread = Thread(target=self._run, name="torch-engine-kv", daemon=True)
         self._thread.start()
@@ -78,13 +79,13 @@ class KvLane:
         Its memory is kept until `release`.
         """
         try:
-            if not self._store.claim(digest):
+            if (claim := self._store.claim(digest)) is None:
                 return False
             self._store.pin(digest)
         except UnknownSegment:
             return False
         with self._idle:
-            self._filling.add(digest)
+            self._filling[digest] = claim
         return True
 
     def copy(self, digest: bytes, layer: int, k: Tensor, v: Tensor, written: OnWritten) -> None:
@@ -109,10 +110,11 @@ class KvLane:
         """Let go of a claimed segment after the copies so far: others may want what was not written of it."""
 
         def job() -> None:
-            self._store.unclaim(digest)
-            self._store.unpin(digest)
             with self._idle:
-                self._filling.discard(digest)
+                claim = self._filling.pop(digest)
+            # Only now: as soon as it is given back, the engine's thread may claim the same segment again.
+            self._store.unclaim(claim)
+            self._store.unpin(claim.segment)
 
         self._put(job)
 
@@ -136,7 +138,7 @@ class KvLane:
     def fills(self, digests: Iterable[bytes]) -> bool:
         """Whether any of these segments is on its way to the store."""
         with self._idle:
-            return not self._filling.isdisjoint(digests)
+            return not self._filling.keys().isdisjoint(digests)
 
     def wait(self) -> None:
         """Wait until all that was handed in so far is done."""

@@ -51,7 +51,7 @@ class StoreCache:
             return near
         try:
             # Pinned, so that it is not evicted while it is read.
-            self._store.pin(digest)
+            pinned = self._store.pin(digest)
         except UnknownSegment:
             return None
         try:
@@ -59,7 +59,7 @@ class StoreCache:
                 return None
             kv = self._load(digest)
         finally:
-            self._store.unpin(digest)
+            self._store.unpin(pinned)
         self._near.put(digest, kv)
         return kv
 

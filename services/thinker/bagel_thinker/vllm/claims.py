@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from bagel.engine.segments import Chain
 from bagel.errors import BagelError, UnknownSegment
+from bagel.kv.segment import Claim
 from bagel.kv.store import KvStore
 from bagel_thinker.vllm.jobs import Filling, Job, Request
 from bagel_thinker.vllm.sink import Notice
@@ -33,7 +34,8 @@ class Claims:
     def take(self, name: str, job: Job) -> Request:
         """Make a job's request, with the segments that it has to compute and export."""
         segments = job.chain.segments
-        fillings = {each.digest: Filling(each.digest) for each in segments if self._claim(each.digest)}
+        claims = {each.digest: self._claim(each.digest) for each in segments}
+        fillings = {digest: Filling(digest, claim) for digest, claim in claims.items() if claim}
         fresh = frozenset(each.digest for each in segments) - self._known.keys()
         request = job.request = Request(name, job, fresh, fillings)
         self._busy.update(dict.fromkeys(fresh | fillings.keys(), request))
@@ -76,20 +78,19 @@ class Claims:
         for digest in (*request.fresh, *request.fillings):
             if self._busy.get(digest) is request:
                 del self._busy[digest]
-        for digest in request.fillings:
-            self._store.unclaim(digest)
-            self._store.unpin(digest)
+        for filling in request.fillings.values():
+            self._store.unclaim(filling.claim)
+            self._store.unpin(filling.claim.segment)
 
     def forget(self) -> None:
         """Forget which segments are computed, since vLLM's cache was dropped."""
         self._known.clear()
 
-    def _claim(self, digest: bytes) -> bool:
+    def _claim(self, digest: bytes) -> Claim | None:
         """Claim and pin a segment if a lease has reserved it and no other request has filled it."""
         try:
-            if not self._store.claim(digest):
-                return False
-            self._store.pin(digest)
+            if claim := self._store.claim(digest):
+                self._store.pin(digest)
         except UnknownSegment:
-            return False
-        return True
+            return None
+        return claim

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from bagel.engine.context import Context
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import ContextDone, ContextRequest, TextWritten
+from bagel.kv.segment import Claim
 from bagel.model.tokenizer import BagelTokenizer, TextStream
 
 
@@ -18,6 +19,7 @@ class Filling:
     """
 
     digest: bytes
+    claim: Claim
     written: set[tuple[int, int]] = field(default_factory=set)
 
 
