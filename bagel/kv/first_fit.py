@@ -40,10 +40,14 @@ class FirstFit:
 
     def fits(self, *sizes: int) -> bool:
         """Whether blocks of all these sizes could be allocated, in this order."""
-        trial = FirstFit(0, self._alignment)
-        # Tried on a copy, since several sizes may need the same hole.
-        trial._free = list(self._free)
+        trial = self.copy()  # several sizes may need the same hole
         return all(trial.allocate(size) is not None for size in sizes)
+
+    def copy(self) -> FirstFit:
+        """The same holes, to try things on."""
+        copy = FirstFit(0, self._alignment)
+        copy.size, copy._free = self.size, list(self._free)
+        return copy
 
     @property
     def unused(self) -> int:

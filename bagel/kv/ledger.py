@@ -125,32 +125,36 @@ class Ledger:
             )
 
     def _reserve(self, wanted: Sequence[tuple[bytes, int]]) -> list[Segment]:
-        """New segments with one lease each; evicts what is needed for them."""
+        """New segments with one lease each; evicts what is needed for them, and nothing if they do not fit."""
         sizes = [self.layout.segment_bytes(length) for _, length in wanted]
-        idle = [segment for segment in self.segments.values() if segment.idle]
-        # Checked before anything is evicted: a request that cannot fit costs no cache.
-        # In blocks, as both take them: counted in bytes, room that is there would be missed.
-        blocks, evictable = (sum(map(self._allocator.aligned, each)) for each in (sizes, (s.nbytes for s in idle)))
-        if blocks > self._allocator.unused + evictable:
-            raise self._full(sum(sizes))
-        reserved: list[Segment] = []
+        for victim in self._victims(sizes):
+            self.discard(victim, None)
+        reserved = []
         for (digest, length), nbytes in zip(wanted, sizes, strict=True):
-            # One at a time, since each eviction may join holes to one that is large enough.
-            while (offset := self._allocator.allocate(nbytes)) is None and idle:
-                self.discard(idle.pop(0), None)
-            if offset is None:
-                # There is room in all, but not in one piece: what was taken goes back, as it is all or none.
-                for segment in reserved:
-                    self.discard(segment, None)
-                # The first ones may have cut the piece that the last one needs; now that all is evicted, it is whole.
-                if self._allocator.fits(*sizes):
-                    return self._reserve(wanted)
-                raise self._full(sum(sizes))
+            offset = self._allocator.allocate(nbytes)
+            assert offset is not None  # it was tried
             pages = self.layout.layers * len(self.layout.page_ranges(length))
-            segment = Segment(digest, length, offset, nbytes, pages, leases=1)
-            reserved.append(segment)
-            self.segments[digest] = segment
+            self.segments[digest] = Segment(digest, length, offset, nbytes, pages, leases=1)
+            reserved.append(self.segments[digest])
+        if reserved:
+            # Others may wait for room for the same segments: they share these, and need the less.
+            wake(self.room_waiters)
         return reserved
+
+    def _victims(self, sizes: Sequence[int]) -> list[Segment]:
+        """What must be evicted for blocks of these sizes, least recently used first. Raises StoreFull.
+
+        Tried on a copy: a failed request must cost no cache, and wake nobody who would fail and wake it in turn.
+        """
+        trial, blocks = self._allocator.copy(), sum(map(self._allocator.aligned, sizes))
+        idle = [segment for segment in self.segments.values() if segment.idle]
+        for number, segment in enumerate(idle):
+            if trial.unused >= blocks and trial.fits(*sizes):
+                return idle[:number]
+            trial.free(segment.offset, segment.nbytes)
+        if trial.fits(*sizes):
+            return idle
+        raise self._full(sum(sizes))
 
     def _full(self, nbytes: int) -> StoreFull:
         held = sum(segment.nbytes for segment in self.segments.values() if not segment.idle)

@@ -49,7 +49,8 @@ def rows(value: float) -> torch.Tensor:
 
 
 def fill(store: KvStore, digest: bytes, layers: int = 2) -> Claim:
-    assert (claim := store.claim(digest))
+    claim = store.claim(digest)
+    assert claim
     for layer in range(layers):
         store.write_layer(digest, layer, rows(layer + 1), rows(-layer - 1))
     return claim
@@ -296,7 +297,8 @@ def test_waiters_get_the_segment_the_claim_or_the_error() -> None:
     async def main() -> None:
         store = KvStore(LAYOUT, b"tests", 3 * SIZE)
         lease = store.lease([(A, LENGTH), (B, LENGTH)], 9)
-        assert store.claim(A) and (claim := store.claim(B))
+        claim = store.claim(B)
+        assert claim and store.claim(A)
         whole, given_up = asyncio.create_task(store.wait_segment(A)), asyncio.create_task(store.wait_segment(B))
         await asyncio.sleep(0.01)
         store.unclaim(claim)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bagel.kv.arena import ALIGNMENT
-from bagel.kv.first_fit import FirstFit
 from bagel.kv.pages import KvLayout
 from bagel.kv.segment import Segment
 from bagel.kv.store import KvStore
@@ -63,8 +61,7 @@ def audit(store: KvStore) -> None:
 def fits(store: KvStore, digests: list[bytes]) -> bool:
     """Whether there is room for segments once everything is evicted that nobody uses."""
     ledger = store._ledger
-    trial = FirstFit(0, ALIGNMENT)
-    trial._free = list(ledger._allocator._free)
+    trial = ledger._allocator.copy()
     for segment in ledger.segments.values():
         if segment.idle and segment.digest not in digests:
             trial.free(segment.offset, segment.nbytes)

@@ -1,9 +1,9 @@
-"""A gRPC channel to a servicer on the same event loop: the real handlers and statuses, no sockets, and faults at will."""
+"""A gRPC channel to a servicer on the same event loop: real handlers and statuses, no sockets, faults at will."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -47,11 +47,14 @@ class Stream:
     """One call of `Pull`, with a buffer between the handler's task and the reader."""
 
     def __init__(self, link: Link, request: Any) -> None:
-        self._link, self._context = link, CallContext()
+        self._link, self._context, self._request = link, CallContext(), request
+        self.wanted = True
         self._buffer: asyncio.Queue[bytes | AioRpcError | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(BUFFERED)
         self._handler = asyncio.get_running_loop().create_task(self._serve(request))
         link.streams.append(self)
+        # Not by the handler itself: one that is cancelled before it begins does not run.
+        self._handler.add_done_callback(lambda _: link.streams.remove(self))
 
     async def read(self) -> Any:
         message = await self._buffer.get()
@@ -60,18 +63,25 @@ class Stream:
             raise message
         return grpc.aio.EOF if message is None else message
 
+    def pages(self, of: Mapping[bytes, Sequence[tuple[int, int]]]) -> list[tuple[bytes, tuple[int, int]]]:
+        """What this call has asked for, as (digest, (layer, token begin)); of: all pages of each segment."""
+        whole = [(digest, page) for digest in self._request.digests for page in of[digest]]
+        return whole + [(each.digest, (each.layer, each.token_begin)) for each in self._request.pages]
+
     def cancel(self) -> None:
+        self.wanted = False
         self._handler.cancel()
 
     def cut(self) -> None:
         """Lose the connection: the reader gets a status without details, the handler is cancelled."""
         if not self._handler.done():
+            self.wanted = False
             self._handler.cancel()
             self._buffer.put_nowait(AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "cut"))
 
     async def _serve(self, request: Any) -> None:
         end: AioRpcError | None = None
-        messages = self._link.servicer.Pull(request, self._context)  # type: ignore[arg-type]
+        messages = self._link.servicer.Pull(request, self._context)
         try:
             async for data in messages:
                 await self._room.acquire()
@@ -82,7 +92,6 @@ class Stream:
         finally:
             with suppress(Aborted):
                 await messages.aclose()  # type: ignore[attr-defined]
-            self._link.streams.remove(self)
         self._buffer.put_nowait(end)
 
 

@@ -39,6 +39,10 @@ class InterleavingLoop(asyncio.BaseEventLoop):
         self._inside(lambda: None if handle.cancelled() else handle._run())
         return True
 
+    def is_busy(self) -> bool:
+        """Whether a callback is ready."""
+        return bool(self._ready)  # type: ignore[attr-defined]
+
     def settle(self, picks: Iterable[int] = ()) -> None:
         """Run callbacks until none is ready, without time; the first ones as picked, then in their order."""
         choices = iter(picks)
@@ -76,7 +80,9 @@ class InterleavingLoop(asyncio.BaseEventLoop):
         assert task.done(), f"not done within {within_s:g} s: {task}"
         return task.result()
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)
 
     def _inside(self, function: Callable[[], T]) -> T:
