@@ -41,7 +41,5 @@ def seeds() -> Iterable[bytes]:
         yield bytes((number,)) + json.dumps(json.loads((GOOD / name).read_bytes()), separators=(",", ":")).encode()
 
 
-WORDS = (
-    b'1e999 NaN -1 0 null [] {} true "hidden_size": "image_transforms": "vae_config":'.split()
-)
+WORDS = b'1e999 NaN -1 0 null [] {} true "hidden_size": "image_transforms": "vae_config":'.split()
 TARGET = Target(check, (BagelError,), seeds, words=tuple(WORDS))

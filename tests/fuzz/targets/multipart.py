@@ -58,6 +58,6 @@ def seeds() -> Iterable[bytes]:
     yield b'multipart/form-data; boundary="B"\n' + file + b"--B--\r\nafter"
 
 
-WORDS = b'--B --B-- Content-Disposition: form-data ;name="p" ;filename="f" ;filename*= Content-Transfer-Encoding: charset= boundary='
+WORDS = b'--B --B-- Content-Disposition: form-data ;name="p" ;filename="f" ;filename*= charset= boundary='
 
 TARGET = Target(check, (InvalidRequest,), seeds, words=(*WORDS.split(), b"\r\n", b"\r\n\r\n"))
