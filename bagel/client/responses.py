@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
 import grpc
 from PIL import Image
 
-from bagel.errors import BagelError, InvalidRequest, RemoteError
+from bagel.errors import BagelError, InvalidRequest, RemoteError, TransferDamaged
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.rpc import convert
 from bagel.rpc.errors import from_rpc_error
-from bagel.rpc.integrity import Digest, parsed
+from bagel.rpc.integrity import Digest, Trailing, parsed, trailing_of
 from bagel.v1 import common_pb2, gateway_pb2
 
 
@@ -59,12 +59,16 @@ class ResponseReader:
 
     def error(self, error: grpc.RpcError) -> BagelError:
         """What the request failed with; an InvalidRequest says which of several requests it is about."""
+        try:
+            self._digest.check(trailing_of(error), self._target, failed=True)
+        except TransferDamaged as damaged:  # the error is that of another request than the one that was sent
+            return damaged
         failure = from_rpc_error(error, self._target)
         if isinstance(failure, InvalidRequest):
             failure.index = self._index
         return failure
 
-    def check_finished(self, trailing: Iterable[tuple[str, str | bytes]] | None) -> None:
+    def check_finished(self, trailing: Trailing) -> None:
         """Raise if the gateway ended the stream without its last event, or if anything was damaged on its way.
 
         trailing: the metadata that the stream ended with.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from grpc_status import rpc_status
 
 from bagel import errors
 from bagel.errors import SERVER_FAULTS, BagelError, Busy, InvalidRequest, RemoteError
+from bagel.rpc.integrity import CURRENT
 from bagel.rpc.structure import MAX_FIELDS, check_fields
 from bagel.telemetry.logs import Log, adopt_request_id
 from bagel.telemetry.metrics import timed_call
@@ -72,7 +74,9 @@ def _violations(error: InvalidRequest) -> list[Any]:
 async def abort(context: ServicerContext[Any, Any], error: BagelError) -> None:
     """End a call with an error's status; does not return."""
     status = rpc_status_of(error)
-    context.set_trailing_metadata(Metadata((_DETAILS, status.SerializeToString())))
+    digest = CURRENT.get()
+    held_against = () if digest is None else digest.metadata
+    context.set_trailing_metadata(Metadata((_DETAILS, status.SerializeToString()), *held_against))
     await context.abort(grpc.StatusCode[error.grpc_status], str(error))
 
 
@@ -102,10 +106,11 @@ def from_status(status: status_pb2.Status, peer: str, *, inside: bool = False) -
     """The error that a peer's `rpc_status_of` wrote; a RemoteError if this tree has no such class."""
     code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    for detail in status.details:
-        for message_of in (info, bad, retry):
-            # Unpack leaves a message of another type as it is.
-            detail.Unpack(message_of)
+    with suppress(DecodeError):  # damaged on its way
+        for detail in status.details:
+            for message_of in (info, bad, retry):
+                # Unpack leaves a message of another type as it is.
+                detail.Unpack(message_of)
     # The name comes from a peer, so it counts only if it is a class of our own tree.
     kind = getattr(errors, info.reason, None) if info.domain == DOMAIN else None
     if not (isinstance(kind, type) and issubclass(kind, BagelError)):
@@ -235,13 +240,12 @@ def _message(error: grpc.RpcError) -> str:
 
 
 def _status(error: grpc.RpcError) -> status_pb2.Status | None:
-    if isinstance(error, AioRpcError):
-        metadata = error.trailing_metadata() or ()
-        for key, value in metadata:
+    try:
+        if not isinstance(error, AioRpcError):
+            return rpc_status.from_call(error)
+        for key, value in error.trailing_metadata() or ():
             if key == _DETAILS:
                 return status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
-        return None
-    try:
-        return rpc_status.from_call(error)
-    except ValueError:
-        return None
+    except (DecodeError, ValueError):  # damaged on its way: the status itself is told
+        pass
+    return None

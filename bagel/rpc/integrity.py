@@ -9,10 +9,12 @@ have checksums of their own, and with TLS nothing can be changed. No torch here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeVar
 
+import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
@@ -26,6 +28,7 @@ KEY = "bagel-digest-bin"
 _BYTES = 16
 
 R = TypeVar("R")
+Trailing = Iterable[tuple[str, str | bytes]] | None
 
 
 class Digest:
@@ -33,7 +36,8 @@ class Digest:
 
     def __init__(self, *request: bytes) -> None:
         """request: the first message, in pieces."""
-        self._hash = blake2b(digest_size=_BYTES)
+        # With the version, so that what a peer of another one says is not taken for right.
+        self._hash = blake2b(digest_size=_BYTES, person=f"bagel wire {WIRE_VERSION}".encode())
         self._add(request)
 
     def add(self, message: bytes) -> None:
@@ -45,10 +49,12 @@ class Digest:
         """What a service sends at the end of the call."""
         return ((KEY, self._hash.digest()),)
 
-    def check(self, trailing: Iterable[tuple[str, str | bytes]] | None, peer: str) -> None:
-        """Raise TransferDamaged unless a call that has ended well ended with this digest."""
+    def check(self, trailing: Trailing, peer: str, *, failed: bool = False) -> None:
+        """Raise TransferDamaged unless a call ended with this digest. failed: with an error, which may come without."""
         told = next((value for key, value in trailing or () if key == KEY), None)
         if told is None:
+            if failed:
+                return
             raise TransferDamaged(
                 f"{peer} did not say what it received and sent: it is of an older release, or what it said was damaged "
                 "on its way; send the request again, or run the same release on both sides"
@@ -66,6 +72,10 @@ class Digest:
             self._hash.update(piece)
 
 
+CURRENT: ContextVar[Digest | None] = ContextVar("digest", default=None)
+"""The digest of the call that is being served, for the error that it may end with."""
+
+
 @dataclass(frozen=True)
 class Received:
     """A request as it came: its message, and the digest of its bytes, which the answers go into."""
@@ -77,6 +87,12 @@ class Received:
 def receiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Received]:
     """A request's deserializer that keeps the digest of what came."""
     return lambda data: Received(read(data), Digest(data))
+
+
+def trailing_of(error: grpc.RpcError) -> Trailing:
+    """The metadata that came with a call's error, if it is one that tells."""
+    trailing: Any = getattr(error, "trailing_metadata", None)
+    return trailing() if trailing is not None else None
 
 
 def parsed(read: Callable[[bytes], R], data: bytes, peer: str) -> R:

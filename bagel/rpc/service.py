@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
 from bagel.arguments import for_command_line
-from bagel.errors import BagelError
+from bagel.errors import BagelError, ConfigError
 from bagel.rpc.open_files import raise_limit
 from bagel.rpc.transport import Host
 from bagel.telemetry.logs import Log, set_up_logs
@@ -50,6 +51,14 @@ def _announce_stopped() -> None:
     """Say on stdout that the service's work is over: what is left is the last export of telemetry, which may wait."""
     with suppress(OSError, ValueError):  # nobody may read it any more
         print(json.dumps({"event": "stopped"}), flush=True)
+
+
+def check_temporary_folder() -> None:
+    """Raise ConfigError if no temporary file can be written, as PyTorch must when it is loaded: a disk may be full."""
+    try:
+        tempfile.gettempdir()
+    except OSError as error:
+        raise ConfigError(f"{error.strerror}: free some space there, or set TMPDIR to a folder that has some") from None
 
 
 async def serve(

@@ -18,7 +18,7 @@ from bagel.errors import BagelError, ConfigError, Loading
 from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
-from bagel.rpc.integrity import Received, receiving
+from bagel.rpc.integrity import CURRENT, Received, receiving
 from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
 from bagel.rpc.reach import why_not_free
 from bagel.rpc.security import PLAINTEXT, Security
@@ -43,6 +43,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _PING),
     ("grpc.keepalive_timeout_ms", _PING // 2),
+    # A damaged length makes the peer take all that follows for one frame. Its own pings still come, which is life
+    # enough for the two above: only the answer to a ping shows that it understands us.
+    ("grpc.http2.ping_timeout_ms", _PING // 2),
     # A connection without calls is watched too, so that a lost peer is noticed before the next call.
     ("grpc.keepalive_permit_without_calls", 1),
     # 0 is no limit: a call may wait for long, with nothing but pings on its connection.
@@ -59,6 +62,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _PING),
     ("grpc.keepalive_timeout_ms", _PING // 2),
+    ("grpc.http2.ping_timeout_ms", _PING // 2),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING // 2),
     # 0 is no limit: a server must not end the connection of a peer that pings as CHANNEL_OPTIONS say.
@@ -143,6 +147,7 @@ def _answering(
     """A servicer's unary method, with the digest of both messages at its end."""
 
     async def answer(received: Received, context: aio.ServicerContext[Any, Any]) -> bytes:
+        CURRENT.set(received.digest)
         response = await method(received.message, context)
         data = response if serialize is None else serialize(response)
         received.digest.add(data)

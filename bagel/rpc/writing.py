@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from bagel.errors import NotRead
-from bagel.rpc.integrity import Received
+from bagel.rpc.integrity import CURRENT, Received
 from bagel.rpc.unread import Unread, Waiting
 from bagel.telemetry.logs import Log
 
@@ -39,6 +39,7 @@ def writing(
 
     async def write(received: Received, context: Context) -> None:
         request, digest = received.message, received.digest
+        CURRENT.set(digest)
 
         def break_off(why: str) -> None:
             found = break_connection(context.peer())
@@ -52,6 +53,7 @@ def writing(
                         digest.add(data)
                     if not await _taken(data, context, unread, waiting):
                         waiting.add(_size(request))  # gRPC keeps it as long as the call
+                        CURRENT.set(None)  # nobody knows whether the last response has come
                         await responses.athrow(_not_read(context, unread, waiting))
             if serialize is not None:
                 context.set_trailing_metadata(digest.metadata)

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Generic, Self, TypeVar
 
+import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
 from bagel.prompts import Part, Prompt, TextPart
-from bagel.rpc.integrity import Digest, parsed
+from bagel.rpc.integrity import Digest, parsed, trailing_of
 from bagel.rpc.structure import varint
 from bagel.v1 import common_pb2
 from bagel_gateway.images import file_of
@@ -50,7 +51,12 @@ class Answers(Generic[R]):
         return self
 
     async def __anext__(self) -> R:
-        data = await self._call.read()
+        try:
+            data = await self._call.read()
+        except grpc.RpcError as error:
+            # One that is about another request than the one that was sent tells nothing.
+            self.digest.check(trailing_of(error), self._peer, failed=True)
+            raise
         if not isinstance(data, bytes):  # grpc.aio.EOF, of a call that has ended well
             self.digest.check(await self._call.trailing_metadata(), self._peer)
             raise StopAsyncIteration

@@ -7,9 +7,10 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.campaign import report
+from tests.campaign import plants, report
 from tests.campaign.campaign import Campaign, Verdict
 from tests.campaign.faults import plan
 from tests.campaign.fleet import ROOT, Fleet
@@ -59,6 +60,21 @@ async def run(
     return verdicts
 
 
+def prove(seed: int, names: Sequence[str]) -> int:
+    """Plant each of these faults, and see how many injected faults it takes to find it; the process's exit code."""
+    rows, missed = ["| planted fault | found after | by |", "|---|--:|---|"], 0
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
+            code = plants.plant(name, Path(folder) / "code")
+            verdicts = asyncio.run(run(seed, plants.LIMIT, None, code, Path(folder), stop_at_first=True))
+        count, wrong = report.total(verdicts).total(), verdicts[-1].wrong
+        missed += not wrong
+        rows.append(f"| {plants.PLANTS[name].about} | {count if wrong else 'missed'} | {wrong[0] if wrong else ''} |")
+        print(rows[-1], flush=True)
+    print("\n".join(rows))
+    return 1 if missed else 0
+
+
 def main() -> int:
     """Run the command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description="Faults against real services.")
@@ -66,7 +82,14 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=300, help="how many are injected, at least")
     parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the services' logs there")
+    parser.add_argument("--plant", metavar="NAME", help="plant that fault, and stop once it is found; list: name them")
+    parser.add_argument("--prove", action="store_true", help="plant all of them, one after the other")
     args = parser.parse_args()
+    if args.plant == "list":
+        print("\n".join(f"{name:20} {each.about}" for name, each in plants.PLANTS.items()))
+        return 0
+    if args.plant or args.prove:
+        return prove(args.seed, [args.plant] if args.plant else list(plants.PLANTS))
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
         verdicts = asyncio.run(run(args.seed, args.faults, args.only, ROOT, args.logs or Path(folder)))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tests.campaign.fleet import DITS, FRONTS, PAGE_S, SILENCE_S, THINKERS
+from tests.campaign.proxy import DAMAGES
 from tests.campaign.workload import STAGES, Ask, ask
 
 NETWORK = (
@@ -22,8 +23,6 @@ NETWORK = (
     "flip",
     "refuse",
 )
-DAMAGES = ("truncate", "garbage", "repeat", "flip")
-"""Of the network's faults, those after which gRPC itself may not know what the bytes are."""
 PAGES = ("page-twice", "page-late", "page-header", "page-payload", "page-lost")
 CLIENTS = ("leaves", "leaves-soon", "short-deadline", "slow", "unread")
 PEERS = (
@@ -31,6 +30,8 @@ PEERS = (
     "older-thinker", "newer-dit", "garbage-bytes",
 )  # fmt: skip
 CERTIFICATES = ("expired-client", "foreign-client", "wrong-client", "expired-service", "wrong-service")
+DISPLACING = ("older-thinker", "newer-dit", "expired-service", "wrong-service")
+"""Peers that stand in the place of a service, whose connections break."""
 PROCESS = (
     "kill-runner", "kill-service", "stop-runner", "stop-service", "stop-long", "drain", "memory", "files", "clock",
     "disk", "shared-memory", "checkpoint",
@@ -72,7 +73,9 @@ class Round:
     @property
     def strict(self) -> bool:
         """Whether none of its faults excuses an error of a request whose client waits."""
-        return self.flavour in ("clients", "peers")
+        return self.flavour == "clients" or (
+            self.flavour == "peers" and not any(fault.kind in DISPLACING for fault in self.faults)
+        )
 
     @property
     def damages(self) -> bool:

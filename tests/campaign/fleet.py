@@ -152,7 +152,7 @@ class Fleet:
     # One service of each kind
 
     def _thinker(self, name: str) -> None:
-        kv = ["--kv-store-bytes", str(3 << 20), "--lease-seconds", str(LEASE_S)]
+        kv = ["--kv-store-bytes", str(2 << 20), "--lease-seconds", str(LEASE_S)]
         self._spawn(name, "bagel_thinker", [*self._model(name), *self._stage(name), *kv])
 
     async def _dit(self, name: str) -> None:
@@ -160,7 +160,7 @@ class Fleet:
         for thinker in THINKERS:
             link = await self._link(f"{name}>{thinker}", pages=not self.tls)
             sources += ["--source", f"{thinker}={link.address}"]
-        kv = ["--kv-page-timeout", str(PAGE_S), "--kv-cache-bytes", str(3 << 20)]
+        kv = ["--kv-page-timeout", str(PAGE_S), "--kv-cache-bytes", str(1 << 20), "--kv-device-bytes", str(6 << 20)]
         self._spawn(name, "bagel_dit", [*self._model(name), *self._stage(name), *sources, *kv])
 
     async def _gateway(self, name: str, pipeline: str) -> None:
@@ -183,7 +183,7 @@ class Fleet:
         return ["--model", str(self.models.get(name, self.models["all"])), "--device", "cpu", "--image-workers", "1"]
 
     def _stage(self, name: str) -> list[str]:
-        limits = ["--batch-timeout", "4", "--drain-timeout", "4", "--reader-timeout", "4", "--max-num-seqs", "12"]
+        limits = ["--batch-timeout", "4", "--drain-timeout", "4", "--reader-timeout", "4", "--max-num-seqs", "4"]
         return ["--name", name, *limits, *self._tls("thinker" if name in THINKERS else "dit")]
 
     def _tls(self, role: str) -> list[str]:

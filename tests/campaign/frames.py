@@ -14,6 +14,8 @@ HEAD = 9
 DATA = 0
 PREFIX = 5
 """gRPC's own: a flag and a length before each message."""
+LAYER, LAYER_TAG = 19, 0x10
+"""Where a page says its layer, if that is not 0: behind its digest."""
 HEADER_BYTES = 45
 """A page's header, from its digest to its checksum."""
 
@@ -48,6 +50,9 @@ class Framed:
                 held, self._held = self._held, frame
                 return held
             case "page-header":
+                at = HEAD + PREFIX + LAYER
+                if frame[at - 1] == LAYER_TAG and chance.random() < 0.5:  # another layer's page, by all that it says
+                    return frame[:at] + bytes((frame[at] ^ (1 << chance.randrange(2)),)) + frame[at + 1 :]
                 return flipped(frame, HEAD + PREFIX + chance.randrange(HEADER_BYTES), chance)
             case "page-payload":
                 return flipped(

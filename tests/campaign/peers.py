@@ -27,6 +27,7 @@ from bagel.v1.thinker_pb2_grpc import (
 from tests.campaign.faults import Fault
 from tests.campaign.fleet import THINKERS, Fleet
 from tests.campaign.watch import fleet_role, front_of
+from tests.campaign.workload import picture
 
 RELEASED = Path(__file__).parents[2] / "protos" / "released.binpb"
 HERE_S = 1.2
@@ -127,7 +128,12 @@ async def _older_client(fault: Fault, fleet: Fleet) -> bool:
     front = front_of(fleet, "gateway", direct=True)
     async with channel(front.grpc, front.security) as connection:
         call = _generate(connection, request.SerializeToString())
-        last = [kinds["GenerateResponse"].FromString(data) async for data in call][-1]
+        try:
+            last = [kinds["GenerateResponse"].FromString(data) async for data in call][-1]
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:  # of a peer that another fault displaces
+                return True
+            raise
     if last.WhichOneof("event") != "finished":
         raise Trusted("a client of the released protos gets no result")
     return True
@@ -188,7 +194,8 @@ async def _client(fault: Fault, fleet: Fleet) -> bool:
 
 
 async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
-    """Stand in the place of a service for a while; a gateway that sends it a request has trusted it."""
+    """Stand in the place of a service for a while. Without TLS a gateway may send it a request before it next asks
+    what it is; then what it answers must not be taken, which the verdict on that request tells."""
     name = DISPLACED[fault.kind]
     link = fleet.links[f"gateway>{name}"]
     peer = _Peer(fault.kind)
@@ -206,7 +213,7 @@ async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
             link.target = real
         link.break_all()
         await host.drain(0)
-    if peer.called:
+    if peer.called and fleet.tls:
         raise Trusted(f"the gateway sends a request to {fault.kind} in the place of {name}")
     return True
 
@@ -226,13 +233,15 @@ class _Peer(ThinkerServiceServicer, DitServiceServicer):
 
     async def BuildContext(self, request: Any, context: Any) -> Any:
         self.called = True
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "an impostor")
-        yield
+        yield thinker_pb2.BuildContextResponse(context=kv_pb2.ContextRef(source="thinker-1", page_version=PAGE_VERSION))
+        yield thinker_pb2.BuildContextResponse(built=thinker_pb2.ContextBuilt(text="trust me", token_ids=[5]))
 
     async def Generate(self, request: Any, context: Any) -> Any:
         self.called = True
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "an impostor")
-        yield
+        yield dit_pb2.DitServiceGenerateResponse(admitted=dit_pb2.Admitted())
+        drawn = common_pb2.Picture(format=common_pb2.IMAGE_FORMAT_PNG, data=picture(1), width=64, height=64)
+        yield dit_pb2.DitServiceGenerateResponse(picture=drawn)
+        yield dit_pb2.DitServiceGenerateResponse(finished=dit_pb2.DitServiceGenerateFinished())
 
 
 def _model() -> common_pb2.ModelInfo:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from tests.campaign.frames import Framed
 
 CHUNK = 1 << 16
+DAMAGES = ("truncate", "garbage", "repeat", "flip")
+"""Faults after which one side may not know any more what the bytes are."""
 CONNECT_S = 5.0
 
 
@@ -36,6 +38,7 @@ class Connection:
         self.writers = (client, server)
         self.frames = Framed() if framed else None
         self.mute = {True: False, False: False}
+        self.damaged = False
 
     def abort(self) -> None:
         """Reset both ends."""
@@ -83,11 +86,12 @@ class Link:
         self.armed.append(fault)
 
     def heal(self) -> None:
-        """Let everything through again; a connection that was made deaf is broken, as nobody could use it."""
+        """Let everything through again. A connection that was made deaf or was damaged is broken: gRPC takes some 15 s
+        to find that its peer reads on in the midst of a frame."""
         self.armed.clear()
         self.refusing = False
         for connection in list(self._connections):
-            if any(connection.mute.values()):
+            if connection.damaged or any(connection.mute.values()):
                 connection.abort()
 
     def break_all(self) -> None:
@@ -161,6 +165,7 @@ class Link:
         """What is left to be sent of these bytes."""
         at = min(fault.skip, max(0, len(data) - 1))
         fault.fired = True
+        connection.damaged |= fault.kind in DAMAGES
         match fault.kind:
             case "delay" | "stall":
                 await asyncio.sleep(fault.seconds)

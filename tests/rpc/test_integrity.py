@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from contextlib import suppress
 from typing import Any
 
@@ -10,14 +11,16 @@ import grpc
 import pytest
 
 from bagel.client import AsyncClient
-from bagel.errors import InvalidRequest, NoBackend, TransferDamaged
-from bagel.rpc import integrity
+from bagel.errors import InvalidRequest, NoBackend, RemoteError, TransferDamaged
+from bagel.rpc import integrity, transport
 from bagel.rpc.errors import from_rpc_error
 from bagel.v1 import gateway_pb2
 from bagel.v1.gateway_pb2_grpc import GatewayServiceStub
 from tests import gateway_stages
 from tests.gateway_stages import deployment
 
+FRAME_WITHOUT_END = b"\x00\x40\x00\x00\x00\x00\x00\x00\x01"
+"""The head of a frame of 16 KiB for a connection's first call: all that follows is taken for its content."""
 ASKED: dict[str, Any] = {"prompt": "a cup", "modality": "text2text", "max_tokens": 5}
 
 
@@ -27,6 +30,8 @@ class Damage:
     def __init__(self, target: str, up: tuple[bytes, bytes] | None, down: tuple[bytes, bytes] | None) -> None:
         self._target, self._up, self._down = target, up, down
         self._writers: list[asyncio.StreamWriter] = []
+        self.inserted = b""
+        """What comes before the next bytes that go up."""
 
     async def __aenter__(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -43,15 +48,18 @@ class Damage:
         host, _, port = self._target.rpartition(":")
         theirs, out = await asyncio.open_connection(host, int(port))
         self._writers += [writer, out]
-        await asyncio.gather(_pass(reader, out, self._up), _pass(theirs, writer, self._down))
+        await asyncio.gather(self._pass(reader, out, self._up, True), self._pass(theirs, writer, self._down, False))
 
-
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: tuple[bytes, bytes] | None) -> None:
-    with suppress(OSError):
-        while data := await reader.read(1 << 16):
-            writer.write(data if change is None else data.replace(*change))
-            await writer.drain()
-    writer.close()
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: tuple[bytes, bytes] | None, up: bool
+    ) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if up:
+                    data, self.inserted = self.inserted + data, b""
+                writer.write(data if change is None else data.replace(*change))
+                await writer.drain()
+        writer.close()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +76,43 @@ def test_a_changed_text_is_found_at_the_end_of_its_call(
                 with pytest.raises(TransferDamaged, match="damaged on its way; send the request again"):
                     await client.generate(**ASKED)
             assert (await running.client.generate(**ASKED)).text == "so be it"
+
+    asyncio.run(main())
+
+
+def test_an_error_about_another_request_than_the_one_that_was_sent_is_not_told_as_its_own() -> None:
+    async def main() -> None:
+        asked = {**ASKED, "seed": 5, "do_sample": True, "temperature": 1.0}
+        one, other = struct.pack("<d", 1.0), struct.pack("<d", -1.0)
+        async with deployment() as running:
+            damage = Damage(running.target, (one, other), None)
+            async with damage as address, AsyncClient(address) as client:
+                with pytest.raises(TransferDamaged):
+                    await client.generate(**asked)
+
+    asyncio.run(main())
+
+
+def test_a_connection_whose_peer_understands_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It still pings, which counts as life; a minute would pass until gRPC's own limit."""
+    limits = {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 400, "grpc.http2.ping_timeout_ms": 400}
+    for name in ("CHANNEL_OPTIONS", "SERVER_OPTIONS"):
+        options = getattr(transport, name)
+        assert limits.keys() <= dict(options).keys()
+        monkeypatch.setattr(transport, name, tuple((key, limits.get(key, value)) for key, value in options))
+
+    async def main() -> None:
+        async with deployment() as running:
+            damage = Damage(running.target, None, None)
+            async with damage as address, AsyncClient(address) as client:
+                running.thinkers[0].go.clear()
+                asking = asyncio.create_task(client.generate(**ASKED))
+                while not running.journal.open_calls:
+                    await asyncio.sleep(0.01)
+                damage.inserted = FRAME_WITHOUT_END
+                with pytest.raises(RemoteError):
+                    async with asyncio.timeout(20):
+                        await asking
 
     asyncio.run(main())
 

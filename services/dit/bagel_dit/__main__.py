@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: DitConfig) -> None:
+    service.check_temporary_folder()
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
     _, checkpoint = find_model(config.model)
     # Read early, so that errors show before anybody waits for this service.

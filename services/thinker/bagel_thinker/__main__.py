@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: ThinkerConfig) -> None:
+    service.check_temporary_folder()
     name = thinker_pb2.DESCRIPTOR.services_by_name["ThinkerService"].full_name
     kv_name = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
     _, checkpoint = find_model(config.model)

@@ -1,0 +1,146 @@
+"""Faults of the product that the campaign must find: each is a change of a copy of its packages, which services run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.campaign.fleet import ROOT
+
+PACKAGES = ("bagel", "services/thinker/bagel_thinker", "services/dit/bagel_dit", "gateway/bagel_gateway")
+LIMIT = 1000
+"""Injected faults within which each is to be found."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One fault. changes: (file, text, what it becomes)."""
+
+    about: str
+    changes: tuple[tuple[str, str, str], ...]
+
+
+PLANTS = {
+    "lease-unchecked": Plant(
+        "a Thinker sends K/V whoever asks, without a look at the lease",
+        (("bagel/kv/service.py", "        self.store.check_lease(request.lease_id)\n", ""),),
+    ),
+    "header-unchecked": Plant(
+        "the checksum of a page covers its payload alone, as in version 1 of the rule",
+        (
+            (
+                "bagel/kv/codec.py",
+                "    digest.update(_LENGTH.pack(len(key.digest)) + key.digest + _NUMBERS.pack(*numbers))\n",
+                "    list(numbers)\n",
+            ),
+        ),
+    ),
+    "error-swallowed": Plant(
+        "a stream whose work failed ends as if it had not",
+        (
+            (
+                "bagel/rpc/errors.py",
+                "        if failed is not None:  # last: a client that reads nothing does not take this either\n",
+                "        if failed is not None and not failed:\n",
+            ),
+        ),
+    ),
+    "page-counted-twice": Plant(
+        "a page that comes twice counts twice, so that a segment seems complete",
+        (
+            ("bagel/kv/store.py", "if segment.stored and page not in segment.ready]", "if segment.stored]"),
+            (
+                "bagel/kv/store.py",
+                "            if (layer, token_begin) not in segment.ready:\n",
+                "            if page:\n",
+            ),
+            ("bagel/kv/puller.py", "        elif page.key not in wanted.ends:\n", "        elif page is None:\n"),
+            (
+                "bagel/kv/puller.py",
+                "self._damage(page, wanted.ends[page.key])",
+                "self._damage(page, wanted.ends.get(page.key, page.token_end))",
+            ),
+            (
+                "bagel/kv/puller.py",
+                "            del wanted.ends[page.key]\n",
+                "            wanted.ends.pop(page.key, None)\n",
+            ),
+        ),
+    ),
+    "stale-fingerprint": Plant(
+        "a runner that starts again loads whatever lies on the disk",
+        (
+            (
+                "services/dit/bagel_dit/workers/rank.py",
+                "    if served and checkpoint.fingerprint != served:\n",
+                "    if served and not checkpoint.fingerprint:\n",
+            ),
+        ),
+    ),
+    "waiter-not-woken": Plant(
+        "a place that becomes free is lost if somebody waits for it",
+        (
+            (
+                "bagel/rpc/admission.py",
+                "            self.under_way -= 1\n            self._places.release()\n",
+                "            self.under_way -= 1\n"
+                "            if not self.waiting:\n                self._places.release()\n",
+            ),
+        ),
+    ),
+    "memory-freed-early": Plant(
+        "shared memory of leased segments is given to others",
+        (
+            (
+                "bagel/kv/segment.py",
+                "        return not self.leases and not self.pins and not self.claimed\n",
+                "        return not self.pins and not self.claimed\n",
+            ),
+        ),
+    ),
+    "cancelled-stays": Plant(
+        "a request whose client has left stays on the canvas",
+        (
+            (
+                "services/dit/bagel_dit/runner_client.py",
+                "            self._scheduler.remove(id_)\n            self._ranks.send(Remove(id_))\n",
+                "            pass\n",
+            ),
+        ),
+    ),
+    "wrong-branch": Plant(
+        "the branch without images is drawn from the K/V of the branch without the last text",
+        (
+            (
+                "gateway/bagel_gateway/routes/staged.py",
+                "        gen = contexts[BranchName.GEN]\n",
+                "        gen = contexts[BranchName.GEN]\n"
+                "        contexts[BranchName.CFG_IMG] = contexts.get(BranchName.CFG_TEXT, gen)\n",
+            ),
+        ),
+    ),
+    "deadline-ignored": Plant(
+        "a DiT waits for a silent source without a limit",
+        (
+            (
+                "bagel/kv/source.py",
+                "            async with asyncio.timeout(silence_s):\n",
+                "            async with asyncio.timeout(None):\n",
+            ),
+        ),
+    ),
+}
+
+
+def plant(name: str, folder: Path) -> Path:
+    """A copy of the packages with that fault in it: the root that services import them from."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, old, new in PLANTS[name].changes:
+        path = folder / file
+        source = path.read_text()
+        if source.count(old) != 1:
+            raise ValueError(f"{name}: {file} does not have what is to be changed once: {old!r}")
+        path.write_text(source.replace(old, new))
+    return folder
