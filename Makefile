@@ -24,7 +24,7 @@ PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test setup-vllm test-vllm test-browser test-compose bench protos protos-check wheel clean
+.PHONY: help setup run demo format lint check test campaign setup-vllm test-vllm test-browser test-compose bench protos protos-check wheel clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ check: lint ## lint and the quick tests, in less than 90 seconds
 
 test: setup ## all tests, on all CPUs; one after another: ARGS=-n0
 	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+
+campaign: setup ## 300 faults against real services; more with ARGS="--seed 2 --faults 10000"
+	$(BIN)/python -m tests.campaign $(ARGS)
 
 setup-vllm: $(VLLM_STAMP) ## create the environment of the Thinker on vLLM (CPU), .venv-vllm
 	@:

@@ -25,6 +25,11 @@ def is_tls(number: int) -> bool:
     return number >= FIRST if number < 2 * FIRST else bool((number - 2 * FIRST) // GENERATION % 2)
 
 
+def ranks_of(number: int) -> int:
+    """How many ranks one of its DiTs has: one in a short campaign, then two."""
+    return 1 if number < 2 * FIRST else 2
+
+
 async def run(
     seed: int, faults: int, only: int | None, code: Path, folder: Path, *, stop_at_first: bool = False
 ) -> list[Verdict]:
@@ -34,11 +39,11 @@ async def run(
     number, count = only or 0, 0
     try:
         while count < faults:
-            if fleet is None or fleet.tls != is_tls(number):
+            if fleet is None or (fleet.tls, fleet.ranks) != (is_tls(number), ranks_of(number)):
                 if fleet is not None:
                     await fleet.stop()
                 began = time.perf_counter()
-                fleet = Fleet(folder / f"fleet-{number}", code, is_tls(number))
+                fleet = Fleet(folder / f"fleet-{number}", code, is_tls(number), ranks_of(number))
                 await fleet.start()
                 campaign = Campaign(fleet)
                 print(

@@ -11,7 +11,12 @@ from collections.abc import Awaitable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
 from bagel.errors import BagelError
+from bagel.rpc.transport import channel
 from tests.campaign import machine, peers, watch
 from tests.campaign.faults import Fault, Round
 from tests.campaign.fleet import DITS, FRONTS, STAGES, TWIN_FRONT, Fleet
@@ -21,6 +26,8 @@ from tests.campaign.workload import Ask, Outcome, send
 
 REST_S = 6.0
 """How soon after the last request all services are as they were."""
+ENDING, ENDS_S = ("drain", "checkpoint", "shared-memory", "disk"), 60.0
+"""Faults after which a service ends by itself, and how soon."""
 QUIET_S, QUIET_TICKS = 0.15, 6
 """A stage at rest uses less than so many hundredths of a second in that time."""
 PROBES = (
@@ -123,8 +130,7 @@ class Campaign:
                     fleet.clock.jump(name, 0)
                 with suppress(ProcessLookupError):
                     os.kill(service.process.pid, signal.SIGCONT)
-            if any(fault.kind in ("drain", "checkpoint", "shared-memory") for fault in found.round.faults):
-                await self._until_ended(found)
+            await self._until_ended(found)
             for name in fleet.dead():
                 self._check_last_words(name, found)
                 await fleet.restart(name)
@@ -139,17 +145,31 @@ class Campaign:
             await fleet.until_ready()
 
     async def _until_ended(self, found: Verdict) -> None:
-        """Wait for a service that was told to end, or that cannot go on."""
+        """Wait for services that were told to end, or cannot go on. What starts without room on a disk may serve."""
         for fault in found.round.faults:
-            if fault.kind in ("drain", "checkpoint", "shared-memory"):
-                process = self.fleet.services[fault.place].process
-                limit = time.monotonic() + 20
-                while process.poll() is None and time.monotonic() < limit:
-                    await asyncio.sleep(0.05)
-                if process.poll() is None:
-                    found.wrong.append(f"{fault.kind}: {fault.place} has not ended within 20 s")
-                elif fault.kind == "drain" and process.returncode != 0:
-                    found.wrong.append(f"{fault.place} was told to stop and ended with exit code {process.returncode}")
+            if fault.kind not in ENDING:
+                continue
+            process, limit = self.fleet.services[fault.place].process, time.monotonic() + ENDS_S
+            while process.poll() is None and time.monotonic() < limit:
+                if fault.kind == "disk" and await self._serves(fault.place):
+                    process.kill()  # it still has the limit
+                await asyncio.sleep(0.05)
+            if process.poll() is None:
+                found.wrong.append(f"{fault.kind}: {fault.place} has not ended within {ENDS_S:g} s")
+            elif fault.kind == "drain" and process.returncode != 0:
+                found.wrong.append(f"{fault.place} was told to stop and ended with exit code {process.returncode}")
+
+    async def _serves(self, name: str) -> bool:
+        """Whether a stage is ready."""
+        service = self.fleet.services[name]
+        if not service._listening.done():
+            return False
+        security = self.fleet.security(name)
+        async with channel(service._listening.result(), security, watch.fleet_role(name)) as connection:
+            with suppress(grpc.RpcError):
+                answer = await HealthStub(connection).Check(HealthCheckRequest(), timeout=1)
+                return bool(answer.status == HealthCheckResponse.SERVING)
+        return False
 
     def _check_last_words(self, name: str, found: Verdict) -> None:
         """A service that ends by itself says why in one line, without a traceback."""
@@ -166,7 +186,7 @@ class Campaign:
         for outcome in outcomes:
             twin = await self._twin(outcome.ask) if outcome.answer is not None else None
             found.ends[self._end(outcome)] += 1
-            if wrong := verdict(outcome, twin, found.round):
+            if wrong := verdict(outcome, twin, found.round, ranks=self.fleet.ranks):
                 found.wrong.append(f"{shown(outcome.ask)}: {wrong}")
 
     def _end(self, outcome: Outcome) -> str:
@@ -185,7 +205,9 @@ class Campaign:
         """Nothing is held, nothing computes, everything works, and no process has grown."""
         for probe in PROBES:
             outcome = await self._ask(0.0, probe)
-            if wrong := verdict(outcome, await self._twin(probe), replace(found.round, flavour="clients")):
+            if wrong := verdict(
+                outcome, await self._twin(probe), replace(found.round, flavour="clients"), ranks=self.fleet.ranks
+            ):
                 found.wrong.append(f"afterwards, {shown(probe)}: {wrong}")
         deadline = time.monotonic() + REST_S
         while (left := await self._unrest()) and time.monotonic() < deadline:

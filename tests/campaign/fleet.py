@@ -24,7 +24,7 @@ from tests.shared import MODEL
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("", "services/thinker", "services/dit", "gateway")
-START_S = 120.0
+START_S = 400.0
 SILENCE_S, PAGE_S, LEASE_S = 2.5, 1.5, 2.0
 """Limits of the services: of a silent service, of a silent source, and of a lease."""
 TRANSFORMS = {"vae": [96, 64, 16], "vit": [112, 56, 14]}
@@ -51,7 +51,10 @@ def small_model(folder: Path) -> Path:
 
 @dataclass
 class Fleet:
-    """All services. code: the packages that they run; tls: whether they speak it to each other."""
+    """All services. code: the packages that they run; tls: whether they speak it to each other.
+
+    ranks: those of one of the DiTs, which divide every layer among them.
+    """
 
     folder: Path
     code: Path
@@ -160,6 +163,8 @@ class Fleet:
         for thinker in THINKERS:
             link = await self._link(f"{name}>{thinker}", pages=not self.tls)
             sources += ["--source", f"{thinker}={link.address}"]
+        if name == DITS[1] and self.ranks > 1:
+            sources += ["--tensor-parallel-size", str(self.ranks)]
         kv = ["--kv-page-timeout", str(PAGE_S), "--kv-cache-bytes", str(1 << 20), "--kv-device-bytes", str(6 << 20)]
         self._spawn(name, "bagel_dit", [*self._model(name), *self._stage(name), *sources, *kv])
 

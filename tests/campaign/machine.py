@@ -25,17 +25,17 @@ async def happen(fault: Fault, fleet: Fleet) -> bool:
         return False
     match fault.kind:
         case "kill-runner":
-            return _signal(runner(service.pid), signal.SIGKILL)
+            return _signal(runner(service.pid, fault.number), signal.SIGKILL)
         case "kill-service":
             return _signal(service.pid, signal.SIGKILL)
         case "drain":
             return _signal(service.pid, signal.SIGTERM)
         case "stop-runner":
-            return await _stop(runner(service.pid), fault.seconds)
+            return await _stop(runner(service.pid, fault.number), fault.seconds)
         case "stop-service" | "stop-long":
             return await _stop(service.pid, fault.seconds)
         case "memory":
-            pid = runner(service.pid) if fault.number % 2 else service.pid
+            pid = runner(service.pid, fault.number) if fault.number % 2 else service.pid
             size = int(Path(f"/proc/{pid or service.pid}/statm").read_text().split()[0]) * resource.getpagesize()
             return await _limit(pid, resource.RLIMIT_AS, size + MEMORY_MORE, fault.seconds)
         case "files":
@@ -55,9 +55,11 @@ async def happen(fault: Fault, fleet: Fleet) -> bool:
             raise AssertionError(fault.kind)
 
 
-def runner(pid: int) -> int:
-    """The process that runs a DiT's model: the largest child. 0 if there is none."""
-    return max(children(pid), key=_size, default=0)
+def runner(pid: int, which: int = 0) -> int:
+    """The process that runs a DiT's model, or one of them: the largest children. 0 if there is none."""
+    found = sorted(children(pid), key=_size, reverse=True)
+    ranks = [each for each in found if 2 * _size(each) > _size(found[0])]
+    return ranks[which % len(ranks)] if ranks else 0
 
 
 def _size(pid: int) -> int:
@@ -118,4 +120,4 @@ async def _other_checkpoint(fleet: Fleet, fault: Fault) -> bool:
     at = len(data) - 4 * (1 + fault.number % 10000)
     data[at + 2] ^= 0x7F  # within a weight, so that it is another model and a file as good as before
     await asyncio.to_thread(file.write_bytes, data)
-    return _signal(runner(fleet.services[fault.place].process.pid), signal.SIGKILL)
+    return _signal(runner(fleet.services[fault.place].process.pid, fault.number), signal.SIGKILL)

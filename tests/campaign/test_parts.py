@@ -1,0 +1,45 @@
+"""The campaign's own honesty: what it plants is planted, and a seed says all of a round."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.campaign.faults import plan
+from tests.campaign.frames import HEAD, PREFIX, Framed
+from tests.campaign.plants import PLANTS, plant
+from tests.campaign.proxy import NetFault
+
+LINKS = ["client>gateway/grpc", "client>gateway/http", "dit-0>thinker-0", "gateway>dit-0"]
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_each_fault_of_the_product_can_still_be_planted(name: str, tmp_path: Path) -> None:
+    plant(name, tmp_path / "code")
+    for file, _, new in PLANTS[name].changes:
+        assert new in (tmp_path / "code" / file).read_text()
+
+
+def test_a_round_is_all_of_its_seed_and_number() -> None:
+    rounds = [plan(7, number, LINKS, tls=number % 2 == 1) for number in range(60)]
+    assert rounds == [plan(7, number, LINKS, tls=number % 2 == 1) for number in range(60)]
+    assert {each.flavour for each in rounds} == {"network", "pages", "clients", "peers", "process"}
+    assert rounds != [plan(8, number, LINKS, tls=number % 2 == 1) for number in range(60)]
+
+
+@pytest.mark.parametrize("kind", ["page-twice", "page-late", "page-header", "page-payload", "page-lost"])
+def test_a_fault_of_pages_hits_one_page_and_leaves_the_other_frames_whole(kind: str) -> None:
+    chance = random.Random(kind)
+    head = b"\x00\x00\x78\x00\x00\x00\x00\x00\x01"
+    pages = [head + bytes(PREFIX) + b"\x0a\x10" + chance.randbytes(0x78 - PREFIX - 2) for _ in range(3)]
+    settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    sent = b"".join((settings, pages[0], settings, *pages[1:]))
+    fault = NetFault(kind, True, 0, 0.0, 3)
+    framed = Framed()
+    # In pieces that end anywhere, as a socket has them.
+    come = b"".join(framed.take(sent[at : at + 50], [fault]) for at in range(0, len(sent), 50))
+    assert fault.fired and come != sent
+    assert len(come) == len(sent) + (len(pages[0]) if kind == "page-twice" else 0)
+    assert all(page in come for page in pages[1:]) and come.count(settings) >= 2 and len(pages[0]) == HEAD + 0x78
