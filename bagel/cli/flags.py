@@ -137,7 +137,6 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     _add_engine(parser.add_argument_group("model and engine"))
     _add_client(parser)
     _add_reports(parser.add_argument_group("reports"))
-    _add_not_built(parser.add_argument_group("REFUSED, as not built yet, but for their defaults"))
 
 
 def _add_task(group: Group) -> None:
@@ -181,7 +180,7 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to serve")
     _add_model(group)
     _add_thinker(group)
-    _add_memory(group)
+    _add_stage(group)
     _add(group, "--deploy-config", "chosen from the model", "deploy file", type=_given, metavar="FILE")
     group = parser.add_argument_group("where")
     _add(group, "--host", GATEWAY_HOST, "address that the gateway listens on", type=_given, metavar="HOST")
@@ -285,20 +284,21 @@ def _add_thinker(group: Group) -> None:
 
 def stage_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags of `serve` and `generate` say over the deploy file."""
-    return {"engine": args.engine, "quantization": args.quantization, "cpu_offload": args.cpu_offload}
+    return {key: getattr(args, key) for key in ("engine", "quantization", "cpu_offload", "cfg_parallel_size")}
 
 
-def _add_memory(group: Group) -> None:
+def _add_stage(group: Group) -> None:
     smaller = "fp8: half the DiT's memory, less exact; a Thinker on vLLM too"
     _add(group, "--quantization", "none", smaller, type=_given, metavar="NAME")
     least = "layers: keep them in the host's memory: the DiT fits a small GPU, and is slower"
     _add(group, "--cpu-offload", "none", least, choices=OFFLOADS)
+    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over, 1 to 3", type=_whole, metavar="N")
 
 
 def _add_engine(group: Group) -> None:
     _add_model(group)
     _add_thinker(group)
-    _add_memory(group)
+    _add_stage(group)
     deploy = "the shipped bagel_single_stage.yaml"
     _add(group, "--deploy-config", deploy, "deploy file; two stages are processes", type=_given, metavar="FILE")
     runs = "what runs the DiT's ranks: processes, or actors of Ray"
@@ -308,10 +308,6 @@ def _add_engine(group: Group) -> None:
     _add(group, "--endpoint", "none", "a running gateway, instead of a model here", type=_endpoint, metavar="HOST:PORT")
     _add(group, "--init-timeout", INIT_TIMEOUT_S, "seconds until every stage is ready", type=_count, metavar="S")
     _add(group, "--batch-timeout", f"{BATCH_TIMEOUT_S:g}", "seconds to be admitted", type=_count, metavar="S")
-
-
-def _add_not_built(group: Group) -> None:
-    _add(group, "--cfg-parallel-size", 1, "GPUs that guidance is spread over", type=_whole, metavar="N")
 
 
 def _add_reports(group: Group) -> None:

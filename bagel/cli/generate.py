@@ -45,7 +45,6 @@ from bagel.deployment.defaults import (
     named_model,
 )
 from bagel.deployment.deploy_file import effective_settings, load_deploy_config, request_defaults, shipped_deploy_config
-from bagel.deployment.not_built import refuse_flags
 from bagel.deployment.parallel_settings import check_ray_address
 from bagel.deployment.schema import DeployConfig
 from bagel.errors import BagelError, ConfigError, InitTimeout
@@ -84,10 +83,6 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def _generate_here(args: argparse.Namespace) -> None:
-    branches = args.cfg_parallel_size
-    if branches is not None and not 1 <= branches <= 3:
-        raise ConfigError(f"--cfg-parallel-size is {branches}; it must be 1, 2 or 3, of which only 1 is built yet")
-    refuse_flags(args)
     backend = args.worker_backend or "process"
     check_ray_address(backend, args.ray_address)
     refuse_without_endpoint(args)

@@ -11,7 +11,7 @@ from typing import Any
 from bagel.deployment.configs import CONFIGS
 from bagel.deployment.settings import given, settings_of
 
-SERVES_OWN = ("model", "engine", "quantization", "cpu_offload")
+SERVES_OWN = ("model", "engine", "quantization", "cpu_offload", "cfg_parallel_size")
 """Settings that `serve` has flags for, and works out by itself: which checkpoint it is, what the deploy file says."""
 _ALL = [each for config in CONFIGS.values() for each in settings_of(config)]
 NOT_PASSED = {each.flag: each.elsewhere for each in _ALL if each.elsewhere}

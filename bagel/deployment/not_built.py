@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,7 +11,7 @@ from bagel.errors import NotSupported
 
 @dataclass(frozen=True)
 class NotBuilt:
-    """A setting that has no effect yet. of: it is a key of a stage, of the whole deploy file, or a flag of a command.
+    """A setting that has no effect yet. of: it is a key of a stage or of the whole deploy file.
 
     works: the one value that is right; None: none is, and it is left out. on_vllm: a Thinker on vLLM has it.
     remedy: what does the same here.
@@ -39,8 +38,6 @@ class NotBuilt:
 _CONTEXT = "context_parallel_size divides the latents of a picture among GPUs"
 _SEQUENCE = ("sequence_parallel_size", "ulysses_degree", "ring_degree", "allgather_degree")
 NOT_BUILT = (
-    NotBuilt("parallel_config.cfg_parallel_size", works=1),
-    NotBuilt("parallel_config.context_parallel_size", works=1),
     NotBuilt("parallel_config.vae_patch_parallel_size", works=1),
     NotBuilt("parallel_config.use_hsdp", works=False),
     NotBuilt("parallel_config.pipeline_parallel_size", works=1, remedy="tensor_parallel_size divides the layers"),
@@ -67,12 +64,3 @@ def refuse_sizes(config: object) -> None:
         value = getattr(config, row.name, None)
         if row.key.startswith("parallel_config.") and value not in (None, row.works):
             raise NotSupported(f"--{row.name.replace('_', '-')} {value} is not built yet; {row.instead}")
-
-
-def refuse_flags(args: argparse.Namespace) -> None:
-    """Raise NotSupported for the first flag whose effect is not built."""
-    for row in NOT_BUILT:
-        value = getattr(args, row.name, None)
-        if value not in (None, row.works):
-            shown = repr(value) if row.works is None else value
-            raise NotSupported(f"--{row.name.replace('_', '-')} {shown} is not built yet; {row.instead}")

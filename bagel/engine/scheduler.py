@@ -8,7 +8,9 @@ from bagel.engine.commands import StepPlan
 from bagel.engine.events import Begun, Event, Planned, Stepped
 
 TOKEN_BUDGET = 24_576
-"""Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches."""
+"""Latent tokens over all branches that one step packs: two pictures of 1024 x 1024 with three branches.
+
+Of ranks that divide the rows or latents of a step, each has so many."""
 PLANS_AHEAD = 2
 """Plans that an engine may have at once: it begins the next without a round trip, and a cancel takes one step."""
 

@@ -75,10 +75,10 @@ def choose_backend(
     if device.type != "cuda" or eager:
         return backend
     backend = replace(backend, kernels=_fused_kernels(device, dtype))
-    if groups.tp.size * groups.context.size > 1:
+    if groups.tp.size > 1:
         # Two streams would let the ranks' exchanges come in different orders. And a graph that waits for another
         # rank's graph is safe only if both replay the same ones in the same order, next to the autoencoder's thread.
-        logger.info("no CUDA graphs and one stream: ranks exchange tensors within layers")
+        logger.info("no CUDA graphs and one stream: tensor parallel ranks add up tensors within layers")
         return backend
     captures = name in ON_DEVICE and backend.kernels is not TORCH
     return replace(backend, run_both=SideBySide(device), captures=captures)

@@ -596,7 +596,7 @@ def test_an_override_replaces_the_size_in_parallel_config(tmp_path: Path) -> Non
         ({"stage_id": 3}, "stage_id is not a known setting"),
         ({"tensor_parallel_size": "2"}, "tensor_parallel_size is '2'; it must be a whole number"),
         ({"quantization": "int4"}, "quantization is 'int4'; the DiT has fp8"),
-        ({"cfg_parallel_size": 3}, "parallel_config.cfg_parallel_size is 3, which is not built yet"),
+        ({"cfg_parallel_size": 4}, "parallel_config.cfg_parallel_size is 4; it must be from 1 to 3"),
     ],
 )
 def test_a_wrong_override_is_named(deploy: DeployConfig, override: dict[str, Any], message: str) -> None:

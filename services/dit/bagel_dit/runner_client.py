@@ -9,7 +9,7 @@ from dataclasses import replace
 from bagel.deployment.defaults import missing_install_named
 from bagel.engine.commands import Command, Remove
 from bagel.engine.events import Begun, Broken, Health, Planned, RequestEvent, Stepped
-from bagel.engine.scheduler import Scheduler
+from bagel.engine.scheduler import TOKEN_BUDGET, Scheduler
 from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.telemetry.logs import Log
 from bagel.telemetry.metrics import count_step
@@ -36,13 +36,18 @@ class RunnerClient:
         self.kv_tokens = 0
         """Tokens of K/V that the device has room for."""
         self._listeners: dict[int, Events] = {}
-        self._scheduler = Scheduler()
+        self._scheduler = self._new_scheduler()
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._has_served = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._ranks = self._start()
+
+    @property
+    def context_ranks(self) -> int:
+        """Ranks that divide the latents of each row."""
+        return self._settings.config.context_parallel_size
 
     @property
     def under_way(self) -> int:
@@ -98,6 +103,11 @@ class RunnerClient:
     def _plan(self) -> None:
         while (plan := self._scheduler.plan()) is not None:
             self._ranks.send(plan)
+
+    def _new_scheduler(self) -> Scheduler:
+        mesh = self._settings.config.parallel.mesh
+        # Those of tensor parallel divide no tokens: each computes with all of them.
+        return Scheduler(TOKEN_BUDGET * mesh.data * mesh.cfg * mesh.context)
 
     def _start(self) -> WorkerGroup:
         if self._settings.config.worker_backend == "ray":
@@ -156,7 +166,7 @@ class RunnerClient:
             return
         self._ready = asyncio.get_running_loop().create_future()
         # A new one, as the old one waits for plans that died with the ranks.
-        self._scheduler = Scheduler()
+        self._scheduler = self._new_scheduler()
         self._spawn(self._on_health(False))
         self._ranks = self._start()
 

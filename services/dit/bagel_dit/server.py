@@ -167,7 +167,7 @@ class DitServicer(DitServiceServicer):
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
         picture = _add_picture(request, refs, work.id, self._runner.info)  # checked before anything is pulled
-        check_kv_room(_kv_tokens(picture, self._runner.info), self._runner.kv_tokens)
+        check_kv_room(_kv_tokens(picture, self._runner.info, self._runner.context_ranks), self._runner.kv_tokens)
         # All requests wait for room first and for a place second, so that two never wait for each other.
         needed = [ref for ref in refs.values() if ref.segments]
         # A request that has begun was accepted, so it waits as long as it takes.
@@ -378,9 +378,9 @@ def _add_picture(
     )
 
 
-def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo) -> int:
+def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo, context_ranks: int) -> int:
     """Tokens of K/V that a picture takes on the device."""
-    padded = padded_latents(picture.grid[0] * picture.grid[1], info.device)
+    padded = padded_latents(picture.grid[0] * picture.grid[1], info.device, context_ranks)
     # Branches with equal contexts share a row.
     lengths = {context.digest: context.length for context in picture.contexts.values()}
     return sum(row_kv_tokens(length, padded) for length in lengths.values())
