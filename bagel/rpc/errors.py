@@ -38,6 +38,8 @@ _INSIDE = {
     "PERMISSION_DENIED": "refuses the service that called it",
 }
 """What a caller gets if a call between services ended without a status of this tree."""
+_BROKEN = frozenset({"UNKNOWN", "INTERNAL"})
+"""Statuses that gRPC itself ends a call with when it cannot make sense of its connection."""
 _OURS = "Locally cancelled by application!"
 """What gRPC says of a call that this side cancelled."""
 
@@ -91,6 +93,11 @@ def from_rpc_error(error: grpc.RpcError, peer: str, *, inside: bool = False) -> 
         if code is grpc.StatusCode.CANCELLED and _message(error) != _OURS:
             # A server that stops drops a call that it has only just received.
             return RemoteError(f"{peer} ended the call, as it does when it stops; try again", "UNAVAILABLE")
+        if code.name in _BROKEN:
+            # Our services give their errors details: one without is of a connection that broke, or was damaged.
+            return _unnamed(
+                peer, "UNAVAILABLE", f"the connection broke ({code.name}: {_message(error)})", inside=inside
+            )
         return _unnamed(peer, code.name, _message(error), inside=inside)
     return from_status(status, peer, inside=inside)
 

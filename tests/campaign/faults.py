@@ -36,7 +36,7 @@ PROCESS = (
     "kill-runner", "kill-service", "stop-runner", "stop-service", "stop-long", "drain", "memory", "files", "clock",
     "disk", "shared-memory", "checkpoint",
 )  # fmt: skip
-FLAVOURS = {"network": 5, "pages": 3, "clients": 3, "peers": 2, "process": 2}
+FLAVOURS = {"network": 5, "pages": 3, "clients": 3, "peers": 2, "process": 3}
 SPREAD_S = 0.8
 """The requests of a round begin within it."""
 
@@ -94,7 +94,7 @@ def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:
             faults = [_network(chance, links, tls) for _ in range(14)]
             asks = _asks(chance, 12)
         case "pages":
-            pulls = [link for link in links if ">thinker" in link and link.startswith("dit")]
+            pulls = [link for link in links if is_pull(link)]
             faults = [_fault(chance, chance.choice(PAGES), chance.choice(pulls)) for _ in range(10)]
             asks = [(at, _picture(each)) for at, each in _asks(chance, 12)]
         case "clients":
@@ -105,8 +105,8 @@ def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:
             faults = [_fault(chance, chance.choice(kinds), chance.choice((*THINKERS, *DITS))) for _ in range(8)]
             asks = _asks(chance, 6)
         case _:
-            faults = [_process(chance)]
-            faults += [_network(chance, links, tls) for _ in range(5)]
+            faults = [_process(chance) for _ in range(chance.choice((1, 2)))]
+            faults += [_network(chance, links, tls) for _ in range(10)]
             asks = _asks(chance, 12)
     return Round(number, flavour, tuple(sorted(faults, key=lambda fault: fault.at_s)), tuple(asks))
 
@@ -127,13 +127,18 @@ def _fault(chance: random.Random, kind: str, place: str, seconds: float = 0.0) -
 
 
 def _network(chance: random.Random, links: Sequence[str], tls: bool) -> Fault:
-    place = chance.choice(list(links))
+    place = chance.choice([*links, *(link for link in links if is_pull(link))])
     kinds = [kind for kind in NETWORK if kind != "flip" or tls or is_covered(place)]
     kind = chance.choice(kinds)
     seconds = {"delay": 0.05, "reorder": 0.2, "stall": 0.5, "refuse": 0.3}.get(kind, 0.0) * (0.5 + chance.random())
     if kind == "stall" and chance.random() < 0.15:
         seconds = PAGE_S + 0.5
     return _fault(chance, kind, place, round(seconds, 3))
+
+
+def is_pull(link: str) -> bool:
+    """Whether K/V pass there."""
+    return link.startswith("dit-")
 
 
 def is_covered(link: str) -> bool:
@@ -167,7 +172,7 @@ def _behaviour(each: Ask) -> str:
 
 
 def _process(chance: random.Random) -> Fault:
-    kind = chance.choice(PROCESS)
+    kind = chance.choice((*PROCESS, "checkpoint"))
     seconds = round(0.1 + chance.random() * 0.9, 2)
     match kind:
         case "kill-runner" | "stop-runner":

@@ -165,7 +165,7 @@ class Fleet:
             sources += ["--source", f"{thinker}={link.address}"]
         if name == DITS[1] and self.ranks > 1:
             sources += ["--tensor-parallel-size", str(self.ranks)]
-        kv = ["--kv-page-timeout", str(PAGE_S), "--kv-cache-bytes", str(1 << 20), "--kv-device-bytes", str(6 << 20)]
+        kv = ["--kv-page-timeout", str(PAGE_S), "--kv-cache-bytes", str(1 << 20), "--kv-device-bytes", str(2 << 20)]
         self._spawn(name, "bagel_dit", [*self._model(name), *self._stage(name), *sources, *kv])
 
     async def _gateway(self, name: str, pipeline: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 
+import numpy as np
 from PIL import Image
 
 from bagel.images import read_settings
@@ -81,9 +82,19 @@ def difference(one: tuple[object, ...], other: tuple[object, ...]) -> str:
         if ours != theirs:
             if isinstance(ours, bytes) and isinstance(theirs, bytes):
                 first = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), -1)
-                return f"part {at}: {len(ours)} and {len(theirs)} bytes, unequal from {first} on"
+                return f"part {at}: {len(ours)} and {len(theirs)} bytes, unequal from {first} on{_pixels(ours, theirs)}"
             return f"part {at}: {ours!r:.80}, not {theirs!r:.80}"
     return f"{len(one)} parts, not {len(other)}"
+
+
+def _pixels(ours: bytes, theirs: bytes) -> str:
+    """How far two pictures are apart, if they are some."""
+    try:
+        values = [np.asarray(Image.open(BytesIO(data)).convert("RGB"), dtype=np.int16) for data in (ours, theirs)]
+        apart = np.abs(values[0] - values[1])
+    except (OSError, ValueError):
+        return ""
+    return f"; {int((apart > 0).sum())} values of {apart.size} differ, by at most {int(apart.max())}"
 
 
 def shown(ask: Ask) -> str:

@@ -213,7 +213,7 @@ async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
             link.target = real
         link.break_all()
         await host.drain(0)
-    if peer.called and fleet.tls:
+    if peer.called and fault.group == "certificates":
         raise Trusted(f"the gateway sends a request to {fault.kind} in the place of {name}")
     return True
 

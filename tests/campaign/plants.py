@@ -104,8 +104,8 @@ PLANTS = {
         (
             (
                 "services/dit/bagel_dit/runner_client.py",
-                "            self._scheduler.remove(id_)\n            self._ranks.send(Remove(id_))\n",
-                "            pass\n",
+                "            self._ranks.send(Remove(id_))\n",
+                "",
             ),
         ),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.campaign.workload import Front
 if TYPE_CHECKING:
     from tests.campaign.fleet import Fleet
 
-FILES_MORE, THREADS_MORE = 8, 24
+FILES_MORE, THREADS_MORE = 20, 24
 """How many more a process may have than it had when it first came to rest: pools fill as they are needed."""
 _GAUGE = re.compile(rb'^(bagel_[a-z_]+)(?:\{backend="([^"]+)"\})? ([0-9.e+]+)$', re.M)
 
@@ -114,12 +115,21 @@ def grown(before: Use, now: Use) -> list[str]:
     """What a service has too much of, next to when it was first at rest."""
     found = []
     if now.files > before.files + FILES_MORE:
-        found.append(f"{now.files} descriptors, first {before.files}")
+        found.append(f"{now.files} descriptors, first {before.files}: {_kinds(now.pid)}")
     if now.threads > before.threads + THREADS_MORE:
         found.append(f"{now.threads} threads, first {before.threads}")
     if len(now.children) > len(before.children) + 1:  # a process that reads images comes and goes
         found.append(f"{len(now.children)} child processes, first {len(before.children)}")
     return found
+
+
+def _kinds(pid: int) -> str:
+    """What a process's descriptors are, by kind."""
+    kinds: Counter[str] = Counter()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(OSError):
+            kinds[os.readlink(f"/proc/{pid}/fd/{name}").partition(":")[0]] += 1
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(6))
 
 
 def orphans(known: set[int]) -> list[str]:

@@ -155,3 +155,26 @@ def test_a_field_of_another_release_is_refused_and_not_dropped() -> None:
             assert isinstance(error, InvalidRequest) and "fields that this release does not know" in str(error)
 
     asyncio.run(main())
+
+
+def test_a_status_that_no_service_of_ours_gives_means_that_the_connection_broke() -> None:
+    async def unknown(request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.UNKNOWN, "Stream removed")
+        return b""
+
+    async def main() -> None:
+        server = grpc.aio.server()
+        handler: dict[str, Any] = {"Ask": grpc.unary_unary_rpc_method_handler(unknown)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("any", handler),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            ask: Any = channel.unary_unary("/any/Ask")
+            with pytest.raises(grpc.RpcError) as told:
+                await ask(b"")
+        await server.stop(None)
+        for inside in (False, True):
+            error = from_rpc_error(told.value, "dit-0", inside=inside)
+            assert isinstance(error, RemoteError) and error.grpc_status == "UNAVAILABLE"
+
+    asyncio.run(main())
