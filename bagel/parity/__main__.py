@@ -2,6 +2,8 @@
 
     python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel] [--engine vllm] [--json]
 
+    python -m bagel.parity DIR --quantization fp8    instead: the distances of bfloat16 and of fp8 from float32
+
 One line per case, table and bfloat16 case, with its largest error or what is wrong; the last line sums up. With --json
 each line is an object with the error of every tensor. Exit code 1 when anything differs by more than is allowed or was
 not compared.
@@ -18,10 +20,12 @@ from pathlib import Path
 import torch
 
 from bagel.arguments import OnceParser
+from bagel.deployment.shared_settings import QUANTIZATIONS
 from bagel.errors import BagelError
 from bagel.model.device import choose_device
 from bagel.parallel.groups import UNDIVIDED
 from bagel.parity.cases import compare_all
+from bagel.parity.formats import compare_formats, line
 from bagel.parity.golden import Golden
 from bagel.parity.report import Comparison
 from bagel.parity.served import compare_served
@@ -42,12 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--engine", choices=("torch", "vllm"), help="the Thinker's, with --topology (which is then bagel if not given)"
     )
+    parser.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="report how far it lies from float32, beside bfloat16; no verdict"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON a case, with the error of every tensor")
     args = parser.parse_args(argv)
     topology = args.topology or (None if args.engine is None else BAGEL.model_type)
     try:
         golden = Golden(args.folder)
         choose_device(args.device)  # a GPU that is not there is an error in one line, before anything is loaded
+        if args.quantization is not None:
+            return _report_formats(golden, args.device, args.quantization, as_json=args.json)
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
         if topology is None:
             reports = compare_all(UNDIVIDED, args.device, golden, tolerance)
@@ -57,6 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _report_formats(golden: Golden, device: str, quantization: str, *, as_json: bool) -> int:
+    count = 0
+    for name, found in compare_formats(golden, device, quantization):
+        print(line(name, found, as_json=as_json), flush=True)
+        count += 1
+    return 0 if count else 1
 
 
 def _run(golden: Golden, reports: Iterator[Comparison], tolerance: float, *, as_json: bool) -> int:

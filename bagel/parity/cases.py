@@ -13,7 +13,7 @@ from bagel.engine.local import BagelEngine
 from bagel.engine.on_ranks import on_ranks
 from bagel.parallel.config import ParallelConfig
 from bagel.parallel.groups import Groups
-from bagel.parity.bf16 import compare_bf16
+from bagel.parity.bf16 import Run, compare_bf16
 from bagel.parity.golden import Case, Golden
 from bagel.parity.parts import NOT_RESULTS, compare_components, compare_table
 from bagel.parity.prompts import with_transforms
@@ -52,19 +52,7 @@ def compare_all(
     for path in golden.tables():
         if not names and path.stem not in NOT_RESULTS:
             yield compare_table(path, engine.tokenizer)
-    fingerprint = golden.checkpoint.fingerprint
-
-    def run(engine: BagelEngine, case: Case, name: str, make: Callable[[], Comparison]) -> Comparison:
-        try:
-            report = make()
-        except Exception as error:  # a damaged or missing file is one failure, not the end of the rest
-            return Comparison(name, {}, absolute(tolerance), failures=[_one_line(error)])
-        try:
-            compare_case(with_transforms(engine, case, fingerprint), case, report)
-            report.finish(case.data["images"])
-        except Exception as error:  # so is a case that cannot be repeated
-            report.failures.append(_one_line(error))
-        return report
+    run = runner(golden)
 
     def recorded(case: Case) -> Comparison:
         report = Comparison(case.name, case.tensors, absolute(tolerance))
@@ -76,6 +64,25 @@ def compare_all(
             yield run(engine, case, case.name, partial(recorded, case))
     if not names:
         yield from compare_bf16(golden, device, run, groups)
+
+
+def runner(golden: Golden) -> Run:
+    """What repeats a case of these and fills its comparison."""
+    fingerprint = golden.checkpoint.fingerprint
+
+    def run(engine: BagelEngine, case: Case, name: str, make: Callable[[], Comparison]) -> Comparison:
+        try:
+            report = make()
+        except Exception as error:  # a damaged or missing file is one failure, not the end of the rest
+            return Comparison(name, {}, absolute(0.0), failures=[_one_line(error)])
+        try:
+            compare_case(with_transforms(engine, case, fingerprint), case, report)
+            report.finish(case.data["images"])
+        except Exception as error:  # so is a case that cannot be repeated
+            report.failures.append(_one_line(error))
+        return report
+
+    return run
 
 
 def _one_line(error: Exception) -> str:

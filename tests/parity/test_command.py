@@ -57,6 +57,17 @@ def test_the_whole_set_is_reproduced(capsys: pytest.CaptureFixture[str]) -> None
     assert "edit_full" in cases
 
 
+def test_a_quantised_model_is_reported_beside_bfloat16(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(few), "--quantization", "fp8", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["case"] for line in lines] == sorted([WRITTEN, DRAWN])
+    for line in lines:
+        bfloat16, fp8 = line["distance"]["bfloat16"], line["distance"]["fp8"]
+        assert bfloat16["tensors"] > 10 and 0 < bfloat16["median"] < fp8["median"] < 0.2
+    drawn = next(line["distance"] for line in lines if line["case"] == DRAWN)
+    assert 0 < drawn["bfloat16"]["pictures"]["image"] < drawn["fp8"]["pictures"]["image"]
+
+
 def test_one_changed_weight_is_found(few: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = load_file(few / "checkpoint" / "ema.safetensors")
     weights["language_model.model.layers.1.self_attn.k_norm_moe_gen.weight"] *= 1.02

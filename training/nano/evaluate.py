@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bagel.arguments import OnceParser
+from bagel.deployment.shared_settings import QUANTIZATIONS
 from bagel.errors import BagelError
 from bagel.events import Result
 from bagel.prompts import TextPart
@@ -67,7 +68,7 @@ def through(endpoint: str, at_once: int) -> Generate:
     return generate
 
 
-def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
+def in_process(folder: Path, device: str, dtype: str, batch: int, quantization: str | None = None) -> Generate:
     """Serve requests with an engine in this process."""
     import torch
 
@@ -75,7 +76,11 @@ def in_process(folder: Path, device: str, dtype: str, batch: int) -> Generate:
     from bagel.engine.local import BagelEngine
 
     engine = BagelEngine.load(
-        Checkpoint(folder), dtype=getattr(torch, dtype), device=torch.device(device), max_num_seqs=batch
+        Checkpoint(folder),
+        dtype=getattr(torch, dtype),
+        device=torch.device(device),
+        max_num_seqs=batch,
+        quantization=quantization,
     )
 
     def generate(requests: Sequence[Request]) -> list[Result]:
@@ -190,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-output/eval-nano"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="with --model")
     parser.add_argument("--batch", type=int, default=8, help="requests at once")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no further row after so long")
     args = parser.parse_args(argv)
@@ -197,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = rows_named([word.strip() for word in args.rows.split(",") if word.strip()])
         if args.model is not None:
-            generate = in_process(args.model, args.device, args.dtype, args.batch)
+            generate = in_process(args.model, args.device, args.dtype, args.batch, args.quantization)
         else:
             generate = through(args.endpoint, args.batch)
     except BagelError as error:
