@@ -65,6 +65,7 @@ class FormReader:
             raise InvalidRequest("body", "the form's Content-Type names no boundary; multipart/form-data; boundary=...")
         self._delimiter = b"\r\n--" + boundary
         self._delimiters, self._begun, self._ended = 0, False, False
+        self._edge = b""
         self.parts: list[Part] = []
         self._part, self._name, self._value = Part(), bytearray(), bytearray()
         callbacks: MultipartCallbacks = {
@@ -88,13 +89,21 @@ class FormReader:
         # otherwise, each for microseconds, so that a body of them would take it many seconds.
         # The first one of a form is none of these, whatever line ends come before it.
         counted = piece if self._begun else piece.lstrip(b"\r\n")
-        self._delimiters, self._begun = self._delimiters + counted.count(self._delimiter), True
+        self._begun = self._begun or bool(counted)
+        self._count(counted)
         if self._delimiters > MAX_PARTS + 1:
             raise InvalidRequest("body", f"the form has more than {MAX_PARTS} parts, the most that is read")
         try:
             self._parser.write(piece)
         except FormParserError as error:
             raise _unreadable(error) from None
+
+    def _count(self, piece: bytes) -> None:
+        """Count the boundary in a piece, and where it lies across the last piece's end: a network cuts anywhere."""
+        short = len(self._delimiter) - 1
+        across = self._edge + piece[:short]
+        self._delimiters += across.count(self._delimiter) + piece.count(self._delimiter)
+        self._edge = (self._edge + piece[-short:])[-short:]
 
     def end(self) -> list[Part]:
         """All parts, once everything has been taken."""
