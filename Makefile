@@ -20,11 +20,16 @@ STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Make
 VLLM_STAMP := $(VLLM_VENV)/.setup-$(shell { cat pyproject.toml $(VLLM_LISTS); grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)
 # A process of tests starts services of its own: with more than four, starting takes longer than they save.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LOCKS := deploy/locks
+# Where torch is resolved for them: as in the Dockerfiles. It is not locked, as its build depends on the machine.
+TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
+LOCK := CUSTOM_COMPILE_COMMAND='make lock' build/lock/bin/pip-compile -q --upgrade --generate-hashes --strip-extras --no-annotate \
+  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-allow-unsafe
 PROTOS := $(sort $(wildcard protos/bagel/v1/*.proto))
 BUF := npx --yes @bufbuild/buf@1.75
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo format lint check test campaign setup-vllm test-vllm test-browser test-compose bench protos protos-check wheel clean
+.PHONY: help setup run demo format lint check test campaign setup-vllm test-vllm test-browser test-compose bench protos protos-check wheel lock sbom audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +92,26 @@ wheel: ## build the wheel, and say where it lies
 	@$(PYTHON) -m venv build/venv
 	@build/venv/bin/python -m pip --disable-pip-version-check wheel -q --no-deps --wheel-dir dist .
 	@ls -t dist/bagel_serving-*.whl | head -n 1
+
+lock: ## resolve anew what the images install, with hashes (deploy/locks)
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -q "pip-tools>=7.5,<8"
+	@mkdir -p $(LOCKS)
+	@printf 'torch==%s\n' $(TORCH_VERSION) > build/lock/torch.in
+	@printf 'hatchling>=1.27\n' > build/lock/build.in
+	$(LOCK) --extra gateway -o $(LOCKS)/gateway.txt pyproject.toml
+	$(LOCK) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --unsafe-package torch --extra engine \
+	  -o $(LOCKS)/engine.txt pyproject.toml build/lock/torch.in
+	$(LOCK) -o $(LOCKS)/build.txt build/lock/build.in
+
+sbom: setup ## write what is installed to dist/sbom.cdx.json (CycloneDX)
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json $(BIN)/python
+
+audit: ## look the locked packages up among known vulnerabilities; needs the network
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install -q "pip-audit>=2.9,<3"
+	deploy/audit build/audit/bin/pip-audit $(LOCKS)/*.txt
 
 clean: ## remove caches and build output; the environment stays
 	rm -rf build dist demo-output .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -19,12 +19,15 @@ MOST_MIB = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzz one target with atheris.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description="Fuzz one target with atheris.", allow_abbrev=False
+    )
     parser.add_argument("target", choices=names())
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="inputs of earlier runs, and new ones")
     parser.add_argument("--minimise", type=Path, help="write a smallest corpus with the same coverage here, and end")
-    args = parser.parse_args()
+    # libFuzzer starts this program again to minimise, with words of its own.
+    args, inner = parser.parse_known_args()
     try:
         import atheris
     except ImportError:
@@ -50,14 +53,17 @@ def main() -> None:
     ]
     if args.minimise:
         args.minimise.mkdir(parents=True, exist_ok=True)
-        options, folders = [*options, "-merge=1"], [str(args.minimise), *folders]
+        options, folders = [*options, "-merge=1", "-use_counters=0"], [str(args.minimise), *folders]
     else:
         options.append(f"-max_total_time={args.seconds}")
 
     def run(data: bytes) -> None:
         target.run(data)
 
-    atheris.Setup([sys.argv[0], *options, *folders], run)
+    again = folder.with_suffix(".again")
+    again.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.fuzz {args.target} --corpus "{args.corpus}" "$@"\n')
+    again.chmod(0o700)
+    atheris.Setup([str(again), *(inner or [*options, *folders])], run)
     atheris.Fuzz()
 
 

@@ -21,6 +21,7 @@ MAX_FIELDS = 64
 MAX_FILES = 8
 """Some more than are served, so that too many are refused by their own message."""
 MAX_PARTS = MAX_FIELDS + MAX_FILES
+LONGEST_NAME = 200
 MAX_FIELD_BYTES = 2 * 2**20
 _CODED_NAME = re.compile(rb";\s*filename\*\s*=\s*[\w-]*'[\w-]*'([^;\s]*)", re.IGNORECASE)
 """How older clients write the name of a file that is not ASCII (RFC 5987)."""
@@ -87,10 +88,11 @@ class FormReader:
         """Take the next bytes."""
         # A line that begins like the boundary ends a part (RFC 2046). The parser also looks at those that go on
         # otherwise, each for microseconds, so that a body of them would take it many seconds.
-        # The first one of a form is none of these, whatever line ends come before it.
-        counted = piece if self._begun else piece.lstrip(b"\r\n")
-        self._begun = self._begun or bool(counted)
-        self._count(counted)
+        # The first one of a form is none of these, whatever line ends come before it. They are left out, as the parser
+        # takes them, and what follows them, in another way if they come in a piece of their own.
+        piece = piece if self._begun else piece.lstrip(b"\r\n")
+        self._begun = self._begun or bool(piece)
+        self._count(piece)
         if self._delimiters > MAX_PARTS + 1:
             raise InvalidRequest("body", f"the form has more than {MAX_PARTS} parts, the most that is read")
         try:
@@ -168,10 +170,15 @@ def _name(options: Mapping[bytes, bytes]) -> str:
     if b"name" not in options:
         raise InvalidRequest("body", "a part of the form has no name; give it one in its Content-Disposition")
     try:
-        return options[b"name"].decode()
+        name = options[b"name"].decode()
     except UnicodeDecodeError:
         name = options[b"name"].decode("utf-8", "backslashreplace")
         raise InvalidRequest("body", f"the form's field {name!r:.80} has a name that is not UTF-8") from None
+    if len(name) > LONGEST_NAME or not name.isprintable():
+        # Messages and logs say it, in one line.
+        problem = f"the form's field {name!r:.80} has a name of {len(name)} characters"
+        raise InvalidRequest("body", f"{problem}; it must be printable, of at most {LONGEST_NAME}")
+    return name
 
 
 def _unreadable(error: FormParserError) -> InvalidRequest:

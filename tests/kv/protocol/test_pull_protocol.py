@@ -27,6 +27,7 @@ TTL_S, PAGE_TIMEOUT_S, ROOM_WAIT_S = 2.0, 1.0, 1.5
 PICKS = st.lists(st.integers(0, 5), max_size=15)
 SOME = st.lists(st.sampled_from(DIGESTS), min_size=1, max_size=3, unique=True)
 ANY = st.integers(0, 99)
+CROWD = "crowd-"
 LONGEST_S = 60.0
 """Virtual seconds after which no request may still be under way, once its K/V come or fail."""
 
@@ -70,6 +71,7 @@ class PullProtocol(RuleBasedStateMachine):
         )
         self.drawings: list[Drawing] = []
         self.builds: list[Claim] = []
+        self.crowds = 0
 
     @initialize(digests=SOME)
     def begin(self, digests: list[bytes]) -> None:
@@ -161,7 +163,8 @@ class PullProtocol(RuleBasedStateMachine):
     def crowd(self, digest: bytes) -> None:
         """Another user of the store here takes room for a while."""
         try:
-            self.here.lease([(bytes(15) + digest[:1], LENGTHS[digest])], 1)
+            self.crowds += 1
+            self.here.lease([(bytes(15) + digest[:1], LENGTHS[digest])], 1, f"{CROWD}{self.crowds}")
         except BagelError:
             return
 
@@ -207,6 +210,13 @@ class PullProtocol(RuleBasedStateMachine):
             PageKey(digest, *page) for s in self.link.streams if s.wanted for digest, page in s.pages(PAGES)
         ]
         assert len(asked) == len(set(asked)), f"one-flight: {asked}"
+
+    @invariant()
+    def who_is_done_holds_nothing(self) -> None:
+        """all-ends: at once, and not only when its leases run out."""
+        if all(each.task and each.task.done() for each in self.drawings) and not self.loop.is_busy():
+            left = [name for name in self.here._ledger.leases if not name.startswith(CROWD)]
+            assert not left and not self.puller._fetches, f"all-ends: {left}"
 
     def teardown(self) -> None:
         """all-ends: the engine finishes what is wanted, the network works, and every request ends; nothing is held."""

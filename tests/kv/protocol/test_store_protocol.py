@@ -144,8 +144,10 @@ class StoreProtocol(RuleBasedStateMachine):
 
     # Filling
 
-    @rule(digest=st.sampled_from(DIGESTS))
-    def claim(self, digest: bytes) -> None:
+    @precondition(lambda self: self.stored())
+    @rule(which=ANY)
+    def claim(self, which: int) -> None:
+        digest = self.stored()[which % len(self.stored())]
         self.expire()
         try:
             granted = self.store.claim(digest)
@@ -196,7 +198,11 @@ class StoreProtocol(RuleBasedStateMachine):
         for page in range(len(PAGES[self.writers[which % len(self.writers)].claim.digest])):
             self.write(which, page, "nothing", 0)
 
-    @rule(digest=st.sampled_from(DIGESTS))
+    @precondition(lambda self: self.writers)
+    @rule(which=ANY)
+    def fail_a_filling(self, which: int) -> None:
+        self.fail(self.writers[which % len(self.writers)].claim.digest)
+
     def fail(self, digest: bytes) -> None:
         segment, error = segment_of(self.store, digest), NotFinite("overflow")
         self.store.fail(digest, error)
@@ -208,8 +214,10 @@ class StoreProtocol(RuleBasedStateMachine):
 
     # Reading
 
-    @rule(digest=st.sampled_from(DIGESTS))
-    def pin(self, digest: bytes) -> None:
+    @precondition(lambda self: self.stored())
+    @rule(which=ANY)
+    def pin(self, which: int) -> None:
+        digest = self.stored()[which % len(self.stored())]
         self.expire()
         try:
             self.pins.append(self.store.pin(digest))
@@ -221,7 +229,6 @@ class StoreProtocol(RuleBasedStateMachine):
     def unpin(self, which: int) -> None:
         self.store.unpin(self.pins.pop(which % len(self.pins)))
 
-    @rule(digest=st.sampled_from(DIGESTS))
     def wait(self, digest: bytes) -> None:
         if segment := segment_of(self.store, digest):
             self.waiters.append(Waiter(self.loop.start(self.store.wait_segment(digest)), [digest], [segment]))
@@ -349,6 +356,9 @@ class StoreProtocol(RuleBasedStateMachine):
     def after_writing(self) -> None:
         for writer in self.writers:
             writer.over |= writer.claim.segment.complete
+
+    def stored(self) -> list[bytes]:
+        return [digest for digest in DIGESTS if segment_of(self.store, digest)]
 
     def a_lease(self, which: int) -> str:
         return list(self.leases)[which % len(self.leases)]
