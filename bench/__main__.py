@@ -12,7 +12,7 @@ import torch
 
 from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import attacks, cpu, gpu, nano, overhead, peer, profiler, pull, stages, threads
+from bench import attacks, cpu, gpu, load, nano, overhead, peer, profiler, pull, stages, threads
 from bench.report import Table, machine, write_json
 
 
@@ -37,6 +37,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "attacks": lambda: attacks.run(options.only),
         "cpu": lambda: cpu.run(options.only, options.repeats),
         "gpu": lambda: gpu.run(device, options.only, tiny=options.tiny),
+        "load": lambda: load.run(options.minutes),
         "nano": lambda: nano.run(options.only, options.repeats),
         "overhead": lambda: overhead.run(options.repeats, options.rate),
         "peer": lambda: peer.run(
@@ -79,12 +80,13 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OnceParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parts = ("attacks", "cpu", "gpu", "nano", "overhead", "peer", "profiler", "pull", "stages", "threads")
+    parts = ("attacks", "cpu", "gpu", "load", "nano", "overhead", "peer", "profiler", "pull", "stages", "threads")
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows, sections (gpu) or attacks named so")
     parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
+    parser.add_argument("--minutes", type=float, default=2.0, help="load: of the soak (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument("--device", type=_device_name, help="gpu, peer: cuda (default), cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="gpu, peer: the tiny model, to check the code")

@@ -23,6 +23,7 @@ from bagel.pipelines import BAGEL
 from bench import attack_grpc, attack_http
 from bench.attack_http import Target
 from bench.nano import cpu_seconds
+from bench.processes import cpu_of, processes
 from bench.report import Table
 
 MIB = 2**20
@@ -91,7 +92,7 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
     before = await _Quiet(services).ask_for(QUIET_S)
     for service in services.services:
         _forget_peak(service)
-    cpu, own_cpu = cpu_seconds(services), _cpu(services.services[-1])
+    cpu, own_cpu = cpu_seconds(services), cpu_of(services.services[-1])
     target = Target(services.address, services.http, ATTACK_S + lead_s)
     attack = asyncio.get_running_loop().run_in_executor(attacker, _attack, name, target)
     await asyncio.sleep(lead_s)
@@ -113,7 +114,7 @@ async def _measure(table: Table, name: str, services: Deployment, attacker: Proc
         failed=during.failed,
         rss_mib=peaks[-1],
         others_mib=sum(peaks[:-1]),
-        cpu_s=_cpu(services.services[-1]) - own_cpu,
+        cpu_s=cpu_of(services.services[-1]) - own_cpu,
         all_cpu_s=cpu_seconds(services) - cpu,
         over=", ".join(what for what, passed in over.items() if passed) or "-",
         came_of_it=f"{outcome}; {during.why}" if during.why else outcome,
@@ -200,16 +201,8 @@ class _Quiet:
             await asyncio.sleep(EVERY_S)
 
 
-def _processes(service: Service) -> Iterator[Path]:
-    """The /proc folders of a service's process and of its children."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # the process may have ended meanwhile
-            if int((path / "stat").read_text().rpartition(")")[2].split()[2]) == service.process.pid:
-                yield path
-
-
 def _forget_peak(service: Service) -> None:
-    for path in _processes(service):
+    for path in processes(service):
         with suppress(OSError):
             (path / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
 
@@ -217,17 +210,8 @@ def _forget_peak(service: Service) -> None:
 def _peak_mib(service: Service) -> float:
     """The sum of its processes' peaks since then: an upper bound of what a container would count."""
     total = 0
-    for path in _processes(service):
+    for path in processes(service):
         with suppress(OSError):
             lines = (path / "status").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return total * 1024 / MIB
-
-
-def _cpu(service: Service) -> float:
-    ticks = 0
-    for path in _processes(service):
-        with suppress(OSError):
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
