@@ -11,7 +11,7 @@ from PIL.Image import Image
 from bagel.checkpoint.config import ModelConfig
 from bagel.engine.noise import Posterior, Shape
 from bagel.errors import InvalidImage
-from bagel.images import PreparedImage, ResizedImage, pixel_digest, prepare
+from bagel.images import PreparedImage, ResizedImage, prepare
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.prompts import ImagePart, Prompt, TextPart
@@ -130,13 +130,16 @@ class ChainPlanner:
 
     def _append_image(self, chain: Chain, image: InputImage) -> Chain:
         """VAE block, then ViT block, as far as the part wants them."""
-        if image.prepared.vae is not None:
-            chain = self._append_block(chain, SegmentKind.VAE, image.prepared.vae, image.posterior)
-        if image.prepared.vit is not None:
-            chain = self._append_block(chain, SegmentKind.VIT, image.prepared.vit, None)
+        prepared = image.prepared
+        if prepared.vae is not None:
+            chain = self._append_block(chain, SegmentKind.VAE, prepared.vae, prepared.vae_digest, image.posterior)
+        if prepared.vit is not None:
+            chain = self._append_block(chain, SegmentKind.VIT, prepared.vit, prepared.vit_digest, None)
         return chain
 
-    def _append_block(self, chain: Chain, kind: SegmentKind, image: Image, posterior: Posterior | None) -> Chain:
+    def _append_block(
+        self, chain: Chain, kind: SegmentKind, image: Image, pixels: bytes, posterior: Posterior | None
+    ) -> Chain:
         config = self.config
         vae = kind is SegmentKind.VAE
         stride = config.latent_stride if vae else config.vit.patch_size
@@ -150,7 +153,7 @@ class ChainPlanner:
                 f"for {limit * stride} a side",
             )
         # Other noise makes other K/V of the same pixels.
-        content = pixel_digest(image) + (posterior.identity if posterior else b"")
+        content = pixels + (posterior.identity if posterior else b"")
         # Two delimiters more than patches, and one position for all of them.
         segment = self._segment(chain, kind, content, grid[0] * grid[1] + 2, 1)
         return _append(chain, replace(segment, image=image, grid=grid, posterior=posterior))

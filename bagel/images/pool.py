@@ -17,10 +17,12 @@ from PIL import Image
 
 from bagel.errors import BagelError, Busy, ConfigError, InvalidImage
 from bagel.images import frames
+from bagel.images.recent import RecentImages, file_digest
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
 from bagel.telemetry.logs import Log
 
 _ATTEMPTS = 2
+Values = tuple[int, int, int]
 _BUFFER_BYTES = 2**20
 
 log = Log("bagel.images")
@@ -48,6 +50,7 @@ class ImagePool:
         self._places = asyncio.Semaphore(workers)
         self._idle: list[asyncio.subprocess.Process] = []
         self._closed = False
+        self._recent = RecentImages()
 
     async def size(self, data: bytes) -> tuple[int, int]:
         """The upright (width, height) of an image file, from its headers; no pixel is decoded."""
@@ -64,11 +67,23 @@ class ImagePool:
         for_generation: bool,
         for_understanding: bool,
     ) -> ResizedImage:
-        """Decode and resize an image file as `prepare` does."""
+        """Decode and resize an image file as `prepare` does. One that was read lately is not read again."""
+        transforms = _values(vae_transform), _values(vit_transform)
+        key = await file_digest(data), transforms, for_generation, for_understanding
+        # The contexts of one request want the same image at once.
+        async with self._recent.turn(key, self._wait_s):
+            if (image := self._recent.get(key)) is None:
+                image = await self._resized(data, transforms, for_generation, for_understanding)
+                self._recent.put(key, image)
+            return image
+
+    async def _resized(
+        self, data: bytes, transforms: tuple[Values, Values], for_generation: bool, for_understanding: bool
+    ) -> ResizedImage:
         task = {
             "work": "resize",
-            "vae_transform": _values(vae_transform),
-            "vit_transform": _values(vit_transform),
+            "vae_transform": transforms[0],
+            "vit_transform": transforms[1],
             "for_generation": for_generation,
             "for_understanding": for_understanding,
         }
@@ -178,5 +193,5 @@ async def _kill(worker: asyncio.subprocess.Process) -> None:
             await worker.stdin.wait_closed()
 
 
-def _values(transform: ImageTransform) -> tuple[int, int, int]:
+def _values(transform: ImageTransform) -> Values:
     return transform.max_size, transform.min_size, transform.stride

@@ -7,11 +7,12 @@ The rule is the reference's (ByteDance-Seed/Bagel, data/transforms.py `MaxLongEd
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from PIL import Image
 
 from bagel.errors import CheckpointError, InvalidImage
-from bagel.images.colour import to_rgb
+from bagel.images.colour import pixel_digest, to_rgb
 
 MAX_PIXELS = 1_806_336
 """Area in pixels above which the resize rule scales once more (the reference's 14 * 14 * 9216)."""
@@ -60,6 +61,18 @@ class PreparedImage:
     size: tuple[int, int]
     vae: Image.Image | None
     vit: Image.Image | None
+
+    @cached_property
+    def vae_digest(self) -> bytes:
+        """`pixel_digest` of what the VAE takes."""
+        assert self.vae is not None
+        return pixel_digest(self.vae)
+
+    @cached_property
+    def vit_digest(self) -> bytes:
+        """`pixel_digest` of what the ViT takes."""
+        assert self.vit is not None
+        return pixel_digest(self.vit)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, load_image, prepare
 from bagel.images.jpeg import MAX_SCANS
 from bagel.images.pool import ImagePool
+from bagel.images.recent import RecentImages
+from bagel.images.transforms import PreparedImage
 from bagel.images.worker import MEMORY_BYTES, NICENESS
 
 pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
@@ -94,6 +96,44 @@ def test_reads_as_this_process_does() -> None:
     with_pool(test, timeout_s=30.0)
 
 
+def test_an_image_that_comes_again_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads = ImagePool._read, list[int]()
+
+    async def counted(pool: ImagePool, task: dict[str, object], data: bytes) -> object:
+        reads.append(len(data))
+        return await read(pool, task, data)
+
+    monkeypatch.setattr(ImagePool, "_read", counted)
+
+    async def test(pool: ImagePool) -> None:
+        async def resized(data: bytes, *, edit: bool = True) -> ResizedImage:
+            return await pool.resized(data, VAE_TRANSFORM, VIT_TRANSFORM, for_generation=edit, for_understanding=True)
+
+        first, second = await asyncio.gather(resized(SMALL), resized(SMALL))
+        assert first is second is await resized(bytes(SMALL)) and len(reads) == 1
+        assert (await resized(SMALL, edit=False)).prepared.vae is None and len(reads) == 2
+        other = encoded(Image.new("RGB", (80, 50), "navy"), "PNG")
+        assert (await resized(other)).prepared.vit_digest != first.prepared.vit_digest and len(reads) == 3
+        for _ in range(2):  # what is refused is not kept, and keeps nobody waiting
+            with pytest.raises(InvalidImage):
+                await resized(b"no image")
+        assert len(reads) == 5 and not pool._recent._reading
+
+    with_pool(test, workers=2)
+
+
+def test_recent_images_are_bounded() -> None:
+    recent = RecentImages(max_bytes=3 * 4 * 100)
+    images = [ResizedImage((10, 10), PreparedImage((10, 10), Image.new("RGB", (10, 10)), None)) for _ in range(4)]
+    for key, image in enumerate(images[:3]):
+        recent.put(key, image)
+    assert recent.get(0) is images[0]  # used, so that it stays
+    recent.put(3, images[3])
+    assert [recent.get(key) is not None for key in range(4)] == [True, False, True, True]
+    recent.put(5, ResizedImage((99, 99), PreparedImage((99, 99), Image.new("RGB", (99, 99)), None)))
+    assert recent.get(5) is None and recent.get(3) is images[3]
+
+
 def test_a_bomb_is_refused_in_time_and_the_next_image_is_read() -> None:
     async def test(pool: ImagePool) -> None:
         assert await pool.size(bomb()) == (6000, 6000)  # which takes no decoding
@@ -137,7 +177,8 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
 def test_no_more_workers_than_allowed_and_no_endless_wait() -> None:
     async def test(pool: ImagePool) -> None:
         data = bomb()
-        reading = [asyncio.create_task(resized(pool, data)) for _ in range(2)]
+        # Two files: a second call for the same one would wait for the first.
+        reading = [asyncio.create_task(resized(pool, data + bytes(i))) for i in range(2)]
         await asyncio.sleep(0.2)
         with pytest.raises(Busy, match="all 2 processes that read images are busy"):
             await pool.size(SMALL)
