@@ -11,6 +11,8 @@ import os
 import tempfile
 from contextlib import suppress
 
+from bagel.errors import ConfigError
+
 ALIGNMENT = 64
 """Bytes that each block of an arena begins at a multiple of: a cache line."""
 
@@ -22,8 +24,15 @@ class Arena:
     """
 
     def __init__(self, nbytes: int) -> None:
-        fd, self.name = _shared_file(nbytes)
-        self._open(fd, nbytes)
+        """Raises ConfigError if the machine does not give so much."""
+        try:
+            fd, self.name = _shared_file(nbytes)
+            self._open(fd, nbytes)
+        except OSError as error:
+            raise ConfigError(
+                f"{nbytes} bytes of shared memory cannot be had: {error.strerror}; start the service with fewer bytes "
+                "for K/V, or let it have more"
+            ) from None
 
     @classmethod
     def attach(cls, name: str, nbytes: int) -> Arena:
@@ -66,7 +75,11 @@ def _shared_file(nbytes: int) -> tuple[int, str]:
         fd, path = tempfile.mkstemp(prefix="bagel-kv-")
         # Not removed at once: other processes open it by its path.
         atexit.register(_remove, path)
-    os.ftruncate(fd, nbytes)
+    try:
+        os.ftruncate(fd, nbytes)
+    except OSError:
+        os.close(fd)
+        raise
     return fd, path
 
 

@@ -123,14 +123,14 @@ class Campaign:
         for link in fleet.links.values():
             link.heal()
         if any(fault.group == "processes" for fault in found.round.faults):
-            for name in fleet.models:
-                fleet.repair(name)
             for name, service in fleet.services.items():
                 if any(fault.kind == "clock" for fault in found.round.faults) and "twin" not in name:
                     fleet.clock.jump(name, 0)
                 with suppress(ProcessLookupError):
                     os.kill(service.process.pid, signal.SIGCONT)
             await self._until_ended(found)
+            for name in fleet.models:
+                fleet.repair(name)
             for name in fleet.dead():
                 self._check_last_words(name, found)
                 await fleet.restart(name)
@@ -185,13 +185,14 @@ class Campaign:
     async def _judge(self, outcomes: list[Outcome], found: Verdict) -> None:
         for outcome in outcomes:
             twin = await self._twin(outcome.ask) if outcome.answer is not None else None
-            found.ends[self._end(outcome)] += 1
-            if wrong := verdict(outcome, twin, found.round, ranks=self.fleet.ranks):
+            found.ends[self._end(outcome, twin)] += 1
+            if wrong := verdict(outcome, twin, found.round):
                 found.wrong.append(f"{shown(outcome.ask)}: {wrong}")
 
-    def _end(self, outcome: Outcome) -> str:
+    def _end(self, outcome: Outcome, twin: Outcome | None) -> str:
         if outcome.answer is not None:
-            return "answered"
+            equal = twin is not None and outcome.answer == twin.answer
+            return "answered, equal byte for byte" if equal else "answered otherwise"
         return "left" if outcome.left else f"{outcome.error} {outcome.status}"
 
     async def _twin(self, ask: Ask) -> Outcome:
@@ -205,9 +206,7 @@ class Campaign:
         """Nothing is held, nothing computes, everything works, and no process has grown."""
         for probe in PROBES:
             outcome = await self._ask(0.0, probe)
-            if wrong := verdict(
-                outcome, await self._twin(probe), replace(found.round, flavour="clients"), ranks=self.fleet.ranks
-            ):
+            if wrong := verdict(outcome, await self._twin(probe), replace(found.round, flavour="clients")):
                 found.wrong.append(f"afterwards, {shown(probe)}: {wrong}")
         deadline = time.monotonic() + REST_S
         while (left := await self._unrest()) and time.monotonic() < deadline:

@@ -23,11 +23,8 @@ OWN_DEADLINE_S = 0.3
 """How soon before its deadline a call ends that has run into it."""
 
 
-def verdict(outcome: Outcome, twin: Outcome | None, round_: Round, *, ranks: int = 1) -> str:
-    """What is wrong with an outcome; empty if nothing is. twin: what undisturbed services answer to the same.
-
-    ranks: of those services that may have drawn it; several add numbers up in another order than one.
-    """
+def verdict(outcome: Outcome, twin: Outcome | None, round_: Round) -> str:
+    """What is wrong with an outcome; empty if nothing is. twin: what undisturbed services answer to the same."""
     ask = outcome.ask
     if outcome.left and not (ask.leaves or ask.leaves_s):
         return f"no end {outcome.s:.1f} s after it was sent, with a deadline of {ask.deadline_s:g} s"
@@ -38,7 +35,7 @@ def verdict(outcome: Outcome, twin: Outcome | None, round_: Round, *, ranks: int
     if outcome.answer is not None:
         if twin is None or twin.answer is None:
             return f"answered, but its twin is {twin}"
-        if outcome.answer == twin.answer or (ranks > 1 and _close(outcome.answer, twin.answer)):
+        if outcome.answer == twin.answer or close(outcome.answer, twin.answer):
             return ""
         return f"a wrong answer: {difference(outcome.answer, twin.answer)}"
     return _of_error(outcome, round_)
@@ -64,8 +61,11 @@ def _of_error(outcome: Outcome, round_: Round) -> str:
     return ""
 
 
-def _close(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-    """Whether two answers are equal but for a few values of their pictures that are one step off."""
+def close(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    """Whether two answers are equal but for a few values of their pictures that are one step off.
+
+    Pictures that share their steps with others, and ranks that share a layer, add numbers up in another order.
+    """
     for ours, theirs in zip(one, other, strict=True):
         if isinstance(ours, bytes) and isinstance(theirs, bytes) and ours and theirs:
             pictures = [Image.open(BytesIO(data)).convert("RGB") for data in (ours, theirs)]

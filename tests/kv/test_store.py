@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import platform
+import resource
 import threading
 from typing import Any
 
@@ -381,3 +382,13 @@ def test_the_allocator_setting_can_be_switched_off(monkeypatch: pytest.MonkeyPat
         assert reuse_freed_memory()
     monkeypatch.setenv("BAGEL_KV_MALLOC", "0")
     assert not reuse_freed_memory()
+
+
+def test_shared_memory_that_the_machine_does_not_give_is_told_in_one_line() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"1048576 bytes of shared memory cannot be had: File too large"):
+            Arena(1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -194,8 +194,11 @@ class DitServicer(DitServiceServicer):
                 await self._land(picture, refs, work, held, elsewhere, fetching)
             finally:
                 fetching.cancel()
-                # Over before `hold` gives back the room that it writes to.
-                await asyncio.gather(fetching, return_exceptions=True)
+                # Over before `hold` gives back the room that it writes to. Not by `gather`, which a second cancel, as
+                # when the connection breaks meanwhile, leaves with an error that nobody takes.
+                await asyncio.wait({fetching})
+                if not fetching.cancelled():
+                    fetching.exception()  # told where it was awaited
         async for response in self._follow(work, stack):
             yield response
 
