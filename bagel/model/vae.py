@@ -11,9 +11,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from bagel.checkpoint.config import NORM_GROUPS, VaeConfig
+from bagel.parallel.groups import ALONE, Group
+from bagel.parallel.vae_patch import Tiling
 
 TILE_SIZE = 512
-"""Pixels a side of a tile. With tiling on, a picture up to that size is still decoded whole."""
+"""Pixels a side of a tile. With tiling on, a picture up to that size is still decoded and encoded whole."""
 
 # The checkpoint's (BFL) names on the left, diffusers' on the right.
 _RENAMES = (
@@ -58,20 +60,34 @@ class Vae(nn.Module):
         )
         # Also where another default type is set, as vLLM does. Not by diffusers' own `to`, which warns of it.
         nn.Module.to(self.autoencoder, torch.float32)
+        self._decoding: tuple[Tiling, Group] | None = None
+        self._encoding: tuple[Tiling, Group] | None = None
         # Dropped while the model has no memory yet, so that a role pays for its half alone.
         if not encoder:
             self.autoencoder.encoder = None
         if not decoder:
             self.autoencoder.decoder = None
 
-    def use_tiling(self) -> None:
-        """Decode pictures above TILE_SIZE in overlapping, blended tiles: less memory, not quite the same picture."""
-        self.autoencoder.enable_tiling()
+    def use_tiling(self, decoding: Group = ALONE, encoding: Group = ALONE) -> None:
+        """Decode and encode what is above TILE_SIZE in overlapping, blended tiles.
+
+        That takes less memory, and gives not quite the same picture. decoding, encoding: ranks that divide the tiles;
+        all of a group decode and encode the same in the same order.
+        """
+        tiled, config = self.autoencoder, self.config
+        pixels, latents, overlap = tiled.tile_sample_min_size, tiled.tile_latent_min_size, tiled.tile_overlap_factor
+        self._decoding = Tiling(latents, pixels, config.out_ch, overlap), decoding
+        self._encoding = Tiling(pixels, latents, 2 * config.z_channels, overlap), encoding
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
+        encoder = self.autoencoder.encoder
         with exact_convolutions():
-            moments = self.autoencoder.encoder(pixels.contiguous())
+            if self._encoding is not None and self._encoding[0].cuts(pixels):
+                tiling, group = self._encoding
+                moments = tiling.blend(pixels, group.gather(tiling.share(pixels, encoder, group)), group)
+            else:
+                moments = encoder(pixels.contiguous())
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
@@ -81,12 +97,31 @@ class Vae(nn.Module):
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """latent [1, z, h, w] -> pixels [1, 3, 8 h, 8 w], about [-1, 1], not clamped."""
+        """latent [1, z, h, w] -> pixels [1, 3, 8 h, 8 w], about [-1, 1], not clamped.
+
+        Of ranks that divide the tiles the first one calls this, and the others `help_decode`.
+        """
+        z = self._unscaled(latent)
         with exact_convolutions():
-            decoded: Tensor = self.autoencoder.decode(
-                (latent / self.config.scale_factor + self.config.shift_factor).contiguous(), return_dict=False
-            )[0]
+            if self._decoding is not None and self._decoding[0].cuts(z):
+                tiling, group = self._decoding
+                shares = group.collect(tiling.share(z, self.autoencoder.decoder, group))
+                assert shares is not None, "this rank helps others to decode"
+                return tiling.blend(z, shares, group)
+            decoded: Tensor = self.autoencoder.decoder(z)
         return decoded
+
+    def help_decode(self, latent: Tensor) -> None:
+        """Compute this rank's tiles of a latent that the first rank decodes; nothing if that is not cut into tiles."""
+        z = self._unscaled(latent)
+        if self._decoding is not None and self._decoding[0].cuts(z):
+            tiling, group = self._decoding
+            with exact_convolutions():
+                group.collect(tiling.share(z, self.autoencoder.decoder, group))
+
+    def _unscaled(self, latent: Tensor) -> Tensor:
+        """The latent as the decoder takes it."""
+        return (latent / self.config.scale_factor + self.config.shift_factor).contiguous()
 
 
 def exact_convolutions() -> AbstractContextManager[None]:

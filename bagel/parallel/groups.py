@@ -59,6 +59,17 @@ class Group:
 
         return wait
 
+    def collect(self, x: Tensor) -> Tensor | None:
+        """As `gather`, on the rank of index 0 alone; None on the others."""
+        if self.size == 1:
+            return x[None]
+        if self.index:
+            dist.gather(x, group=self.handle, group_dst=0)
+            return None
+        collected = x.new_empty(self.size, *x.shape)
+        dist.gather(x, list(collected), group=self.handle, group_dst=0)
+        return collected
+
     def share(self, x: Tensor, source: int = 0) -> Tensor:
         """The tensor of the rank of index `source`, on every rank; written into x, which is returned."""
         if self.size > 1:
@@ -106,8 +117,8 @@ def join(
     """Meet all ranks of the mesh, and form the groups; called once in a process, by all of them.
 
     init_method: as torch.distributed has it, like tcp://127.0.0.1:29500. timeout_s: of an exchange that another rank
-    does not come to. vae_ranks: so many ranks, from the first on, divide the tiles of pictures. weight_ranks: so many
-    neighbours divide the weights.
+    does not come to. vae_ranks: so many ranks, from the first on, divide the tiles of pictures; weight_ranks: so many
+    that follow one another divide the weights.
     """
     mesh = rank.mesh
     if mesh.size == 1:

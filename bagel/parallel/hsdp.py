@@ -1,7 +1,7 @@
 """HSDP: some ranks divide the weights among them, and gather each layer's before it runs (torch's `fully_shard`).
 
 A rank keeps a range of rows of every large weight. The next layer's weights are gathered while one computes, and those
-of a layer are given back after it, so that a rank holds its share and about three layers. Ranks must run the same
+of a layer are given back after it, so that a rank holds its share and about four layers. Ranks must run the same
 forwards in the same order, whatever they compute in them. There are no gradients, so several copies of the weights
 (`hsdp_replicate_size`) are several groups of ranks, which know nothing of each other here.
 """

@@ -27,13 +27,14 @@ class Ranks:
     _processes: list[tuple[BaseProcess, Connection]] = field(default_factory=list)
     _calls: int = 0
 
-    def run(self, mesh: Mesh, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, mesh: Mesh, work: Callable[..., Any], *arguments: Any, **sizes: int) -> list[Any]:
         """work(groups, *arguments) on every rank of a mesh, at once; what each returns, by rank.
 
-        work: a function of a module. Raises AssertionError with the first rank's error, or for ranks that hang.
+        work: a function of a module; sizes: as `join` takes them. Raises AssertionError with the first rank's error, or
+        for ranks that hang.
         """
         try:
-            return self._run(mesh, work, arguments)
+            return self._run(mesh, work, arguments, sizes)
         except AssertionError:
             self.end()  # ranks that wait for one that failed are of no more use
             raise
@@ -44,13 +45,15 @@ class Ranks:
             process.kill()
         self._processes.clear()
 
-    def _run(self, mesh: Mesh, work: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+    def _run(
+        self, mesh: Mesh, work: Callable[..., Any], arguments: tuple[Any, ...], sizes: dict[str, int]
+    ) -> list[Any]:
         self._calls += 1
         meeting = (self.folder / f"meeting-{self._calls}").as_uri()
         self._start(mesh.size)
         ranks = self._processes[: mesh.size]
         for index, (_, connection) in enumerate(ranks):
-            connection.send((mesh, index, meeting, work, arguments))
+            connection.send((mesh, index, meeting, sizes, work, arguments))
         results: dict[int, Any] = {}
         while len(results) < len(ranks):
             left = {connection: index for index, (_, connection) in enumerate(ranks) if index not in results}
@@ -91,11 +94,11 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            mesh, index, meeting, work, arguments = connection.recv()
+            mesh, index, meeting, sizes, work, arguments = connection.recv()
         except EOFError:
             return
         try:
-            groups = join(mesh.rank(index), torch.device("cpu"), meeting, timeout_s=EXCHANGE_S)
+            groups = join(mesh.rank(index), torch.device("cpu"), meeting, timeout_s=EXCHANGE_S, **sizes)
             try:
                 connection.send(("", work(groups, *arguments)))
             finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext as nothing
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +21,7 @@ from bagel.parity.record import Recorder
 from bagel.request import ImageSettings, RenormType
 from tests.engine.test_sampler import SETTINGS, picture
 from tests.engine.test_step_graphs import capturing
-from tests.parallel.ranks import Ranks, ranks_in
+from tests.parallel.ranks import Ranks
 from tests.shared import MODEL
 
 pytestmark = pytest.mark.slow
@@ -103,12 +102,6 @@ def draw_with_graphs(groups: Groups) -> tuple[Drawn, bool]:
         model = capturing(loaded().model, patch)
         captures = StepGraphs.over(model, kv_space_of(model, [1]).slab, groups.context) is not None
         return draw(loaded(), CASES["four pictures"], groups, graphs=True), captures
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with ranks_in(tmp_path_factory.mktemp("ranks")) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""Weights that ranks divide (HSDP): forwards to the bit as of a whole model, and no rank with more than its part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
+from bagel.model.bagel import Bagel
+from bagel.model.naming import kept, slots
+from bagel.model.weights import empty_model, load_model
+from bagel.parallel.groups import Groups
+from bagel.parallel.hsdp import local
+from bagel.parallel.mesh import Mesh
+from tests.model.forwards import FORWARDS, denoise_step
+from tests.parallel.ranks import Ranks
+from tests.shared import MODEL
+
+pytestmark = pytest.mark.slow
+
+ORDER = ("denoise step", "text step", "ViT read", "latents read", "text step", "denoise step")
+"""Forwards that use both experts, and such that use one."""
+LAYERS = 64
+"""Of a model whose layers outweigh the rest."""
+
+
+def forwards(groups: Groups) -> list[str]:
+    """The forwards in which this rank's part of the model differs from a whole one, in and out of inference mode."""
+    checkpoint = Checkpoint(MODEL)
+    whole = load_model(checkpoint, Role.FULL, delimiter_ids=(3, 4))
+    shared = load_model(checkpoint, Role.FULL, delimiter_ids=(3, 4), sharing=groups.weights)
+    different = []
+    for inference in (True, False, True):
+        with torch.inference_mode(inference):
+            for name in ORDER:
+                pairs = zip(FORWARDS[name](shared), FORWARDS[name](whole), strict=True)
+                if not all(torch.equal(ours, theirs) for ours, theirs in pairs if theirs is not None):
+                    different.append(name)
+    return different
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of a model and one rank's part: the weights, those of one layer, what is read, and the most held at once."""
+
+    whole: int
+    layer: int
+    mine: int
+    read: int
+    placing: int
+    drawing: int
+
+
+def measure(groups: Groups) -> Bytes:
+    config = Checkpoint(MODEL).config
+    config = replace(config, llm=replace(config.llm, num_hidden_layers=LAYERS))
+    with most_held() as placing:
+        model = empty_model(config, Role.DENOISE, dtype=torch.float32, device="cpu", sharing=groups.weights)
+    for parameter in model.parameters():
+        local(parameter).zero_()
+    with most_held() as drawing, torch.inference_mode():
+        denoise_step(model)
+    read = [mine.target.nbytes for slot in slots(model) if (mine := kept(slot)) is not None]
+    layer = nbytes(model, "language_model.layers.0.", whole=True)
+    return Bytes(nbytes(model, whole=True), layer, nbytes(model), sum(read), placing[0], drawing[0])
+
+
+def nbytes(model: Bagel, prefix: str = "", *, whole: bool = False) -> int:
+    named = ((name, each if whole else local(each)) for name, each in model.named_parameters())
+    return sum(each.numel() * each.element_size() for name, each in named if name.startswith(prefix))
+
+
+@contextmanager
+def most_held() -> Iterator[list[int]]:
+    """The most bytes that PyTorch has allocated at once in the block, beyond those from before."""
+    held: list[int] = []
+    with torch.profiler.profile(profile_memory=True) as profile:
+        yield held
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    sizes = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+    held.append(max(accumulate(sizes)))
+
+
+@pytest.mark.parametrize(("world", "shards"), [(2, 2), (4, 2), (3, 3)])
+def test_forwards_are_those_of_a_whole_model(world: int, shards: int, ranks: Ranks) -> None:
+    """Also with two copies of two shards, and with rows that three ranks cannot divide evenly."""
+    assert ranks.run(Mesh(data=world), forwards, weight_ranks=shards) == [[]] * world
+
+
+def test_no_rank_ever_holds_more_than_its_part_and_a_few_layers(ranks: Ranks) -> None:
+    for held in ranks.run(Mesh(data=2), measure, weight_ranks=2):
+        assert held.mine == held.read < 0.56 * held.whole
+        # A layer that computes and one that comes, each in the form that it is sent in too.
+        assert held.placing < held.mine + 5 * held.layer
+        assert held.drawing < 5 * held.layer
