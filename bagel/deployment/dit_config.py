@@ -47,7 +47,7 @@ class DitConfig(OnRanks, ReadingImages, OfModel, Calling, Listening):
         default=(), flag="--source", metavar="NAME=HOST:PORT", shape=SERVICE, elsewhere=WIRED,
     )  # fmt: skip
     vae_use_tiling: bool = setting(
-        "decode large pictures in tiles: less memory", default=False, stage=True, elsewhere=OF_STAGE
+        "decode and encode large pictures in tiles: less memory", default=False, stage=True, elsewhere=OF_STAGE
     )
     attention_backend: str = setting(
         "what computes attention; auto: the fastest that runs on the device",
