@@ -38,8 +38,6 @@ class NotBuilt:
 _CONTEXT = "context_parallel_size divides the latents of a picture among GPUs"
 _SEQUENCE = ("sequence_parallel_size", "ulysses_degree", "ring_degree", "allgather_degree")
 NOT_BUILT = (
-    NotBuilt("parallel_config.vae_patch_parallel_size", works=1),
-    NotBuilt("parallel_config.use_hsdp", works=False),
     NotBuilt("parallel_config.pipeline_parallel_size", works=1, remedy="tensor_parallel_size divides the layers"),
     NotBuilt("parallel_config.data_parallel_size", works=1, remedy="start several DiTs (docs/parallel.md)"),
     *(NotBuilt(f"parallel_config.{key}", works=1, remedy=_CONTEXT) for key in _SEQUENCE),

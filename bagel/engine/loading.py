@@ -114,7 +114,7 @@ def load_role(
 ) -> LoadedModel:
     """Load the parts of a checkpoint that a role needs; raises CheckpointError if its files do not fit.
 
-    vae_use_tiling decodes large pictures in overlapping tiles: less memory, not exactly the same picture;
+    vae_use_tiling decodes and encodes large pictures in overlapping tiles: less memory, not exactly the same picture;
     attention_backend, enforce_eager: as `choose_backend` takes them; groups: the ranks that the model is divided over,
     which call this together; quantization: of `Quantization`; cpu_offload: "layers" keeps the weights of the decoder's
     layers in the host's memory, for a GPU alone.
@@ -141,7 +141,7 @@ def load_role(
         )
     settle_threads(model.config, device)
     if vae_use_tiling:
-        model.autoencoder().use_tiling()
+        model.autoencoder().use_tiling(groups.vae_decode, groups.vae_encode)
     backend = model.language_model.backend
     chosen = {"attention": backend.attention, "kernels": backend.kernels.name, "device": str(device)}
     logger.info("backend", extra={"fields": chosen})

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
 from bagel.engine.events import Drawn, Event, Previewed
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import Drawing, decode_picture
-from bagel.errors import NotFinite
+from bagel.engine.sampler import Drawing, decode_picture, help_decode_picture
+from bagel.errors import BagelError, NotFinite
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel
 from bagel.model.pixels import to_image
@@ -54,6 +54,8 @@ class EarlyPicture:
 class VaeWorker:
     """One thread, and on a GPU one stream. Of several ranks, the first one alone gives pictures out.
 
+    Ranks that divide the tiles of pictures do the same work in the same order, that of the engine's commands.
+
     emit: receives Drawn and Previewed; fail: the error of a picture; is_drawing: whether an id is still on a canvas.
     """
 
@@ -68,7 +70,8 @@ class VaeWorker:
     ) -> None:
         self._model, self._device, self._heartbeat = model, model.device, heartbeat
         self._emit, self._fail, self._is_drawing = emit, fail, is_drawing
-        self._works = model.groups.world.index == 0
+        self._tiles = model.groups.vae_decode
+        self._gives_out = model.groups.world.index == 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vae")
         self._jobs: set[Future[None]] = set()
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -104,7 +107,7 @@ class VaeWorker:
         self._thread.shutdown()
 
     def _submit(self, work: Callable[[Any], None], job: object) -> None:
-        if not self._works:
+        if not self._gives_out and self._tiles.size == 1:
             return
         future = self._thread.submit(self._watched, work, job)
         # Before the callback is added: it may run at once.
@@ -118,7 +121,10 @@ class VaeWorker:
     def _finish(self, job: FinishedPicture) -> None:
         start = time.perf_counter()
         try:
-            image, decoding = self._image(job.latents, job.grid, job.launched)
+            made = self._image(job.latents, job.grid, job.launched)
+            if made is None:
+                return
+            image, decoding = made
             picture = _given_out(image, job.output)
             profile = {}
             if job.windows is not None:
@@ -129,28 +135,48 @@ class VaeWorker:
             self._fail(job.id, error)
 
     def _preview(self, job: EarlyPicture) -> None:
-        # A finished picture has left its canvas too, but its preview is still wanted.
-        if not self._is_drawing(job.id) and not job.drawing.finished:
-            return  # the request was cancelled
         try:
-            image, _ = self._image(job.latents, job.drawing.picture.grid, job.launched, quick=True)
+            # A finished picture has left its canvas too, but its preview is still wanted.
+            if not self._agreed(self._is_drawing(job.id) or job.drawing.finished):
+                return  # the request was cancelled
+            made = self._image(job.latents, job.drawing.picture.grid, job.launched, quick=True)
+            if made is None:
+                return
+            image, _ = made
             picture = _given_out(image, job.output)
             self._emit(Previewed(job.id, job.index, job.step, picture, image.width, image.height))
-        except Exception as error:  # the picture itself may come out right, and reports an error if it does not
+        except Exception as error:
+            if self._tiles.size > 1 and not isinstance(error, BagelError):
+                self._fail(job.id, error)  # the other ranks wait for this one's tiles
+                return
+            # The picture itself may come out right, and reports an error if it does not.
             logger.warning("a preview failed", extra={"fields": {"why": str(error)}})
+
+    def _agreed(self, wanted: bool) -> bool:
+        """What the first rank decides, as it depends on time: all ranks decode a picture, or none."""
+        if self._tiles.size == 1:
+            return wanted
+        with self._on_stream():
+            return bool(self._tiles.share(torch.tensor([wanted], device=self._device)).item())
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
 
     def _image(
         self, latents: Tensor, grid: tuple[int, int], launched: torch.cuda.Event | None, *, quick: bool = False
-    ) -> tuple[Image.Image, tuple[Moment, Moment]]:
-        """The image of latents, and when the VAE began and ended on the device.
+    ) -> tuple[Image.Image, tuple[Moment, Moment]] | None:
+        """The image of latents, and when the VAE began and ended on the device; None on a rank that helps another.
 
         Raises NotFinite for one that overflowed.
         """
-        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+        with self._on_stream():
             if launched is not None and self._stream is not None:
                 self._stream.wait_event(launched)
                 # Allocated on the other stream, which would otherwise reuse their memory too early.
                 latents.record_stream(self._stream)
+            if not self._gives_out:
+                help_decode_picture(self._model, latents, grid, quick=quick)
+                return None
             begin = mark(self._device)
             decoded = decode_picture(self._model, latents, grid, quick=quick)
             end = mark(self._device)

@@ -73,12 +73,13 @@ class Tiling:
         kept = self.result - self._blended
         lines: dict[int, list[Tensor]] = {}
         # From the upper left on, as a tile is blended with neighbours that have been blended themselves.
-        for (row, column), tile in sorted(tiles.items(), key=lambda each: each[0]):
+        for row, column in sorted(tiles):
+            result = tiles[row, column]
             if row:
-                _blend(tiles[row - 1, column], tile, self._blended, dim=2)
+                _blend(tiles[row - 1, column], result, self._blended, dim=2)
             if column:
-                _blend(tiles[row, column - 1], tile, self._blended, dim=3)
-            lines.setdefault(row, []).append(tile[:, :, :kept, :kept])
+                _blend(tiles[row, column - 1], result, self._blended, dim=3)
+            lines.setdefault(row, []).append(result[:, :, :kept, :kept])
         return torch.cat([torch.cat(line, dim=3) for line in lines.values()], dim=2)
 
     @property

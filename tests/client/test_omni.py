@@ -163,7 +163,6 @@ def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     ("override", "said"),
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2, which is not built yet"),
-        ({"vae_patch_parallel_size": 2}, "vae_patch_parallel_size is 2"),
     ],
 )
 def test_what_is_not_built_is_refused_before_anything_starts(override: dict[str, object], said: str) -> None:

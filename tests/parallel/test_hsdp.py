@@ -37,7 +37,7 @@ def forwards(groups: Groups, dtype: torch.dtype, quantization: Quantization | No
     load = partial(
         load_model, Checkpoint(MODEL), Role.FULL, delimiter_ids=(3, 4), dtype=dtype, quantization=quantization
     )
-    whole, shared = load(), load(sharing=groups.weights)
+    whole, shared = load(), load(groups=groups)
     different = []
     for inference in (True, False, True):
         with torch.inference_mode(inference):
@@ -64,7 +64,7 @@ def measure(groups: Groups) -> Bytes:
     config = Checkpoint(MODEL).config
     config = replace(config, llm=replace(config.llm, num_hidden_layers=LAYERS))
     with most_held() as placing:
-        model = empty_model(config, Role.DENOISE, dtype=torch.float32, device="cpu", sharing=groups.weights)
+        model = empty_model(config, Role.DENOISE, dtype=torch.float32, device="cpu", groups=groups)
     for parameter in model.parameters():
         local(parameter).zero_()
     with most_held() as drawing, torch.inference_mode():
@@ -104,7 +104,7 @@ def test_weights_of_several_types_are_divided_too(quantization: Quantization | N
 def test_no_rank_ever_holds_more_than_its_part_and_a_few_layers(ranks: Ranks) -> None:
     for held in ranks.run(Mesh(data=2), measure, weight_ranks=2):
         assert held.mine == held.read < 0.56 * held.whole
-        # A layer that computes and one that comes, each in the form that it is sent in too; and some that gloo's threads
-        # have not let go of. The other ranks' parts would be 32 layers more.
+        # A layer that computes and one that comes, each in the form that it is sent in too, and some that gloo's
+        # threads have not let go of. The other rank's part would be 32 layers more.
         assert held.placing < held.mine + 12 * held.layer
         assert held.drawing < 12 * held.layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from bagel.parallel.mesh import Mesh
 from tests.parallel.ranks import Ranks
 from tests.shared import MODEL
 
-Made = list[tuple[np.ndarray | None, np.ndarray]]
+Made = list[tuple[Any, np.ndarray]]
 TILE = 64
 """Pixels a side, of tiles small enough for a quick test."""
 SIZES = ((48, 64), (64, 80), (128, 128), (176, 144), (80, 320))
@@ -43,7 +44,7 @@ def pixels(height: int, width: int) -> Tensor:
 
 @torch.inference_mode()
 def decode_and_encode(groups: Groups) -> Made:
-    """Of each size the picture, where this rank is to have it, and the moments."""
+    """Of each size the picture, None where this rank is not to have it, and the moments."""
     vae().use_tiling(groups.vae_decode, groups.vae_encode)
     made = []
     for size in SIZES:
