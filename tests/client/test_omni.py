@@ -160,8 +160,8 @@ def test_nobody_at_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_not_built_is_refused_before_anything_starts() -> None:
-    with pytest.raises(NotSupported, match="tensor_parallel_size is 2, which is not built yet"):
-        bagel.Omni(MODEL, tensor_parallel_size=2)
+    with pytest.raises(NotSupported, match="pipeline_parallel_size is 2, which is not built yet"):
+        bagel.Omni(MODEL, pipeline_parallel_size=2)
     with pytest.raises(BagelError, match="nonsense is not a known setting"):
         bagel.Omni(MODEL, nonsense=1)
 
