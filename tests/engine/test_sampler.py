@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bagel.checkpoint.limits import latent_bucket
+from bagel.checkpoint.limits import latent_bucket, padded_latents
 from bagel.engine.context import Context, ContextBuilder
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
@@ -105,6 +105,14 @@ def test_buckets_are_few_and_at_most_an_eighth_too_large(tokens: int, bucket: in
     sizes = {latent_bucket(n) for n in range(1, 4097)}
     assert len(sizes) < 64
     assert all(n <= latent_bucket(n) <= max(n * 9 / 8 + 1, n + 15) for n in range(1, 4097))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_that_divide_latents_get_equally_many(ranks: int) -> None:
+    for device in ("cpu", "cuda:0"):
+        padded = [padded_latents(tokens, device, ranks) for tokens in range(1, 4097)]
+        assert all(each % ranks == 0 for each in padded)
+        assert all(0 <= each - padded_latents(n, device) < ranks for n, each in enumerate(padded, 1))
 
 
 def test_a_step_writes_only_the_latents_rows(engine: BagelEngine) -> None:

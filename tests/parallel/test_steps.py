@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
+from bagel.engine.loading import LoadedModel, load_role
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
 from bagel.engine.sampler import Canvas
@@ -51,7 +53,10 @@ CASES = {
     "two pictures": Case(grids=((4, 4), (5, 7))),
     "four pictures": Case(grids=((6, 6), (1, 1), (4, 4), (5, 7))),
 }
-MESHES = [Mesh(cfg=2), Mesh(cfg=3), Mesh(data=2), Mesh(context=2), Mesh(context=3), Mesh(cfg=2, context=2)]
+MESHES = [
+    *(Mesh(cfg=2), Mesh(cfg=3), Mesh(data=2), Mesh(context=2), Mesh(context=3)),
+    *(Mesh(cfg=2, context=2), Mesh(cfg=2, tp=2), Mesh(context=2, tp=2)),
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,14 @@ def loaded() -> BagelEngine:
 
 
 def draw_all(groups: Groups) -> dict[str, Drawn]:
-    return {name: draw(loaded(), case, groups) for name, case in CASES.items()}
+    # Of tensor parallel ranks, each has a model of its own share, which holds these groups.
+    engine = loaded() if groups.tp.size == 1 else BagelEngine(load_share(groups))
+    return {name: draw(engine, case, groups) for name, case in CASES.items()}
+
+
+def load_share(groups: Groups) -> LoadedModel:
+    place, dtype = torch.device("cpu"), torch.float32
+    return load_role(Checkpoint(MODEL), Role.FULL, dtype=dtype, device=place, groups=groups)
 
 
 def draw_with_graphs(groups: Groups) -> tuple[Drawn, bool]:
