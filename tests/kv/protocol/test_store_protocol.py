@@ -394,5 +394,5 @@ class StoreProtocol(RuleBasedStateMachine):
             assert error in causes, "failure-wakes-all: with another's cause"
 
 
-StoreProtocol.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+StoreProtocol.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
 TestStoreProtocol = StoreProtocol.TestCase
