@@ -44,12 +44,12 @@ def test_a_lease_that_does_not_fit_in_one_piece_evicts_nothing_and_wakes_nobody(
     cached(store, C, 2)
     store.release([A.hex(), F.hex()])  # holes of one block at 0 and 2, cache of two at the end
     waiting = [
-        loop.start(store.lease_in_time([(bytes((n,)) * 16, 1), (bytes((n + 1,)) * 16, 4)], 9, wait_s=5)) for n in (1, 3)
+        loop.start(store.lease_in_time([(bytes((n,)) * 16, 1), (bytes((n + 1,)) * 16, 3)], 9, wait_s=5)) for n in (1, 3)
     ]
     loop.settle()  # without end, were each woken by the other's failure
     assert segment_of(store, C) and not any(task.done() for task in waiting)
     with pytest.raises(StoreFull):
-        store.lease([(B, 1), (D, 4)], 9)
+        store.lease([(B, 1), (D, 3)], 9)
     assert segment_of(store, C)
     for task in waiting:
         task.cancel()
