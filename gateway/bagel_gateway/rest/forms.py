@@ -43,7 +43,7 @@ class Part:
         charset = options.get(b"charset", b"utf-8").decode("latin-1")
         try:
             known = codecs.lookup(charset).name in ("utf-8", "ascii")
-        except LookupError:
+        except (LookupError, ValueError):  # the latter for a name with a NUL in it
             known = False
         if not known:
             raise InvalidRequest(self.name, f"{self.name} is said to be {charset!r:.80}; send the form's text as UTF-8")
