@@ -90,7 +90,7 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
         self.think_go = asyncio.Event()
         self.think_go.set()
         self.leases = Leases()
-        self.failure: BagelError | None = None
+        self.failure: Exception | None = None
 
     @streaming
     async def BuildContext(

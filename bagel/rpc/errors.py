@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from grpc.aio import AioRpcError, Metadata, ServicerContext
 from grpc_status import rpc_status
 
 from bagel import errors
-from bagel.errors import SERVER_FAULTS, BagelError, Busy, InvalidRequest, RemoteError
+from bagel.errors import SERVER_FAULTS, BagelError, Busy, InvalidRequest, OutOfMemory, RemoteError
 from bagel.rpc.integrity import CURRENT
 from bagel.rpc.structure import MAX_FIELDS, check_fields
 from bagel.telemetry.logs import Log, adopt_request_id
@@ -233,8 +234,24 @@ def _reported(error: Exception) -> BagelError:
         return _reported(from_rpc_error(error, "another service", inside=True))
     if isinstance(error, asyncio.TimeoutError):
         return RemoteError("the deadline passed", "DEADLINE_EXCEEDED")
+    if (shortage := _shortage(error)) is not None:
+        log.warning("the machine gives this service no more", exc_info=True)
+        return shortage
     log.error("internal error", exc_info=True)
     return BagelError(f"internal error: {type(error).__name__}; the log of this service has the details")
+
+
+def _shortage(error: Exception) -> BagelError | None:
+    """What the machine refuses this process for now, if an error says so: it is no bug, and no fault of a caller."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return OutOfMemory("the service's machine has too little memory for the request now; try again later")
+    threads = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    if threads or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN)):
+        return Busy(
+            "the service may open no more files, or start no more threads, now; try again later, or raise its limits "
+            "(ulimit -n, ulimit -u, and memory)"
+        )
+    return None
 
 
 def _code(error: grpc.RpcError) -> grpc.StatusCode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,4 +144,5 @@ def plant(name: str, folder: Path) -> Path:
         if source.count(old) != 1:
             raise ValueError(f"{name}: {file} does not have what is to be changed once: {old!r}")
         path.write_text(source.replace(old, new))
+    compileall.compile_dir(folder, quiet=1)  # once, not in each of a dozen processes
     return folder
