@@ -1,7 +1,8 @@
 """Run every recorded case through the engine and say how far each tensor is off.
 
     python -m bagel.parity DIR [--device cuda] [--tolerance 1e-4] [--topology bagel] [--engine vllm] [--json]
-
+    python -m bagel.parity DIR --tensor-parallel-size 2                     on several ranks
+    python -m bagel.parity DIR --cfg-parallel-size 3 --worker-backend ray   through services, the DiT's ranks on Ray
     python -m bagel.parity DIR --quantization fp8    instead: the distances of bfloat16 and of fp8 from float32
 
 One line per case, table and bfloat16 case, with its largest error or what is wrong; the last line sums up. With --json
@@ -15,22 +16,27 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from bagel.arguments import OnceParser
+from bagel.deployment.parallel_settings import OnRanks
+from bagel.deployment.settings import given, settings_of
 from bagel.deployment.shared_settings import QUANTIZATIONS
 from bagel.errors import BagelError
 from bagel.model.device import choose_device
+from bagel.parallel.config import ParallelConfig
 from bagel.parallel.groups import UNDIVIDED
-from bagel.parity.cases import compare_all
+from bagel.parity.cases import compare_all, compare_on_ranks
 from bagel.parity.formats import compare_formats, line
 from bagel.parity.golden import Golden
 from bagel.parity.report import Comparison
 from bagel.parity.served import compare_served
 from bagel.pipelines import BAGEL, PIPELINES
 
+SIZES = {each.name for each in fields(ParallelConfig)}
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 
 
@@ -50,18 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--quantization", choices=QUANTIZATIONS, help="report how far it lies from float32, beside bfloat16; no verdict"
     )
     parser.add_argument("--json", action="store_true", help="a line of JSON a case, with the error of every tensor")
+    group = parser.add_argument_group("several ranks; with --topology or --worker-backend those of the DiT")
+    for each in settings_of(OnRanks):
+        each.add_to(group)
     args = parser.parse_args(argv)
-    topology = args.topology or (None if args.engine is None else BAGEL.model_type)
+    served = args.engine is not None or args.worker_backend is not None
+    topology = args.topology or (BAGEL.model_type if served else None)
     try:
         golden = Golden(args.folder)
         choose_device(args.device)  # a GPU that is not there is an error in one line, before anything is loaded
         if args.quantization is not None:
             return _report_formats(golden, args.device, args.quantization, as_json=args.json)
         tolerance = TOLERANCE[torch.device(args.device).type] if args.tolerance is None else args.tolerance
-        if topology is None:
-            reports = compare_all(UNDIVIDED, args.device, golden, tolerance)
+        asked = given(vars(args), settings_of(OnRanks))
+        ranks = OnRanks(**asked)
+        if topology is not None:
+            sizes = {name: asked.pop(name) for name in SIZES & asked.keys()}
+            reports = compare_served(golden, topology, args.device, tolerance, args.engine, sizes, **asked)
+        elif ranks.parallel.world_size > 1:
+            reports = compare_on_ranks(golden, args.device, tolerance, ranks.parallel)
         else:
-            reports = compare_served(golden, topology, args.device, tolerance, args.engine)
+            reports = compare_all(UNDIVIDED, args.device, golden, tolerance)
         return _run(golden, reports, tolerance, as_json=args.json)
     except BagelError as error:
         print(f"error: {error}", file=sys.stderr)

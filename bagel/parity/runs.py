@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bagel.checkpoint.limits import latent_bucket
+from bagel.checkpoint.limits import padded_latents
 from bagel.engine.context import Context
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
@@ -88,7 +88,8 @@ def compare_picture(engine: BagelEngine, case: Case, report: Comparison) -> None
     compare_kv(report, "kv_gen", contexts[BranchName.GEN], engine.model)
     compare_kv(report, "kv_cfg_img", contexts[BranchName.CFG_IMG], engine.model)
     pixels = _denoise(run, settings, contexts)
-    run.calls.compare(case.data["call_order"], report)
+    if not divided(engine):
+        run.calls.compare(case.data["call_order"], report)
     if run.mean:
         # The recording zeroes the posterior noise but draws it, so only these parts have that order of draws.
         report.picture("image", to_image(pixels), case.pictures["image"])
@@ -175,12 +176,14 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     report.equal("steps_run", picture.steps, case.result["steps_run"])
     report.equal("timesteps", picture.times, case.result["timesteps"])
     # A GPU's bucket on every device, so that padded steps are compared too.
-    bucket = latent_bucket(tokens)
-    model, space = run.engine.model, kv_space_of(run.engine.model, picture.kv_tokens(bucket))
+    model = run.engine.model
+    bucket = padded_latents(tokens, "cuda", model.groups.context.size)
+    space = kv_space_of(model, picture.kv_tokens(bucket))
     canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab, model.groups.context), model.groups)
     drawing = canvas.add(picture)
     forwards = {name: case.result[f"steps_with_{name}_forward"] for name in ("cfg_text", "cfg_img")}
-    _first_step(canvas, drawing, run, forwards)
+    if not divided(run.engine):
+        _first_step(canvas, drawing, run, forwards)
     report.tensor("timesteps", torch.tensor(picture.times))
     # Copies, as a step changes the latents in place.
     recorded: dict[str, list[torch.Tensor]] = {"x": [drawing.latents.clone()]}
@@ -231,6 +234,11 @@ def _first_step(canvas: Canvas, drawing: Drawing, run: PromptRun, forwards: dict
         for i in range(canvas.model.config.llm.num_hidden_layers):
             report.tensor(f"step0.{name}.llm_layer{i}", record.decoder_layer(i)[visible])
         report.tensor(f"step0.{name}.llm_hidden", record.decoder_hidden()[visible])
+
+
+def divided(engine: BagelEngine) -> bool:
+    """Whether ranks divide the rows or the latents of a step, so that none computes what the recording saw inside."""
+    return engine.model.groups.rows.size > 1 or engine.model.groups.context.size > 1
 
 
 def _size(run: PromptRun, settings: ImageSettings) -> tuple[int, int]:

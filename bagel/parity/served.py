@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,23 +44,29 @@ STORE_BYTES = 2**30
 
 
 def compare_served(
-    golden: Golden, topology: str, device: str, tolerance: float, engine: str | None = None
+    golden: Golden,
+    topology: str,
+    device: str,
+    tolerance: float,
+    engine: str | None = None,
+    sizes: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Iterator[Comparison]:
     """Every end-to-end case through the services of a topology, started once for each pair of image transforms.
 
-    engine: the Thinker's.
+    engine: the Thinker's; sizes: of the DiT's ranks; settings: of the services.
     """
     groups: dict[str, list[Case]] = {}
     for case in golden.cases("fp32"):
         if case.name not in NOT_SERVED:
             groups.setdefault(_transforms_of(case), []).append(case)
-    config = load_deploy_config(shipped_deploy_config(topology), engine=engine)
+    config = load_deploy_config(shipped_deploy_config(topology), engine=engine, **sizes)
     # Transforms belong to a checkpoint's configuration, so each pair needs services of its own.
     for transforms, cases in groups.items():
         with tempfile.TemporaryDirectory(prefix="bagel-parity-") as folder:
             model = _with_transforms(golden.checkpoint.folder, transforms, Path(folder))
             logs = Path(folder) / "logs"
-            with Deployment(config, model, device=device, dtype="float32", logs=logs) as services:
+            with Deployment(config, model, device=device, dtype="float32", logs=logs, **settings) as services:
                 run = ServedRun(services, topology, Checkpoint(model))
                 for case in cases:
                     yield run.compare(case, tolerance)

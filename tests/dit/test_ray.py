@@ -146,7 +146,9 @@ def test_a_node_that_is_lost_is_told_and_another_takes_its_place(served: Deploym
 
 
 def test_a_rank_that_is_killed_is_told_with_its_node(served: Deployment) -> None:
-    fails_and_comes_back(served, lambda: os.kill(actors(b"RankActor")[0], signal.SIGKILL), r"rank \d on node \S+: .*")
+    fails_and_comes_back(
+        served, lambda: os.kill(actors(b"RankActor")[0], signal.SIGKILL), r"rank \d on node \S+: its process ended"
+    )
 
 
 def test_nothing_is_left_on_the_cluster_after_a_service_that_was_killed(served: Deployment) -> None:

@@ -339,7 +339,9 @@ class _Rank:
             end = await self._pass_on()
         except RayError as error:
             log.error("an actor has ended", rank=self.index, node=self.node.address, error=str(error))
-            end = End(self.index, f"its process ended ({_one_line(error)})", Weight.ENDED)
+            low = "running low on memory" in str(error)
+            cause = "its node has too little memory, and Ray killed it" if low else "its process ended"
+            end = End(self.index, cause, Weight.ENDED)
         except Exception as error:  # a report that cannot be read: the next ones make no sense without it
             log.error("a rank's report cannot be read", rank=self.index, exc_info=True)
             end = self._must_end(f"sent a report that cannot be read ({type(error).__name__}), killed")
