@@ -204,7 +204,7 @@ def test_a_wrong_value_is_named(stage: dict[str, Any], message: str) -> None:
         (two_stages(dit={"cfg_parallel_size": 2}), "size is not a known key (value 2); it belongs in parallel_config"),
         (two_stages(dit={"seed": 2}), "seed is not a known key (value 2); it belongs in default_sampling_params"),
         (two_stages(connectors={"a": {"nam": "GrpcConnector"}}), "connectors.a.nam is not a known key"),
-        (two_stages(dit={"qqq": 1}), "known: attention_backend, default_sampling_params, devices, "),
+        (two_stages(dit={"qqq": 1}), "known: attention_backend, cpu_offload, default_sampling_params, "),
         (two_stages(dit={"stage_type": "diffusion"}), "what each stage does; leave it out"),
         (two_stages(dit={"default_sampling_params": {"do_sample": True}}), "params.do_sample is not a known key"),
         (two_stages(pipeline="bagle"), "unknown pipeline 'bagle'; known: bagel, bagel_think"),

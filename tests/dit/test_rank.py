@@ -35,9 +35,9 @@ def test_a_backend_that_cannot_run_here_ends_the_loading(checkpoint: Checkpoint)
 def test_enforce_eager_reaches_the_choice_of_kernels(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def choose(device: torch.device, dtype: torch.dtype, *, attention: str, eager: bool) -> LayerBackend:
+    def choose(device: torch.device, dtype: torch.dtype, *, eager: bool, **more: Any) -> LayerBackend:
         asked.append(eager)
-        return choose_backend(device, dtype, attention=attention)
+        return choose_backend(device, dtype, **more)
 
     monkeypatch.setattr("bagel.model.weights.choose_backend", choose)
     rank.load(settings(checkpoint, enforce_eager=True))
