@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +123,18 @@ class Fleet:
         """End a service, or one that has ended already, and start it again until it listens."""
         await self.respawn(name)
         await self.listens(name)
+
+    async def run_code(self, code: Path, services: Collection[str]) -> None:
+        """Have these services run the packages of that folder, the others the fleet's; starts again what changes."""
+        changed = []
+        for name, (module, arguments, env) in self._commands.items():
+            path = python_path(code if name in services else self.code)
+            if name in (*STAGES, *FRONTS) and env["PYTHONPATH"] != path:
+                self._commands[name] = (module, arguments, {**env, "PYTHONPATH": path})
+                changed.append(name)
+        await asyncio.gather(*(self.respawn(name) for name in changed))
+        await asyncio.gather(*(self.listens(name) for name in changed))
+        await self.until_ready()
 
     def repair(self, name: str) -> None:
         """Put the files back that a service loads."""

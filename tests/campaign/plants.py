@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import compileall
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.campaign.fleet import ROOT
+from tests.campaign.fleet import DITS, FRONTS, ROOT, THINKERS
 
 PACKAGES = ("bagel", "services/thinker/bagel_thinker", "services/dit/bagel_dit", "gateway/bagel_gateway")
 LIMIT = 1000
@@ -16,19 +15,22 @@ LIMIT = 1000
 
 @dataclass(frozen=True)
 class Plant:
-    """One fault. changes: (file, text, what it becomes)."""
+    """One fault. services: those that have it; changes: (file, text, what it becomes)."""
 
     about: str
+    services: tuple[str, ...]
     changes: tuple[tuple[str, str, str], ...]
 
 
 PLANTS = {
     "lease-unchecked": Plant(
         "a Thinker sends K/V whoever asks, without a look at the lease",
+        THINKERS,
         (("bagel/kv/service.py", "        self.store.check_lease(request.lease_id)\n", ""),),
     ),
     "header-unchecked": Plant(
         "the checksum of a page covers its payload alone, as in version 1 of the rule",
+        (*THINKERS, *DITS),
         (
             (
                 "bagel/kv/codec.py",
@@ -39,6 +41,7 @@ PLANTS = {
     ),
     "error-swallowed": Plant(
         "a stream whose work failed ends as if it had not",
+        tuple(FRONTS),
         (
             (
                 "bagel/rpc/errors.py",
@@ -49,6 +52,7 @@ PLANTS = {
     ),
     "page-counted-twice": Plant(
         "a page that comes twice counts twice, so that a segment seems complete",
+        DITS,
         (
             ("bagel/kv/store.py", "if segment.stored and page not in segment.ready]", "if segment.stored]"),
             (
@@ -71,6 +75,7 @@ PLANTS = {
     ),
     "stale-fingerprint": Plant(
         "a runner that starts again loads whatever lies on the disk",
+        DITS,
         (
             (
                 "services/dit/bagel_dit/workers/rank.py",
@@ -81,6 +86,7 @@ PLANTS = {
     ),
     "waiter-not-woken": Plant(
         "a place that becomes free is lost if somebody waits for it",
+        DITS,
         (
             (
                 "bagel/rpc/admission.py",
@@ -92,6 +98,7 @@ PLANTS = {
     ),
     "memory-freed-early": Plant(
         "shared memory of leased segments is given to others",
+        DITS,
         (
             (
                 "bagel/kv/segment.py",
@@ -102,6 +109,7 @@ PLANTS = {
     ),
     "cancelled-stays": Plant(
         "a request whose client has left stays on the canvas",
+        DITS,
         (
             (
                 "services/dit/bagel_dit/runner_client.py",
@@ -112,6 +120,7 @@ PLANTS = {
     ),
     "wrong-branch": Plant(
         "the branch without images is drawn from the K/V of the branch without the last text",
+        tuple(FRONTS),
         (
             (
                 "gateway/bagel_gateway/routes/staged.py",
@@ -123,6 +132,7 @@ PLANTS = {
     ),
     "deadline-ignored": Plant(
         "a DiT waits for a silent source without a limit",
+        DITS,
         (
             (
                 "bagel/kv/source.py",
@@ -144,5 +154,4 @@ def plant(name: str, folder: Path) -> Path:
         if source.count(old) != 1:
             raise ValueError(f"{name}: {file} does not have what is to be changed once: {old!r}")
         path.write_text(source.replace(old, new))
-    compileall.compile_dir(folder, quiet=1)  # once, not in each of a dozen processes
     return folder
