@@ -76,7 +76,9 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
                 others = ("engine",)
             elif given.get("engine", stage.get("engine")) != "vllm":
                 # The torch engine has neither, and the DiT beside it may be quantised, and have several GPUs.
-                others = (*others, "quantization", "tensor_parallel_size")
+                others = (*others, "quantization")
+                if given.get("tensor_parallel_size") != 1:  # one GPU is what every engine has
+                    others = (*others, "tensor_parallel_size")
             if key == "tensor_parallel_size" and key not in others:
                 spread.pop(key, None)  # stated in one place only
             if key not in others:
