@@ -12,7 +12,7 @@ import torch
 
 from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import attacks, cpu, gpu, load, nano, overhead, peer, profiler, pull, stages, threads
+from bench import attacks, cpu, gpu, load, nano, overhead, peer, profiler, pull, stages, streaming, threads
 from bench.report import Table, machine, write_json
 
 
@@ -46,6 +46,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "profiler": lambda: profiler.run(options.only, options.repeats),
         "pull": pull.run,
         "stages": lambda: stages.run(options.only, options.repeats),
+        "streaming": lambda: streaming.run(device, options.repeats, options.checkpoint),
         "threads": lambda: threads.run(options.repeats),
     }
     for table in parts[options.part]():
@@ -58,8 +59,12 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
 
 def _device(options: argparse.Namespace) -> torch.device:
     """The device to measure; raises ConfigError if it does not exist."""
-    if options.part != "peer" and (options.peer_python or options.checkpoint):
-        raise ConfigError("--peer-python and --checkpoint belong to python -m bench peer")
+    if options.peer_python and options.part != "peer":
+        raise ConfigError("--peer-python belongs to python -m bench peer")
+    if options.checkpoint and options.part not in ("peer", "streaming"):
+        raise ConfigError("--checkpoint belongs to python -m bench peer and streaming")
+    if options.part == "streaming" and not options.tiny:
+        return options.device or torch.device("cpu")
     if options.part not in ("gpu", "peer"):
         if options.device or options.tiny:
             raise ConfigError("--device and --tiny belong to the GPU benchmarks; run python -m bench gpu, or peer")
@@ -80,7 +85,20 @@ def _device_name(name: str) -> torch.device:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OnceParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
-    parts = ("attacks", "cpu", "gpu", "load", "nano", "overhead", "peer", "profiler", "pull", "stages", "threads")
+    parts = (
+        "attacks",
+        "cpu",
+        "gpu",
+        "load",
+        "nano",
+        "overhead",
+        "peer",
+        "profiler",
+        "pull",
+        "stages",
+        "streaming",
+        "threads",
+    )
     parser.add_argument("part", nargs="?", choices=parts, default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON lines")
     parser.add_argument("--only", default="", metavar="TEXT", help="only rows, sections (gpu) or attacks named so")
@@ -88,9 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
     parser.add_argument("--minutes", type=float, default=2.0, help="load: of the soak (default 2)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
-    parser.add_argument("--device", type=_device_name, help="gpu, peer: cuda (default), cuda:1, or cpu with --tiny")
+    parser.add_argument(
+        "--device", type=_device_name, help="gpu, peer: cuda (default) or cpu with --tiny; streaming: cpu (default)"
+    )
     parser.add_argument("--tiny", action="store_true", help="gpu, peer: the tiny model, to check the code")
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="peer: use this one, and make none")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="peer, streaming: measure this one")
     parser.add_argument("--peer-python", type=Path, metavar="PATH", help="peer: a Python that can import vllm_omni")
     return parser
 

@@ -83,6 +83,6 @@ def test_a_peer_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_flags_of_another_part_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["pull", "--peer-python", "python"]) == 2
-    assert "--peer-python and --checkpoint belong to python -m bench peer" in capsys.readouterr().err
+    assert "--peer-python belongs to python -m bench peer" in capsys.readouterr().err
     assert bench.main(["peer", "--device", "cpu"]) == 2
     assert "add --tiny" in capsys.readouterr().err
