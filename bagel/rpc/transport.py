@@ -45,7 +45,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", _PING // 2),
     # A damaged length makes the peer take all that follows for one frame. Its own pings still come, which is life
     # enough for the two above: only the answer to a ping shows that it understands us.
-    ("grpc.http2.ping_timeout_ms", _PING // 2),
+    ("grpc.http2.ping_timeout_ms", _PING),
     # A connection without calls is watched too, so that a lost peer is noticed before the next call.
     ("grpc.keepalive_permit_without_calls", 1),
     # 0 is no limit: a call may wait for long, with nothing but pings on its connection.
@@ -62,7 +62,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", _PING),
     ("grpc.keepalive_timeout_ms", _PING // 2),
-    ("grpc.http2.ping_timeout_ms", _PING // 2),
+    ("grpc.http2.ping_timeout_ms", _PING),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", _PING // 2),
     # 0 is no limit: a server must not end the connection of a peer that pings as CHANNEL_OPTIONS say.

@@ -86,7 +86,7 @@ class Link:
         self.armed.append(fault)
 
     def heal(self) -> None:
-        """Let everything through again. A connection that was made deaf or was damaged is broken: gRPC takes some 15 s
+        """Let everything through again. A connection that was made deaf or was damaged is broken: gRPC takes some 20 s
         to find that its peer reads on in the midst of a frame."""
         self.armed.clear()
         self.refusing = False
