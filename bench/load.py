@@ -56,15 +56,20 @@ class _Services:
         return [resident_mib(service) for service in self.deployment.services]
 
 
-def run(minutes: float) -> Iterator[Table]:
-    """Measure capacity, then half of it, all of it, and several times as much; then soak for some minutes."""
+def run(minutes: float, requests: int) -> Iterator[Table]:
+    """Measure capacity, then half of it, all of it, and several times as much; then soak for some minutes.
+
+    requests: what the gateway lets under way at once; as many more may wait.
+    """
     table, memory = Table("load", NOTE), Table("load: memory", f"full load for {minutes:g} min; MiB, resident")
     _, checkpoint = find_model(NANO_NAME)
     config = load_deploy_config(shipped_deploy_config(BAGEL.model_type))
     spawn = multiprocessing.get_context("spawn")
     with (
         Path(os.devnull).open("w") as nowhere,
-        Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0") as deployment,
+        Deployment(
+            config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0", max_requests=requests
+        ) as deployment,
         ProcessPoolExecutor(CALLER_PROCESSES, spawn) as callers,
     ):
         services = _Services(deployment)

@@ -112,6 +112,7 @@ def test_the_bill_of_materials_has_all_that_is_installed(tmp_path: Path) -> None
         ("No known vulnerabilities found", 0, 0),
         ("Found 1 known vulnerability in 1 package", 1, 1),
         ("requests.exceptions.ConnectionError: Max retries exceeded", 1, 3),
+        ("pluggy Dependency not found on PyPI and could not be audited: pluggy (1.7.0)", 0, 3),
     ],
 )
 def test_an_audit_that_reached_no_database_does_not_pass(tmp_path: Path, says: str, ends: int, code: int) -> None:

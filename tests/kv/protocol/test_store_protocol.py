@@ -198,6 +198,15 @@ class StoreProtocol(RuleBasedStateMachine):
         for page in range(len(PAGES[self.writers[which % len(self.writers)].claim.digest])):
             self.write(which, page, "nothing", 0)
 
+    @precondition(lambda self: self.stored())
+    @rule(which=ANY)
+    def fill(self, which: int) -> None:
+        """A claim and all pages at once, so that there is cache to evict."""
+        before = len(self.writers)
+        self.claim(which)
+        if len(self.writers) > before:
+            self.write_all(before)
+
     @precondition(lambda self: self.writers)
     @rule(which=ANY)
     def fail_a_filling(self, which: int) -> None:
