@@ -27,6 +27,7 @@ BORROWERS = {
         "services/test_services",
         "client/test_omni",
         "client/test_stats",
+        "bench/test_load",
         "cli/test_keys",
         "dit/test_ray",
     ),
