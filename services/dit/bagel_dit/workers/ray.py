@@ -10,7 +10,6 @@ import asyncio
 import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -71,8 +70,7 @@ class RayGroup:
         self._places: Places | None = None
         self._ranks: list[_Rank] = []
         self.nodes: tuple[RayKvNode, ...] = ()
-        # Of its own, as calls of Ray that take or give places block, and others must not wait for them.
-        self._calls = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._ending: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._start())
 
@@ -100,9 +98,10 @@ class RayGroup:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._in_thread(self._give_back)
-        await self._in_thread(disconnect)
-        self._calls.shutdown(wait=False)
+        if self._ending is not None:
+            await self._ending
+        await asyncio.to_thread(self._give_back)
+        await asyncio.to_thread(disconnect)
 
     async def _start(self) -> None:
         try:
@@ -118,9 +117,9 @@ class RayGroup:
         config = self._settings.config
         if config.ray_address is not None:
             await check_reachable(config.ray_address)
-        await self._in_thread(connect, config.ray_address, self._world)
+        await asyncio.to_thread(connect, config.ray_address, self._world)
         resource = resource_for(config.device)
-        self._places = places = await self._in_thread(Places, self._world, resource)
+        self._places = places = await asyncio.to_thread(Places, self._world, resource)
         await places.settled(config.ray_timeout_s)
         here = this_node()
         self._ranks = [self._rank(index, resource, here) for index in range(self._world)]
@@ -218,7 +217,7 @@ class RayGroup:
             return
         self._ends.append(end)
         if len(self._ends) == 1:
-            self._ending = asyncio.ensure_future(self._end())
+            self._ending = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
         """Find out why, take the whole group down, and report the death."""
@@ -228,7 +227,7 @@ class RayGroup:
         lost = await self._lost_nodes()
         for task in list(self._tasks):
             task.cancel()
-        await self._in_thread(self._give_back)
+        await asyncio.to_thread(self._give_back)
         # Once, and not if the group was stopped meanwhile.
         on_death, self._on_death = self._on_death, None
         if on_death is None:
@@ -254,9 +253,6 @@ class RayGroup:
                 ray.kill(actor)
         if self._places is not None:
             self._places.give_back()
-
-    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._calls, work, *arguments)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -352,7 +348,11 @@ class _Rank:
         limit = self._step_timeout_s  # while it loads: the import of a large library may keep it silent
         while True:
             asked = asyncio.ensure_future(_answer(self.actor.reports.remote()))
-            if silent := await self._silence(asked, limit):
+            try:
+                silent = await self._silence(asked, limit)
+            finally:
+                asked.cancel()  # nothing where it has come
+            if silent:
                 log.error("a rank is silent and is killed", why=silent, rank=self.index, node=self.node.address)
                 return self._must_end(f"{silent}, killed")
             for report in asked.result():
