@@ -23,6 +23,8 @@ NETWORK = (
     "flip",
     "refuse",
 )
+CHANGES = ("garbage", "repeat", "flip")
+"""Of the network's faults, those that change what comes instead of ending it."""
 PAGES = ("page-twice", "page-late", "page-header", "page-payload", "page-lost")
 CLIENTS = ("leaves", "leaves-soon", "short-deadline", "slow", "unread")
 PEERS = (
@@ -128,7 +130,7 @@ def _fault(chance: random.Random, kind: str, place: str, seconds: float = 0.0) -
 
 def _network(chance: random.Random, links: Sequence[str], tls: bool) -> Fault:
     place = chance.choice([*links, *(link for link in links if is_pull(link))])
-    kinds = [kind for kind in NETWORK if kind != "flip" or tls or is_covered(place)]
+    kinds = [kind for kind in NETWORK if kind not in CHANGES or tls or is_covered(place)]
     kind = chance.choice(kinds)
     seconds = {"delay": 0.05, "reorder": 0.2, "stall": 0.5, "refuse": 0.3}.get(kind, 0.0) * (0.5 + chance.random())
     if kind == "stall" and chance.random() < 0.15:
@@ -142,7 +144,7 @@ def is_pull(link: str) -> bool:
 
 
 def is_covered(link: str) -> bool:
-    """Whether what is flipped there in plaintext is found: gRPC's messages have digests, REST's bodies have none."""
+    """Whether what is changed there in plaintext is found: gRPC's messages have digests, REST's bodies have none."""
     return not link.endswith("/http")
 
 
