@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,6 +25,8 @@ from tests.kv.protocol.interleaving import InterleavingLoop
 
 ROOM_THERE, ROOM_HERE = 1024, 448
 TTL_S, PAGE_TIMEOUT_S, ROOM_WAIT_S = 2.0, 1.0, 1.5
+pytestmark = pytest.mark.slow
+
 PICKS = st.lists(st.integers(0, 5), max_size=15)
 SOME = st.lists(st.sampled_from(DIGESTS), min_size=1, max_size=3, unique=True)
 ANY = st.integers(0, 99)
@@ -273,5 +276,5 @@ class PullProtocol(RuleBasedStateMachine):
                 assert bytes_of(self.here, segment, page) == content(digest, *page), "never-wrong"
 
 
-PullProtocol.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PullProtocol.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestPullProtocol = PullProtocol.TestCase

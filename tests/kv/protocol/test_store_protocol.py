@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,6 +21,8 @@ from tests.kv.protocol.interleaving import InterleavingLoop
 
 CAPACITY = 384
 """Room for six blocks; the segments take one to three."""
+pytestmark = pytest.mark.slow
+
 PICKS = st.lists(st.integers(0, 5), max_size=12)
 SOME = st.lists(st.sampled_from(DIGESTS), min_size=1, max_size=3, unique=True)
 ANY = st.integers(0, 99)
@@ -403,5 +406,5 @@ class StoreProtocol(RuleBasedStateMachine):
             assert error in causes, "failure-wakes-all: with another's cause"
 
 
-StoreProtocol.TestCase.settings = settings(max_examples=400, stateful_step_count=40, deadline=None)
+StoreProtocol.TestCase.settings = settings(max_examples=1000, stateful_step_count=40, deadline=None)
 TestStoreProtocol = StoreProtocol.TestCase
