@@ -3,39 +3,72 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import resource
 import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import bagel
+from bagel.checkpoint.files import Checkpoint
+from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.deployment.dit_config import DitConfig
 from bagel.engine.commands import AddRequest
-from bagel.engine.events import Drawn, StepTaken
-from bagel.errors import RunnerDied
+from bagel.engine.events import Begun, Drawn, StepTaken
+from bagel.errors import ConfigError, NotSupported, RunnerDied
 from bagel.images.output import OutputFormat
+from bagel.parity.golden import Golden
+from bagel.parity.report import Comparison, absolute
+from bagel.parity.runs import case_options
+from bagel_dit import __main__ as service
 from bagel_dit.runner_client import RunnerClient
 from bagel_dit.workers import RankSettings
 from tests.conftest import GOLDEN
 from tests.helpers import request
 
-pytestmark = pytest.mark.slow  # it starts groups of processes
+LIMIT_S = 240
+CHECKPOINT = GOLDEN / "checkpoint"
+SERVER = """
+import asyncio, json
+from pathlib import Path
+from bagel.deployment.dit_config import DitConfig
+from bagel_dit.runner_client import RunnerClient
+from bagel_dit.workers import RankSettings
 
-LIMIT_S = 120
+async def on_health(healthy): ...
+
+async def main(folder):
+    config = DitConfig(model=folder, device="cpu", tensor_parallel_size=2, single_stage=True, log_level="ERROR")
+    runner = RunnerClient(RankSettings(config, Path(folder)), on_health)
+    await runner.loaded()
+    print(json.dumps(runner.pids), flush=True)
+    await asyncio.Event().wait()
+
+if __name__ == "__main__":
+    import sys
+    asyncio.run(main(sys.argv[1]))
+"""
 
 
-def grouped(test: Callable[[RunnerClient], Awaitable[None]], **settings: Any) -> None:
+def settings(**more: Any) -> DitConfig:
+    common = {"device": "cpu", "log_level": "ERROR", "single_stage": True, "tensor_parallel_size": 2}
+    return DitConfig(model=str(CHECKPOINT), **{**common, **more})
+
+
+def grouped(test: Callable[[RunnerClient], Awaitable[None]]) -> None:
     async def main() -> None:
         async def on_health(healthy: bool) -> None: ...
 
-        folder = GOLDEN / "checkpoint"
-        config = DitConfig(
-            model=str(folder), device="cpu", log_level="ERROR", tensor_parallel_size=2, single_stage=True, **settings
-        )
         async with asyncio.timeout(LIMIT_S):
-            runner = RunnerClient(RankSettings(config, folder), on_health)
+            runner = RunnerClient(RankSettings(settings(), CHECKPOINT), on_health)
             try:
                 await runner.loaded()
                 await test(runner)
@@ -45,41 +78,120 @@ def grouped(test: Callable[[RunnerClient], Awaitable[None]], **settings: Any) ->
     asyncio.run(main())
 
 
-async def draw(runner: RunnerClient, id_: int, steps: int = 3, on_step: Callable[[], object] = lambda: None) -> Any:
-    """A picture, or the error that it ended with. on_step: called after its first step."""
-    events: asyncio.Queue[Any] = asyncio.Queue()
-    runner.listen(id_, events)
-    runner.send(AddRequest(id_, request("text2img", steps=steps), OutputFormat("PNG")))
-    while True:
-        event = await events.get()
-        if hasattr(event, "bucket"):
-            runner.begin(event)
-        if isinstance(event, StepTaken) and event.step == 1:
-            on_step()
-        if isinstance(event, Drawn | Exception):
-            runner.forget(id_)
-            return event
+class Drawing:
+    """Pictures of one runner after the other."""
 
+    def __init__(self, runner: RunnerClient) -> None:
+        self._runner, self._id = runner, 0
 
-def test_two_ranks_draw() -> None:
-    async def test(runner: RunnerClient) -> None:
-        drawn = await draw(runner, 1)
+    async def draw(self, on_step: Callable[[], object] = lambda: None, **options: Any) -> Any:
+        """A picture, or the error that it ended with. on_step: called after its first step."""
+        self._id += 1
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        self._runner.listen(self._id, events)
+        self._runner.send(AddRequest(self._id, request("text2img", **options), OutputFormat("PNG")))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Begun):
+                    self._runner.begin(event)
+                if isinstance(event, StepTaken) and event.step == 1:
+                    on_step()
+                if isinstance(event, Drawn | Exception):
+                    return event
+        finally:
+            self._runner.forget(self._id)
+
+    async def draws(self) -> bytes:
+        """The picture of a group that is well, in the right state after whatever was before."""
+        await self._runner.loaded()
+        drawn = await self.draw(steps=3)
         assert isinstance(drawn, Drawn), drawn
+        assert isinstance(drawn.picture, bytes)
+        return drawn.picture
 
-    grouped(test)
+
+def meetings() -> set[str]:
+    return {each.name for each in Path(tempfile.gettempdir()).glob("bagel-ranks-*")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_lost(number: int, rank: int) -> None:
+def no_memory_left(pid: int) -> None:
+    """Let a process have no more memory than it has now."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_lost_ends_the_request_and_the_group_comes_back() -> None:
+    before = meetings()
+
     async def test(runner: RunnerClient) -> None:
-        pids = runner.pids
-        error = await draw(runner, 1, steps=1000, on_step=lambda: os.kill(pids[rank], number))
-        assert isinstance(error, RunnerDied), error
-        said = "signal 9" if number == signal.SIGKILL else "stopped by a signal for 2 s, killed"
-        assert f"rank {rank}: {said}" in str(error)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-        await runner.loaded()
-        assert isinstance(await draw(runner, 2), Drawn)
+        drawing = Drawing(runner)
+        wanted = await drawing.draws()
+        faults: list[tuple[int, str, Callable[[int], object]]] = [
+            (1, "signal 9", lambda pid: os.kill(pid, signal.SIGKILL)),
+            (0, "stopped by a signal for 2 s, killed", lambda pid: os.kill(pid, signal.SIGSTOP)),
+            (1, "out of memory", no_memory_left),
+        ]
+        for rank, said, harm in faults:
+            pids = runner.pids
+            began = time.monotonic()
+            size = {"width": 512, "height": 512}  # its steps need memory that the first picture did not
+            error = await drawing.draw(lambda pid=pids[rank], harm=harm: harm(pid), steps=1000, **size)
+            assert isinstance(error, RunnerDied) and error.grpc_status == "UNAVAILABLE", error
+            assert f"rank {rank}: {said}" in str(error)
+            assert time.monotonic() - began < 60
+            assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+            assert await drawing.draws() == wanted
 
     grouped(test)
+    assert meetings() <= before
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    before = meetings()
+    command = [sys.executable, tmp_path / "server.py", CHECKPOINT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        pids = json.loads(server.stdout.readline())
+        os.kill(pids[0], signal.SIGSTOP)  # the other waits for it in vain
+        server.kill()
+        os.kill(pids[0], signal.SIGCONT)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) or meetings() - before:
+        assert time.monotonic() < deadline, "ranks outlive their server"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_fed_draw_the_recorded_picture() -> None:
+    (case,) = [each for each in Golden(GOLDEN).cases("fp32") if each.name == "t2i_64x64_text_channel_img1.5_from0.0"]
+    report = Comparison(case.name, {}, absolute(1e-4))
+    deploy = shipped_deploy_config("bagel")
+    with bagel.Omni(str(CHECKPOINT), deploy_config=deploy, device="cpu", tensor_parallel_size=2) as omni:
+        (result,) = omni.generate(case.data["inputs"][0], **case_options(case))
+    assert result.image is not None
+    report.picture("image", result.image, case.pictures["image"])
+    assert not report.failures
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="do not divide among 4 tensor-parallel ranks; choose a size of 1, 2"):
+        service.check_ranks(settings(tensor_parallel_size=4), checkpoint)
+    monkeypatch.setattr(service, "gpu_count", lambda: 1)
+    with pytest.raises(ConfigError, match="2 ranks need a GPU each, and the driver shows 1; choose smaller sizes"):
+        service.check_ranks(settings(device="cuda"), checkpoint)
+    service.check_ranks(settings(device="cpu"), checkpoint)
+
+
+def test_sizes_that_are_not_built_are_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bagel.deployment import not_built
+
+    monkeypatch.setattr(not_built, "NOT_BUILT", (not_built.NotBuilt("parallel_config.cfg_parallel_size", works=1),))
+    with pytest.raises(NotSupported, match="--cfg-parallel-size 2 is not built yet; only 1 works"):
+        service.check_ranks(settings(cfg_parallel_size=2), checkpoint)

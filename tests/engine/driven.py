@@ -22,8 +22,8 @@ from tests.helpers import request
 
 LIMIT_S = 30
 LOOK_S = 0.05
-READ = StepPlan((), read=True, begin=(1,))
-"""A unit of reading that begins with the first request, if it is planned and not over."""
+READ = StepPlan((), read=True, begin=(1, 2))
+"""A unit of reading that begins with the first two requests, if they are planned and not over."""
 
 
 class Driven:
