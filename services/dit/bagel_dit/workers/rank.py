@@ -24,6 +24,7 @@ from bagel.model.mot import MoTLayer
 from bagel.model.threads import share_threads
 from bagel.model.vit import VitLayer
 from bagel.parallel.groups import join, leave
+from bagel.parallel.rendezvous import clear
 from bagel.rpc.heap import keep_loaded
 from bagel.telemetry.logs import set_up_logs
 from bagel_dit.workers import Place, RankSettings
@@ -59,8 +60,10 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings,
         return
     # From now on only the beats of threads are progress.
     watch.loading = False
-    serve(pipe, engine, settings.config.model)
-    leave()
+    if serve(pipe, engine, settings.config.model):
+        leave()
+    else:
+        clear(place.rendezvous)  # which the server cannot remove any more
 
 
 def load(settings: RankSettings, place: Place = FIRST) -> LoadedModel:
@@ -115,8 +118,8 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
     )
 
 
-def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
-    """Report the model, then carry out commands until Stop or until the server is gone."""
+def serve(pipe: Pipe, engine: Engine, model_name: str) -> bool:
+    """Report the model, then carry out commands until Stop; False if the server is gone before."""
     loaded = engine.loaded
     device = (str(loaded.model.device),)
     pipe.send(Ready(loaded.info(model_name).SerializeToString(), loaded.memory(), engine.space.size, device))
@@ -128,8 +131,9 @@ def serve(pipe: Pipe, engine: Engine, model_name: str) -> None:
             else:
                 engine.execute(order)
     except (EOFError, OSError):
-        return
+        return False
     engine.close()
+    return True
 
 
 def only_agreed(pipe: Pipe) -> Callable[[Event], None]:
