@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
+from bagel.engine.progress import Heartbeat
+from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
+from bagel.model.bagel import Bagel
 from bagel.model.vae import Vae
 from bagel.model.weights import load_model
 from bagel.parallel.groups import UNDIVIDED, Groups
@@ -27,11 +31,15 @@ SIZES = ((48, 64), (64, 80), (128, 128), (176, 144), (80, 320))
 
 
 @cache
-def vae() -> Vae:
+def model() -> Bagel:
     model = load_model(Checkpoint(MODEL), Role.FULL, delimiter_ids=(0, 1))
-    vae = model.autoencoder()
-    vae.autoencoder.tile_sample_min_size, vae.autoencoder.tile_latent_min_size = TILE, TILE // 8
-    return vae
+    network = model.autoencoder().autoencoder
+    network.tile_sample_min_size, network.tile_latent_min_size = TILE, TILE // 8
+    return model
+
+
+def vae() -> Vae:
+    return model().autoencoder()
 
 
 def latent(height: int, width: int) -> Tensor:
@@ -55,6 +63,36 @@ def decode_and_encode(groups: Groups) -> Made:
             vae().help_decode(latent(*size))
         made.append((decoded, torch.cat(vae().encode(pixels(*size)), dim=1).numpy()))
     return made
+
+
+def work_of_a_vae_thread(groups: Groups) -> list[tuple[str, np.ndarray]]:
+    """Pictures that are given out: of two previews, each of which one rank takes for cancelled, and a picture."""
+    model().groups = groups
+    vae().use_tiling(groups.vae_decode, groups.vae_encode)
+    given: list[tuple[str, np.ndarray]] = []
+
+    def emit(event: Any) -> None:
+        given.append((f"{type(event).__name__} {event.id}", np.asarray(event.picture)))
+
+    worker = VaeWorker(
+        model(),
+        Heartbeat(),
+        emit=emit,
+        fail=lambda id_, error: given.append((f"{id_}: {error}", np.empty(0))),
+        is_drawing=lambda id_: (id_ == 1) is (groups.world.index == 0),
+    )
+    grid = (TILE // 16, 5 * TILE // 16)
+    drawing: Any = SimpleNamespace(finished=False, picture=SimpleNamespace(grid=grid))
+    for id_ in (1, 2):
+        worker.preview(EarlyPicture(id_, 0, 1, latents(id_, grid), drawing, None, None))
+    worker.finish(FinishedPicture(3, latents(3, grid), grid, None, None, None))
+    worker.close()
+    return given
+
+
+def latents(seed: int, grid: tuple[int, int]) -> Tensor:
+    shape = (grid[0] * grid[1], model().config.latent_features)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
@@ -83,3 +121,13 @@ def test_ranks_make_what_one_rank_makes(world: int, dividing: int, ranks: Ranks,
             assert (decoded is not None) is (rank == 0 or rank >= dividing)
             assert decoded is None or np.array_equal(decoded, picture)
             assert np.array_equal(moments, wanted)
+
+
+@pytest.mark.slow
+def test_the_first_rank_decides_whether_a_preview_is_still_wanted(ranks: Ranks) -> None:
+    """When a request leaves, ranks may be at different places; their tiles must be of one picture all the same."""
+    (wanted,) = ranks.run(Mesh(), work_of_a_vae_thread)
+    first, second = ranks.run(Mesh(data=2), work_of_a_vae_thread, vae_ranks=2)
+    assert second == []
+    assert [name for name, _ in first] == [name for name, _ in wanted] == ["Previewed 1", "Drawn 3"]
+    assert all(np.array_equal(ours, one) for (_, ours), (_, one) in zip(first, wanted, strict=True))
