@@ -15,7 +15,6 @@ import torch
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.client import Client
-from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.launcher import Deployment
 from bagel.deployment.thinker_config import ThinkerConfig
@@ -27,6 +26,7 @@ from bagel.request import TextSettings
 from bagel_thinker.engine import Engine
 from bagel_thinker.loading import load_engine
 from bench.report import Table
+from bench.stages import MODEL
 
 TEXTS = 64
 LIMIT = 0.8
@@ -36,10 +36,15 @@ SETTINGS: dict[str, Any] = {"do_sample": True, "temperature": 1.0}
 
 
 def run(device: torch.device, repeats: int, checkpoint: Path | None, *, tokens: int = 128) -> Iterator[Table]:
-    """Measure both in turn, after one warm-up of each; yields one table. checkpoint: bagel-nano where not given."""
-    folder = checkpoint or find_model(NANO_NAME)[1].folder
+    """Measure both in turn, after one warm-up of each; yields one table.
+
+    checkpoint: where not given, the tests' one, whose texts run to their limit (bagel-nano's are of three tokens).
+    """
+    folder = checkpoint or MODEL
     share = {"gpu_memory_utilization": 0.3} if device.type == "cuda" else {}  # two engines on one GPU
     settings: dict[str, Any] = {"device": str(device), "max_num_seqs": TEXTS, **share}
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as the services of a small model have it
     with ExitStack() as stack:
         nowhere = stack.enter_context(Path(os.devnull).open("w"))
         config = load_deploy_config(shipped_deploy_config(BAGEL.model_type))

@@ -26,7 +26,7 @@ from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.transport import Host, channel
 from bagel.v1 import common_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub, add_ThinkerServiceServicer_to_server
-from bagel_thinker.server import ThinkerServicer
+from bagel_thinker.server import FEW_BUILDS, MESSAGES_PER_S, ThinkerServicer, pause_s
 from bagel_thinker.torch_engine import TorchEngine
 
 LIMIT_S = 30
@@ -121,6 +121,23 @@ def breaks(patch: pytest.MonkeyPatch, owner: type, name: str, after: int = 0) ->
 
     patch.setattr(owner, name, call)
     return raised
+
+
+def test_pieces_of_many_texts_are_joined_and_those_of_few_are_not() -> None:
+    assert pause_s(1) == pause_s(FEW_BUILDS) == 0
+    for builds in (FEW_BUILDS + 1, 64, 256):
+        assert builds / pause_s(builds) == pytest.approx(MESSAGES_PER_S)
+
+
+def test_many_texts_come_whole_in_fewer_pieces(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bagel_thinker.server.pause_s", lambda builds: 0.5)
+
+    async def test(at: Served) -> None:
+        events = [event async for event in at.stub.BuildContext(build(max_tokens=40, kv=False), timeout=LIMIT_S)]
+        pieces = [event.text.text for event in events if event.HasField("text")]
+        assert "".join(pieces) == events[-1].built.text and 1 <= len(pieces) < 10
+
+    served(engine, test)
 
 
 def test_what_escapes_fails_every_request_and_the_next_one_works(

@@ -45,6 +45,9 @@ from bagel_thinker.engine import Engine
 from bagel_thinker.post import Post
 
 Response = thinker_pb2.BuildContextResponse
+FEW_BUILDS = 8
+MESSAGES_PER_S = 3000
+"""Most pieces of text a second that are sent together, if more than FEW_BUILDS contexts are built at once."""
 log = Log("bagel.thinker")
 
 
@@ -63,6 +66,14 @@ class _Build:
     def lap(self, stage: str, **attributes: int) -> None:
         """Count the time since the last lap to a stage, a span of the trace."""
         record(stage, *self.clock.lap(stage), **attributes)
+
+
+def pause_s(builds: int) -> float:
+    """Seconds after a piece of text in which the next ones are joined, so that messages do not outrun the loop.
+
+    Each costs more than the tokens in it, and takes the interpreter from the engine's thread.
+    """
+    return 0.0 if builds <= FEW_BUILDS else builds / MESSAGES_PER_S
 
 
 def _join(one: ContextEvent, other: ContextEvent) -> ContextEvent | None:
@@ -151,6 +162,8 @@ class ThinkerServicer(ThinkerServiceServicer):
                     case TextWritten():
                         delta = common_pb2.TextDelta(text=event.text, think=wanted.append, tokens=event.tokens)
                         yield Response(text=delta)
+                        if pause := pause_s(len(self._builds)):
+                            await asyncio.sleep(pause)
                     case ChainExtended():
                         build.lap("text")
                         yield Response(context=self._ref(event.chain, lease))
