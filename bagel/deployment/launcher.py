@@ -178,7 +178,8 @@ class Deployment:
 
     def _launch(self, name: str, title: str, config: Listening, stage: StageDeploy | None = None) -> Service:
         env = dict(self._env)
-        if stage is not None and isinstance(config, OfModel) and config.device in ("auto", "cuda"):
+        here = not isinstance(config, DitConfig) or config.ray_address is None  # a cluster gives out its own GPUs
+        if here and stage is not None and isinstance(config, OfModel) and config.device in ("auto", "cuda"):
             env["CUDA_VISIBLE_DEVICES"] = _visible_gpus(stage, env.get("CUDA_VISIBLE_DEVICES"))
         service = Service(name, title, config.MODULE, [JSON_FLAG, config.to_json()], env, self._logs)
         self.services.append(service)

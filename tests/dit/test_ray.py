@@ -108,9 +108,9 @@ def test_ranks_on_two_nodes_draw_what_a_child_process_draws(served: Deployment, 
     assert released(thinkers[0], stage(served, "dit-0"))
 
 
-def fails_and_comes_back(served: Deployment, loss: Callable[[], None], told: str) -> None:
-    """A picture under way ends with this cause, and the next one is right."""
-    before, begun = draw(served.address), Event()
+def fails(served: Deployment, loss: Callable[[], None], told: str) -> None:
+    """A picture under way ends with this cause."""
+    begun = Event()
 
     def on_event(event: ServiceEvent) -> None:
         if isinstance(event, StepDone):
@@ -124,37 +124,34 @@ def fails_and_comes_back(served: Deployment, loss: Callable[[], None], told: str
             drawing.result(LIMIT_S)
     assert ended.value.grpc_status == "UNAVAILABLE"
 
-    after: list[Image] = []
+
+def test_a_node_that_is_lost_is_told_and_another_takes_its_place(served: Deployment, cluster: Cluster) -> None:
+    before, after = draw(served.address), list[Image]()
+
+    def lose() -> None:
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(**NODE)
 
     def drawn_again() -> bool:
         with suppress(BagelError):  # while the ranks are started
             after.append(draw(served.address))
         return bool(after)
 
+    fails(served, lose, r"node \S+ was lost, with rank 1")
     until(drawn_again)
     assert agree(after[0], before)
     assert released(stage(served, "thinker-0"), stage(served, "dit-0"))
 
 
-def test_a_node_that_is_lost_is_told_and_another_takes_its_place(served: Deployment, cluster: Cluster) -> None:
-    def lose() -> None:
-        (node,) = cluster.worker_nodes
-        cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(**NODE)
+def test_a_rank_that_is_killed_is_told_and_nothing_is_left_of_a_service_that_is(served: Deployment) -> None:
+    def kill() -> None:
+        os.kill(actors(b"RankActor")[0], signal.SIGKILL)
 
-    fails_and_comes_back(served, lose, r"node \S+ was lost, with rank 1")
-
-
-def test_a_rank_that_is_killed_is_told_with_its_node(served: Deployment) -> None:
-    fails_and_comes_back(
-        served, lambda: os.kill(actors(b"RankActor")[0], signal.SIGKILL), r"rank \d on node \S+: its process ended"
-    )
-
-
-def test_nothing_is_left_on_the_cluster_after_a_service_that_was_killed(served: Deployment) -> None:
     assert len(actors()) == 3  # two ranks, and what pulls K/V for the other node
-    dit = next(each for each in served.services if each.name == "dit-0")
-    os.kill(dit.process.pid, signal.SIGKILL)
+    fails(served, kill, r"rank \d on node \S+: its process ended")
+    # While it starts the ranks again.
+    os.kill(next(each for each in served.services if each.name == "dit-0").process.pid, signal.SIGKILL)
     until(lambda: not actors())
 
 
