@@ -86,9 +86,15 @@ class StoreProtocol(RuleBasedStateMachine):
 
     # Leases
 
-    @initialize(digests=SOME)
-    def begin(self, digests: list[bytes]) -> None:
-        self.lease(digests, 3)
+    @initialize(digests=SOME, crowded=st.booleans())
+    def begin(self, digests: list[bytes], crowded: bool) -> None:
+        """Some leases, or a store that is full of complete segments, each under a lease of its own."""
+        if not crowded:
+            self.lease(digests, 3)
+            return
+        for digest in DIGESTS[:3]:
+            self.lease([digest], 3)
+            self.fill(self.stored().index(digest))
 
     @rule(digests=SOME, ttl_s=st.sampled_from([1, 3]))
     def lease(self, digests: list[bytes], ttl_s: float) -> None:
@@ -262,6 +268,7 @@ class StoreProtocol(RuleBasedStateMachine):
     @rule(digests=SOME, wait_s=st.sampled_from([0.3, 4]))
     def wait_for_room(self, digests: list[bytes], wait_s: float) -> None:
         self.waiters.append(Waiter(self.loop.start(self.rooming(digests, wait_s)), digests, room=digests))
+        self.loop.settle()
 
     @precondition(lambda self: self.waiters)
     @rule(which=ANY)
