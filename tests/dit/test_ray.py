@@ -24,7 +24,7 @@ from bagel.client import Client
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.launcher import Deployment
-from bagel.errors import BagelError, InitTimeout
+from bagel.errors import BagelError, ConfigError, InitTimeout
 from bagel.events import ServiceEvent, StepDone
 from bagel.request import Modality
 from bagel_dit.workers import RankSettings
@@ -185,6 +185,16 @@ def test_more_ranks_than_the_cluster_has_room_for_are_refused(cluster: Cluster) 
     (failed,) = started(config)
     assert isinstance(failed, LoadFailed) and isinstance(failed.error, InitTimeout)
     assert "no room for 3 ranks within 0.5 s: each needs one CPU, and of 2 there are 2 free" in str(failed.error)
+
+
+def test_a_ray_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.\nMore.")  # as Ray does
+
+    monkeypatch.setattr("ray.init", init)
+    (failed,) = started(DitConfig(model=str(MODEL), device="cpu", worker_backend="ray"))
+    assert isinstance(failed, LoadFailed) and isinstance(failed.error, ConfigError)
+    assert "no Ray could be started here: The current node timed out during startup.; see" in str(failed.error)
 
 
 def test_without_an_address_a_ray_is_started_and_stopped() -> None:

@@ -108,7 +108,7 @@ class RayGroup:
             await self._place()
         except BagelError as error:
             self._refuse(error)
-        except (RayError, OSError, TimeoutError) as error:
+        except Exception as error:  # whatever it is, a group that has not started must not be waited for
             log.error("the ranks could not be started", exc_info=True)
             self._refuse(RunnerDied(f"Ray could not start the ranks: {_one_line(error)}"))
 

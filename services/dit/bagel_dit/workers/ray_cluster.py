@@ -68,9 +68,11 @@ def connect(address: str | None, ranks: int) -> None:
             where["include_dashboard"] = False
         try:
             ray.init(**where, log_to_driver=False, configure_logging=False)
-        except (ConnectionError, OSError, RuntimeError, TimeoutError, ValueError) as error:
+        except Exception as error:  # which is all that Ray raises where its processes start too slowly
             what = "no Ray could be started here" if address is None else f"no connection to the Ray cluster {address}"
-            remedy = "" if address is None else f"; run `ray start --address {address}` on this machine first"
+            remedy = "; see whether this machine is overloaded, and /tmp/ray/session_latest/logs"
+            if address is not None:
+                remedy = f"; run `ray start --address {address}` on this machine first"
             raise ConfigError(f"{what}: {_first_line(error)}{remedy}", "ray_address") from error
 
 
