@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bagel.engine.segments import Chain
 from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.model.attention import KvSlab
+from bagel.model.flow import latent_unpatchify
 from bagel.model.pixels import to_image
 from bagel.parity.golden import Case
 from bagel.parity.prompts import PromptRun, all_heads, compare_kv, compare_text_segment
@@ -196,7 +198,27 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     saved = report.tensors["decoded"].shape  # of large pictures only the top-left corner
     report.tensor("decoded", pixels[:, : saved[1], : saved[2]])
     report.equal("decoded size", list(pixels.shape[1:]), [height, width])
+    if model.groups.vae_decode.size > 1:
+        _tile(run, drawing.latents, grid, pixels)
     return pixels
+
+
+@torch.inference_mode()
+def _tile(run: PromptRun, latents: torch.Tensor, grid: tuple[int, int], pixels: torch.Tensor) -> None:
+    """Decode and encode a picture in tiles of several ranks: to the bit as of one, which no recording has."""
+    model = run.engine.model
+    alone, together = copy(model.autoencoder()), copy(model.autoencoder())
+    alone.use_tiling()
+    together.use_tiling(model.groups.vae_decode, model.groups.vae_encode)
+    latent = latent_unpatchify(latents, *grid, model.config.latent_patch_size)[None]
+    decoded = wanted = alone.decode(latent)
+    if model.groups.vae_decode.index == 0:
+        decoded = together.decode(latent)
+    else:
+        together.help_decode(latent)
+    run.report.equal("decoded in patches", torch.equal(decoded, wanted), True)
+    moments = zip(together.encode(pixels[None]), alone.encode(pixels[None]), strict=True)
+    run.report.equal("encoded in patches", all(torch.equal(ours, one) for ours, one in moments), True)
 
 
 def _step(
