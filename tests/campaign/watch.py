@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FILES_MORE, THREADS_MORE = 20, 24
 """How many more a process may have than it had when it first came to rest: pools fill as they are needed."""
+READERS = 2
+"""Processes that read images: they are started when the first image comes, and again after one has ended."""
 _GAUGE = re.compile(rb'^(bagel_[a-z_]+)(?:\{backend="([^"]+)"\})? ([0-9.e+]+)$', re.M)
 
 
@@ -118,7 +120,7 @@ def grown(before: Use, now: Use) -> list[str]:
         found.append(f"{now.files} descriptors, first {before.files}: {_kinds(now.pid)}")
     if now.threads > before.threads + THREADS_MORE:
         found.append(f"{now.threads} threads, first {before.threads}")
-    if len(now.children) > len(before.children) + 1:  # a process that reads images comes and goes
+    if len(now.children) > len(before.children) + READERS:
         found.append(f"{len(now.children)} child processes, first {len(before.children)}")
     return found
 
