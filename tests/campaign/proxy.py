@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from tests.campaign.frames import Framed
 
 CHUNK = 1 << 16
+DRIBBLED = 400
+"""Bytes that come in crumbs."""
 DAMAGES = ("truncate", "garbage", "repeat", "flip")
 """Faults after which one side may not know any more what the bytes are."""
 CONNECT_S = 5.0
@@ -183,10 +185,11 @@ class Link:
                 connection.writers[0 if writer is connection.writers[1] else 1].close()
                 return b""
             case "dribble":
-                for begin in range(0, min(len(data), 400), 7):
-                    writer.write(data[begin : begin + 7])
+                first, rest = data[:DRIBBLED], data[DRIBBLED:]
+                for begin in range(0, len(first), 7):
+                    writer.write(first[begin : begin + 7])
                     await asyncio.sleep(0)
-                return data[400:] if len(data) > 400 else b""
+                return rest
             case "blackhole":
                 connection.mute[down] = True
                 return b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tests.campaign.faults import plan
 from tests.campaign.frames import HEAD, PREFIX, Framed
 from tests.campaign.plants import PLANTS, plant
-from tests.campaign.proxy import NetFault
+from tests.campaign.proxy import Link, NetFault
 
 LINKS = ["client>gateway/grpc", "client>gateway/http", "dit-0>thinker-0", "gateway>dit-0"]
 
@@ -43,3 +44,30 @@ def test_a_fault_of_pages_hits_one_page_and_leaves_the_other_frames_whole(kind: 
     assert fault.fired and come != sent
     assert len(come) == len(sent) + (len(pages[0]) if kind == "page-twice" else 0)
     assert all(page in come for page in pages[1:]) and come.count(settings) >= 2 and len(pages[0]) == HEAD + 0x78
+
+
+@pytest.mark.parametrize("kind", ["delay", "reorder", "dribble", "stall"])
+def test_what_is_only_slow_arrives_as_it_was_sent(kind: str) -> None:
+    async def main() -> None:
+        sent = random.Random(kind).randbytes(5000)
+
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.readexactly(len(sent)))
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        link = Link("any", f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await link.open()
+        faults = [NetFault(kind, down, 30, 0.05, 1) for down in (False, True)]
+        for fault in faults:
+            link.arm(fault)
+        reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+        writer.write(sent)
+        assert await reader.readexactly(len(sent)) == sent and all(fault.fired for fault in faults)
+        writer.close()
+        await writer.wait_closed()
+        await link.close()
+        server.close()
+
+    asyncio.run(main())
