@@ -48,10 +48,18 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes with one CPU each, so that of two ranks each has a node of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        cluster = Cluster(initialize_head=True, head_node_args=NODE)
-        cluster.add_node(**NODE)
+        cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=NODE))
+        patiently(lambda: cluster.add_node(**NODE))
         yield cluster
         cluster.shutdown()
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node. Ray gives its processes 30 s for it, which may be too little on a machine that runs much else."""
+    for _ in range(2):
+        with suppress(Exception):
+            return start()
+    return start()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +139,7 @@ def test_a_node_that_is_lost_is_told_and_another_takes_its_place(served: Deploym
     def lose() -> None:
         (node,) = cluster.worker_nodes
         cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(**NODE)
+        patiently(lambda: cluster.add_node(**NODE))
 
     def drawn_again() -> bool:
         with suppress(BagelError):  # while the ranks are started
