@@ -88,8 +88,9 @@ class TextBatch:
             if not is_greedy(entry.run.settings):
                 uniform = entry.uniforms[len(entry.run.tokens)]
                 chosen[0, i] = choose(logits[i], entry.run.settings, _seen(entry.run), uniform)
-        # All ranks go on with the same ids, whatever the last bit of their logits is.
-        self.model.groups.world.share(chosen)
+        # All ranks go on with the same ids, whatever the last bit of their logits is. Contiguous, as NCCL wants it: a
+        # graph of more texts than there are gives a part of its tensor.
+        chosen = self.model.groups.world.share(chosen.contiguous())
         # Ids and checks in one transfer, as each makes the host wait for the device.
         tokens, finite = chosen.tolist()
         for entry, ok in zip(entries, finite, strict=True):

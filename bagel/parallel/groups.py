@@ -71,7 +71,7 @@ class Group:
         return collected
 
     def share(self, x: Tensor, source: int = 0) -> Tensor:
-        """The tensor of the rank of index `source`, on every rank; written into x, which is returned."""
+        """The tensor of the rank of index `source`, on every rank; written into x, contiguous, which is returned."""
         if self.size > 1:
             dist.broadcast(x, group=self.handle, group_src=source)
         return x
