@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from bagel.errors import NotSupported
-
 
 @dataclass(frozen=True)
 class NotBuilt:
@@ -54,11 +52,3 @@ def unbuilt(rows: Iterable[NotBuilt], owner: object) -> list[tuple[NotBuilt, obj
     """
     found = ((row, attrgetter(row.key)(owner)) for row in rows)
     return [(row, value) for row, value in found if value not in (None, row.works)]
-
-
-def refuse_sizes(config: object) -> None:
-    """Raise NotSupported for the first size of a service's configuration whose effect is not built."""
-    for row in NOT_BUILT:
-        value = getattr(config, row.name, None)
-        if row.key.startswith("parallel_config.") and value not in (None, row.works):
-            raise NotSupported(f"--{row.name.replace('_', '-')} {value} is not built yet; {row.instead}")

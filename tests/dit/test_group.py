@@ -24,7 +24,7 @@ from bagel.deployment.deploy_file import shipped_deploy_config
 from bagel.deployment.dit_config import DitConfig
 from bagel.engine.commands import AddRequest
 from bagel.engine.events import Begun, Drawn, StepTaken
-from bagel.errors import ConfigError, NotSupported, RunnerDied
+from bagel.errors import ConfigError, RunnerDied
 from bagel.images.output import OutputFormat
 from bagel.parity.golden import Golden
 from bagel.parity.report import Comparison, absolute
@@ -197,11 +197,3 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     with pytest.raises(ConfigError, match="2 ranks need a GPU each, and the driver shows 1; choose smaller sizes"):
         service.check_ranks(settings(device="cuda"), checkpoint)
     service.check_ranks(settings(device="cpu"), checkpoint)
-
-
-def test_sizes_that_are_not_built_are_refused(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bagel.deployment import not_built
-
-    monkeypatch.setattr(not_built, "NOT_BUILT", (not_built.NotBuilt("parallel_config.cfg_parallel_size", works=1),))
-    with pytest.raises(NotSupported, match="--cfg-parallel-size 2 is not built yet; only 1 works"):
-        service.check_ranks(settings(cfg_parallel_size=2), checkpoint)

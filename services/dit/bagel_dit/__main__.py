@@ -11,7 +11,6 @@ from bagel.deployment import serving
 from bagel.deployment.defaults import find_model
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gpus import gpu_count
-from bagel.deployment.not_built import refuse_sizes
 from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
@@ -90,8 +89,7 @@ async def _serve(config: DitConfig) -> None:
 
 
 def check_ranks(config: DitConfig, checkpoint: Checkpoint) -> None:
-    """Raise BagelError for sizes that are not built, a model that they do not divide, or GPUs that are not there."""
-    refuse_sizes(config)
+    """Raise ConfigError for a model that the sizes do not divide, or for GPUs that are not there."""
     config.parallel.check_model(checkpoint.config.llm)
     own = config.worker_backend == "process"  # a Ray cluster knows its GPUs itself
     gpus = gpu_count() if own and config.parallel.world_size > 1 and config.device != "cpu" else 0
