@@ -25,8 +25,8 @@ class SegmentKind(StrEnum):
 def fingerprint(model: bytes, kv_dtype: str, quantization: str | None = None) -> bytes:
     """Who may share K/V: the model's content (checkpoint, tokenizer, transforms), K/V type and layout version.
 
-    quantization: of the weights that made them, which changes them by more than rounding. The compute type, the engine
-    and the parallel size are no part of it.
+    quantization: of the weights that made them, which changes them by more than rounding: of segments' digests alone,
+    where a DiT takes K/V from Thinkers of both kinds. The compute type, the engine and the parallel size are no part.
     """
     weights = () if quantization is None else (quantization.encode(),)
     return _digest(b"bagel-kv", model, kv_dtype.encode(), LAYOUT_VERSION.to_bytes(4, "little"), *weights)

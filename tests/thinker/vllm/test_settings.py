@@ -16,6 +16,7 @@ from bagel.checkpoint.roles import Role
 from bagel.deployment.launcher import is_serving
 from bagel.deployment.process import Service
 from bagel.errors import ConfigError
+from bagel.kv.digests import fingerprint
 from bagel.prompts import TextPart
 from bagel.request import TextSettings
 from bagel_thinker.torch_engine import TorchEngine
@@ -68,6 +69,9 @@ def test_quantised_layers_are_those_of_both_experts(small: Checkpoint, exact: To
     chosen = VllmSettings("cpu", "bfloat16", max_num_seqs=4, max_model_len=600, quantization="fp8_per_channel")
     engine = VllmEngine(small, chosen, model_name="tiny", kv_store_bytes=STORE_BYTES)
     try:
+        # A DiT takes its K/V, by names that no other Thinker gives to its own.
+        assert engine.info.kv_fingerprint == engine.store.fingerprint == fingerprint(small.fingerprint, "bfloat16")
+        assert engine.planner.fingerprint == chosen.segments_fingerprint(small.fingerprint)
         for prompt in ((TextPart("a cube"),), (image(96, edit=True), TextPart("make it blue"))):
             answer, alone = ask(engine, Ask(prompt)), ask(exact, Ask(prompt))
             for (k, _), (right, _) in zip(answer.kv(), alone.kv(), strict=True):

@@ -16,10 +16,12 @@ from bagel.checkpoint.config import ModelConfig
 from bagel.engine.segments import Chain
 from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
+from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.images import image_item
 from bagel_thinker.vllm.requests import Placeholders, segment_starts, token_ids
 from bagel_thinker.vllm.settings import VllmSettings, engine_arguments
 
+log = Log("bagel.thinker")
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the core runs in the engine's thread; workers of tp > 1 are processes
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # gRPC survives no fork
@@ -74,6 +76,7 @@ class Core:
                 ) from error
         if settings.quantization is not None:
             self._check_quantised(settings.quantization)
+            log.info("quantised", format=settings.quantization, engine="vllm")
         self.block_size: int = vllm_config.cache_config.block_size
         if vllm_config.scheduler_config.async_scheduling:
             self._client.collective_rpc(_leave_tokens_on_device)

@@ -65,7 +65,7 @@ class VllmEngine:
         config = checkpoint.config
         self.tokenizer = BagelTokenizer(checkpoint.folder)
         kv_fingerprint = fingerprint(checkpoint.fingerprint, settings.dtype)
-        self.planner = ChainPlanner(config, self.tokenizer, kv_fingerprint)
+        self.planner = ChainPlanner(config, self.tokenizer, settings.segments_fingerprint(checkpoint.fingerprint))
         self.store = KvStore(kv_layout(checkpoint, settings.dtype), kv_fingerprint, kv_store_bytes)
         self.info = model_info(
             config,

@@ -12,6 +12,7 @@ from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 from bagel.checkpoint.roles import Role
 from bagel.errors import ConfigError
 from bagel.images import ImageTransform
+from bagel.kv.digests import fingerprint
 from bagel_thinker.vllm.plugin import ARCHITECTURE
 from bagel_thinker.vllm.requests import Placeholders
 
@@ -45,6 +46,15 @@ class VllmSettings:
     quantization: str | None = None
     kv_cache_memory_bytes: int | None = None
     load_format: str = "auto"
+
+    def segments_fingerprint(self, checkpoint: bytes) -> bytes:
+        """What the digests of its segments begin with. checkpoint: the fingerprint of it.
+
+        Of quantised weights it is another one than of K/V that may be exchanged: a DiT takes K/V from both kinds of
+        Thinkers, and must never take the pages of one for those of the other.
+        """
+        # With the engine: a name of vLLM's may stand for other numbers than ours.
+        return fingerprint(checkpoint, self.dtype, self.quantization and f"vllm {self.quantization}")
 
 
 def largest_blocks(config: ModelConfig) -> tuple[int, int]:
