@@ -269,6 +269,18 @@ class DeployConfig(_Model):
                 for key, why in FOREIGN_KEYS.items()
                 if getattr(stage, key) is not None
             ]
+        notes += self._not_quantised()
         if self.platforms is not None:
             notes.append("platforms has no effect: the stages' own settings are used on every platform")
         return notes
+
+    def _not_quantised(self) -> list[str]:
+        """A Thinker in full beside a quantised DiT: who gave --quantization may think that both are."""
+        stages = {spec.model_stage: self.stage(spec.stage_id) for spec in self.spec.stages}
+        thinker, dits = stages.get("thinker"), stages["dit"].quantization
+        if thinker is None or dits is None or thinker.quantization is not None:
+            return []
+        return [
+            f"{thinker.where}: the Thinker is not quantised, {dits} is the DiT's alone; one whose engine is vllm, "
+            "and not auto, can be quantised too"
+        ]

@@ -562,7 +562,10 @@ def test_quantization_goes_to_the_dit_and_to_a_thinker_on_vllm(deploy: DeployCon
         changed = with_overrides(deploy, quantization="fp8", engine=engine)
         assert [stage.quantization for stage in changed.stages] == [thinkers, "fp8"]
         assert changed.stage(1).settings(DitConfig)["quantization"] == "fp8"
-        assert not any("quantization" in note for note in changed.notes())
+        # Where the Thinker is not, also one that "auto" takes vLLM for, it is said.
+        told = [note for note in changed.notes() if "the Thinker is not quantised, fp8 is the DiT's alone" in note]
+        assert changed.notes() == told and len(told) == (thinkers is None)
+    assert with_overrides(deploy, engine="vllm").notes() == []
 
 
 def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest.MonkeyPatch) -> None:
