@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="least samples, but for gpu and pull (default 5)")
     parser.add_argument("--rate", type=float, default=overhead.RATE, help="overhead: requests a second (default 20)")
     parser.add_argument("--minutes", type=float, default=2.0, help="load: of the soak (default 2)")
-    parser.add_argument("--requests", type=int, default=64, help="load: the gateway's --max-requests (default 64)")
+    parser.add_argument("--requests", type=int, metavar="N", help="load: the gateway's --max-requests (default: none)")
     parser.add_argument("--threads", type=int, default=2, help="cpu: PyTorch's threads (default 2)")
     parser.add_argument(
         "--device", type=_device_name, help="gpu, peer: cuda (default) or cpu with --tiny; streaming: cpu (default)"

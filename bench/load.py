@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 from bagel.deployment.defaults import NANO_NAME, find_model
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
@@ -56,20 +57,19 @@ class _Services:
         return [resident_mib(service) for service in self.deployment.services]
 
 
-def run(minutes: float, requests: int) -> Iterator[Table]:
+def run(minutes: float, requests: int | None) -> Iterator[Table]:
     """Measure capacity, then half of it, all of it, and several times as much; then soak for some minutes.
 
-    requests: what the gateway lets under way at once; as many more may wait.
+    requests: what the gateway lets under way at once; None: as many as its stages have places.
     """
+    settings: dict[str, Any] = {} if requests is None else {"max_requests": requests}
     table, memory = Table("load", NOTE), Table("load: memory", f"full load for {minutes:g} min; MiB, resident")
     _, checkpoint = find_model(NANO_NAME)
     config = load_deploy_config(shipped_deploy_config(BAGEL.model_type))
     spawn = multiprocessing.get_context("spawn")
     with (
         Path(os.devnull).open("w") as nowhere,
-        Deployment(
-            config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0", max_requests=requests
-        ) as deployment,
+        Deployment(config, checkpoint.folder, device="cpu", logs=nowhere, http="127.0.0.1:0", **settings) as deployment,
         ProcessPoolExecutor(CALLER_PROCESSES, spawn) as callers,
     ):
         services = _Services(deployment)

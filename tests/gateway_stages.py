@@ -78,8 +78,10 @@ class Journal:
 class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
     """A fake Thinker. Builds wait after their first ContextRef for `go`, and after their first text for `think_go`.
 
-    failure: the error that a build raises then.
+    failure: the error that a build raises then; places: what it says that it has, enough for all.
     """
+
+    places = 1000
 
     def __init__(self, journal: Journal, kv_fingerprint: bytes = b"k") -> None:
         self.journal, self.info = journal, model(kv_fingerprint)
@@ -123,7 +125,12 @@ class Thinker(thinker_pb2_grpc.ThinkerServiceServicer):
         self, request: thinker_pb2.ThinkerServiceDescribeRequest, context: Any
     ) -> thinker_pb2.ThinkerServiceDescribeResponse:
         return thinker_pb2.ThinkerServiceDescribeResponse(
-            model=self.info, engine="torch", name="thinker-0", page_version=PAGE_VERSION, wire_version=WIRE_VERSION
+            model=self.info,
+            engine="torch",
+            name="thinker-0",
+            page_version=PAGE_VERSION,
+            wire_version=WIRE_VERSION,
+            max_num_seqs=self.places,
         )
 
     def _ref(self, request: thinker_pb2.BuildContextRequest) -> kv_pb2.ContextRef:
@@ -167,6 +174,8 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
     """
 
     page_version = PAGE_VERSION
+    places = 1000
+    """What it says that it has."""
 
     def __init__(self, journal: Journal, *, single_stage: bool = False, kv_fingerprint: bytes = b"k") -> None:
         self.journal, self.info, self.single_stage = journal, model(kv_fingerprint), single_stage
@@ -217,6 +226,7 @@ class Dit(dit_pb2_grpc.DitServiceServicer):
             sources=["thinker-0"],
             page_version=self.page_version,
             wire_version=WIRE_VERSION,
+            max_num_seqs=self.places,
         )
 
 

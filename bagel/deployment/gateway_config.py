@@ -68,7 +68,10 @@ class GatewayConfig(HttpFront, ReadingImages, Calling, Listening):
         "a DiT; may be repeated",
         default=(), flag="--dit", metavar="NAME=HOST:PORT", shape=SERVICE, elsewhere=WIRED,
     )  # fmt: skip
-    max_requests: int = setting("requests under way at once", default=64, metavar="N", at_least=1)
+    max_requests: int | None = setting(
+        "requests under way at once, and as many that wait (default: as many as the stages say that they have places)",
+        default=None, metavar="N", at_least=1,
+    )  # fmt: skip
     batch_timeout_s: float = setting(
         "seconds to wait for a place", default=BATCH_TIMEOUT_S, metavar="S", at_least=0, everywhere=True
     )

@@ -10,6 +10,7 @@ from bagel.deployment.settings import Config, setting
 from bagel.rpc.limits import CONNECTIONS, DRAIN_S, MAX_UNREAD_BYTES, READER_TIMEOUT_S, Limits
 
 BATCH_TIMEOUT_S = 5.0
+MAX_NUM_SEQS = 16
 KV_BYTES = 2 * 2**30
 """Shared memory for K/V, of each side."""
 STEP_TIMEOUT_S = 600.0
@@ -135,7 +136,7 @@ class OfModel(Config):
     device: str = setting("auto, cpu, cuda or cuda:N", default="auto", elsewhere=WIRED)
     dtype: str = setting("", default="auto", choices=DTYPES, elsewhere=WIRED)
     max_num_seqs: int = setting(
-        "requests worked on at once", default=16, metavar="N", at_least=1, stage=True, elsewhere=OF_STAGE
+        "requests worked on at once", default=MAX_NUM_SEQS, metavar="N", at_least=1, stage=True, elsewhere=OF_STAGE
     )
     batch_timeout_s: float = setting(
         "for a place among them, then busy", default=BATCH_TIMEOUT_S, metavar="S", at_least=0, everywhere=True

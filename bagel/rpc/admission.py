@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from bagel.errors import Busy, Draining
+
+Count = int | Callable[[], int]
+"""A number, or what says it each time that it is asked for."""
 
 
 class Admission:
@@ -19,24 +23,30 @@ class Admission:
     def __init__(
         self,
         owner: str,
-        limit: int,
+        limit: Count,
         wait_s: float,
         *,
         settings: str = "--max-num-seqs or --batch-timeout",
-        max_waiting: int | None = None,
+        max_waiting: Count | None = None,
         retry_after_s: float | None = None,
         draining: asyncio.Event | None = None,
     ) -> None:
         """owner, settings: what messages call the service, and what to raise; max_waiting: new requests that may wait.
 
         wait_s: how long a new request waits; retry_after_s: when one that is refused may come again, after wait_s by
-        default; draining: once set, nothing new is admitted.
+        default; draining: once set, nothing new is admitted. After a limit has risen `refill` must be called.
         """
         self.under_way = self.waiting = self._new = 0
         self._owner, self._limit, self._wait_s, self._settings = owner, limit, wait_s, settings
         self._max_waiting, self._draining = max_waiting, draining
         self._retry_after_s = wait_s if retry_after_s is None else retry_after_s
-        self._places = asyncio.Semaphore(limit)
+        self._taken = 0  # places, also those that were just given to one that has waited
+        self._queue = deque[asyncio.Future[None]]()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be under way now."""
+        return _now(self._limit)
 
     @asynccontextmanager
     async def admit(self, *, begun: bool = False) -> AsyncIterator[float]:
@@ -51,25 +61,36 @@ class Admission:
             yield waited_s
         finally:
             self.under_way -= 1
-            self._places.release()
+            self._give_back()
+
+    def refill(self) -> None:
+        """Give the places that are free to those that have waited longest."""
+        while self._queue and self._taken < self.limit:
+            turn = next((each for each in self._queue if not each.done()), None)
+            if turn is None:  # all of them are just leaving
+                return
+            self._queue.remove(turn)
+            self._taken += 1
+            turn.set_result(None)
 
     async def _take(self, begun: bool) -> float:
         if not begun:
             self._check_draining()
-        if not self._places.locked():
-            await self._places.acquire()
+        self.refill()
+        if self._taken < self.limit:  # and so nobody waits
+            self._taken += 1
             return 0.0
         began = time.perf_counter()
         await (self._wait() if begun else self._wait_in_time())
         # The service may have begun to drain during the wait.
         if not begun and self._draining is not None and self._draining.is_set():
-            self._places.release()
+            self._give_back()
             self._check_draining()
         return time.perf_counter() - began
 
     async def _wait_in_time(self) -> None:
         # Only new requests count: one that has begun was accepted, and is not refused any more.
-        if self._max_waiting is not None and self._new >= self._max_waiting:
+        if self._max_waiting is not None and self._new >= _now(self._max_waiting):
             raise self._busy(f"{self._new} more wait already")
         self._new += 1
         try:
@@ -81,11 +102,23 @@ class Admission:
             self._new -= 1
 
     async def _wait(self) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
         self.waiting += 1
         try:
-            await self._places.acquire()
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._queue.remove(turn)
+            else:  # it got its place in the same moment
+                self._give_back()
+            raise
         finally:
             self.waiting -= 1
+
+    def _give_back(self) -> None:
+        self._taken -= 1
+        self.refill()
 
     def _busy(self, why: str) -> Busy:
         return Busy(
@@ -97,3 +130,7 @@ class Admission:
     def _check_draining(self) -> None:
         if self._draining is not None and self._draining.is_set():
             raise Draining(f"{self._owner} is shutting down and takes no new requests; send it to another one")
+
+
+def _now(count: Count) -> int:
+    return count if isinstance(count, int) else count()

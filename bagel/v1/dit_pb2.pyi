@@ -365,6 +365,7 @@ class DitServiceDescribeResponse(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     PAGE_VERSION_FIELD_NUMBER: _builtins.int
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     single_stage: _builtins.bool
     """Whether it serves whole requests, or draws from a Thinker's contexts."""
     name: _builtins.str
@@ -373,6 +374,8 @@ class DitServiceDescribeResponse(_message.Message):
     """The rule by which it reads pages of K/V; see PullResponse."""
     wire_version: _builtins.int
     """Version of what services say to each other; a gateway refuses another one. 0: a release that did not say."""
+    max_num_seqs: _builtins.int
+    """Requests that it works on at once, by which a gateway bounds what it sends. 0: a release that did not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelInfo:
         """What it serves."""
@@ -390,10 +393,11 @@ class DitServiceDescribeResponse(_message.Message):
         sources: _abc.Iterable[_builtins.str] | None = ...,
         page_version: _builtins.int = ...,
         wire_version: _builtins.int = ...,
+        max_num_seqs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "name", b"name", "page_version", b"page_version", "single_stage", b"single_stage", "sources", b"sources", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_num_seqs", b"max_num_seqs", "model", b"model", "name", b"name", "page_version", b"page_version", "single_stage", b"single_stage", "sources", b"sources", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -212,6 +212,7 @@ class ThinkerServiceDescribeResponse(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PAGE_VERSION_FIELD_NUMBER: _builtins.int
     WIRE_VERSION_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """The engine: torch or vllm."""
     name: _builtins.str
@@ -220,6 +221,8 @@ class ThinkerServiceDescribeResponse(_message.Message):
     """The rule by which it writes pages of K/V; see PullResponse."""
     wire_version: _builtins.int
     """Version of what services say to each other; a gateway refuses another one. 0: a release that did not say."""
+    max_num_seqs: _builtins.int
+    """Texts that it writes at once, by which a gateway bounds what it sends. 0: a release that did not say."""
     @_builtins.property
     def model(self) -> _common_pb2.ModelInfo:
         """What it serves."""
@@ -232,10 +235,11 @@ class ThinkerServiceDescribeResponse(_message.Message):
         name: _builtins.str = ...,
         page_version: _builtins.int = ...,
         wire_version: _builtins.int = ...,
+        max_num_seqs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "model", b"model", "name", b"name", "page_version", b"page_version", "wire_version", b"wire_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "max_num_seqs", b"max_num_seqs", "model", b"model", "name", b"name", "page_version", b"page_version", "wire_version", b"wire_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

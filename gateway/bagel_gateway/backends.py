@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.deployment.gateway_config import SILENCE_S
+from bagel.deployment.shared_settings import MAX_NUM_SEQS
 from bagel.errors import ConfigError, ForeignContext, NoBackend, TransferDamaged
 from bagel.kv.lease_keeper import PeerLessor
 from bagel.pipelines import PipelineConfig, StageConfig, StageExecutionType
@@ -55,7 +56,10 @@ class Address:
 
 
 class Backend:
-    """One service. model is what it serves while it is ready, else None; under_way counts the gateway's requests."""
+    """One service. model is what it serves while it is ready, else None; under_way counts the gateway's requests.
+
+    places: the requests that it works on at once, as it said last.
+    """
 
     kind = "service"
     role = ""
@@ -64,7 +68,7 @@ class Backend:
     def __init__(
         self, address: Address, security: Security, silence_s: float = SILENCE_S, server_name: str | None = None
     ) -> None:
-        self.address, self.under_way = address, 0
+        self.address, self.under_way, self.places = address, 0, MAX_NUM_SEQS
         self.model: ModelInfo | None = None
         self.why_not = "not checked yet"
         self.silence_s = silence_s
@@ -168,10 +172,20 @@ class Backend:
                 "same release of both"
             )
 
+    def _tells_places(self, max_num_seqs: int) -> None:
+        # A release that does not say is taken to have the default.
+        self.places = max_num_seqs or MAX_NUM_SEQS
+
     def _found(self, model: ModelInfo) -> None:
         if self.model is None:
             fingerprint = model.kv_fingerprint.hex()
-            log.info("backend ready", backend=str(self.address), model=model.name, kv_fingerprint=fingerprint)
+            log.info(
+                "backend ready",
+                backend=str(self.address),
+                model=model.name,
+                kv_fingerprint=fingerprint,
+                max_num_seqs=self.places,
+            )
         self.model = model
 
 
@@ -207,6 +221,7 @@ class ThinkerBackend(Backend):
         reply = await self._asked("/bagel.v1.ThinkerService/Describe", request, read)
         self._check_version(reply.wire_version)
         self.source, self.page_version = reply.name or self.address.name, reply.page_version
+        self._tells_places(reply.max_num_seqs)
         return reply.model
 
 
@@ -245,6 +260,7 @@ class DitBackend(Backend):
             change = "start it without --single-stage" if self._receives_kv else "start it with --single-stage"
             raise ConfigError(f"{self.name} does not fit the gateway's pipeline; {change}")
         self.sources, self.page_version = frozenset(reply.sources), reply.page_version
+        self._tells_places(reply.max_num_seqs)
         return reply.model
 
 
@@ -277,8 +293,8 @@ class Backends:
         self.dits = [
             DitBackend(each, security, silence_s, named.get(each.name), receives_kv=receives_kv) for each in dits
         ]
-        kinds: dict[str, Sequence[Backend]] = {"thinker": self.thinkers, "dit": self.dits}
-        self._stages = [kinds[stage.model_stage] for stage in pipeline.stages]
+        self._kinds: dict[str, Sequence[Backend]] = {"thinker": self.thinkers, "dit": self.dits}
+        self._stages = [self._kinds[stage.model_stage] for stage in pipeline.stages]
         self._check_every_s, self._wait_s = check_every_s, wait_s
         self._watches: list[asyncio.Task[None]] = []
 
@@ -287,9 +303,17 @@ class Backends:
         """Whether each stage has a service that is ready."""
         return all(any(backend.model is not None for backend in stage) for stage in self._stages)
 
-    def start(self, on_ready: Callable[[bool], Awaitable[None]]) -> None:
-        """Check every service from now on; on_ready is called with each change of `ready`."""
-        self._on_ready, self._was_ready = on_ready, False
+    def places(self, stages: Sequence[str]) -> int:
+        """Requests that the services of these stages ("thinker", "dit") work on at once, all together.
+
+        Those that are ready count. Of a stage that has none all do, as requests wait for one of them to come back.
+        """
+        return sum(each.places for stage in stages for each in _ready_of(self._kinds[stage]) or self._kinds[stage])
+
+    def start(self, on_ready: Callable[[bool], Awaitable[None]], on_check: Callable[[], object]) -> None:
+        """Check every service from now on. on_ready is called with each change of `ready`, on_check after each check,
+        which may have changed `places`."""
+        self._on_ready, self._on_check, self._was_ready = on_ready, on_check, False
         every = (*self.thinkers, *self.dits)
         self._watches = [asyncio.create_task(self._watch(backend), name=f"watch {backend.name}") for backend in every]
 
@@ -359,6 +383,7 @@ class Backends:
             except Exception:  # a bug; the watch goes on
                 log.error("check failed", exc_info=True, backend=str(backend.address))
                 backend.lost("its check failed; the gateway's log says how")
+            self._on_check()
             if self.ready != self._was_ready:
                 self._was_ready = self.ready
                 log.info("gateway ready" if self._was_ready else "gateway not ready")
@@ -386,9 +411,13 @@ class Services:
         return nullcontext() if self.thinker is None else self.thinker.busy()
 
 
+def _ready_of(backends: Sequence[B]) -> list[B]:
+    return [backend for backend in backends if backend.model is not None]
+
+
 def _ready(kind: str, backends: Sequence[B]) -> list[B]:
     """Those that are ready, the least busy first."""
-    ready = [backend for backend in backends if backend.model is not None]
+    ready = _ready_of(backends)
     if not ready:
         each = "; ".join(f"{backend.name}: {backend.why_not}" for backend in backends)
         raise NoBackend(f"no {kind} is ready: {each or 'none is configured'}; start it, or try again later")

@@ -12,10 +12,10 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 
 from bagel.errors import BagelError
-from bagel.rpc.admission import Admission
 from bagel.v1 import gateway_pb2
 from bagel_gateway.backends import Backend, Backends
 from bagel_gateway.instruments import Exported, Instruments
+from bagel_gateway.places import Places
 
 _TOKENS = ("prompt_tokens", "image_tokens", "completion_tokens", "think_tokens", "computed_tokens", "reused_tokens")
 _GEN_AI = {"gen_ai.operation.name": "generate_content", "gen_ai.provider.name": "bagel-serving"}
@@ -73,7 +73,7 @@ class Metrics:
             "bagel_http_requests", "HTTP requests by route and status code.", ["route", "code"], registry=self._registry
         )
 
-    def watch(self, admission: Admission, backends: Backends) -> None:
+    def watch(self, places: Places, backends: Backends) -> None:
         """Show what is under way now, and which services are ready."""
         gauge, services = self._instruments.gauge, (*backends.thinkers, *backends.dits)
         gauge(
@@ -81,14 +81,14 @@ class Metrics:
             "Requests that have a place",
             (),
             Exported("bagel.requests.active", "{request}"),
-            {"": lambda: admission.under_way},
+            {"": lambda: places.under_way},
         )
         gauge(
             "bagel_requests_waiting",
             "Requests that wait for a place",
             (),
             Exported("bagel.queue.depth", "{request}"),
-            {"": lambda: admission.waiting},
+            {"": lambda: places.waiting},
         )
         gauge(
             "bagel_backend_ready",

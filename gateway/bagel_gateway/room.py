@@ -8,7 +8,7 @@ from typing import Self
 from bagel.errors import Busy
 
 SMALL_BYTES = 2**18
-"""Requests up to this size are not counted, so that texts always find room; --max-requests bounds these."""
+"""Requests up to this size are not counted, so that texts always find room; the places of a gateway bound these."""
 
 
 class Room:

@@ -11,7 +11,6 @@ from bagel.deployment import serving
 from bagel.deployment.defaults import missing_install_named
 from bagel.deployment.gateway_config import GatewayConfig
 from bagel.pipelines import pipeline
-from bagel.rpc.admission import Admission
 from bagel.rpc.deadlines import deadline_of
 from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
@@ -21,6 +20,7 @@ from bagel_gateway.backends import CHECK_EVERY_S, Address, Backends
 from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics
+from bagel_gateway.places import Places
 from bagel_gateway.receiving import Receiving
 from bagel_gateway.room import Room
 from bagel_gateway.serving import Requests
@@ -70,15 +70,7 @@ class Gateway:
         receive = Receiving(self.room, limits.message_s).message
         self.host = Host(config.listen, (SERVICE,), tls.front, guards, unread, limits, receive)
         self.backends = _backends(config, tls, check_every_s)
-        self.admission = Admission(
-            "the gateway",
-            config.max_requests,
-            config.batch_timeout_s,
-            settings="--max-requests or --batch-timeout",
-            max_waiting=config.max_requests,
-            retry_after_s=1.0,
-            draining=self.host.draining,
-        )
+        self.admission = Places(config, pipeline(config.pipeline), self.backends, self.host.draining)
         self.metrics = Metrics()
         self.metrics.watch(self.admission, self.backends)
         pool = serving.image_pool(config, config.batch_timeout_s)
@@ -127,7 +119,7 @@ class Gateway:
         if self.rest is not None:
             await self.rest.start()
         # Last, so that both fronts listen by the time the gateway is ready.
-        self.backends.start(self._on_ready)
+        self.backends.start(self._on_ready, self.admission.refill)
 
     async def until_stopped(self) -> None:
         """Serve until SIGTERM, then drain and close."""

@@ -13,9 +13,8 @@ from typing import Any
 import bagel
 from bagel.errors import Busy, InvalidRequest
 from bagel.pipelines import PipelineConfig
-from bagel.request import MAX_SEED
+from bagel.request import MAX_SEED, Modality
 from bagel.rpc import convert
-from bagel.rpc.admission import Admission
 from bagel.rpc.integrity import WIRE_VERSION
 from bagel.rpc.unread import Unread
 from bagel.telemetry.logs import Log
@@ -25,6 +24,7 @@ from bagel_gateway.embedding import embedding
 from bagel_gateway.images import InputImages
 from bagel_gateway.metrics import Metrics
 from bagel_gateway.outbox import delivered
+from bagel_gateway.places import Places
 from bagel_gateway.planning import Asked, plan, read_request
 from bagel_gateway.routes import route_of
 from bagel_gateway.routes.base import Event, Put, Remaining
@@ -43,7 +43,7 @@ class Requests:
         self,
         deployed: PipelineConfig,
         backends: Backends,
-        admission: Admission,
+        places: Places,
         defaults: Mapping[str, Any],
         metrics: Metrics,
         unread: Unread,
@@ -56,7 +56,7 @@ class Requests:
 
         picture_settings: what is put into pictures' files, see `bagel_gateway.embedding`.
         """
-        self._deployed, self._backends, self._admission, self._defaults = deployed, backends, admission, defaults
+        self._deployed, self._backends, self._places, self._defaults = deployed, backends, places, defaults
         self._metrics, self._unread, self.images, self._log_stats = metrics, unread, images, log_stats
         self._picture_settings = picture_settings
 
@@ -111,8 +111,9 @@ class Requests:
         try:
             async with asyncio.TaskGroup() as group:
                 # Around the admission, so that a request that finds no place is counted too.
-                with self._metrics.request(_modality(message)) as seen:
-                    async with self._admission.admit() as waited_s:
+                modality = _modality(message)
+                with self._metrics.request(str(modality or "none")) as seen:
+                    async with self._places.of(modality).admit() as waited_s:
                         asked = await self._read(message)
                         services = await self._backends.begin(asked.path)
                         first, *others = _copies(asked, count)
@@ -165,7 +166,7 @@ class Requests:
 
         while True:
             try:
-                async with self._admission.admit(begun=True) as waited_s:
+                async with self._places.of(asked.request.modality).admit(begun=True) as waited_s:
                     with self._metrics.request(str(asked.request.modality)) as seen:
                         await self._run(asked, services, remaining, waited_s, partial(emit, seen), begun=True)
                 return
@@ -179,7 +180,7 @@ class Requests:
 
     async def _check(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> gateway_pb2.Accepted:
         """What a request that can be served would be accepted as; nothing is computed for it."""
-        async with self._admission.admit():
+        async with self._places.of(_modality(message)).admit():
             asked = await self._read(message)
             services = await self._backends.begin(asked.path)
             planned = plan(asked, services.model)
@@ -191,12 +192,12 @@ class Requests:
         return await read_request(message, self._deployed, self._defaults, self.images)
 
 
-def _modality(message: gateway_pb2.GenerateRequest) -> str:
-    """The modality by which a request is counted."""
+def _modality(message: gateway_pb2.GenerateRequest) -> Modality | None:
+    """The modality by which a request is counted; None for one that is refused for it."""
     try:
-        return str(convert.modality_from_wire(message.request.modality))
+        return convert.modality_from_wire(message.request.modality)
     except InvalidRequest:
-        return "none"
+        return None
 
 
 def _stats(finished: gateway_pb2.Finished, firsts: Mapping[str, float]) -> dict[str, object]:

@@ -90,9 +90,9 @@ PLANTS = {
         (
             (
                 "bagel/rpc/admission.py",
-                "            self.under_way -= 1\n            self._places.release()\n",
+                "            self.under_way -= 1\n            self._give_back()\n",
                 "            self.under_way -= 1\n"
-                "            if not self.waiting:\n                self._places.release()\n",
+                "            if not self.waiting:\n                self._give_back()\n",
             ),
         ),
     ),

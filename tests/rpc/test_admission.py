@@ -30,6 +30,47 @@ def test_more_than_may_wait_are_refused_at_once() -> None:
     asyncio.run(run())
 
 
+def test_places_follow_a_limit_that_changes() -> None:
+    async def run() -> None:
+        limit, order = 1, list[int]()
+        admission = Admission("the gateway", lambda: limit, 60.0)
+        go = asyncio.Event()
+
+        async def placed(number: int) -> None:
+            async with admission.admit():
+                order.append(number)
+                await go.wait()
+
+        tasks = [asyncio.create_task(placed(number)) for number in range(5)]
+        await asyncio.sleep(0.05)
+        assert order == [0]
+        limit = 3
+        tasks[1].cancel()  # one that leaves holds nobody up
+        await asyncio.sleep(0.05)
+        admission.refill()
+        await asyncio.sleep(0.05)
+        assert order == [0, 2, 3] and admission.waiting == 1
+        limit = 1
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == [0, 2, 3, 4] and admission.under_way == admission.waiting == 0
+
+    asyncio.run(run())
+
+
+def test_a_place_is_not_lost_with_one_that_leaves_as_it_gets_it() -> None:
+    async def run() -> None:
+        admission = Admission("the gateway", 1, 60.0)
+        async with admission.admit():
+            leaving = asyncio.create_task(_placed(admission))
+            await asyncio.sleep(0.05)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert await _placed(admission) == 0
+
+    asyncio.run(run())
+
+
 def test_a_service_that_drains_serves_what_it_accepted() -> None:
     async def run() -> None:
         draining = asyncio.Event()

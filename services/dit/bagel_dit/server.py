@@ -156,6 +156,7 @@ class DitServicer(DitServiceServicer):
             sources=self.sources,
             page_version=PAGE_VERSION,
             wire_version=WIRE_VERSION,
+            max_num_seqs=self._admission.limit,
         )
 
     async def _draw(

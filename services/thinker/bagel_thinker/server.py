@@ -196,6 +196,7 @@ class ThinkerServicer(ThinkerServiceServicer):
             name=self.name,
             page_version=PAGE_VERSION,
             wire_version=WIRE_VERSION,
+            max_num_seqs=self.admission.limit,
         )
 
     def _post(self) -> Post:
