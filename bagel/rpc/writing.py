@@ -15,7 +15,8 @@ from google.protobuf.message import Message
 from grpc.aio import ServicerContext
 
 from bagel.errors import NotRead
-from bagel.rpc.integrity import CURRENT, Received
+from bagel.rpc import alive
+from bagel.rpc.integrity import CURRENT, Digest, Received
 from bagel.rpc.unread import Unread, Waiting
 from bagel.telemetry.logs import Log
 
@@ -35,6 +36,8 @@ def writing(
 
     NotRead is raised in the method when a response is not taken in time, which ends its work. What gRPC holds of such a
     call stays until its client reads on or leaves; where that is too much, the connection is broken.
+
+    A caller that asks for signs of life gets them between the responses.
     """
 
     async def write(received: Received, context: Context) -> None:
@@ -45,29 +48,54 @@ def writing(
             found = break_connection(context.peer())
             log.warning("a connection is broken whose client does not read", peer=context.peer(), found=found, why=why)
 
+        out = _Out(context, None if serialize is None else digest)
+        every_s = None if serialize is None else alive.asked_s(context.invocation_metadata())
         with unread.waiting(break_off) as waiting:
-            async with aclosing(method(request, context)) as responses:
+            async with alive.signs(every_s, out.sign), aclosing(method(request, context)) as responses:
                 async for response in responses:
                     data = response if serialize is None else serialize(response)
-                    if serialize is not None:
-                        digest.add(data)
-                    if not await _taken(data, context, unread, waiting):
+                    if not await _taken(data, out, unread, waiting):
                         waiting.add(_size(request))  # gRPC keeps it as long as the call
                         CURRENT.set(None)  # nobody knows whether the last response has come
                         await responses.athrow(_not_read(context, unread, waiting))
+                with suppress(TimeoutError):  # of a client that reads nothing, not even the end
+                    async with asyncio.timeout(unread.reader_timeout_s):
+                        await out.close()
             if serialize is not None:
                 context.set_trailing_metadata(digest.metadata)
 
     return write
 
 
-async def _taken(response: bytes, context: Context, unread: Unread, waiting: Waiting) -> bool:
+class _Out:
+    """The one way out of a call: a message at a time, each into the digest in its turn."""
+
+    def __init__(self, context: Context, digest: Digest | None) -> None:
+        self._context, self._digest, self._turn = context, digest, asyncio.Lock()
+
+    async def write(self, data: bytes) -> None:
+        async with self._turn:
+            if self._digest is not None:
+                self._digest.add(data)
+            await self._context.write(data)
+
+    async def sign(self) -> None:
+        """A sign of life, unless a response is on its way."""
+        if not self._turn.locked():
+            await self.write(alive.SIGN)
+
+    async def close(self) -> None:
+        """Write nothing any more. A sign that is on its way goes first, as the digest has it already."""
+        await self._turn.acquire()
+
+
+async def _taken(response: bytes, out: _Out, unread: Unread, waiting: Waiting) -> bool:
     """Whether the client has made room for a response in time."""
     nbytes = _size(response)
     waiting.add(nbytes)
     try:
         async with asyncio.timeout(unread.time_for(nbytes)):
-            await context.write(response)
+            await out.write(response)
     except TimeoutError:
         return False
     waiting.take(nbytes)

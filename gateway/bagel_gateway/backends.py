@@ -205,6 +205,7 @@ class ThinkerBackend(Backend):
             "/bagel.v1.ThinkerService/BuildContext",
             thinker_pb2.BuildContextResponse.FromString,
             address.name,
+            silence_s,
         )
         self.lessor = PeerLessor(address.name, self._channel)
 
@@ -249,6 +250,7 @@ class DitBackend(Backend):
             "/bagel.v1.DitService/Generate",
             dit_pb2.DitServiceGenerateResponse.FromString,
             address.name,
+            silence_s,
         )
         self._receives_kv = receives_kv
 

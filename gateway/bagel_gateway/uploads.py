@@ -16,9 +16,12 @@ import grpc
 from google.protobuf.message import Message
 from grpc import aio
 
+from bagel.errors import RemoteError
 from bagel.prompts import Part, Prompt, TextPart
+from bagel.rpc import alive
 from bagel.rpc.integrity import Digest, parsed, trailing_of
 from bagel.rpc.structure import varint
+from bagel.rpc.unread import SLOWEST_BYTES_PER_S
 from bagel.v1 import common_pb2
 from bagel_gateway.images import file_of
 
@@ -31,10 +34,16 @@ _BYTES = 2
 
 
 class Answers(Generic[R]):
-    """The answers of one call as messages. Once all have come, they are what the peer has sent, or TransferDamaged."""
+    """The answers of one call as messages. Once all have come, they are what the peer has sent, or TransferDamaged.
 
-    def __init__(self, read: Callable[[bytes], R], peer: str) -> None:
-        self._read, self._peer = read, peer
+    silence_s: how long neither an answer nor a sign of life may come, before RemoteError is raised. It counts from the
+    time when the request is made, which has as long as a slow network takes.
+    """
+
+    def __init__(self, read: Callable[[bytes], R], peer: str, silence_s: float) -> None:
+        self._read, self._peer, self._silence_s = read, peer, silence_s
+        self._limit_s: float | None = None
+        self._timer: asyncio.Timeout | None = None
         self.digest = Digest()
         """Of what is sent, once it is."""
 
@@ -42,6 +51,13 @@ class Answers(Generic[R]):
         """Take the answers of this call."""
         self._call = call
         return self
+
+    def sent(self, request: Pieces) -> None:
+        """The request is made, and goes out."""
+        self.digest = Digest(*request)
+        self._limit_s = self._silence_s + sum(map(len, request)) / SLOWEST_BYTES_PER_S
+        if self._timer is not None:
+            self._timer.reschedule(asyncio.get_running_loop().time() + self._limit_s)
 
     def cancel(self) -> bool:
         """End the call, which ends the reading."""
@@ -51,42 +67,60 @@ class Answers(Generic[R]):
         return self
 
     async def __anext__(self) -> R:
+        while (data := await self._next()) == alive.SIGN:
+            self.digest.add(data)
+        self.digest.add(data)
+        return parsed(self._read, data, self._peer)
+
+    async def _next(self) -> bytes:
+        """The next message, or sign of life."""
         try:
-            data = await self._call.read()
+            async with asyncio.timeout(self._limit_s) as self._timer:
+                data = await self._call.read()
         except grpc.RpcError as error:
             # One that is about another request than the one that was sent tells nothing.
             self.digest.check(trailing_of(error), self._peer, failed=True)
             raise
+        except TimeoutError:
+            raise RemoteError(
+                f"{self._peer} answers, but has not said for {self._silence_s:g} s that it works on this request: what "
+                "was sent, or its end, was lost on the way; send it again, and use TLS where this comes again",
+                "UNAVAILABLE",
+            ) from None
+        finally:
+            self._timer = None
+        self._limit_s = self._silence_s
         if not isinstance(data, bytes):  # grpc.aio.EOF, of a call that has ended well
             self.digest.check(await self._call.trailing_metadata(), self._peer)
             raise StopAsyncIteration
-        self.digest.add(data)
-        return parsed(self._read, data, self._peer)
+        return data
 
 
 class Upload(Generic[R]):
-    """A method of a peer that takes one message and streams its answers."""
+    """A method of a peer that takes one message and streams its answers, and signs of life while it has none."""
 
-    def __init__(self, channel: aio.Channel, path: str, response: Callable[[bytes], R], peer: str) -> None:
+    def __init__(
+        self, channel: aio.Channel, path: str, response: Callable[[bytes], R], peer: str, silence_s: float
+    ) -> None:
         self._call: Any = channel.stream_stream(path, _joined, None)
-        self._response, self._peer = response, peer
+        self._response, self._peer, self._silence_s = response, peer, silence_s
         self._turn = asyncio.Lock()
 
     def __call__(
         self, make: Callable[[], Pieces], nbytes: int, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
     ) -> Answers[R]:
         """Call it with the message that `make` makes, of about so many bytes, when it is its turn."""
-        answers = Answers(self._response, self._peer)
+        answers = Answers(self._response, self._peer, self._silence_s)
 
         async def once() -> AsyncIterator[Pieces]:
             # A large message is held whole while it is put together, so only one of them is at a time.
             async with self._turn if nbytes > LARGE_BYTES else nullcontext():
                 pieces = make()
-                answers.digest = Digest(*pieces)
+                answers.sent(pieces)
                 yield pieces
 
         # A stream of one message, which gRPC forgets once it is sent; it keeps a unary request to the end.
-        return answers.begin(self._call(once(), timeout=timeout, metadata=tuple(metadata)))
+        return answers.begin(self._call(once(), timeout=timeout, metadata=(*metadata, *alive.asking(self._silence_s))))
 
 
 def with_prompt(message: Message, name: str, prompt: Prompt) -> Pieces:

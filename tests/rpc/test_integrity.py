@@ -21,6 +21,9 @@ from tests.gateway_stages import deployment
 
 FRAME_WITHOUT_END = b"\x00\x40\x00\x00\x00\x00\x00\x00\x01"
 """The head of a frame of 16 KiB for a connection's first call: all that follows is taken for its content."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEADERS, END_STREAM = 1, 1
+"""Of HTTP/2's frames."""
 ASKED: dict[str, Any] = {"prompt": "a cup", "modality": "text2text", "max_tokens": 5}
 
 
@@ -60,6 +63,72 @@ class Damage:
                 writer.write(data if change is None else data.replace(*change))
                 await writer.drain()
         writer.close()
+
+
+class Losing(Damage):
+    """Keeps frames of calls about a cup to itself: those of the request, or that of the end; all else passes."""
+
+    def __init__(self, target: str, what: str) -> None:
+        super().__init__(target, None, None)
+        self._what, self._calls = what, set[bytes]()
+        self.lost = 0
+
+    async def _pass(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, change: tuple[bytes, bytes] | None, up: bool
+    ) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            if up:
+                writer.write(await reader.readexactly(len(PREFACE)))
+            while head := await reader.readexactly(9):
+                body = await reader.readexactly(int.from_bytes(head[:3]))
+                if self._is_lost(head, body, up):
+                    self.lost += 1
+                else:
+                    writer.write(head + body)
+        writer.close()
+
+    def _is_lost(self, head: bytes, body: bytes, up: bool) -> bool:
+        stream = head[5:]
+        if up and b"a cup" in body:
+            self._calls.add(stream)
+        is_request = up and stream in self._calls  # what says that there is no more of it, too
+        is_end = not up and stream in self._calls and head[3] == HEADERS and bool(head[4] & END_STREAM)
+        return is_request if self._what == "request" else is_end
+
+
+@pytest.mark.parametrize("what", ["request", "end"])
+def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_given_up(what: str) -> None:
+    """Health checks pass, so that nobody is silent; and the client has no deadline."""
+
+    async def main() -> None:
+        async with deployment() as running:
+            (backend,) = running.gateway.backends.thinkers
+            losing = Losing(backend.address.target, what)
+            async with (
+                losing as address,
+                deployment(thinkers_at=[f"thinker-0={address}"], silence_timeout_s=1) as other,
+            ):
+                async with asyncio.timeout(20):
+                    with pytest.raises(RemoteError, match="answers, but has not said for 1 s") as told:
+                        await other.client.generate(**ASKED)
+                    assert told.value.grpc_status == "UNAVAILABLE" and losing.lost
+                    assert (await other.client.generate(**{**ASKED, "prompt": "a hat"})).text == "so be it"
+
+    asyncio.run(main())
+
+
+def test_a_call_that_has_nothing_to_say_for_long_lives_by_its_signs() -> None:
+    async def main() -> None:
+        async with deployment(silence_timeout_s=0.2) as running:
+            (thinker,) = running.thinkers
+            thinker.go.clear()
+            asking = asyncio.create_task(running.client.generate(**ASKED))
+            done, _ = await asyncio.wait({asking}, timeout=1.0)  # several silences long
+            assert not done
+            thinker.go.set()
+            assert (await asking).text == "so be it"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
