@@ -36,6 +36,7 @@ class Runner:
     meanwhile: Callable[[], None] = lambda: None
     info: Any = field(default_factory=model)
     kv_tokens: int = 100_000
+    context_ranks: int = 1
     here: bool = True
     nodes: Any = ()
     pages: int = 0

@@ -51,8 +51,9 @@ def names_nothing(error: BagelError) -> bool:
 def test_what_a_transport_says_between_services_is_for_the_log(code: grpc.StatusCode, details: str) -> None:
     told = from_rpc_error(lost(code, details), "thinker-0", inside=True)
     assert isinstance(told, RemoteError) and "thinker-0" in str(told) and names_nothing(told)
+    broken = code in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)  # which no service of ours gives
     if code is not grpc.StatusCode.CANCELLED:
-        assert told.grpc_status == code.name and told.for_log()["details"] == details
+        assert told.grpc_status == ("UNAVAILABLE" if broken else code.name) and details in told.for_log()["details"]
     pulled = source_error(lost(code, details), "thinker-0")
     assert "thinker-0" in str(pulled) and names_nothing(pulled)
     assert pulled.hidden == details or code is grpc.StatusCode.CANCELLED
