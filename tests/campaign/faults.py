@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tests.campaign.fleet import DITS, FRONTS, PAGE_S, SILENCE_S, THINKERS
+from tests.campaign.fleet import DITS, FRONTS, PAGE_S, SILENCE_S, THINKERS, encrypted, is_framed
 from tests.campaign.proxy import DAMAGES
 from tests.campaign.workload import STAGES, Ask, ask
 
@@ -23,6 +23,8 @@ NETWORK = (
     "flip",
     "refuse",
 )
+FRAMES = ("frame-head", "frame-lost")
+"""Of the network's faults, those of plaintext alone, where the proxy sees what is whose."""
 CHANGES = ("garbage", "repeat", "flip")
 """Of the network's faults, those that change what comes instead of ending it."""
 PAGES = ("page-twice", "page-late", "page-header", "page-payload", "page-lost")
@@ -38,7 +40,7 @@ PROCESS = (
     "kill-runner", "kill-service", "stop-runner", "stop-service", "stop-long", "drain", "memory", "files", "clock",
     "disk", "shared-memory", "checkpoint",
 )  # fmt: skip
-FLAVOURS = {"network": 5, "pages": 3, "clients": 3, "peers": 2, "process": 3}
+FLAVOURS = {"network": 5, "pages": 3, "clients": 3, "peers": 2, "process": 4}
 SPREAD_S = 0.8
 """The requests of a round begin within it."""
 
@@ -59,7 +61,13 @@ class Fault:
     @property
     def group(self) -> str:
         """The table's row group."""
-        groups = {"network": NETWORK, "pages": PAGES, "clients": CLIENTS, "peers": PEERS, "certificates": CERTIFICATES}
+        groups = {
+            "network": (*NETWORK, *FRAMES),
+            "pages": PAGES,
+            "clients": CLIENTS,
+            "peers": PEERS,
+            "certificates": CERTIFICATES,
+        }
         return next((name for name, kinds in groups.items() if self.kind in kinds), "processes")
 
 
@@ -86,28 +94,28 @@ class Round:
 
 
 def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:
-    """The round of that number. links: the names of those that there are."""
+    """The round of that number. links: the names of those that there are; tls: whether the two stages speak it."""
     chance = random.Random(f"{seed}/{number}")
     flavour = chance.choices(list(FLAVOURS), list(FLAVOURS.values()))[0]
     if flavour == "pages" and tls:
         flavour = "network"  # nobody sees a frame there
     match flavour:
         case "network":
-            faults = [_network(chance, links, tls) for _ in range(14)]
-            asks = _asks(chance, 12)
+            faults = [_network(chance, links, tls) for _ in range(18)]
+            asks = _asks(chance, 14)
         case "pages":
             pulls = [link for link in links if is_pull(link)]
-            faults = [_fault(chance, chance.choice(PAGES), chance.choice(pulls)) for _ in range(10)]
+            faults = [_fault(chance, chance.choice(PAGES), chance.choice(pulls)) for _ in range(14)]
             asks = [(at, _picture(each)) for at, each in _asks(chance, 12)]
         case "clients":
-            asks = [(at, _client(chance, each) if chance.random() < 0.75 else each) for at, each in _asks(chance, 16)]
+            asks = [(at, _client(chance, each) if chance.random() < 0.8 else each) for at, each in _asks(chance, 18)]
             faults = [Fault(_behaviour(each), "", at, 0.0, 0) for at, each in asks if _behaviour(each)]
         case "peers":
-            kinds = (*PEERS, *CERTIFICATES) if tls else PEERS
-            faults = [_fault(chance, chance.choice(kinds), chance.choice((*THINKERS, *DITS))) for _ in range(8)]
-            asks = _asks(chance, 6)
+            kinds = (*PEERS, *CERTIFICATES)  # half of the services speak TLS
+            faults = [_fault(chance, chance.choice(kinds), chance.choice((*THINKERS, *DITS))) for _ in range(12)]
+            asks = _asks(chance, 8)
         case _:
-            faults = [_process(chance) for _ in range(chance.choice((1, 2)))]
+            faults = [_process(chance) for _ in range(chance.choice((2, 3)))]
             faults += [_network(chance, links, tls) for _ in range(10)]
             asks = _asks(chance, 12)
     return Round(number, flavour, tuple(sorted(faults, key=lambda fault: fault.at_s)), tuple(asks))
@@ -130,7 +138,9 @@ def _fault(chance: random.Random, kind: str, place: str, seconds: float = 0.0) -
 
 def _network(chance: random.Random, links: Sequence[str], tls: bool) -> Fault:
     place = chance.choice([*links, *(link for link in links if is_pull(link))])
-    kinds = [kind for kind in NETWORK if kind not in CHANGES or tls or is_covered(place)]
+    kinds = [kind for kind in NETWORK if kind not in CHANGES or encrypted(place, tls) or is_covered(place)]
+    if is_framed(place, tls):
+        kinds += FRAMES
     kind = chance.choice(kinds)
     seconds = {"delay": 0.05, "reorder": 0.2, "stall": 0.5, "refuse": 0.3}.get(kind, 0.0) * (0.5 + chance.random())
     if kind == "stall" and chance.random() < 0.15:

@@ -41,6 +41,16 @@ def python_path(root: Path) -> str:
     return os.pathsep.join(str(root / each) for each in SOURCES)
 
 
+def encrypted(place: str, tls: bool) -> bool:
+    """Whether a service, or what passes a link, is encrypted. tls: whether that of the two stages is."""
+    return tls is not ("single" in place)
+
+
+def is_framed(link: str, tls: bool) -> bool:
+    """Whether a link carries gRPC in plaintext, whose frames can be told apart."""
+    return not encrypted(link, tls) and not link.endswith("/http")
+
+
 def small_model(folder: Path) -> Path:
     """The tiny checkpoint, which reads images as few tokens."""
     shutil.copytree(MODEL, folder)
@@ -51,9 +61,10 @@ def small_model(folder: Path) -> Path:
 
 @dataclass
 class Fleet:
-    """All services. code: the packages that they run; tls: whether they speak it to each other.
+    """All services, started at once. code: the packages that they run.
 
-    ranks: those of one of the DiTs, which divide every layer among them.
+    tls: whether the two stages and their gateway speak it; the single stage and its own gateway do if these do not. So
+    one fleet has both. ranks: those of one of the DiTs, which divide every layer among them.
     """
 
     folder: Path
@@ -71,6 +82,7 @@ class Fleet:
         self.clock = Clock(self.folder)
         self._commands: dict[str, tuple[str, list[str], Mapping[str, str]]] = {}
         self._caches = self.folder / "cache"
+        self._quiet_links: list[Link] = []
 
     async def start(self) -> None:
         """Start everything; returns when all of it is ready."""
@@ -82,10 +94,10 @@ class Fleet:
         self._spawn(TWIN, "bagel_dit", [*self._model(TWIN), "--name", TWIN, "--single-stage"], ROOT)
         for front, pipeline in FRONTS.items():
             await self._gateway(front, pipeline)
-        await asyncio.gather(*(self.listens(name) for name in self.services))
-        twin = ["--dit", f"{TWIN}={self.direct(TWIN)}", "--pipeline", "bagel_single_stage", *self._front()]
+        link = await self._link(f"{TWIN_FRONT}>{TWIN}")
+        twin = ["--dit", f"{TWIN}={link.address}", "--pipeline", "bagel_single_stage", *self._front()]
         self._spawn(TWIN_FRONT, "bagel_gateway", twin, ROOT)
-        await self.listens(TWIN_FRONT)
+        await asyncio.gather(*(self.listens(name) for name in self.services))
         await self.until_ready()
 
     async def stop(self) -> None:
@@ -95,7 +107,7 @@ class Fleet:
                 service.process.send_signal(signal.SIGCONT)
                 service.process.kill()
         await asyncio.gather(*(asyncio.to_thread(each.end, 5) for each in self.services.values()))
-        for link in self.links.values():
+        for link in (*self.links.values(), *self._quiet_links):
             await link.close()
         for model in self.models.values():
             shutil.rmtree(model, ignore_errors=True)
@@ -106,9 +118,11 @@ class Fleet:
 
     def security(self, name: str) -> Security:
         """What a caller of that service needs who may call all of it."""
-        if not self.tls or name.startswith((TWIN, TWIN_FRONT)):
-            return PLAINTEXT
-        return self.certificates.of("client" if name in FRONTS else "gateway")
+        return self.certificates.of("client" if name in FRONTS else "gateway") if self.encrypted(name) else PLAINTEXT
+
+    def encrypted(self, name: str) -> bool:
+        """Whether that service speaks TLS."""
+        return name not in (TWIN, TWIN_FRONT) and encrypted(name, self.tls)
 
     async def respawn(self, name: str) -> None:
         """End a service, and start it again without waiting for it."""
@@ -173,7 +187,7 @@ class Fleet:
     async def _dit(self, name: str) -> None:
         sources: list[str] = []
         for thinker in THINKERS:
-            link = await self._link(f"{name}>{thinker}", pages=not self.tls)
+            link = await self._link(f"{name}>{thinker}")
             sources += ["--source", f"{thinker}={link.address}"]
         if name == DITS[1] and self.ranks > 1:
             sources += ["--tensor-parallel-size", str(self.ranks)]
@@ -190,7 +204,7 @@ class Fleet:
         for front in ("grpc", "http"):
             await self._link(f"client>{name}/{front}")
         limits = ["--silence-timeout", str(SILENCE_S), "--backend-timeout", "4", "--reader-timeout", "4"]
-        tls = self._tls("gateway") + (["--tls-allow-client", "client"] if self.tls else [])
+        tls = self._tls(name, "gateway") + (["--tls-allow-client", "client"] if self.encrypted(name) else [])
         self._spawn(name, "bagel_gateway", ["--pipeline", pipeline, *stages, *self._front(), *limits, *tls])
 
     def _front(self) -> list[str]:
@@ -201,19 +215,23 @@ class Fleet:
 
     def _stage(self, name: str) -> list[str]:
         limits = ["--batch-timeout", "4", "--drain-timeout", "4", "--reader-timeout", "4", "--max-num-seqs", "4"]
-        return ["--name", name, *limits, *self._tls("thinker" if name in THINKERS else "dit")]
+        return ["--name", name, *limits, *self._tls(name, "thinker" if name in THINKERS else "dit")]
 
-    def _tls(self, role: str) -> list[str]:
-        if not self.tls:
+    def _tls(self, name: str, role: str) -> list[str]:
+        if not self.encrypted(name):
             return []
         own = self.certificates.of(role)
         return ["--tls-certificate", str(own.certificate), "--tls-key", str(own.key), "--tls-ca", str(own.ca)]
 
     # Processes and links
 
-    async def _link(self, name: str, *, pages: bool = False) -> Link:
-        link = self.links[name] = Link(name, pages=pages)
+    async def _link(self, name: str) -> Link:
+        link = Link(name, framed=is_framed(name, self.tls))
         await link.open()
+        if name.startswith(TWIN_FRONT):  # nothing happens to it
+            self._quiet_links.append(link)
+        else:
+            self.links[name] = link
         return link
 
     def _spawn(self, name: str, module: str, arguments: Sequence[str], code: Path | None = None) -> None:
@@ -231,7 +249,7 @@ class Fleet:
     async def listens(self, name: str) -> None:
         """Wait for a service's address, and have its links lead there."""
         address = await asyncio.to_thread(self.services[name].address, time.monotonic() + START_S)
-        for link in self.links.values():
+        for link in (*self.links.values(), *self._quiet_links):
             to, _, front = link.name.partition(">")[2].partition("/")
             if to == name:
                 link.target = self.services[name].http if front == "http" else address

@@ -1,4 +1,4 @@
-"""Faults in pages of K/V: HTTP/2 frames on their way from a source, of which those with a page are hit."""
+"""Faults in HTTP/2 frames: those with a page of K/V, and the heads of any that belong to a call."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ if TYPE_CHECKING:
 
     from tests.campaign.proxy import NetFault
 
+PREFACE = 24
+"""Bytes that a client begins with."""
 HEAD = 9
-DATA = 0
+DATA, HEADERS, UNKNOWN = 0, 1, 0xFA
+TYPE, FLAGS = 3, 4
+"""Where they are in a frame's head; its stream comes behind them."""
 PREFIX = 5
 """gRPC's own: a flag and a length before each message."""
 LAYER, LAYER_TAG = 19, 0x10
@@ -23,17 +27,23 @@ HEADER_BYTES = 45
 class Framed:
     """One direction of one connection, cut into frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, preface: bool = False) -> None:
+        """preface: it is a client's side."""
         self._rest = b""
         self._held: bytes = b""
+        self._before = PREFACE if preface else 0
 
     def take(self, data: bytes, faults: Sequence[NetFault]) -> bytes:
         """What goes on: whole frames, some of them changed."""
         self._rest += data
         out: list[bytes] = []
+        if self._before:
+            begin, self._rest = self._rest[: self._before], self._rest[self._before :]
+            self._before -= len(begin)
+            out.append(begin)
         while len(self._rest) >= HEAD and len(self._rest) >= (end := HEAD + int.from_bytes(self._rest[:3])):
             frame, self._rest = self._rest[:end], self._rest[end:]
-            fault = next((each for each in faults if not each.fired), None) if is_page(frame) else None
+            fault = next((each for each in faults if _is_due(each, frame)), None)
             out.append(frame if fault is None else self._hit(frame, fault))
             if fault is None and self._held:
                 out.append(self._held)
@@ -60,8 +70,24 @@ class Framed:
                 )
             case "page-lost":  # its bytes stay, so that the frames after it are still read: a page of zeros
                 return frame[: HEAD + PREFIX] + bytes(len(frame) - HEAD - PREFIX)
+            case "frame-head":  # of its type, its flags or its stream: whose it is, or that it is the last
+                return flipped(frame, TYPE + chance.randrange(HEAD - TYPE), chance)
+            case "frame-lost":  # taken for one of an extension, which is skipped
+                return frame[:TYPE] + bytes((UNKNOWN,)) + frame[TYPE + 1 :]
             case _:
                 raise AssertionError(fault.kind)
+
+
+def _is_due(fault: NetFault, frame: bytes) -> bool:
+    """Whether it hits this frame; one of heads lets a few of them pass."""
+    if fault.fired:
+        return False
+    if fault.kind.startswith("page-"):
+        return is_page(frame)
+    if frame[TYPE] not in (DATA, HEADERS):
+        return False
+    fault.skip -= 1
+    return fault.skip < 0
 
 
 def is_page(frame: bytes) -> bool:

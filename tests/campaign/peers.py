@@ -32,8 +32,8 @@ from tests.campaign.workload import picture
 RELEASED = Path(__file__).parents[2] / "protos" / "released.binpb"
 HERE_S = 1.2
 """How long a gateway is led to a peer that it must refuse: longer than it takes between two checks."""
-DISPLACED = {"older-thinker": THINKERS[1], "newer-dit": "dit-1", "expired-service": "dit-1", "wrong-service": "dit-1"}
-"""Whose place a peer takes."""
+DISPLACED = {"older-thinker": ("gateway", THINKERS[1]), "newer-dit": ("gateway", "dit-1")}
+"""Whose place a peer takes, before which gateway."""
 
 
 class Trusted(AssertionError):
@@ -171,12 +171,12 @@ async def _garbage(fault: Fault, fleet: Fleet) -> bool:
 
 async def _client(fault: Fault, fleet: Fleet) -> bool:
     """A client whose certificate is over, of another CA, or of a name that may not call a stage."""
-    certificates = fleet.certificates
-    security, address, name = certificates.expired("client"), front_of(fleet, "gateway", direct=True).grpc, None
+    certificates, gateway = fleet.certificates, "gateway" if fleet.tls else "gateway-single"
+    security, address, name = certificates.expired("client"), front_of(fleet, gateway, direct=True).grpc, None
     if fault.kind == "foreign-client":
         security = certificates.foreign("client")
     elif fault.kind == "wrong-client":
-        stage = ("thinker-0", "dit-0")[fault.number % 2]
+        stage = ("thinker-0", "dit-0")[fault.number % 2] if fleet.tls else "single"
         security, address, name = certificates.of("client"), fleet.direct(stage), fleet_role(stage)
     try:
         if fault.kind == "wrong-client":
@@ -196,10 +196,11 @@ async def _client(fault: Fault, fleet: Fleet) -> bool:
 async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
     """Stand in the place of a service for a while. Without TLS a gateway may send it a request before it next asks
     what it is; then what it answers must not be taken, which the verdict on that request tells."""
-    name = DISPLACED[fault.kind]
-    link = fleet.links[f"gateway>{name}"]
+    in_tls = ("gateway", "dit-1") if fleet.tls else ("gateway-single", "single")
+    gateway, name = DISPLACED.get(fault.kind, in_tls)
+    link = fleet.links[f"{gateway}>{name}"]
     peer = _Peer(fault.kind)
-    host = Host("127.0.0.1:0", (), security if fleet.tls else fleet.security(name))
+    host = Host("127.0.0.1:0", (), security if fleet.encrypted(name) else fleet.security(name))
     add_ThinkerServiceServicer_to_server(peer, host.server)
     add_DitServiceServicer_to_server(peer, host.server)
     await host.start()

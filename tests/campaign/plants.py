@@ -98,7 +98,7 @@ PLANTS = {
     ),
     "memory-freed-early": Plant(
         "shared memory of leased segments is given to others",
-        DITS,
+        THINKERS,
         (
             (
                 "bagel/kv/segment.py",

@@ -13,7 +13,7 @@ from tests.campaign.frames import Framed
 CHUNK = 1 << 16
 DRIBBLED = 400
 """Bytes that come in crumbs."""
-DAMAGES = ("truncate", "garbage", "repeat", "flip")
+DAMAGES = ("truncate", "garbage", "repeat", "flip", "frame-head", "frame-lost")
 """Faults after which one side may not know any more what the bytes are."""
 CONNECT_S = 5.0
 
@@ -38,7 +38,7 @@ class Connection:
 
     def __init__(self, client: asyncio.StreamWriter, server: asyncio.StreamWriter, framed: bool) -> None:
         self.writers = (client, server)
-        self.frames = Framed() if framed else None
+        self.frames = {down: Framed(preface=not down) for down in (True, False)} if framed else None
         self.mute = {True: False, False: False}
         self.damaged = False
 
@@ -52,12 +52,12 @@ class Connection:
 class Link:
     """A port that leads to another one. target can change: services that start again have new ports.
 
-    pages: it carries pages of K/V in plaintext, so that faults can be told which frames to hit.
+    framed: it carries gRPC in plaintext, so that faults can be told which frames to hit.
     """
 
     name: str
     target: str = ""
-    pages: bool = False
+    framed: bool = False
     port: int = 0
     armed: list[NetFault] = field(default_factory=list)
     refusing: bool = False
@@ -112,7 +112,7 @@ class Link:
         except (OSError, TimeoutError, ValueError):
             writer.transport.abort()
             return
-        connection = Connection(writer, out, self.pages)
+        connection = Connection(writer, out, self.framed)
         self._connections.add(connection)
         pipes = {
             asyncio.create_task(self._pipe(connection, reader, out, down=False)),
@@ -136,8 +136,8 @@ class Link:
                 self.passed += len(data)
                 self._news.set()
                 self._news.clear()
-                if down and connection.frames is not None:
-                    data = connection.frames.take(data, self._page_faults())
+                if connection.frames is not None:
+                    data = connection.frames[down].take(data, self._frame_faults(connection, down))
                 for fault in self._due(down, len(data)):
                     data = await self._happen(fault, data, connection, writer, down)
                 if data and not connection.mute[down]:
@@ -145,14 +145,21 @@ class Link:
                     await writer.drain()
             writer.write_eof()
 
-    def _page_faults(self) -> list[NetFault]:
-        return [fault for fault in self.armed if fault.kind.startswith("page-") and not fault.fired]
+    def _frame_faults(self, connection: Connection, down: bool) -> list[NetFault]:
+        """Those that may hit a frame of this direction; pages come down alone."""
+        due = []
+        for fault in self.armed:
+            of_pages = fault.kind.startswith("page-")
+            if not fault.fired and ((of_pages and down) or (fault.kind.startswith("frame-") and fault.down == down)):
+                due.append(fault)
+        connection.damaged |= any(fault.kind.startswith("frame-") for fault in due)
+        return due
 
     def _due(self, down: bool, nbytes: int) -> list[NetFault]:
         """The faults whose place is in these bytes."""
         due = []
         for fault in list(self.armed):
-            if fault.down != down or fault.kind.startswith("page-"):
+            if fault.down != down or fault.kind.startswith(("page-", "frame-")):
                 continue
             if fault.skip < nbytes:
                 due.append(fault)

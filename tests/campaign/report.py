@@ -34,7 +34,7 @@ def ends(verdicts: Iterable[Verdict]) -> str:
 def line(verdict: Verdict, faults: int) -> str:
     """A round in one line."""
     kinds = ", ".join(f"{kind} {count}" for (_, kind), count in sorted(verdict.fired.items()))
-    state = "ok" if not verdict.wrong else "FAILED"
+    state = "ok" if not verdict.wrong else "undecided" if verdict.undecided else "FAILED"
     return (
         f"round {verdict.round.number} {verdict.round.flavour}: {state}, {verdict.s:.1f} s, {faults} faults ({kinds})"
     )

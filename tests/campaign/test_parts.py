@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.campaign.faults import plan
-from tests.campaign.frames import HEAD, PREFIX, Framed
+from tests.campaign.frames import HEAD, PREFACE, PREFIX, Framed
 from tests.campaign.plants import PLANTS, plant
 from tests.campaign.proxy import Link, NetFault
 
-LINKS = ["client>gateway/grpc", "client>gateway/http", "dit-0>thinker-0", "gateway>dit-0"]
+LINKS = ["client>gateway/grpc", "client>gateway/http", "dit-0>thinker-0", "gateway>dit-0", "gateway-single>single"]
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -44,6 +44,20 @@ def test_a_fault_of_pages_hits_one_page_and_leaves_the_other_frames_whole(kind: 
     assert fault.fired and come != sent
     assert len(come) == len(sent) + (len(pages[0]) if kind == "page-twice" else 0)
     assert all(page in come for page in pages[1:]) and come.count(settings) >= 2 and len(pages[0]) == HEAD + 0x78
+
+
+@pytest.mark.parametrize("kind", ["frame-head", "frame-lost"])
+def test_a_fault_of_frames_hits_the_head_of_one_of_a_call(kind: str) -> None:
+    preface, settings = bytes(PREFACE), b"\x00\x00\x04\x04\x00\x00\x00\x00\x00text"
+    calls = [b"\x00\x00\x04\x01\x04\x00\x00\x00" + bytes((stream,)) + b"head" for stream in (1, 3, 5)]
+    sent, fault = b"".join((preface, settings, *calls)), NetFault(kind, False, 1, 0.0, 3)
+    framed = Framed(preface=True)
+    come = b"".join(framed.take(sent[at : at + 7], [fault]) for at in range(0, len(sent), 7))
+    assert fault.fired and len(come) == len(sent)
+    begin = len(preface + settings + calls[0])
+    assert (come[:begin], come[-len(calls[2]) :]) == (sent[:begin], calls[2])
+    changed = [at - begin for at in range(len(sent)) if come[at] != sent[at]]
+    assert len(changed) == 1 and 3 <= changed[0] < HEAD
 
 
 @pytest.mark.parametrize("kind", ["delay", "reorder", "dribble", "stall"])

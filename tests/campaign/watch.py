@@ -80,7 +80,7 @@ async def stats(fleet: Fleet, name: str) -> kv_pb2.GetStatsResponse:
 
 def fleet_role(name: str) -> str | None:
     """The name in a stage's certificate."""
-    return name.partition("-")[0] if "-" in name else None
+    return "dit" if name == "single" else name.partition("-")[0] if "-" in name else None
 
 
 async def held(fleet: Fleet) -> list[str]:
