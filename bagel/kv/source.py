@@ -9,9 +9,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from bagel.errors import BagelError, KvTimeout, Loading, SourceUnavailable
+from bagel.errors import BagelError, KvTimeout, Loading, SourceUnavailable, TransferDamaged
 from bagel.kv.lease_keeper import PeerLessor
 from bagel.rpc.errors import from_rpc_error
+from bagel.rpc.integrity import Digest, trailing_of
 from bagel.telemetry.logs import request_metadata
 from bagel.v1 import kv_pb2
 
@@ -40,16 +41,22 @@ class Source:
         Raises KvTimeout after silence_s without one, SourceUnavailable for a stream that breaks, else what the source
         says. Close it (`contextlib.aclosing`) if it is left early.
         """
-        call = self._pull(request, metadata=request_metadata())
+        call, sent = self._pull(request, metadata=request_metadata()), Digest(request.SerializeToString())
         try:
             while (data := await self._read(call, silence_s)) is not None:
                 yield data
+        except grpc.aio.AioRpcError as error:
+            try:
+                sent.check(trailing_of(error), self.name, failed=True)
+            except TransferDamaged as damaged:  # the error is about another request, as of a segment that nobody has
+                raise SourceUnavailable(str(damaged)) from error
+            raise source_error(error, self.name) from error
         finally:
             # A stream that is left early would go on sending otherwise.
             call.cancel()
 
     async def _read(self, call: Any, silence_s: float) -> bytes | None:
-        """The next message; None at the end of the stream."""
+        """The next message; None at the end of the stream. Raises KvTimeout, or gRPC's error."""
         try:
             async with asyncio.timeout(silence_s):
                 data = await call.read()
@@ -58,8 +65,6 @@ class Source:
                 f"nothing came from {self.name} for {silence_s:g} s, no page of K/V and no sign of life; see whether "
                 "it and the network to it are alive"
             ) from None
-        except grpc.aio.AioRpcError as error:
-            raise source_error(error, self.name) from error
         return None if data is grpc.aio.EOF else data
 
 

@@ -18,13 +18,15 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from bagel.errors import BagelError
 from bagel.rpc.transport import channel
 from tests.campaign import machine, peers, watch
-from tests.campaign.faults import Fault, Round
+from tests.campaign.faults import FRAMES, Fault, Round
 from tests.campaign.fleet import DITS, FRONTS, STAGES, TWIN_FRONT, Fleet
 from tests.campaign.judge import Late, shown, verdict
 from tests.campaign.pressure import MOST, Pressure
 from tests.campaign.proxy import NetFault
 from tests.campaign.workload import Ask, Outcome, send
 
+BYTES_BEFORE, FRAMES_BEFORE = 700, 6
+"""At most so much passes before a fault of the network."""
 STARTS, READY_S = 3, 120.0
 """How often what has ended is started again, and how long it has until it is ready."""
 REST_S = 10.0
@@ -100,7 +102,8 @@ class Campaign:
         group = fault.group
         if group in ("network", "pages") and fault.kind != "refuse":
             down = bool(fault.number & 1)
-            net = NetFault(fault.kind, down, fault.number // 2 % 700, fault.seconds, fault.number)
+            passes = fault.number // 2 % (FRAMES_BEFORE if fault.kind in FRAMES else BYTES_BEFORE)
+            net = NetFault(fault.kind, down, passes, fault.seconds, fault.number)
             self.fleet.links[fault.place].arm(net)
             return net
         if group == "clients":

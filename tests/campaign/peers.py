@@ -16,7 +16,7 @@ from bagel.errors import BagelError
 from bagel.kv.codec import PAGE_VERSION
 from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.security import DIT, THINKER
-from bagel.rpc.transport import Host, Security, channel
+from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, kv_pb2_grpc, thinker_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer, DitServiceStub, add_DitServiceServicer_to_server
 from bagel.v1.thinker_pb2_grpc import (
@@ -200,17 +200,23 @@ async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
     gateway, name = DISPLACED.get(fault.kind, in_tls)
     link = fleet.links[f"{gateway}>{name}"]
     peer = _Peer(fault.kind)
-    host = Host("127.0.0.1:0", (), security if fleet.encrypted(name) else fleet.security(name))
+    host = Host("127.0.0.1:0", (), security if fault.kind in DISPLACED and fleet.encrypted(name) else PLAINTEXT)
     add_ThinkerServiceServicer_to_server(peer, host.server)
     add_DitServiceServicer_to_server(peer, host.server)
+    port = host.port
+    if fault.group == "certificates":  # of which our own services would not start
+        assert security.certificate and security.key and security.ca
+        pair = (security.key.read_bytes(), security.certificate.read_bytes())
+        credentials = grpc.ssl_server_credentials([pair], security.ca.read_bytes(), require_client_auth=True)
+        port = host.server.add_secure_port("127.0.0.1:0", credentials)
     await host.start()
     await host.ready()
-    real, link.target = link.target, f"127.0.0.1:{host.port}"
+    real, link.target = link.target, f"127.0.0.1:{port}"
     link.break_all()
     try:
         await asyncio.sleep(HERE_S)
     finally:
-        if link.target == f"127.0.0.1:{host.port}":
+        if link.target == f"127.0.0.1:{port}":
             link.target = real
         link.break_all()
         await host.drain(0)

@@ -98,7 +98,7 @@ PLANTS = {
     ),
     "memory-freed-early": Plant(
         "shared memory of leased segments is given to others",
-        THINKERS,
+        (*THINKERS, *DITS),
         (
             (
                 "bagel/kv/segment.py",

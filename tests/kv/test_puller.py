@@ -416,7 +416,8 @@ def test_a_source_that_was_started_again_and_loads_is_no_loading_of_ours() -> No
 class Link:
     """A TCP link to a source which breaks after `nbytes` of K/V, in its first `times` connections.
 
-    how "flip": a bit of the next frame's header is flipped; "reset": the connection is reset.
+    how "flip": a bit of the next frame's header is flipped; "reset": the connection is reset; "request": a bit of the
+    digest of a segment that is asked for is flipped on its way there, and nothing breaks.
     """
 
     def __init__(self, port: int, how: str, times: int, nbytes: int) -> None:
@@ -442,6 +443,9 @@ class Link:
 
     async def _up(self, reader: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
+            if self._how == "request" and self._left and SEGMENTS[0][0] in data:
+                self._left -= 1
+                data = data.replace(SEGMENTS[0][0], SEGMENTS[0][0][:-1] + b"c")
             forth.write(data)
             await forth.drain()
         raise ConnectionResetError
@@ -452,7 +456,7 @@ class Link:
             header = await back.readexactly(9)
             payload = await back.readexactly(int.from_bytes(header[:3], "big"))
             passed += len(payload)
-            if self._left and passed > self._nbytes:
+            if self._how != "request" and self._left and passed > self._nbytes:
                 self._left -= 1
                 await asyncio.sleep(0.2)  # what has passed arrives
                 if self._how == "reset":
@@ -489,6 +493,28 @@ def test_a_stream_that_breaks_is_pulled_once_more_for_what_is_missing(how: str) 
             assert stats.received_pages == PAGES
             assert stats.retried_pages > 0 and link.connections >= 2
             await broken.settled()
+
+    run(test)
+
+
+def test_a_request_for_kv_that_is_damaged_on_its_way_is_sent_once_more() -> None:
+    """Or else its source's error would be told, that nobody has such a segment."""
+
+    async def test(pair: Pair) -> None:
+        host = transport.Host("127.0.0.1:0", ())  # as services are run, which send digests
+        add_kv_blocks(pair.source, host.methods)
+        await host.start()
+        async with linked(pair, Link(host.port, "request", times=1, nbytes=0)) as damaged:
+            ref = damaged.ref()
+            fill(damaged.there)
+            await damaged.fetch(ref)
+            check(damaged.here)
+            await damaged.settled()
+        async with linked(pair, Link(host.port, "request", times=99, nbytes=0)) as damaged:
+            with pytest.raises(SourceUnavailable, match="damaged on its way"):
+                await damaged.fetch(damaged.ref())
+            await damaged.settled()
+        await host.drain(0)
 
     run(test)
 
