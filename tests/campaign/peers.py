@@ -206,8 +206,8 @@ async def _impostor(fault: Fault, fleet: Fleet, security: Security) -> bool:
     port = host.port
     if fault.group == "certificates":  # of which our own services would not start
         assert security.certificate and security.key and security.ca
-        pair = (security.key.read_bytes(), security.certificate.read_bytes())
-        credentials = grpc.ssl_server_credentials([pair], security.ca.read_bytes(), require_client_auth=True)
+        pair = (Path(security.key).read_bytes(), Path(security.certificate).read_bytes())
+        credentials = grpc.ssl_server_credentials([pair], Path(security.ca).read_bytes(), require_client_auth=True)
         port = host.server.add_secure_port("127.0.0.1:0", credentials)
     await host.start()
     await host.ready()
