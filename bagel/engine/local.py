@@ -51,6 +51,8 @@ class _Job:
     clock: StageClock = field(default_factory=StageClock)
     text: TextDone | None = None
     steps: int = 0
+    drawn: bool = False
+    """Whether its last step is taken, and the engine has room for another request."""
 
     def result(self, drawn: Drawn | None) -> Result:
         """What the request came to."""
@@ -186,7 +188,7 @@ class _Batch:
         waiting = deque(jobs.items())
         try:
             while waiting or self._under_way:
-                while waiting and len(self._under_way) < self._max_num_seqs:
+                while waiting and self._computing < self._max_num_seqs:
                     self._begin(*waiting.popleft())
                 if (plan := self._scheduler.plan()) is not None:
                     self._engine.execute(plan)
@@ -201,6 +203,11 @@ class _Batch:
         if self._errors:
             raise self._errors[0].__cause__ or self._errors[0]  # a fault of ours keeps its traceback
         return sorted(self._results, key=lambda result: result.index)
+
+    @property
+    def _computing(self) -> int:
+        """Requests that take part in the engine's work: the same on all ranks, of which the first alone decodes."""
+        return sum(not job.drawn for job in self._under_way.values())
 
     def _begin(self, id_: int, job: _Job) -> None:
         assert self._engine.single_stage is not None
@@ -231,6 +238,7 @@ class _Batch:
                 self._report(StepDone(job.index, event.step, job.steps))
                 if event.step == job.steps:
                     job.clock.lap("denoise")
+                    job.drawn = True
                     if self._engine.loaded.groups.world.index:
                         self._done(event.id, job.result(None))  # the first rank gives the picture out
             case Drawn() | Done():
