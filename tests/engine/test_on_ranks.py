@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import multiprocessing
 
 import pytest
 
-from bagel.engine.on_ranks import on_ranks
+from bagel.engine.on_ranks import _answers, on_ranks
 from bagel.errors import InvalidRequest, RunnerDied
 from bagel.parallel.config import ParallelConfig
 from tests.engine import failing
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.slow
+def test_a_rank_that_ends_ends_the_others() -> None:
+    with pytest.raises(RunnerDied, match="rank 1 ended early"):
+        list(on_ranks(ParallelConfig(tensor_parallel_size=2), "cpu", failing.ends))
 
 
-@pytest.mark.parametrize(
-    ("work", "error", "said"),
-    [
-        (failing.ends, RunnerDied, "rank 1 ended early"),
-        (failing.raises, RunnerDied, "rank 1 failed: ValueError: no luck"),
-        (failing.refuses, InvalidRequest, "seed is wrong"),
-    ],
-)
-def test_a_rank_that_fails_ends_the_others(
-    work: Callable[..., Iterator[None]], error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
-        list(on_ranks(ParallelConfig(tensor_parallel_size=2), "cpu", work))
+@pytest.mark.slow
+def test_what_a_rank_refuses_is_raised_here() -> None:
+    with pytest.raises(InvalidRequest, match="seed is wrong"):
+        list(on_ranks(ParallelConfig(), "cpu", failing.refuses))
+
+
+def test_any_other_error_names_its_rank() -> None:
+    (ours, theirs), (other, _) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    theirs.send(("error", "ValueError: no luck"))
+    with pytest.raises(RunnerDied, match="rank 1 failed: ValueError: no luck"):
+        list(_answers([other, ours]))

@@ -25,7 +25,9 @@ def second_half(pair: Pair) -> KvPuller:
 @pytest.mark.parametrize("here", [True, False])
 def test_a_source_keeps_what_another_host_still_fetches(here: bool) -> None:
     async def test(pair: Pair) -> None:
-        ref, there = pair.ref(ttl_s=0.3), second_half(pair)
+        ref, there = pair.ref(ttl_s=1.0), second_half(pair)
+        (lease,) = pair.there._ledger.leases.values()
+        ends = lease.deadline
         fill(pair.there)
         may_fetch = asyncio.Event()
         async with pair.puller.hold([ref], here=here) as held, there.hold([ref]) as other:
@@ -38,7 +40,9 @@ def test_a_source_keeps_what_another_host_still_fetches(here: bool) -> None:
             fetching = asyncio.create_task(held.fetch())
             while here and not all(pair.here.is_complete(digest) for digest, _ in SEGMENTS):
                 await asyncio.sleep(0.01)
-            await asyncio.sleep(0.6)  # twice the source's lease, which is renewed meanwhile
+            while lease.deadline < ends + lease.ttl_s / 2:  # until it is renewed past its end, and some more
+                assert pair.there.stats().leases == 1
+                await asyncio.sleep(0.01)
             assert pair.there.stats().leases == 1
             may_fetch.set()
             await fetching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext as nothing
 from dataclasses import dataclass, replace
 from functools import cache
@@ -121,9 +122,17 @@ def wanted(engine: BagelEngine) -> dict[str, Drawn]:
     return {name: draw(engine, case, UNDIVIDED) for name, case in CASES.items()}
 
 
+@pytest.fixture(scope="module")
+def drawn_by(ranks: Ranks) -> Callable[[Mesh], list[dict[str, Drawn]]]:
+    """What each rank of a mesh draws of all cases, once for all tests here."""
+    return cache(lambda mesh: ranks.run(mesh, draw_all))
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_ranks_draw_what_one_rank_draws(mesh: Mesh, ranks: Ranks, wanted: dict[str, Drawn]) -> None:
-    by_rank = ranks.run(mesh, draw_all)
+def test_ranks_draw_what_one_rank_draws(
+    mesh: Mesh, drawn_by: Callable[[Mesh], list[dict[str, Drawn]]], wanted: dict[str, Drawn]
+) -> None:
+    by_rank = drawn_by(mesh)
     for name in CASES:
         for drawn in by_rank:
             for ours, first, one in zip(
@@ -141,9 +150,11 @@ def test_ranks_draw_what_one_rank_draws(mesh: Mesh, ranks: Ranks, wanted: dict[s
             assert all(len(forwards) == len(alone) for forwards in shape)
 
 
-def test_context_ranks_have_the_kv_of_whole_rows(ranks: Ranks, wanted: dict[str, Drawn]) -> None:
+def test_context_ranks_have_the_kv_of_whole_rows(
+    drawn_by: Callable[[Mesh], list[dict[str, Drawn]]], wanted: dict[str, Drawn]
+) -> None:
     """The padding's too, which attention may read ahead into; and nothing else is written."""
-    for drawn in ranks.run(Mesh(context=3), draw_all):
+    for drawn in drawn_by(Mesh(context=3)):
         for name in ("three branches", "two latents", "ranks that have padding alone"):
             np.testing.assert_allclose(drawn[name].slab, wanted[name].slab, atol=2e-5, rtol=1e-5, err_msg=name)
 

@@ -164,7 +164,7 @@ def test_an_error_about_another_request_than_the_one_that_was_sent_is_not_told_a
 
 def test_a_connection_whose_peer_understands_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It still pings, which counts as life; a minute would pass until gRPC's own limit."""
-    limits = {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 400, "grpc.http2.ping_timeout_ms": 400}
+    limits = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 900, "grpc.http2.ping_timeout_ms": 900}
     for name in ("CHANNEL_OPTIONS", "SERVER_OPTIONS"):
         options = getattr(transport, name)
         assert limits.keys() <= dict(options).keys()
@@ -176,7 +176,7 @@ def test_a_connection_whose_peer_understands_nothing_any_more_is_given_up(monkey
             async with damage as address, AsyncClient(address) as client:
                 running.thinkers[0].go.clear()
                 asking = asyncio.create_task(client.generate(**ASKED))
-                while not running.journal.open_calls:
+                while not (running.journal.open_calls or asking.done()):
                     await asyncio.sleep(0.01)
                 damage.inserted = FRAME_WITHOUT_END
                 with pytest.raises(RemoteError):
