@@ -9,10 +9,18 @@ import pytest
 
 from bagel.errors import Busy
 from bagel.events import Result
+from bagel_gateway import places
 from tests.gateway.test_service import hold, release, through, until
 from tests.gateway_stages import Deployment
 
 PICTURE: dict[str, Any] = {"height": 16, "width": 16}
+PATIENT_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default of --batch-timeout, so that on a busy machine none that waits is refused meanwhile."""
+    monkeypatch.setattr(places, "BATCH_TIMEOUT_S", PATIENT_S)
 
 
 def ask(at: Deployment, count: int) -> list[asyncio.Task[Result]]:
@@ -20,14 +28,14 @@ def ask(at: Deployment, count: int) -> list[asyncio.Task[Result]]:
     return [asyncio.create_task(at.client.generate("a red cube", seed=seed, **PICTURE)) for seed in range(count)]
 
 
-async def tell(at: Deployment, *places: int) -> None:
+async def tell(at: Deployment, *counts: int) -> None:
     """Have the stages say that they have so many places, and wait until the gateway has heard it."""
-    for thinker, count in zip(at.thinkers, places, strict=False):
+    for thinker, count in zip(at.thinkers, counts, strict=False):
         thinker.places = count
-    for dit, count in zip(at.dits, places[len(at.thinkers) :], strict=True):
+    for dit, count in zip(at.dits, counts[len(at.thinkers) :], strict=True):
         dit.places = count
     backends = (*at.gateway.backends.thinkers, *at.gateway.backends.dits)
-    await until(lambda: tuple(each.places for each in backends) == places)
+    await until(lambda: tuple(each.places for each in backends) == counts)
 
 
 def test_as_many_are_under_way_as_the_stages_have_places_and_as_many_wait() -> None:
@@ -44,7 +52,7 @@ def test_as_many_are_under_way_as_the_stages_have_places_and_as_many_wait() -> N
         release(at)
         assert all(each.image for each in await asyncio.gather(*pictures))
 
-    through(work, batch_timeout_s=5)
+    through(work, batch_timeout_s=PATIENT_S)
 
 
 def test_places_follow_replicas_that_come_and_go() -> None:
@@ -70,10 +78,10 @@ def test_places_follow_replicas_that_come_and_go() -> None:
         await at.hosts[-1].ready()
         await asyncio.gather(*pictures)
 
-    through(work, dits=(b"k", b"k"))
+    through(work, dits=(b"k", b"k"), batch_timeout_s=PATIENT_S)
 
 
-@pytest.mark.parametrize(("wait_s", "waiting"), [(5.0, 5), (20.0, 20)])
+@pytest.mark.parametrize(("wait_s", "waiting"), [(PATIENT_S, 5), (2 * PATIENT_S, 10)])
 def test_who_lets_requests_wait_longer_lets_more_of_them_wait(wait_s: float, waiting: int) -> None:
     async def work(at: Deployment) -> None:
         await tell(at, 2, 3)
@@ -98,7 +106,7 @@ def test_few_places_let_a_few_requests_under_way(topology: str) -> None:
         release(at)
         await asyncio.gather(*pictures)
 
-    through(work, topology)
+    through(work, topology, batch_timeout_s=PATIENT_S)
 
 
 def test_a_number_holds_as_it_is_set_for_texts_and_pictures_together() -> None:
@@ -111,4 +119,4 @@ def test_a_number_holds_as_it_is_set_for_texts_and_pictures_together() -> None:
         release(at)
         await asyncio.gather(*pictures)
 
-    through(work, max_requests=2)
+    through(work, max_requests=2, batch_timeout_s=PATIENT_S)
