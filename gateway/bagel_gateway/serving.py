@@ -113,7 +113,7 @@ class Requests:
                 # Around the admission, so that a request that finds no place is counted too.
                 modality = _modality(message)
                 with self._metrics.request(str(modality or "none")) as seen:
-                    async with self._places.of(modality).admit() as waited_s:
+                    async with self._places.admit(modality) as waited_s:
                         asked = await self._read(message)
                         services = await self._backends.begin(asked.path)
                         first, *others = _copies(asked, count)
@@ -166,7 +166,7 @@ class Requests:
 
         while True:
             try:
-                async with self._places.of(asked.request.modality).admit(begun=True) as waited_s:
+                async with self._places.admit(asked.request.modality, begun=True) as waited_s:
                     with self._metrics.request(str(asked.request.modality)) as seen:
                         await self._run(asked, services, remaining, waited_s, partial(emit, seen), begun=True)
                 return
@@ -180,7 +180,7 @@ class Requests:
 
     async def _check(self, message: gateway_pb2.GenerateRequest, remaining: Remaining) -> gateway_pb2.Accepted:
         """What a request that can be served would be accepted as; nothing is computed for it."""
-        async with self._places.of(_modality(message)).admit():
+        async with self._places.admit(_modality(message)):
             asked = await self._read(message)
             services = await self._backends.begin(asked.path)
             planned = plan(asked, services.model)

@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bagel.errors import Busy
 from bagel.events import Result
@@ -53,6 +54,27 @@ def test_as_many_are_under_way_as_the_stages_have_places_and_as_many_wait() -> N
         assert all(each.image for each in await asyncio.gather(*pictures))
 
     through(work, batch_timeout_s=PATIENT_S)
+
+
+@pytest.mark.parametrize("topology", ["bagel", "bagel_single_stage"])
+def test_images_leave_places_to_requests_without_any(topology: str) -> None:
+    async def work(at: Deployment) -> None:
+        await tell(at, *[1] * len(at.hosts))
+        hold(at)
+        image, gateway = Image.new("RGB", (32, 32)), at.gateway.admission
+        reading = [
+            asyncio.create_task(at.client.generate("what is it?", modality="img2text", image=image, max_tokens=2))
+            for _ in range(4)
+        ]
+        await until(lambda: (gateway.under_way, gateway.waiting) == (2, 2))
+        with pytest.raises(Busy, match="2 more wait already"):
+            await at.client.generate("what is it?", modality="img2text", image=image, max_tokens=2)
+        ask(at, 1)
+        await until(lambda: (gateway.under_way, gateway.waiting) == (3, 2))
+        release(at)
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    through(work, topology, batch_timeout_s=PATIENT_S)
 
 
 def test_places_follow_replicas_that_come_and_go() -> None:
