@@ -258,4 +258,4 @@ class Campaign:
                 left.append(f"{name} computes, though nothing is asked of it")
             if now.files > 0:
                 left += [f"{name} has {more}" for more in watch.grown(self._first.setdefault(now.pid, now), now)]
-        return left or watch.orphans(known)
+        return left or watch.orphans(known, fleet.folder)

@@ -134,15 +134,15 @@ def _kinds(pid: int) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(6))
 
 
-def orphans(known: set[int]) -> list[str]:
-    """Processes of the fleet's kind that no service has any more."""
+def orphans(known: set[int], folder: Path) -> list[str]:
+    """Processes of the fleet of that folder that no service has any more."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) not in known:
             with suppress(OSError):
                 command = (entry / "cmdline").read_bytes()
                 environment = (entry / "environ").read_bytes()
-                if b"multiprocessing" in command and b"CAMPAIGN_CLOCK" in environment:
+                if b"multiprocessing" in command and bytes(folder / "clock-") in environment:
                     found.append(f"process {entry.name} has lost its service")
     return found
 
