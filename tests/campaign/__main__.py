@@ -132,7 +132,9 @@ async def prove(seed: int, names: Sequence[str], only: int | None, folder: Path)
                 verdict = await rounds.run(number)
                 count, number = count + verdict.fired.total(), number + 1
                 rounds.report(verdict, count)
-                by = "" if verdict.undecided or not verdict.wrong else verdict.wrong[0]
+                by = verdict.wrong[0] if verdict.wrong else ""
+                if verdict.undecided:  # each time that it was run, as in no round of the product as it is
+                    by += f" (with {verdict.others:.0%} of the CPUs in others' use)"
             rows.append(f"| {plants.PLANTS[name].about} | {count if by else MISSED} | {by} |")
             print(rows[-1], flush=True)
     finally:
