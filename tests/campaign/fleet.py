@@ -24,7 +24,7 @@ from tests.shared import MODEL
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("", "services/thinker", "services/dit", "gateway")
-START_S = 400.0
+START_S = 1200.0
 SILENCE_S, PAGE_S, LEASE_S = 2.5, 1.5, 2.0
 """Limits of the services: of a silent service, of a silent source, and of a lease."""
 TRANSFORMS = {"vae": [96, 64, 16], "vit": [112, 56, 14]}
