@@ -31,6 +31,8 @@ STARTS, READY_S = 3, 120.0
 """How often what has ended is started again, and how long it has until it is ready."""
 REST_S = 10.0
 """How soon after the last request all services are as they were."""
+NOTICED_S = 5.0
+"""How soon a service knows that its runner has ended."""
 ENDING, ENDS_S = ("drain", "checkpoint", "shared-memory", "disk"), 60.0
 """Faults after which a service ends by itself, and how soon."""
 QUIET_S, QUIET_TICKS = 0.15, 6
@@ -169,10 +171,14 @@ class Campaign:
         for fault in found.round.faults:
             if fault.kind not in ENDING:
                 continue
-            process, limit = self.fleet.services[fault.place].process, time.monotonic() + ENDS_S
-            while process.poll() is None and time.monotonic() < limit:
+            process, began = self.fleet.services[fault.place].process, time.monotonic()
+            while process.poll() is None and time.monotonic() < began + ENDS_S:
                 if fault.kind == "disk" and await self._serves(fault.place):
                     process.kill()  # it still has the limit
+                loaded_again = fault.kind == "checkpoint" and time.monotonic() > began + NOTICED_S
+                if loaded_again and await self._serves(fault.place):
+                    found.wrong.append(f"{fault.place} serves another checkpoint than the one that it announced")
+                    process.kill()
                 await asyncio.sleep(0.05)
             if process.poll() is None:
                 found.wrong.append(Late(f"{fault.kind}: {fault.place} has not ended within {ENDS_S:g} s"))
