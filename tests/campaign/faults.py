@@ -90,7 +90,15 @@ class Round:
     @property
     def damages(self) -> bool:
         """Whether bytes of a client's own connection are damaged."""
-        return any(fault.kind in DAMAGES and fault.place.startswith("client>") for fault in self.faults)
+        return self._to_clients(DAMAGES)
+
+    @property
+    def loses(self) -> bool:
+        """Whether bytes of a client's own connection are lost, or damaged."""
+        return self._to_clients((*DAMAGES, "blackhole"))
+
+    def _to_clients(self, kinds: Sequence[str]) -> bool:
+        return any(fault.kind in kinds and fault.place.startswith("client>") for fault in self.faults)
 
 
 def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:

@@ -57,8 +57,9 @@ def _of_error(outcome: Outcome, round_: Round) -> str:
         return ""
     ran_out = ask.front == "grpc" and outcome.status == "DEADLINE_EXCEEDED"
     if ran_out and outcome.s > ask.deadline_s - OWN_DEADLINE_S:
-        # A call that its own connection has lost: clients ask for no signs of life.
-        return "" if round_.damages else Late(f"only its own deadline ended it: {outcome}")
+        # Its own connection has lost it: clients ask for no signs of life, and gRPC gives a silent connection up after
+        # 15 s.
+        return "" if round_.loses else Late(f"only its own deadline ended it: {outcome}")
     if round_.strict and ask.stays:
         kind = Late if outcome.status in _SLOW else str
         return kind(f"an error that no fault of this round excuses: {outcome}")
