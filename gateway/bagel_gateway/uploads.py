@@ -97,13 +97,17 @@ class Answers(Generic[R]):
 
 
 class Upload(Generic[R]):
-    """A method of a peer that takes one message and streams its answers, and signs of life while it has none."""
+    """A method of a peer that takes one message and streams its answers, and signs of life while it has none.
+
+    silence_s: after which a peer that answers nothing at all is given up; a call alone has twice as long.
+    """
 
     def __init__(
         self, channel: aio.Channel, path: str, response: Callable[[bytes], R], peer: str, silence_s: float
     ) -> None:
         self._call: Any = channel.stream_stream(path, _joined, None)
-        self._response, self._peer, self._silence_s = response, peer, silence_s
+        # Twice, as a service that is silent as a whole is found by its checks, and told as that.
+        self._response, self._peer, self._silence_s = response, peer, 2 * silence_s
         self._turn = asyncio.Lock()
 
     def __call__(
