@@ -109,7 +109,7 @@ def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_give
                 deployment(thinkers_at=[f"thinker-0={address}"], silence_timeout_s=1) as other,
             ):
                 async with asyncio.timeout(20):
-                    with pytest.raises(RemoteError, match="answers, but has not said for 1 s") as told:
+                    with pytest.raises(RemoteError, match="answers, but has not said for 2 s") as told:
                         await other.client.generate(**ASKED)
                     assert told.value.grpc_status == "UNAVAILABLE" and losing.lost
                     assert (await other.client.generate(**{**ASKED, "prompt": "a hat"})).text == "so be it"
@@ -123,7 +123,7 @@ def test_a_call_that_has_nothing_to_say_for_long_lives_by_its_signs() -> None:
             (thinker,) = running.thinkers
             thinker.go.clear()
             asking = asyncio.create_task(running.client.generate(**ASKED))
-            done, _ = await asyncio.wait({asking}, timeout=1.0)  # several silences long
+            done, _ = await asyncio.wait({asking}, timeout=1.5)  # several silences long
             assert not done
             thinker.go.set()
             assert (await asking).text == "so be it"
