@@ -86,7 +86,7 @@ PLANTS = {
     ),
     "waiter-not-woken": Plant(
         "a place that becomes free is lost if somebody waits for it",
-        DITS,
+        (*THINKERS, *DITS, *FRONTS),
         (
             (
                 "bagel/rpc/admission.py",
