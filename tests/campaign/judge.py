@@ -36,9 +36,11 @@ class Late(str):
 def verdict(outcome: Outcome, twin: Outcome | None, round_: Round) -> str:
     """What is wrong with an outcome; empty if nothing is. twin: what undisturbed services answer to the same."""
     ask = outcome.ask
+    if outcome.left and ask.front != "grpc" and round_.loses:
+        return ""  # its own network is dead, and REST has no deadline
     if outcome.left and not (ask.leaves or ask.leaves_s):
         return Late(f"no end {outcome.s:.1f} s after it was sent, with a deadline of {ask.deadline_s:g} s")
-    if outcome.s > ask.deadline_s + LATE_S:
+    if not outcome.left and outcome.s > ask.deadline_s + LATE_S and not round_.loses:
         return Late(f"ended {outcome.s - ask.deadline_s:.1f} s after its deadline: {outcome}")
     if outcome.left:
         return ""
