@@ -194,6 +194,8 @@ class Link:
             case "dribble":
                 first, rest = data[:DRIBBLED], data[DRIBBLED:]
                 for begin in range(0, len(first), 7):
+                    if writer.transport.is_closing():
+                        return b""
                     writer.write(first[begin : begin + 7])
                     await asyncio.sleep(0)
                 return rest
