@@ -54,7 +54,7 @@ lint: setup ## ruff, mypy strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-check: lint ## lint and the quick tests, in less than 90 seconds
+check: lint ## lint and the quick tests, in less than two minutes
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow" $(ARGS)
 
 test: setup ## all tests, on all CPUs; one after another: ARGS=-n0

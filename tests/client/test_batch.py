@@ -34,6 +34,7 @@ def places(at: Deployment, count: int = 1) -> Admission:
     return admission
 
 
+@pytest.mark.slow
 def test_a_batch_waits_for_its_own_at_the_dit() -> None:
     async def work(at: Deployment) -> None:
         places(at)

@@ -49,6 +49,7 @@ def test_every_recorded_case_is_reproduced(capsys: pytest.CaptureFixture[str]) -
     assert cases["interleave"]["max_abs_error"]["v_guided"] < 1e-4  # type: ignore[index]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(WHOLE_SET is None, reason="BAGEL_GOLDEN does not name the whole set")
 def test_the_whole_set_is_reproduced(capsys: pytest.CaptureFixture[str]) -> None:
     assert WHOLE_SET is not None

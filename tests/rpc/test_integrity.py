@@ -96,6 +96,7 @@ class Losing(Damage):
         return is_request if self._what == "request" else is_end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["request", "end"])
 def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_given_up(what: str) -> None:
     """Health checks pass, so that nobody is silent; and the client has no deadline."""
@@ -117,6 +118,7 @@ def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_give
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_call_that_has_nothing_to_say_for_long_lives_by_its_signs() -> None:
     async def main() -> None:
         async with deployment(silence_timeout_s=0.2) as running:
@@ -162,6 +164,7 @@ def test_an_error_about_another_request_than_the_one_that_was_sent_is_not_told_a
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_connection_whose_peer_understands_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It still pings, which counts as life; a minute would pass until gRPC's own limit."""
     limits = {"grpc.keepalive_time_ms": 1000, "grpc.keepalive_timeout_ms": 900, "grpc.http2.ping_timeout_ms": 900}
