@@ -120,7 +120,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
             # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
         # Only a stream that was read to its end must have a result.
-        reader.check_finished(await responses.trailing_metadata())
+        yield reader.result(await responses.trailing_metadata())
 
 
 async def _last(events: AsyncEvents, on_event: OnServiceEvent | None) -> Result:

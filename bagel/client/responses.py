@@ -28,10 +28,10 @@ class ResponseReader:
         self._accepted = gateway_pb2.Accepted()
         self._settings: Mapping[str, Any] = {}
         self._picture = common_pb2.Picture()
-        self._finished = False
+        self._finished: gateway_pb2.Finished | None = None
 
     def read(self, data: bytes) -> ServiceEvent | None:
-        """The event of a response; None for the picture and for what a newer gateway may send."""
+        """The event of a response; None for the picture, the result, and what a newer gateway may send."""
         self._digest.add(data)
         response = parsed(gateway_pb2.GenerateResponse.FromString, data, self._target)
         match response.WhichOneof("event"):
@@ -49,12 +49,11 @@ class ResponseReader:
                 return StepDone(self._index, response.step.step, response.step.steps)
             case "preview":
                 preview = response.preview
-                return Preview(self._index, preview.index, preview.step, _image(preview.picture))
+                return Preview(self._index, preview.index, preview.step, self._preview(preview.picture))
             case "picture":
                 self._picture = response.picture
             case "finished":
-                self._finished = True
-                return self._result(response.finished)
+                self._finished = response.finished
         return None
 
     def error(self, error: grpc.RpcError) -> BagelError:
@@ -68,14 +67,24 @@ class ResponseReader:
             failure.index = self._index
         return failure
 
-    def check_finished(self, trailing: Trailing) -> None:
-        """Raise if the gateway ended the stream without its last event, or if anything was damaged on its way.
+    def result(self, trailing: Trailing) -> Result:
+        """The Result of a stream that has ended, which nobody sees before it is known to be undamaged.
 
-        trailing: the metadata that the stream ended with.
+        trailing: the metadata that the stream ended with. Raises TransferDamaged, or RemoteError if the gateway ended
+        the stream without its last event.
         """
         self._digest.check(trailing, self._target)
-        if not self._finished:
+        if self._finished is None:
             raise RemoteError(f"{self._target} ended the request without its result", "INTERNAL")
+        return self._result(self._finished)
+
+    def _preview(self, picture: common_pb2.Picture) -> Image.Image:
+        try:
+            return _image(picture)
+        except (OSError, SyntaxError) as error:  # before the digest that would tell
+            raise TransferDamaged(
+                f"a preview of {self._target} cannot be read ({error}); send the request again"
+            ) from None
 
     def _result(self, finished: gateway_pb2.Finished) -> Result:
         # All fields, also those that are 0, which ListFields leaves out.

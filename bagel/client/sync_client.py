@@ -92,7 +92,7 @@ class Client(ClientBase[Events]):
             # Also for an iterator that is closed early, which is how a caller cancels its request.
             responses.cancel()
         # Only a stream that was read to its end must have a result.
-        reader.check_finished(responses.trailing_metadata())
+        yield reader.result(responses.trailing_metadata())
 
 
 def _last(events: Events, on_event: OnServiceEvent | None) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from bagel.client import AsyncClient
 from bagel.errors import InvalidRequest, NoBackend, RemoteError, TransferDamaged
+from bagel.events import Result, ServiceEvent
 from bagel.rpc import integrity, transport
 from bagel.rpc.errors import from_rpc_error
 from bagel.v1 import gateway_pb2
@@ -133,6 +135,11 @@ def test_a_call_that_has_nothing_to_say_for_long_lives_by_its_signs() -> None:
     asyncio.run(main())
 
 
+async def _collect(stream: AsyncIterator[ServiceEvent], events: list[ServiceEvent]) -> None:
+    async for event in stream:
+        events.append(event)
+
+
 @pytest.mark.parametrize(
     ("up", "down"),
     [((b"a cup", b"a cut"), None), (None, (b"so be it", b"so be if"))],
@@ -144,8 +151,11 @@ def test_a_changed_text_is_found_at_the_end_of_its_call(
     async def main() -> None:
         async with deployment() as running, Damage(running.target, up, down) as address:
             async with AsyncClient(address) as client:
+                events: list[ServiceEvent] = []
                 with pytest.raises(TransferDamaged, match="damaged on its way; send the request again"):
-                    await client.generate(**ASKED)
+                    await _collect(client.stream(**ASKED), events)
+                # Who reads no further than the result would else have taken it for right.
+                assert events and not any(isinstance(event, Result) for event in events)
             assert (await running.client.generate(**ASKED)).text == "so be it"
 
     asyncio.run(main())
