@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 
 from bagel.errors import Busy, Draining
 
+TAKES_WEIGHT = 0.05
+"""That of the last request in the running mean of how long one has its place."""
 Count = int | Callable[[], int]
 """A number, or what says it each time that it is asked for."""
 
@@ -28,6 +30,7 @@ class Admission:
         *,
         settings: str = "--max-num-seqs or --batch-timeout",
         max_waiting: Count | None = None,
+        patience: float | None = None,
         retry_after_s: float | None = None,
         draining: asyncio.Event | None = None,
     ) -> None:
@@ -35,11 +38,17 @@ class Admission:
 
         wait_s: how long a new request waits; retry_after_s: when one that is refused may come again, after wait_s by
         default; draining: once set, nothing new is admitted. After a limit has risen `refill` must be called.
+
+        patience: for how much of the time that a request has its place there may be a queue; then new requests are
+        refused until it was empty. A queue that lasts makes every answer late and serves no more ("controlled delay":
+        Maurer, Fail at Scale, ACM Queue 13(8), 2015). None: for ever.
         """
         self.under_way = self.waiting = self._new = 0
         self._owner, self._limit, self._wait_s, self._settings = owner, limit, wait_s, settings
         self._max_waiting, self._draining = max_waiting, draining
         self._retry_after_s = wait_s if retry_after_s is None else retry_after_s
+        self._patience, self._queue_began = patience, 0.0
+        self._takes_s: float | None = None  # a running mean
         self._taken = 0  # places, also those that were just given to one that has waited
         self._queue = deque[asyncio.Future[None]]()
 
@@ -57,10 +66,12 @@ class Admission:
         """
         waited_s = await self._take(begun)
         self.under_way += 1
+        began = time.perf_counter()
         try:
             yield waited_s
         finally:
             self.under_way -= 1
+            self._took(time.perf_counter() - began)
             self._give_back()
 
     def refill(self) -> None:
@@ -92,6 +103,11 @@ class Admission:
         # Only new requests count: one that has begun was accepted, and is not refused any more.
         if self._max_waiting is not None and self._new >= _now(self._max_waiting):
             raise self._busy(f"{self._new} more wait already")
+        now = time.perf_counter()
+        if not self._new:
+            self._queue_began = now
+        elif self._lasts(lasted_s := now - self._queue_began):
+            raise self._busy(f"others have waited without a pause for {lasted_s:.2g} s")
         self._new += 1
         try:
             async with asyncio.timeout(self._wait_s):
@@ -100,6 +116,16 @@ class Admission:
             raise self._busy(f"no place became free within {self._wait_s:g} s") from None
         finally:
             self._new -= 1
+
+    def _lasts(self, queue_s: float) -> bool:
+        """Whether a queue of that age is more than a burst."""
+        if self._patience is None or self._takes_s is None:
+            return False
+        return queue_s > self._patience * self._takes_s
+
+    def _took(self, seconds: float) -> None:
+        mean = seconds if self._takes_s is None else self._takes_s
+        self._takes_s = mean + TAKES_WEIGHT * (seconds - mean)
 
     async def _wait(self) -> None:
         turn = asyncio.get_running_loop().create_future()

@@ -21,7 +21,9 @@ from bagel_gateway.backends import Backends
 
 LEAST = 4
 """Requests under way, and as many that wait, however few places the stages have: together the eight that one of our
-clients has under way at once."""
+clients begins with at once."""
+PATIENCE = 0.25
+"""Of what a request takes: so long there may be a queue. Measured with `python -m bench load`."""
 WITHOUT_IMAGES = 2
 """Places of a queue that requests with images leave to those without."""
 RETRY_AFTER_S = 1.0
@@ -75,13 +77,14 @@ class Places:
     def _all(self) -> set[Admission]:
         return {queue for queues in self._of.values() for queue in queues}
 
-    def _queue(self, limit: Count, max_waiting: Count, settings: str) -> Admission:
+    def _queue(self, limit: Count, max_waiting: Count, settings: str, patience: float | None = None) -> Admission:
         return Admission(
             "the gateway",
             limit,
             self._wait_s,
             settings=settings,
             max_waiting=max_waiting,
+            patience=patience,
             retry_after_s=RETRY_AFTER_S,
             draining=self._draining,
         )
@@ -89,12 +92,16 @@ class Places:
     def _queue_of(self, stages: Sequence[str], left: int) -> Admission:
         settings = "--max-num-seqs of the stages, --max-requests or --batch-timeout"
         limit, waiting = partial(self._limit, stages, left), partial(self._most_waiting, stages, left)
-        return self._queue(limit, waiting, settings)
+        return self._queue(limit, waiting, settings, PATIENCE * self._longer)
 
     def _limit(self, stages: Sequence[str], left: int) -> int:
         # The sum: while some are drawn the next ones are read, so that no stage waits for another.
         return max(LEAST, self._backends.places(stages)) - left
 
     def _most_waiting(self, stages: Sequence[str], left: int) -> int:
-        # Who lets requests wait longer wants more of them to wait.
-        return int(self._limit(stages, left) * max(1.0, self._wait_s / BATCH_TIMEOUT_S))
+        return int(self._limit(stages, left) * self._longer)
+
+    @property
+    def _longer(self) -> float:
+        """How much longer than by default requests may wait: who sets that wants more of them to wait."""
+        return max(1.0, self._wait_s / BATCH_TIMEOUT_S)

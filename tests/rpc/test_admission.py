@@ -30,6 +30,26 @@ def test_more_than_may_wait_are_refused_at_once() -> None:
     asyncio.run(run())
 
 
+def test_a_queue_that_lasts_takes_nobody_more() -> None:
+    async def run() -> None:
+        admission = Admission("the gateway", 1, 60.0, patience=2.0)
+        async with admission.admit():
+            await asyncio.sleep(0.1)  # what a request takes
+        async with admission.admit():
+            burst = [asyncio.create_task(_placed(admission)) for _ in range(3)]
+            await asyncio.sleep(0.4)
+            with pytest.raises(Busy, match=r"others have waited without a pause for 0\.\d+ s"):
+                await _placed(admission)
+        await asyncio.gather(*burst)
+        async with admission.admit():
+            later = asyncio.create_task(_placed(admission))
+            await asyncio.sleep(0.05)
+            assert admission.waiting == 1  # the queue was empty meanwhile
+        await later
+
+    asyncio.run(run())
+
+
 def test_places_follow_a_limit_that_changes() -> None:
     async def run() -> None:
         limit, order = 1, list[int]()
