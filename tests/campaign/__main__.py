@@ -105,10 +105,10 @@ class Rounds:
             )
 
 
-async def run(seed: int, faults: int, only: int | None, folder: Path) -> list[Verdict]:
-    """Rounds until so many faults have happened, or one round alone."""
+async def run(seed: int, faults: int, begin: int, only: int | None, folder: Path) -> list[Verdict]:
+    """Rounds from `begin` on until so many faults have happened, or one round alone."""
     verdicts: list[Verdict] = []
-    rounds, number, count = Rounds(seed, folder), only or 0, 0
+    rounds, number, count = Rounds(seed, folder), begin if only is None else only, 0
     try:
         while count < faults and (only is None or not verdicts):
             verdicts.append(verdict := await rounds.run(number))
@@ -147,6 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description="Faults against real services.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=300, help="how many are injected, at least")
+    parser.add_argument("--begin", type=int, default=0, metavar="ROUND", help="the first round")
     parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone; of a proof, with --plant")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the services' logs there")
     parser.add_argument("--plant", metavar="NAME,...", help="plant these faults one by one; list: name them")
@@ -163,7 +164,7 @@ def main() -> int:
         return 1 if any(MISSED in row for row in rows) else 0
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-        verdicts = asyncio.run(run(args.seed, args.faults, args.only, args.logs or Path(folder)))
+        verdicts = asyncio.run(run(args.seed, args.faults, args.begin, args.only, args.logs or Path(folder)))
     print(report.table(verdicts))
     print(f"requests: {report.ends(verdicts)}")
     wrong = sum(len(verdict.wrong) for verdict in verdicts if not verdict.undecided)

@@ -43,6 +43,8 @@ PROCESS = (
 FLAVOURS = {"network": 5, "pages": 3, "clients": 3, "peers": 2, "process": 4}
 SPREAD_S = 0.8
 """The requests of a round begin within it."""
+CROWD, CROWD_S = 32, 0.05
+"""Requests that come nearly at once, so that some wait for places."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,11 @@ def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:
             faults = [_fault(chance, chance.choice(PAGES), chance.choice(pulls)) for _ in range(14)]
             asks = [(at, _picture(each)) for at, each in _asks(chance, 12)]
         case "clients":
-            asks = [(at, _client(chance, each) if chance.random() < 0.8 else each) for at, each in _asks(chance, 18)]
+            count, spread_s = chance.choice(((18, SPREAD_S), (CROWD, CROWD_S)))
+            asks = [
+                (at, _client(chance, each) if chance.random() < 0.8 else each)
+                for at, each in _asks(chance, count, spread_s)
+            ]
             faults = [Fault(_behaviour(each), "", at, 0.0, 0) for at, each in asks if _behaviour(each)]
         case "peers":
             kinds = (*PEERS, *CERTIFICATES)  # half of the services speak TLS
@@ -129,8 +135,8 @@ def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:
     return Round(number, flavour, tuple(sorted(faults, key=lambda fault: fault.at_s)), tuple(asks))
 
 
-def _asks(chance: random.Random, count: int) -> list[tuple[float, Ask]]:
-    return [(round(chance.random() * SPREAD_S, 3), ask(chance)) for _ in range(count)]
+def _asks(chance: random.Random, count: int, spread_s: float = SPREAD_S) -> list[tuple[float, Ask]]:
+    return [(round(chance.random() * spread_s, 3), ask(chance)) for _ in range(count)]
 
 
 def _picture(each: Ask) -> Ask:

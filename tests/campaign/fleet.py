@@ -214,7 +214,7 @@ class Fleet:
         return ["--model", str(self.models.get(name, self.models["all"])), "--device", "cpu", "--image-workers", "1"]
 
     def _stage(self, name: str) -> list[str]:
-        limits = ["--batch-timeout", "4", "--drain-timeout", "4", "--reader-timeout", "4", "--max-num-seqs", "4"]
+        limits = ["--batch-timeout", "8", "--drain-timeout", "4", "--reader-timeout", "4", "--max-num-seqs", "4"]
         return ["--name", name, *limits, *self._tls(name, "thinker" if name in THINKERS else "dit")]
 
     def _tls(self, name: str, role: str) -> list[str]:

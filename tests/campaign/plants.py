@@ -50,26 +50,14 @@ PLANTS = {
             ),
         ),
     ),
-    "page-counted-twice": Plant(
-        "a page that comes twice counts twice, so that a segment seems complete",
-        DITS,
+    "digest-unchecked": Plant(
+        "the gateway does not hold the end of an answer against what it has received",
+        tuple(FRONTS),
         (
-            ("bagel/kv/store.py", "if segment.stored and page not in segment.ready]", "if segment.stored]"),
             (
-                "bagel/kv/store.py",
-                "            if (layer, token_begin) not in segment.ready:\n",
-                "            if page:\n",
-            ),
-            ("bagel/kv/puller.py", "        elif page.key not in wanted.ends:\n", "        elif page is None:\n"),
-            (
-                "bagel/kv/puller.py",
-                "self._damage(page, wanted.ends[page.key])",
-                "self._damage(page, wanted.ends.get(page.key, page.token_end))",
-            ),
-            (
-                "bagel/kv/puller.py",
-                "            del wanted.ends[page.key]\n",
-                "            wanted.ends.pop(page.key, None)\n",
+                "gateway/bagel_gateway/uploads.py",
+                "            self.digest.check(await self._call.trailing_metadata(), self._peer)\n",
+                "",
             ),
         ),
     ),
@@ -90,8 +78,7 @@ PLANTS = {
         (
             (
                 "bagel/rpc/admission.py",
-                "            self.under_way -= 1\n            self._give_back()\n",
-                "            self.under_way -= 1\n"
+                "            self._took(time.perf_counter() - began)\n            self._give_back()\n",
                 "            if not self.waiting:\n                self._give_back()\n",
             ),
         ),
@@ -130,14 +117,19 @@ PLANTS = {
             ),
         ),
     ),
-    "deadline-ignored": Plant(
-        "a DiT waits for a silent source without a limit",
-        DITS,
+    "lost-call-awaited": Plant(
+        "the gateway waits without a limit for an answer that gives no sign of life",
+        tuple(FRONTS),
         (
             (
-                "bagel/kv/source.py",
-                "            async with asyncio.timeout(silence_s):\n",
-                "            async with asyncio.timeout(None):\n",
+                "gateway/bagel_gateway/uploads.py",
+                "            async with asyncio.timeout(self._limit_s) as self._timer:\n",
+                "            async with asyncio.timeout(None) as self._timer:\n",
+            ),
+            (
+                "gateway/bagel_gateway/uploads.py",
+                "        if self._timer is not None:\n",
+                "        if self._timer is None:\n",
             ),
         ),
     ),
