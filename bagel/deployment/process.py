@@ -130,7 +130,8 @@ class Service:
         lines: list[str] = []
         for line in self._tail:
             if line.startswith("Traceback "):
-                lines.clear()  # a traceback's last line, which follows, explains the end better
+                if code > 0:  # a signal may have a cause that was told before
+                    lines.clear()  # a traceback's last line, which follows, explains the end better
             elif line and not line[0].isspace():
                 lines.append(_plain(line))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import NoReturn, Protocol, TypeVar
 
 from bagel.arguments import for_command_line
 from bagel.errors import BagelError, ConfigError
@@ -104,3 +106,21 @@ def run(read: Callable[[], C], main: Callable[[C], Awaitable[None]], service: st
 
 async def _as_coroutine(work: Awaitable[None]) -> None:
     await work
+
+
+def leave(code: int) -> NoReturn:
+    """End the process once its work is over, without taking the interpreter down.
+
+    Python ends threads that come back from C then, which aborts the process where gRPC's C++ is below them. What is
+    registered with atexit runs as ever: files of shared memory are removed, child processes end.
+    """
+    atexit._run_exitfuncs()
+    leave_at_once(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End the process as it is."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody may read it any more
+            stream.flush()
+    os._exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Sequence
 
 from bagel.deployment.gateway_config import GatewayConfig
@@ -42,4 +41,4 @@ async def _announce_ready(gateway: Gateway) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    service.leave(main())

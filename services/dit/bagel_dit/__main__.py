@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Sequence
 
 from bagel.checkpoint.files import Checkpoint
@@ -123,4 +122,4 @@ def _puller(config: DitConfig, arena: Arena, checkpoint: Checkpoint, info: commo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    service.leave(main())

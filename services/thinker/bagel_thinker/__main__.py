@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -100,10 +99,8 @@ def _add_servicers(host: Host, engine: Engine, images: ImagePool, config: Thinke
 def _leave(code: int) -> NoReturn:
     """End the process: at once if its engine hangs or vLLM is loaded, which Python takes seconds to tear down."""
     if "vllm" in sys.modules or any(thread.name.endswith("-engine") for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+        service.leave_at_once(code)
+    service.leave(code)
 
 
 if __name__ == "__main__":
