@@ -86,7 +86,10 @@ def close(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
     """
     for ours, theirs in zip(one, other, strict=True):
         if isinstance(ours, bytes) and isinstance(theirs, bytes) and ours and theirs:
-            pictures = [Image.open(BytesIO(data)).convert("RGB") for data in (ours, theirs)]
+            try:
+                pictures = [Image.open(BytesIO(data)).convert("RGB") for data in (ours, theirs)]
+            except (OSError, SyntaxError):  # a file that is none
+                return False
             if read_settings(ours) != read_settings(theirs) or not agree(*pictures):
                 return False
         elif ours != theirs:
@@ -110,7 +113,7 @@ def _pixels(ours: bytes, theirs: bytes) -> str:
     try:
         values = [np.asarray(Image.open(BytesIO(data)).convert("RGB"), dtype=np.int16) for data in (ours, theirs)]
         apart = np.abs(values[0] - values[1])
-    except (OSError, ValueError):
+    except (OSError, SyntaxError, ValueError):
         return ""
     return f"; {int((apart > 0).sum())} values of {apart.size} differ, by at most {int(apart.max())}"
 
