@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import compileall
+import itertools
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,18 +107,24 @@ class Rounds:
             )
 
 
-async def run(seed: int, faults: int, begin: int, only: int | None, folder: Path) -> list[Verdict]:
-    """Rounds from `begin` on until so many faults have happened, or one round alone."""
+async def run(seed: int, faults: int, begin: int, only: int | None, fleets: int, folder: Path) -> list[Verdict]:
+    """Rounds from `begin` on until so many faults have happened, on so many fleets at once; or one round alone."""
     verdicts: list[Verdict] = []
-    rounds, number, count = Rounds(seed, folder), begin if only is None else only, 0
-    try:
-        while count < faults and (only is None or not verdicts):
-            verdicts.append(verdict := await rounds.run(number))
-            count += verdict.fired.total()
-            rounds.report(verdict, count)
-            number += 1
-    finally:
-        await rounds.stop()
+    numbers, done = itertools.count(begin if only is None else only), Counter[str]()
+
+    async def work(number: int) -> None:
+        rounds = Rounds(seed, folder / f"{number}")
+        try:
+            while done["faults"] < faults and (only is None or not verdicts):
+                verdicts.append(verdict := await rounds.run(next(numbers)))
+                done["faults"] += verdict.fired.total()
+                rounds.report(verdict, done["faults"])
+        finally:
+            await rounds.stop()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(fleets):
+            group.create_task(work(number))
     return verdicts
 
 
@@ -147,6 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description="Faults against real services.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=300, help="how many are injected, at least")
+    parser.add_argument("--fleets", type=int, default=1, metavar="N", help="sets of services at once")
     parser.add_argument("--begin", type=int, default=0, metavar="ROUND", help="the first round")
     parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone; of a proof, with --plant")
     parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep the services' logs there")
@@ -164,7 +173,8 @@ def main() -> int:
         return 1 if any(MISSED in row for row in rows) else 0
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="campaign-") as folder:
-        verdicts = asyncio.run(run(args.seed, args.faults, args.begin, args.only, args.logs or Path(folder)))
+        where = args.logs or Path(folder)
+        verdicts = asyncio.run(run(args.seed, args.faults, args.begin, args.only, args.fleets, where))
     print(report.table(verdicts))
     print(f"requests: {report.ends(verdicts)}")
     wrong = sum(len(verdict.wrong) for verdict in verdicts if not verdict.undecided)

@@ -19,7 +19,7 @@ from bagel.errors import BagelError
 from bagel.rpc.transport import channel
 from tests.campaign import machine, peers, watch
 from tests.campaign.faults import FRAMES, Fault, Round
-from tests.campaign.fleet import DITS, FRONTS, STAGES, TWIN_FRONT, Fleet
+from tests.campaign.fleet import DITS, FRONTS, STAGES, TWIN_FRONT, Fleet, running_pids
 from tests.campaign.judge import Late, shown, verdict
 from tests.campaign.pressure import MOST, Pressure
 from tests.campaign.proxy import NetFault
@@ -78,7 +78,7 @@ class Campaign:
     async def run(self, round_: Round) -> Verdict:
         """Run a round to its verdict."""
         began, found = time.perf_counter(), Verdict(round_)
-        pressure = Pressure(lambda: [service.process.pid for service in self.fleet.services.values()])
+        pressure = Pressure(running_pids)
         requests = [asyncio.create_task(self._ask(at, each)) for at, each in round_.asks]
         doing = [asyncio.create_task(self._do(fault, found)) for fault in round_.faults]
         armed = await asyncio.gather(*doing)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +33,9 @@ STAGES = (*THINKERS, *DITS, "single")
 FRONTS = {"gateway": "bagel", "gateway-single": "bagel_single_stage"}
 """The gateways, and the pipeline of each."""
 TWIN, TWIN_FRONT = "twin", "gateway-twin"
+
+
+_running: list[Fleet] = []
 
 
 def python_path(root: Path) -> str:
@@ -86,6 +88,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Start everything; returns when all of it is ready."""
+        _running.append(self)
         for thinker in THINKERS:
             self._thinker(thinker)
         for dit in DITS:
@@ -102,6 +105,7 @@ class Fleet:
 
     async def stop(self) -> None:
         """End everything."""
+        _running.remove(self)
         for service in self.services.values():
             with suppress(ProcessLookupError):
                 service.process.send_signal(signal.SIGCONT)
@@ -255,6 +259,6 @@ class Fleet:
                 link.target = self.services[name].http if front == "http" else address
 
 
-def python() -> str:
-    """The interpreter that everything runs on."""
-    return sys.executable
+def running_pids() -> list[int]:
+    """The services' processes of all fleets."""
+    return [service.process.pid for fleet in _running for service in fleet.services.values()]
