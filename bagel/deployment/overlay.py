@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,8 @@ def with_overrides(config: DeployConfig, **overrides: object) -> DeployConfig:
 
     A setting goes to each stage that it means something to (vae_*, cfg_* and hsdp settings to the DiT, engine to the
     Thinker, quantization and tensor_parallel_size to the DiT and to a Thinker whose engine is vllm); None means not
-    given. A stage that gets more ranks this way, and no devices, takes the GPUs that follow its own. Raises ConfigError
+    given. A stage that gets more ranks this way, and no devices, takes the GPUs that follow its own; stages that
+    have GPUs of their own keep apart. Raises ConfigError
     or NotSupported like `load_deploy_config`.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -87,11 +89,19 @@ def _overlay(config: DeployConfig, given: Mapping[str, object], source: str) -> 
 
 
 def _with_devices(config: DeployConfig) -> dict[str, Any]:
-    """The deploy file's data, where a stage with fewer devices than ranks takes the GPUs that follow its last one."""
-    data = config.model_dump(exclude_unset=True)
+    """The deploy file's data, where a stage with fewer devices than ranks takes the GPUs that follow its last one.
+
+    Stages that share GPUs go on to share them; those that do not move on where an earlier one has taken theirs.
+    """
+    data, taken = config.model_dump(exclude_unset=True), list[tuple[set[int], set[int]]]()
     for stage, keys in zip(config.stages, data.get("stages", ()), strict=True):
         with suppress(ConfigError):  # sizes that do not fit, which `check` tells of
-            gpus, missing = stage.device_ids, stage.world_size - len(stage.device_ids)
-            if missing > 0:
-                keys["devices"] = ",".join(map(str, (*gpus, *range(max(gpus) + 1, max(gpus) + 1 + missing))))
+            gpus, ranks = stage.device_ids, stage.world_size
+            kept = {gpu for before, now in taken if before.isdisjoint(gpus) for gpu in now}
+            free = (gpu for gpu in itertools.count(max(gpus) + 1) if gpu not in kept)
+            now = [gpu if gpu not in kept else next(free) for gpu in gpus]
+            now += itertools.islice(free, max(0, ranks - len(now)))
+            taken.append((set(gpus), set(now)))
+            if now != list(gpus):
+                keys["devices"] = ",".join(map(str, now))
     return data

@@ -585,6 +585,17 @@ def test_overrides_of_the_embedded_api(deploy: DeployConfig, monkeypatch: pytest
     assert [stage.device_ids for stage in chosen.stages] == [(3, 1), (3, 1)]
 
 
+@pytest.mark.parametrize(
+    ("thinker", "dit", "now"), [("0", "1", ["0,1", "2,3"]), ("1", "0", ["1,2", "0,3"]), ("1", "1", ["1,2", "1,2"])]
+)
+def test_stages_with_gpus_of_their_own_keep_apart_when_they_get_more_ranks(
+    thinker: str, dit: str, now: list[str]
+) -> None:
+    deploy = parse_deploy_config(two_stages(thinker={"devices": thinker}, dit={"devices": dit}))
+    changed = with_overrides(deploy, tensor_parallel_size=2, engine="vllm")
+    assert [stage.devices for stage in changed.stages] == now
+
+
 def test_an_override_replaces_the_size_in_parallel_config(tmp_path: Path) -> None:
     spread = "parallel_config: {tensor_parallel_size: 2}"
     path = write(tmp_path, f"stages: [{{stage_id: 0, {spread}}}, {{stage_id: 1, {spread}}}]")
