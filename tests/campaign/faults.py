@@ -25,6 +25,8 @@ NETWORK = (
 )
 FRAMES = ("frame-head", "frame-lost")
 """Of the network's faults, those of plaintext alone, where the proxy sees what is whose."""
+FRAMES_OFTEN = 3
+"""How much more often than another kind: most hit a frame that is not missed."""
 CHANGES = ("garbage", "repeat", "flip")
 """Of the network's faults, those that change what comes instead of ending it."""
 PAGES = ("page-twice", "page-late", "page-header", "page-payload", "page-lost")
@@ -154,7 +156,7 @@ def _network(chance: random.Random, links: Sequence[str], tls: bool) -> Fault:
     place = chance.choice([*links, *(link for link in links if is_pull(link))])
     kinds = [kind for kind in NETWORK if kind not in CHANGES or encrypted(place, tls) or is_covered(place)]
     if is_framed(place, tls):
-        kinds += FRAMES
+        kinds += FRAMES_OFTEN * FRAMES
     kind = chance.choice(kinds)
     seconds = {"delay": 0.05, "reorder": 0.2, "stall": 0.5, "refuse": 0.3}.get(kind, 0.0) * (0.5 + chance.random())
     if kind == "stall" and chance.random() < 0.15:
