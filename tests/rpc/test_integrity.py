@@ -68,7 +68,7 @@ class Damage:
 
 
 class Losing(Damage):
-    """Keeps frames of calls about a cup to itself: those of the request, or that of the end; all else passes."""
+    """Keeps frames of calls about a cup to itself: the request, with its end or without, or the answer's end."""
 
     def __init__(self, target: str, what: str) -> None:
         super().__init__(target, None, None)
@@ -85,6 +85,8 @@ class Losing(Damage):
                 body = await reader.readexactly(int.from_bytes(head[:3]))
                 if self._is_lost(head, body, up):
                     self.lost += 1
+                    if self._what == "message":  # its end comes, which the same frame has
+                        writer.write(bytes(3) + head[3:])
                 else:
                     writer.write(head + body)
         writer.close()
@@ -94,6 +96,8 @@ class Losing(Damage):
         if up and b"a cup" in body:
             self._calls.add(stream)
         is_request = up and stream in self._calls  # what says that there is no more of it, too
+        if self._what == "message":
+            return is_request and b"a cup" in body
         is_end = not up and stream in self._calls and head[3] == HEADERS and bool(head[4] & END_STREAM)
         return is_request if self._what == "request" else is_end
 
@@ -116,6 +120,20 @@ def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_give
                         await other.client.generate(**ASKED)
                     assert told.value.grpc_status == "UNAVAILABLE" and losing.lost
                     assert (await other.client.generate(**{**ASKED, "prompt": "a hat"})).text == "so be it"
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_lost_before_its_end_is_not_told_as_wrong() -> None:
+    async def main() -> None:
+        async with (
+            deployment() as running,
+            Losing(running.target, "message") as address,
+            AsyncClient(address) as client,
+        ):
+            with pytest.raises(TransferDamaged, match="damaged on its way; send the request again"):
+                await client.generate(**ASKED)
+            assert (await client.generate(**{**ASKED, "prompt": "a hat"})).text == "so be it"
 
     asyncio.run(main())
 
