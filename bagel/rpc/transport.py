@@ -19,6 +19,7 @@ from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
 from bagel.rpc.integrity import CURRENT, Received, receiving
+from bagel.rpc.lasting_server import LastingServer
 from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
 from bagel.rpc.reach import why_not_free
 from bagel.rpc.security import PLAINTEXT, Security
@@ -214,7 +215,8 @@ class Host:
         self.unread = Unread() if unread is None else unread
         guard = Guard(security, limits)
         # The guard comes last: a call without an API key is refused before it reads anything.
-        self.server = aio.server(options=(*SERVER_OPTIONS, *limits.options()), interceptors=(*interceptors, guard))
+        server = LastingServer((*SERVER_OPTIONS, *limits.options()), (*interceptors, guard))
+        self.server = cast(aio.Server, server)
         self._methods = LateMethods(services, self.unread, receive)
         self.server.add_generic_rpc_handlers((self._methods,))
         self.draining = asyncio.Event()
