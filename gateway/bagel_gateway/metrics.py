@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from bagel.errors import BagelError
 from bagel.v1 import gateway_pb2
-from bagel_gateway.backends import Backend, Backends
+from bagel_gateway.backend import Backend
+from bagel_gateway.backends import Backends
 from bagel_gateway.instruments import Exported, Instruments
 from bagel_gateway.places import Places
 

@@ -16,7 +16,8 @@ from bagel.rpc.errors import streaming, unary
 from bagel.rpc.transport import Host
 from bagel.rpc.unread import Unread
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
-from bagel_gateway.backends import CHECK_EVERY_S, Address, Backends
+from bagel_gateway.backend import Address
+from bagel_gateway.backends import CHECK_EVERY_S, Backends
 from bagel_gateway.images import InputImages
 from bagel_gateway.keys import KeyInterceptor, Keys
 from bagel_gateway.metrics import Metrics

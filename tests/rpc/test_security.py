@@ -31,7 +31,8 @@ from bagel.rpc.security import DIT, GATEWAY, THINKER
 from bagel.rpc.transport import PLAINTEXT, Host, Security, channel
 from bagel.v1 import kv_pb2
 from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
-from bagel_gateway.backends import Address, Backends
+from bagel_gateway.backend import Address
+from bagel_gateway.backends import Backends
 from bagel_gateway.settings import Tls, tls_of
 from tests.gateway_stages import deployment, front
 from tests.rpc.test_transport import SERVICE, through

@@ -16,7 +16,8 @@ from bagel.request import Request
 from bagel.rpc import convert
 from bagel.telemetry.logs import Log, current_request, request_metadata
 from bagel.v1 import common_pb2, dit_pb2, gateway_pb2, kv_pb2, thinker_pb2
-from bagel_gateway.backends import DitBackend, Services, ThinkerBackend
+from bagel_gateway.backend import DitBackend, ThinkerBackend
+from bagel_gateway.backends import Services
 from bagel_gateway.planning import Plan
 from bagel_gateway.routes.calls import is_unreachable, responses, result_of
 from bagel_gateway.uploads import Pieces, bytes_of, field_of, with_prompt, without_data

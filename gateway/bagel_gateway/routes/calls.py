@@ -10,7 +10,7 @@ import grpc
 
 from bagel.errors import BagelError, Draining, EngineDied, Loading, RemoteError, RunnerDied
 from bagel.rpc.errors import from_rpc_error
-from bagel_gateway.backends import Backend
+from bagel_gateway.backend import Backend
 from bagel_gateway.uploads import Answers
 
 R = TypeVar("R")
