@@ -22,14 +22,14 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
         return logits.argmax(-1)
     # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
     probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)
-    cumulative = probabilities.cumsum(-1)
-    keep = cumulative - probabilities < settings.top_p
+    keep = probabilities.cumsum(-1) - probabilities < settings.top_p
     keep[0] = True  # float32 may round top_p to 0
     if settings.top_k:
         keep[settings.top_k :] = False
-    allowed = (probabilities * keep).cumsum(-1)
-    place = torch.searchsorted(allowed, (uniform * allowed[-1]).reshape(1), right=True)
-    return ids[torch.minimum(place, keep.sum() - 1)][0]  # rounding may point behind the last allowed token
+    # Summed up from the least likely on: beside 1 the rounding of a sum is as large as rare tokens' probabilities, and
+    # whatever else is in the batch would choose among them.
+    at_least = (probabilities * keep).double().flip(-1).cumsum(-1).flip(-1)
+    return ids[(at_least[1:] >= (1.0 - uniform) * at_least[0]).sum()]
 
 
 def is_greedy(settings: TextSettings) -> bool:
