@@ -56,8 +56,11 @@ async def happen(fault: Fault, fleet: Fleet) -> bool:
 
 
 def runner(pid: int, which: int = 0) -> int:
-    """The process that runs a DiT's model, or one of them: the largest children. 0 if there is none."""
-    found = sorted(children(pid), key=_size, reverse=True)
+    """The process that runs a DiT's model, or one of them: the largest children. 0 if there is none, or no service."""
+    try:
+        found = sorted(children(pid), key=_size, reverse=True)
+    except OSError:
+        return 0
     ranks = [each for each in found if 2 * _size(each) > _size(found[0])]
     return ranks[which % len(ranks)] if ranks else 0
 
