@@ -8,6 +8,7 @@ import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
 
 from tests.campaign.faults import Fault
 from tests.campaign.fleet import Fleet
@@ -23,6 +24,13 @@ async def happen(fault: Fault, fleet: Fleet) -> bool:
     service = fleet.services[fault.place].process
     if service.poll() is not None:
         return False
+    try:
+        return await _do(fault, fleet, service)
+    except (FileNotFoundError, ProcessLookupError):  # in /proc: another fault has ended it meanwhile
+        return False
+
+
+async def _do(fault: Fault, fleet: Fleet, service: Popen[str]) -> bool:
     match fault.kind:
         case "kill-runner":
             return _signal(runner(service.pid, fault.number), signal.SIGKILL)
@@ -56,11 +64,8 @@ async def happen(fault: Fault, fleet: Fleet) -> bool:
 
 
 def runner(pid: int, which: int = 0) -> int:
-    """The process that runs a DiT's model, or one of them: the largest children. 0 if there is none, or no service."""
-    try:
-        found = sorted(children(pid), key=_size, reverse=True)
-    except OSError:
-        return 0
+    """The process that runs a DiT's model, or one of them: the largest children. 0 if there is none."""
+    found = sorted(children(pid), key=_size, reverse=True)
     ranks = [each for each in found if 2 * _size(each) > _size(found[0])]
     return ranks[which % len(ranks)] if ranks else 0
 
