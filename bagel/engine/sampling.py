@@ -20,15 +20,16 @@ def choose(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform:
     logits = _penalise(logits.float(), seen, settings.repetition_penalty)
     if not settings.do_sample or settings.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(-1)
-    # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
-    probabilities, ids = ((logits - logits.max()) / settings.temperature).softmax(-1).sort(descending=True, stable=True)
+    # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf. In
+    # float64, and summed up from the least likely on: beside 1 the rounding of a sum is as large as rare tokens'
+    # probabilities, and whatever else is in the batch would choose among them, or cut them off.
+    scaled = ((logits - logits.max()) / settings.temperature).double()
+    probabilities, ids = scaled.softmax(-1).sort(descending=True, stable=True)
     keep = probabilities.cumsum(-1) - probabilities < settings.top_p
-    keep[0] = True  # float32 may round top_p to 0
+    keep[0] = True  # for the smallest top_p
     if settings.top_k:
         keep[settings.top_k :] = False
-    # Summed up from the least likely on: beside 1 the rounding of a sum is as large as rare tokens' probabilities, and
-    # whatever else is in the batch would choose among them.
-    at_least = (probabilities * keep).double().flip(-1).cumsum(-1).flip(-1)
+    at_least = (probabilities * keep).flip(-1).cumsum(-1).flip(-1)
     return ids[(at_least[1:] >= (1.0 - uniform) * at_least[0]).sum()]
 
 

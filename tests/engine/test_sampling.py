@@ -58,13 +58,16 @@ def test_samples_are_distributed_as_softmax(temperature: float) -> None:
         assert found.get(token, 0.0) == pytest.approx(probability, abs=1.5 / len(EVEN))
 
 
-def test_rare_tokens_are_chosen_as_exactly_as_likely_ones() -> None:
-    """Next to a probability of nearly 1, where float32 has steps of a fifteenth of theirs."""
-    logits = torch.cat((torch.zeros(1), torch.linspace(-13.8, -15.0, 60)))
+@pytest.mark.parametrize("rare", [60, 20_000])
+def test_rare_tokens_are_chosen_as_exactly_as_likely_ones(rare: int) -> None:
+    """Next to a probability of nearly 1, where float32 has steps of a fifteenth of theirs, and sums reach 1 early."""
+    logits = torch.cat((torch.zeros(1), torch.linspace(-13.8, -20.0, rare)))
     exact = logits.double().softmax(-1)
-    for inside in (0.02, 0.5, 0.98):
-        places = exact.cumsum(-1) - exact * (1 - inside)
-        assert [int(choose(logits, sampling(), (), float(u))) for u in places] == list(range(61))
+    for token in (0, 1, 2, rare // 2, rare - 1, rare):
+        for inside in (0.02, 0.5, 0.98):
+            rarer, own = exact[token + 1 :].sum(), exact[token]
+            uniform = 1.0 - float(rarer + own * inside)
+            assert int(choose(logits, sampling(), (), uniform)) == token
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
