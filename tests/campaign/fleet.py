@@ -155,9 +155,10 @@ class Fleet:
         await self.until_ready()
 
     def repair(self, name: str) -> None:
-        """Put the files back that a service loads."""
-        if (folder := self.models.get(name)) is not None:
-            (folder / "ema.safetensors").write_bytes((MODEL / "ema.safetensors").read_bytes())
+        """Put the file back that a service loads, if a fault has changed it: others may be reading it just now."""
+        file, right = self.models[name] / "ema.safetensors", (MODEL / "ema.safetensors").read_bytes()
+        if file.read_bytes() != right:
+            file.write_bytes(right)
 
     def dead(self) -> list[str]:
         """Services that have ended."""
