@@ -86,8 +86,10 @@ class Campaign:
         for fault, net in zip(round_.faults, armed, strict=True):
             if net is not None and net.fired:
                 found.fired[fault.group, fault.kind] += 1
+        # One that was armed and hit nothing excuses nothing.
+        happened = tuple(f for f, net in zip(round_.faults, armed, strict=True) if net is None or net.fired)
         await asyncio.gather(self._heal(found), *(self._twin(each.ask) for each in outcomes if each.answer is not None))
-        await self._judge(outcomes, found)
+        await self._judge(outcomes, replace(round_, faults=happened), found)
         await self._at_rest(found)
         found.s, found.others = time.perf_counter() - began, pressure.others()
         return found
@@ -208,11 +210,11 @@ class Campaign:
             if "ended with exit code" in str(error) or "was killed" in str(error):
                 found.wrong.append(f"{name} ended without a clear line: {error}")
 
-    async def _judge(self, outcomes: list[Outcome], found: Verdict) -> None:
+    async def _judge(self, outcomes: list[Outcome], happened: Round, found: Verdict) -> None:
         for outcome in outcomes:
             twin = await self._twin(outcome.ask) if outcome.answer is not None else None
             found.ends[self._end(outcome, twin)] += 1
-            self._add(found, verdict(outcome, twin, found.round), shown(outcome.ask))
+            self._add(found, verdict(outcome, twin, happened), shown(outcome.ask))
 
     def _add(self, found: Verdict, wrong: str, of: str) -> None:
         if wrong:

@@ -77,7 +77,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Round:
-    """One round, as it is planned."""
+    """One round, as it is planned, or with the faults that have happened."""
 
     number: int
     flavour: str
@@ -91,18 +91,17 @@ class Round:
             self.flavour == "peers" and not any(fault.kind in DISPLACING for fault in self.faults)
         )
 
-    @property
-    def damages(self) -> bool:
-        """Whether bytes of a client's own connection are damaged."""
-        return self._to_clients(DAMAGES)
+    def damages(self, ask: Ask) -> bool:
+        """Whether bytes of the connections that this request may have are damaged."""
+        return self._to_client(ask, DAMAGES)
 
-    @property
-    def loses(self) -> bool:
-        """Whether bytes of a client's own connection are lost, or damaged."""
-        return self._to_clients((*DAMAGES, "blackhole"))
+    def loses(self, ask: Ask) -> bool:
+        """Whether bytes of the connections that this request may have are lost, or damaged."""
+        return self._to_client(ask, (*DAMAGES, "blackhole"))
 
-    def _to_clients(self, kinds: Sequence[str]) -> bool:
-        return any(fault.kind in kinds and fault.place.startswith("client>") for fault in self.faults)
+    def _to_client(self, ask: Ask, kinds: Sequence[str]) -> bool:
+        link = f"client>gateway{'-single' * ask.single}/{'grpc' if ask.front == 'grpc' else 'http'}"
+        return any(fault.kind in kinds and fault.place == link for fault in self.faults)
 
 
 def plan(seed: int, number: int, links: Sequence[str], *, tls: bool) -> Round:

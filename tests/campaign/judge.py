@@ -36,11 +36,11 @@ class Late(str):
 def verdict(outcome: Outcome, twin: Outcome | None, round_: Round) -> str:
     """What is wrong with an outcome; empty if nothing is. twin: what undisturbed services answer to the same."""
     ask = outcome.ask
-    if outcome.left and ask.front != "grpc" and round_.loses:
+    if outcome.left and ask.front != "grpc" and round_.loses(ask):
         return ""  # its own network is dead, and REST has no deadline
     if outcome.left and not (ask.leaves or ask.leaves_s):
         return Late(f"no end {outcome.s:.1f} s after it was sent, with a deadline of {ask.deadline_s:g} s")
-    if not outcome.left and outcome.s > ask.deadline_s + LATE_S and not round_.loses:
+    if not outcome.left and outcome.s > ask.deadline_s + LATE_S and not round_.loses(ask):
         return Late(f"ended {outcome.s - ask.deadline_s:.1f} s after its deadline: {outcome}")
     if outcome.left:
         return ""
@@ -61,7 +61,7 @@ def _of_error(outcome: Outcome, round_: Round) -> str:
     if ran_out and outcome.s > ask.deadline_s - OWN_DEADLINE_S:
         # Its own connection has lost it: clients ask for no signs of life, and gRPC gives a silent connection up after
         # 15 s.
-        return "" if round_.loses else Late(f"only its own deadline ended it: {outcome}")
+        return "" if round_.loses(ask) else Late(f"only its own deadline ended it: {outcome}")
     if round_.strict and ask.stays:
         kind = Late if outcome.status in _SLOW else str
         return kind(f"an error that no fault of this round excuses: {outcome}")
@@ -72,7 +72,7 @@ def _of_error(outcome: Outcome, round_: Round) -> str:
             or (outcome.status == "500" and LOST_KV in outcome.message)
         )
         return "" if documented and "internal error" not in outcome.message else f"an undocumented error: {outcome}"
-    if outcome.error == "RemoteError" and round_.damages and outcome.status in BROKEN:
+    if outcome.error == "RemoteError" and round_.damages(ask) and outcome.status in BROKEN:
         return ""
     if outcome.error == "BagelError" or outcome.status not in DOCUMENTED:
         return f"an undocumented error: {outcome}"
