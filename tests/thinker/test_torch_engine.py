@@ -178,7 +178,8 @@ def test_an_engine_that_cannot_go_on_ends_its_service(engine: TorchEngine, monke
         with monkeypatch.context() as patch:
             broken = breaks(patch, ContextBuilder, "build")
             breaks(patch, TextScheduler, "work", after=2)
-            with pytest.raises(BagelError, match="internal error of the engine"):
+            # Either, as the engine may have given up before its first error is on its way.
+            with pytest.raises(BagelError, match=r"internal error of the engine|engine cannot go on"):
                 await at.text(build(max_tokens=500))
             await asyncio.to_thread(broken.wait, LIMIT_S)
         with pytest.raises(BagelError) as caught:
