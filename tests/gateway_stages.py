@@ -273,11 +273,12 @@ async def deployment(
     dits: Sequence[bytes] = (b"k",),
     ready: bool = True,
     thinkers_at: Sequence[str] = (),
+    dits_at: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncIterator[Deployment]:
     """Run a gateway with fake stages. thinkers, dits: the K/V fingerprint of each; ready: wait until it is ready.
 
-    thinkers_at: where the gateway is to call its Thinkers instead.
+    thinkers_at, dits_at: where the gateway is to call its Thinkers and DiTs instead.
     """
     journal, single = Journal(), len(pipeline(topology).stages) == 1
     served_thinkers = [] if single else [Thinker(journal, fingerprint) for fingerprint in thinkers]
@@ -305,7 +306,7 @@ async def deployment(
                 listen="127.0.0.1:0",
                 pipeline=topology,
                 thinkers=tuple(thinkers_at or addresses[: len(served_thinkers)]),
-                dits=tuple(addresses[len(served_thinkers) :]),
+                dits=tuple(dits_at or addresses[len(served_thinkers) :]),
                 **settings,
             ),
             check_every_s=0.05,

@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import grpc
 
-from bagel.client.base import GENERATE, ClientBase
+from bagel.client.base import ClientBase
 from bagel.client.busy_retry import BusyRetry
 from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, call_of, check_at_once, listed, refuse_unheard
+from bagel.client.responses import GENERATE
 from bagel.events import Result, ServiceEvent
 from bagel.rpc.transport import PLAINTEXT, Security, channel
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc

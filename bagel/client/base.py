@@ -14,7 +14,6 @@ from bagel.rpc.transport import PLAINTEXT, Security
 from bagel.v1 import gateway_pb2
 
 Stream = TypeVar("Stream")
-GENERATE = "/bagel.v1.GatewayService/Generate"
 
 
 class ClientBase(ABC, Generic[Stream]):

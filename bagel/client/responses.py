@@ -16,6 +16,8 @@ from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.integrity import Digest, Trailing, parsed, trailing_of
 from bagel.v1 import common_pb2, gateway_pb2
 
+GENERATE = "/bagel.v1.GatewayService/Generate"
+
 
 class ResponseReader:
     """Responses of one request as events. The picture comes in the Result, with the rest of it.
@@ -24,7 +26,7 @@ class ResponseReader:
     """
 
     def __init__(self, index: int, target: str, sent: bytes = b"") -> None:
-        self._index, self._target, self._digest = index, target, Digest(sent)
+        self._index, self._target, self._digest = index, target, Digest(GENERATE, sent)
         self._accepted = gateway_pb2.Accepted()
         self._settings: Mapping[str, Any] = {}
         self._picture = common_pb2.Picture()

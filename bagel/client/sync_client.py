@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import grpc
 
-from bagel.client.base import GENERATE, ClientBase
+from bagel.client.base import ClientBase
 from bagel.client.batch import generate_all
 from bagel.client.calls import MANY, Call, OnServiceEvent, PromptInput, listed, refuse_unheard
+from bagel.client.responses import GENERATE
 from bagel.events import Result, ServiceEvent
 from bagel.rpc.transport import PLAINTEXT, Security, sync_channel
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc

@@ -17,6 +17,7 @@ from bagel.telemetry.logs import request_metadata
 from bagel.v1 import kv_pb2
 
 SERVICE = kv_pb2.DESCRIPTOR.services_by_name["KvBlocksService"].full_name
+PULL = f"/{SERVICE}/Pull"
 LOST = ("UNAVAILABLE", "CANCELLED", "INTERNAL", "UNKNOWN", "RESOURCE_EXHAUSTED")
 """Statuses that a transport ends a stream with: the last one for a message length that was damaged on its way.
 
@@ -32,7 +33,7 @@ class Source:
         self.name, self.lessor = name, PeerLessor(name, channel)
         # Without a deserializer: bytes that are damaged must not break the call, and protobuf would copy the payload.
         self._pull: Any = channel.unary_stream(
-            f"/{SERVICE}/Pull", request_serializer=kv_pb2.PullRequest.SerializeToString, response_deserializer=None
+            PULL, request_serializer=kv_pb2.PullRequest.SerializeToString, response_deserializer=None
         )
 
     async def pull(self, request: kv_pb2.PullRequest, silence_s: float) -> AsyncGenerator[bytes, None]:
@@ -41,7 +42,7 @@ class Source:
         Raises KvTimeout after silence_s without one, SourceUnavailable for a stream that breaks, else what the source
         says. Close it (`contextlib.aclosing`) if it is left early.
         """
-        call, sent = self._pull(request, metadata=request_metadata()), Digest(request.SerializeToString())
+        call, sent = self._pull(request, metadata=request_metadata()), Digest(PULL, request.SerializeToString())
         try:
             while (data := await self._read(call, silence_s)) is not None:
                 yield data

@@ -1,9 +1,9 @@
 """Whether both ends of a call have the same bytes of it: a digest of its messages, which comes with its end.
 
 TCP's checksum is 16 bits wide, and a proxy or a network card may damage what passes behind it. HTTP/2 would not notice
-a changed seed, or an answer that is given to another call of its connection. So a service sends a digest of the request
-as it came and of all answers in their order. Whoever called compares it with what it sent and received. Pages of K/V
-have checksums of their own, and with TLS nothing can be changed. No torch here.
+a changed seed, or an answer that is given to another call of its connection. So a service sends a digest of the method,
+of the request as it came and of all answers in their order. Whoever called compares it with what it sent and received.
+Pages of K/V have checksums of their own, and with TLS nothing can be changed. No torch here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ Trailing = Iterable[tuple[str, str | bytes]] | None
 
 
 class Digest:
-    """Of the messages of one call: the request's, then each answer's. Of a message: its length, then its bytes."""
+    """Of one call: of its method's name, of the request and of each answer; of each its length, then its bytes."""
 
-    def __init__(self, *request: bytes) -> None:
-        """request: the first message, in pieces."""
+    def __init__(self, method: str, *request: bytes) -> None:
+        """method: its full name, /SERVICE/METHOD: HTTP/2 packs headers by those of calls before, so that a frame that
+        is lost may turn it into another's. request: the first message, in pieces."""
         # With the version, so that what a peer of another one says is not taken for right.
         self._hash = blake2b(digest_size=_BYTES, person=f"bagel wire {WIRE_VERSION}".encode())
+        self._add((method.encode(),))
         self._add(request)
 
     def add(self, message: bytes) -> None:
@@ -84,9 +86,9 @@ class Received:
     digest: Digest
 
 
-def receiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Received]:
+def receiving(read: Callable[[bytes], Any], method: str) -> Callable[[bytes], Received]:
     """A request's deserializer that keeps the digest of what came."""
-    return lambda data: Received(read(data), Digest(data))
+    return lambda data: Received(read(data), Digest(method, data))
 
 
 def trailing_of(error: grpc.RpcError) -> Trailing:
@@ -110,7 +112,7 @@ async def checked_unary(
     sent = request.SerializeToString()
     method: Any = channel.unary_unary(path, request_serializer=None, response_deserializer=None)
     call = method(sent, timeout=timeout)
-    digest, data = Digest(sent), await call
+    digest, data = Digest(path, sent), await call
     digest.add(data)
     digest.check(await call.trailing_metadata(), peer)
     return parsed(read, data, peer)

@@ -14,11 +14,11 @@ from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from bagel.errors import BagelError, ConfigError, Loading
+from bagel.errors import BagelError, ConfigError, InvalidRequest, Loading
 from bagel.rpc.errors import abort, decoding
 from bagel.rpc.guard import Guard
 from bagel.rpc.health import HEALTH, NOT_SERVING, Health
-from bagel.rpc.integrity import CURRENT, Received, receiving
+from bagel.rpc.integrity import CURRENT, Digest, Received, receiving
 from bagel.rpc.lasting_server import LastingServer
 from bagel.rpc.limits import DRAIN_S, MAX_MESSAGE_BYTES, Limits
 from bagel.rpc.reach import why_not_free
@@ -121,7 +121,7 @@ class LateMethods(grpc.GenericRpcHandler):
         """The handler of a call."""
         for handler in self._handlers:
             if (found := handler.service(details)) is not None:
-                return _guarded(found, self._unread, self._receive)
+                return _guarded(found, str(details.method), self._unread, self._receive)
         service = str(details.method).strip("/").partition("/")[0]
         if service in self._services and not self._handlers:
             return grpc.unary_unary_rpc_method_handler(_loading)
@@ -129,15 +129,15 @@ class LateMethods(grpc.GenericRpcHandler):
 
 
 def _guarded(
-    found: grpc.RpcMethodHandler[Any, Any], unread: Unread, receive: Receive | None
+    found: grpc.RpcMethodHandler[Any, Any], method: str, unread: Unread, receive: Receive | None
 ) -> grpc.RpcMethodHandler[Any, Any]:
     """The handler, for requests that are no message or may be large, and for clients that do not read."""
     handler = cast(Any, found)  # of its fields, those of its kind are not None
-    read, serialize = receiving(decoding(handler.request_deserializer)), handler.response_serializer
+    read, serialize = receiving(decoding(handler.request_deserializer), method), handler.response_serializer
     if handler.response_streaming:
         write = writing(handler.unary_stream, unread, serialize)
         if receive is not None:
-            return grpc.stream_stream_rpc_method_handler(_received(write, read, receive), None, None)
+            return grpc.stream_stream_rpc_method_handler(_received(write, read, receive, method), None, None)
         return grpc.unary_stream_rpc_method_handler(write, read, None)
     return grpc.unary_unary_rpc_method_handler(_answering(handler.unary_unary, serialize), read, None)
 
@@ -159,7 +159,7 @@ def _answering(
 
 
 def _received(
-    write: Callable[[Received, Any], Awaitable[None]], read: Callable[[bytes], Received], receive: Receive
+    write: Callable[[Received, Any], Awaitable[None]], read: Callable[[bytes], Received], receive: Receive, method: str
 ) -> Callable[[Any, Any], Awaitable[None]]:
     """A handler of a stream whose one message is received as `receive` does it; the same on the wire."""
 
@@ -168,6 +168,8 @@ def _received(
             async with receive(context) as message:
                 await write(read(message.pop()), context)
         except BagelError as error:
+            if CURRENT.get() is None and isinstance(error, InvalidRequest):
+                CURRENT.set(Digest(method))  # of no message: who has sent one sees by it that it was lost
             await abort(context, error)
 
     return handle

@@ -17,7 +17,6 @@ from weakref import WeakValueDictionary
 from grpc import aio
 
 from bagel.errors import Busy, InvalidRequest, RequestTooSlow
-from bagel.rpc.integrity import CURRENT, Digest
 from bagel.rpc.limits import MAX_MESSAGE_BYTES
 from bagel_gateway.room import Room
 
@@ -61,7 +60,6 @@ class Receiving:
                 await self._slowly(reading)
             data = reading.result()
             if not isinstance(data, bytes):
-                CURRENT.set(Digest())  # who has sent a message sees by it that it was lost
                 raise InvalidRequest("request", "the call ended before its request had come")
             held.resize(len(data))
             taken = [data]

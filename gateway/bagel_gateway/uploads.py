@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -40,11 +40,11 @@ class Answers(Generic[R]):
     time when the request is made, which has as long as a slow network takes.
     """
 
-    def __init__(self, read: Callable[[bytes], R], peer: str, silence_s: float) -> None:
-        self._read, self._peer, self._silence_s = read, peer, silence_s
+    def __init__(self, method: str, read: Callable[[bytes], R], peer: str, silence_s: float) -> None:
+        self._method, self._read, self._peer, self._silence_s = method, read, peer, silence_s
         self._limit_s: float | None = None
         self._timer: asyncio.Timeout | None = None
-        self.digest = Digest()
+        self.digest = Digest(method)
         """Of what is sent, once it is."""
 
     def begin(self, call: aio.StreamStreamCall[Pieces, bytes]) -> Self:
@@ -54,7 +54,7 @@ class Answers(Generic[R]):
 
     def sent(self, request: Pieces) -> None:
         """The request is made, and goes out."""
-        self.digest = Digest(*request)
+        self.digest = Digest(self._method, *request)
         self._limit_s = self._silence_s + sum(map(len, request)) / SLOWEST_BYTES_PER_S
         if self._timer is not None:
             self._timer.reschedule(asyncio.get_running_loop().time() + self._limit_s)
@@ -105,7 +105,7 @@ class Upload(Generic[R]):
     def __init__(
         self, channel: aio.Channel, path: str, response: Callable[[bytes], R], peer: str, silence_s: float
     ) -> None:
-        self._call: Any = channel.stream_stream(path, _joined, None)
+        self._method, self._call = path, cast(Any, channel.stream_stream(path, _joined, None))
         # Twice, as a service that is silent as a whole is found by its checks, and told as that.
         self._response, self._peer, self._silence_s = response, peer, 2 * silence_s
         self._turn = asyncio.Lock()
@@ -114,7 +114,7 @@ class Upload(Generic[R]):
         self, make: Callable[[], Pieces], nbytes: int, *, timeout: float | None, metadata: Sequence[tuple[str, str]]
     ) -> Answers[R]:
         """Call it with the message that `make` makes, of about so many bytes, when it is its turn."""
-        answers = Answers(self._response, self._peer, self._silence_s)
+        answers = Answers(self._method, self._response, self._peer, self._silence_s)
 
         async def once() -> AsyncIterator[Pieces]:
             # A large message is held whole while it is put together, so only one of them is at a time.

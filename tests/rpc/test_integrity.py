@@ -124,6 +124,21 @@ def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_give
     asyncio.run(main())
 
 
+def test_a_request_that_comes_to_another_method_is_not_told_as_wrong() -> None:
+    """As where a frame with headers is lost, by which later ones are packed."""
+
+    async def main() -> None:
+        async with deployment() as running:
+            (backend,) = running.gateway.backends.dits
+            to_another = Damage(backend.address.target, (b"DitService/Generate", b"DitService/Describe"), None)
+            async with to_another as address, deployment(dits_at=[f"dit-0={address}"]) as other:
+                with pytest.raises((TransferDamaged, RemoteError), match="damaged on its way") as told:
+                    await other.client.generate("a cup", height=16, width=16)
+                assert told.value.grpc_status == "UNAVAILABLE"
+
+    asyncio.run(main())
+
+
 def test_a_request_that_is_lost_before_its_end_is_not_told_as_wrong() -> None:
     async def main() -> None:
         async with (
