@@ -95,7 +95,7 @@ class AsyncClient(ClientBase[AsyncEvents]):
         try:
             described: gateway_pb2.DescribeModelResponse = await self._describe(timeout)
         except grpc.RpcError as error:
-            raise self._reader().error(error) from None
+            raise self._describe_error(error) from None
         return described
 
     async def _served(self, call: Call, retry: BusyRetry, on_event: OnServiceEvent | None) -> Result:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+import grpc
+
 from bagel.client.calls import Call, ImageInput, PromptInput, make_call
-from bagel.client.responses import ResponseReader
+from bagel.client.responses import DESCRIBE, ResponseReader
+from bagel.errors import BagelError
 from bagel.request import Modality
 from bagel.rpc.api_keys import key_metadata
 from bagel.rpc.deadlines import deadline_of
@@ -79,5 +82,10 @@ class ClientBase(ABC, Generic[Stream]):
         request = gateway_pb2.DescribeModelRequest()
         return self._stub.DescribeModel(request, timeout=deadline_of(timeout), metadata=self._key)
 
-    def _reader(self, index: int = 0, sent: bytes = b"") -> ResponseReader:
+    def _reader(self, index: int, sent: bytes) -> ResponseReader:
         return ResponseReader(index, self._target, sent)
+
+    def _describe_error(self, error: grpc.RpcError) -> BagelError:
+        """What `_describe` has failed with."""
+        sent = gateway_pb2.DescribeModelRequest().SerializeToString()
+        return ResponseReader(0, self._target, sent, DESCRIBE).error(error)

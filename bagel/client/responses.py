@@ -16,7 +16,7 @@ from bagel.rpc.errors import from_rpc_error
 from bagel.rpc.integrity import Digest, Trailing, parsed, trailing_of
 from bagel.v1 import common_pb2, gateway_pb2
 
-GENERATE = "/bagel.v1.GatewayService/Generate"
+GENERATE, DESCRIBE = "/bagel.v1.GatewayService/Generate", "/bagel.v1.GatewayService/DescribeModel"
 
 
 class ResponseReader:
@@ -25,8 +25,8 @@ class ResponseReader:
     index: of the request among several; target: the gateway, for messages; sent: the request's bytes.
     """
 
-    def __init__(self, index: int, target: str, sent: bytes = b"") -> None:
-        self._index, self._target, self._digest = index, target, Digest(GENERATE, sent)
+    def __init__(self, index: int, target: str, sent: bytes = b"", method: str = GENERATE) -> None:
+        self._index, self._target, self._digest = index, target, Digest(method, sent)
         self._accepted = gateway_pb2.Accepted()
         self._settings: Mapping[str, Any] = {}
         self._picture = common_pb2.Picture()

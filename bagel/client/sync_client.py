@@ -78,7 +78,7 @@ class Client(ClientBase[Events]):
         try:
             described: gateway_pb2.DescribeModelResponse = self._describe(timeout)
         except grpc.RpcError as error:
-            raise self._reader().error(error) from None
+            raise self._describe_error(error) from None
         return described
 
     def _events(self, call: Call) -> Events:
