@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -97,6 +98,8 @@ def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
     loop.run_until_complete(loop.shutdown_asyncgens())
     if left := asyncio.all_tasks(loop):  # gRPC's own, of a cancelled call: cut short, it leaves the connection open
         loop.run_until_complete(asyncio.wait(left, timeout=ENDING_S))
+    if task.cancelled():
+        gc.collect()  # a cancelled call may hold its connection, open, in a cycle
 
 
 def _drain(inbox: Inbox) -> Iterator[ServiceEvent]:
