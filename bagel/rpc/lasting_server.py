@@ -63,7 +63,8 @@ class LastingServer:
             self._watching.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watching
-        await self._server.stop(grace)
+        with suppress(UnicodeDecodeError):  # what has just ended it, which its stop raises once more
+            await self._server.stop(grace)
 
     async def _watch(self) -> None:
         while True:
