@@ -134,8 +134,9 @@ def break_connection(peer: str) -> bool:
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 # A duplicate, since closing this object would close gRPC's own descriptor.
                 with socket.socket(fileno=os.dup(int(name))) as connection:
-                    at = connection.getpeername()
-                    if (at[0].removeprefix("::ffff:"), at[1]) == wanted:
+                    # Sockets of other kinds have other addresses: an event loop's own pair has an empty text.
+                    at = connection.getpeername() if connection.family in (socket.AF_INET, socket.AF_INET6) else None
+                    if at is not None and (at[0].removeprefix("::ffff:"), at[1]) == wanted:
                         connection.shutdown(socket.SHUT_RDWR)
                         found = True
     return found

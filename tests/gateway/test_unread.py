@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from bagel.errors import BagelError, NotRead
-from bagel.rpc.transport import channel
+from bagel.rpc.transport import CHANNEL_OPTIONS
 from bagel.rpc.unread import Unread
 from bagel.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.gateway.test_service import red_cube, through, until
@@ -35,13 +35,11 @@ def with_previews() -> gateway_pb2.GenerateRequest:
 
 @asynccontextmanager
 async def lazy(at: Deployment, count: int) -> AsyncIterator[list[Any]]:
-    """So many calls of one connection whose client reads nothing."""
-    async with channel(at.target) as connection:
+    """So many calls of a client that reads nothing, over a connection of its own."""
+    alone = (*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+    async with grpc.aio.insecure_channel(at.target, alone) as connection:
         stub = gateway_pb2_grpc.GatewayServiceStub(connection)
-        calls = [stub.Generate(with_previews()) for _ in range(count)]
-        for call in calls:
-            await call.wait_for_connection()
-        yield calls
+        yield [stub.Generate(with_previews()) for _ in range(count)]
 
 
 async def read_to_the_end(call: Any) -> None:
@@ -106,11 +104,12 @@ def test_work_whose_reader_has_gone_quiet_is_cancelled() -> None:
 def test_what_waits_in_all_is_bounded_and_the_longest_waiting_go() -> None:
     async def work(at: Deployment) -> None:
         hurry(at)
-        async with lazy(at, 8):
-            await until(lambda: len(at.dits[0].asked) == 8)
+        async with lazy(at, 8) as calls:
+            await until(lambda: bool(at.dits[0].asked))
             for _ in range(3):  # whoever reads is served meanwhile
                 assert (await at.client.generate("another", timeout=10)).image is not None
                 assert at.gateway.host.unread.nbytes <= 30 * MIB
+            await until(lambda: all(call.done() for call in calls))  # their connection is broken
         await until(lambda: at.gateway.host.unread.nbytes == 0)
         await at.settled()
 
