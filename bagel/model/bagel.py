@@ -57,7 +57,8 @@ class Bagel(nn.Module):
         if parts.denoising:
             self.llm2vae = linears.whole("llm2vae", hidden, config.latent_features, bias=True, exact=True)
         has_vae = parts.encoder or parts.denoising
-        self.vae = Vae(config.vae, encoder=parts.encoder, decoder=parts.denoising) if has_vae else None
+        quick = dtype is not torch.float32
+        self.vae = Vae(config.vae, encoder=parts.encoder, decoder=parts.denoising, tf32=quick) if has_vae else None
 
     @property
     def device(self) -> torch.device:

@@ -1,10 +1,10 @@
-"""The FLUX autoencoder: diffusers' AutoencoderKL, filled from the checkpoint's own names, always in float32."""
+"""The FLUX autoencoder: diffusers' AutoencoderKL, filled from the checkpoint's own names, its weights in float32."""
 
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
-from typing import Any
+import threading
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -16,6 +16,8 @@ from bagel.parallel.vae_patch import Tiling
 
 TILE_SIZE = 512
 """Pixels a side of a tile. With tiling on, a picture up to that size is still decoded and encoded whole."""
+
+_LAUNCHING = threading.Lock()
 
 # The checkpoint's (BFL) names on the left, diffusers' on the right.
 _RENAMES = (
@@ -33,16 +35,18 @@ _RENAMES = (
 class Vae(nn.Module):
     """Pixels to latents and back; holds the encoder, the decoder or both.
 
-    Latents are the model's: scale * (z - shift).
+    Latents are the model's: scale * (z - shift). tf32: a GPU decodes with inputs of convolutions rounded to TF32's ten
+    bits, PyTorch's default, in a third of the time; for models whose steps are rounded further. It encodes in float32,
+    as the reference's bfloat16 does.
     """
 
     # Weights and inputs keep PyTorch's default layout (channels first). With channels last a CPU convolves a little
     # faster, but its group norm then adds each group up in float32 one value after the other: the error grows with
     # the picture, to 1e-4 at 512 x 512 (bench/README.md).
 
-    def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool) -> None:
+    def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool, tf32: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._tf32 = config, tf32
         widths = [config.ch * mult for mult in config.ch_mult]
         self.autoencoder: Any = AutoencoderKL(
             in_channels=config.in_channels,
@@ -81,13 +85,11 @@ class Vae(nn.Module):
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [1, 3, H, W] in [-1, 1] -> posterior mean and log variance, each [1, z, H/8, W/8]."""
-        encoder = self.autoencoder.encoder
-        with exact_convolutions():
-            if self._encoding is not None and self._encoding[0].cuts(pixels):
-                tiling, group = self._encoding
-                moments = tiling.blend(pixels, group.gather(tiling.share(pixels, encoder, group)), group)
-            else:
-                moments = encoder(pixels.contiguous())
+        if self._encoding is not None and self._encoding[0].cuts(pixels):
+            tiling, group = self._encoding
+            moments = tiling.blend(pixels, group.gather(tiling.share(pixels, self._encoded, group)), group)
+        else:
+            moments = self._encoded(pixels.contiguous())
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
@@ -102,32 +104,43 @@ class Vae(nn.Module):
         Of ranks that divide the tiles the first one calls this, and the others `help_decode`.
         """
         z = self._unscaled(latent)
-        with exact_convolutions():
-            if self._decoding is not None and self._decoding[0].cuts(z):
-                tiling, group = self._decoding
-                shares = group.collect(tiling.share(z, self.autoencoder.decoder, group))
-                assert shares is not None, "this rank helps others to decode"
-                return tiling.blend(z, shares, group)
-            decoded: Tensor = self.autoencoder.decoder(z)
-        return decoded
+        if self._decoding is None or not self._decoding[0].cuts(z):
+            return self._decoded(z)
+        tiling, group = self._decoding
+        shares = group.collect(tiling.share(z, self._decoded, group))
+        assert shares is not None, "this rank helps others to decode"
+        return tiling.blend(z, shares, group)
 
     def help_decode(self, latent: Tensor) -> None:
         """Compute this rank's tiles of a latent that the first rank decodes; nothing if that is not cut into tiles."""
         z = self._unscaled(latent)
         if self._decoding is not None and self._decoding[0].cuts(z):
             tiling, group = self._decoding
-            with exact_convolutions():
-                group.collect(tiling.share(z, self.autoencoder.decoder, group))
+            group.collect(tiling.share(z, self._decoded, group))
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
+        """Moments of pixels or of a tile of them."""
+        return _convolve(self.autoencoder.encoder, pixels, tf32=False)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        """Pixels of latents or of a tile of them."""
+        return _convolve(self.autoencoder.decoder, z, tf32=self._tf32)
 
     def _unscaled(self, latent: Tensor) -> Tensor:
         """The latent as the decoder takes it."""
         return (latent / self.config.scale_factor + self.config.shift_factor).contiguous()
 
 
-def exact_convolutions() -> AbstractContextManager[None]:
-    """Convolutions in full float32: PyTorch lets cuDNN round their inputs to TF32 unless told otherwise."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    return flags
+def _convolve(network: nn.Module, x: Tensor, *, tf32: bool) -> Tensor:
+    """Run a network with convolutions of float32 whose inputs are rounded to TF32 or not.
+
+    PyTorch reads that from a flag of the process when it launches a convolution, so on a GPU one thread launches at a
+    time. No ranks meet meanwhile.
+    """
+    if not x.is_cuda:
+        return cast(Tensor, network(x))
+    with _LAUNCHING, torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+        return cast(Tensor, network(x))
 
 
 def diffusers_name(name: str, levels: int) -> str:
