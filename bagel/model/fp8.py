@@ -20,7 +20,7 @@ SMALLEST = 1e-12
 """The least magnitude that a row is scaled by, so that a row of zeros stays one."""
 MULTIPLE = 16
 """Inputs and outputs of a product are multiples of this: the hardware reads 16 bytes at once."""
-FAST_ACCUMULATION = False
+FAST_ACCUMULATION_ROWS = 1024
 """Whether tensor cores may keep their sums in fewer digits than float32 has: quicker, less exact (bench/README.md)."""
 AT_ONCE = 2048
 """Rows of a weight that are quantised together: their float32 copies are all the memory that it takes."""
@@ -64,7 +64,7 @@ def scaled_product(x: Scaled, weight: Tensor, scale: Tensor, bias: Tensor | None
             scale_b=scale.view(1, -1),
             bias=bias,
             out_dtype=torch.bfloat16,
-            use_fast_accum=FAST_ACCUMULATION,
+            use_fast_accum=len(values) >= FAST_ACCUMULATION_ROWS,
         )
     else:
         # e4m3 fits float32, and a product of two fits too: only the order of the sum differs from the GPU's.

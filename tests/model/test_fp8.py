@@ -92,7 +92,9 @@ def product(device: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor
 def test_a_product_is_that_of_the_rounded_numbers(device: str, tokens: int, inputs: int, outputs: int) -> None:
     ours, wanted = product(device, tokens, inputs, outputs)
     assert ours.dtype is torch.bfloat16 and ours.shape == (2, tokens, outputs)
-    torch.testing.assert_close(ours.double(), wanted, rtol=2**-8, atol=1e-4 * inputs**0.5)
+    # A GPU rounds the product, of about sqrt(inputs), and adds the bias to that.
+    rounded = 1e-4 if device == "cpu" else 1e-2
+    torch.testing.assert_close(ours.double(), wanted, rtol=2**-8, atol=rounded * inputs**0.5)
 
 
 # -- what is quantised
