@@ -5,7 +5,6 @@ A graph is captured for a number of rows and a bucket, and replayed with other l
 
 from __future__ import annotations
 
-import logging
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,11 +16,9 @@ from bagel.model.bagel import Bagel
 from bagel.parallel.context import shard, whole
 from bagel.parallel.groups import ALONE, Group
 
-logger = logging.getLogger(__name__)
-
 MOST_LATENTS = 2048
-"""Latents of a step, all rows with their padding, up to which it is captured: of more, the device takes longer than
-the host, and a graph gains nothing."""
+"""Latents of a step, all rows with their padding, for each rank that shares its work, up to which it is captured: of
+more, the device takes longer than the host, and a graph gains nothing."""
 MOST_GRAPHS = 32
 """Graphs that are kept; the least recently used goes first."""
 
@@ -51,8 +48,8 @@ def row_velocities(model: Bagel, delimiters: Tensor, inputs: StepInputs, rows: R
 class StepGraphs:
     """The captured steps over one slab, by rows and bucket; each is made when it is first needed."""
 
-    def __init__(self, model: Bagel, slab: KvSlab) -> None:
-        self.slab = slab
+    def __init__(self, model: Bagel, slab: KvSlab, context: Group = ALONE) -> None:
+        self.slab, self._context, self._ranks = slab, context, context.size * model.groups.tp.size
         self._model, self._delimiters, self._maker = model, model.delimiter_embeddings(), GraphMaker(model.device)
         self._graphs: dict[tuple[int, int], _StepGraph] = {}
 
@@ -60,25 +57,22 @@ class StepGraphs:
     def over(cls, model: Bagel, slab: KvSlab, context: Group = ALONE) -> StepGraphs | None:
         """The graphs of a slab; None where forwards are not captured.
 
-        context: ranks that divide latents. They exchange K/V within a forward, which a graph would not hold.
+        context: ranks that divide latents; their exchanges of K/V are captured too, as all ranks take the same steps.
         """
         if not model.language_model.backend.captures:
             return None
-        if context.size > 1:
-            logger.info("steps are not captured as CUDA graphs: context parallel ranks exchange K/V within them")
-            return None
-        return cls(model, slab)
+        return cls(model, slab, context)
 
     def take(self, rows: int, bucket: int) -> bool:
         """Whether a step of this shape is to be replayed."""
-        return self._model.language_model.backend.captures and rows * bucket <= MOST_LATENTS
+        return self._model.language_model.backend.captures and rows * bucket <= MOST_LATENTS * self._ranks
 
     def velocities(self, inputs: StepInputs) -> Tensor:
         """As row_velocities."""
         rows, bucket = inputs.x.shape[:2]
         graph = self._graphs.pop((rows, bucket), None)
         if graph is None:
-            graph = _StepGraph(self._model, self._delimiters, self.slab, inputs, self._maker)
+            graph = _StepGraph(self._model, self._delimiters, self.slab, inputs, self._maker, self._context)
         self._graphs[rows, bucket] = graph  # the last one is the latest
         if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
@@ -88,14 +82,22 @@ class StepGraphs:
 class _StepGraph:
     """The captured forward of one shape."""
 
-    def __init__(self, model: Bagel, delimiters: Tensor, slab: KvSlab, inputs: StepInputs, maker: GraphMaker) -> None:
+    def __init__(
+        self,
+        model: Bagel,
+        delimiters: Tensor,
+        slab: KvSlab,
+        inputs: StepInputs,
+        maker: GraphMaker,
+        context: Group,
+    ) -> None:
         # Of a step that is to be taken: the forwards before the capture write the K/V that its replay writes.
         mine = self._inputs = StepInputs(*(each.clone() for each in inputs))
         # A graph is captured with one bound for all replays: no row is longer than the slab.
         bucket, longest = inputs.x.shape[1], slab.k.shape[1]
 
         def forward() -> Tensor:
-            rows = latent_rows_at(model.language_model, mine.places, bucket, longest)
+            rows = latent_rows_at(model.language_model, mine.places, bucket, longest, context=context)
             return row_velocities(model, delimiters, mine, rows, slab)
 
         self._graph, self._velocities = maker.capture(forward)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from bagel.model.attention_backends import (
     AUTO,
@@ -20,17 +18,9 @@ from bagel.model.attention_backends import (
 )
 from bagel.model.kernels import TORCH, Kernels
 from bagel.model.streams import RunBoth, SideBySide, one_by_one
-from bagel.parallel.groups import UNDIVIDED, Groups
+from bagel.parallel.groups import ALONE, UNDIVIDED, Group, Groups
 
 logger = logging.getLogger(__name__)
-
-
-Collective = Callable[[Tensor], Tensor]
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """The collective of a single rank."""
-    return x
 
 
 @dataclass(frozen=True)
@@ -38,8 +28,8 @@ class LayerBackend:
     """The functions that a layer calls besides its matrix products.
 
     attend: attention over a layer's slab, by the name `attention`; kernels: elementwise work.
-    after_attention, after_mlp: called with the outputs of the two row-split products of each expert, the attention's
-    output projection and the MLP's down projection, [rows, n, hidden]. Tensor-parallel ranks add theirs up here.
+    tp: ranks that divide each layer. They add up the outputs of the two row-split products of each expert, which are
+    the attention's output projection and the MLP's down projection.
     run_both: runs the two experts' halves of a layer. Ranks whose collectives must keep their order need one_by_one.
     captures: whether small forwards are captured as CUDA graphs; attention must read its lengths on the device.
     """
@@ -47,8 +37,7 @@ class LayerBackend:
     attend: AttentionBackend = sdpa
     kernels: Kernels = TORCH
     attention: str = "sdpa"
-    after_attention: Collective = unchanged
-    after_mlp: Collective = unchanged
+    tp: Group = ALONE
     run_both: RunBoth = one_by_one
     captures: bool = False
 
@@ -70,18 +59,14 @@ def choose_backend(
     divide the model. Raises ConfigError for an attention backend that cannot run there.
     """
     name = choose_attention(device, dtype, attention)
-    add_up = groups.tp.add_up if groups.tp.size > 1 else unchanged
-    backend = LayerBackend(BACKENDS[name], attention=name, after_attention=add_up, after_mlp=add_up)
+    backend = LayerBackend(BACKENDS[name], attention=name, tp=groups.tp)
     if device.type != "cuda" or eager:
         return backend
     backend = replace(backend, kernels=_fused_kernels(device, dtype))
-    if groups.tp.size > 1:
-        # Two streams would let the ranks' exchanges come in different orders. And a graph that waits for another
-        # rank's graph is safe only if both replay the same ones in the same order, next to the autoencoder's thread.
-        logger.info("no CUDA graphs and one stream: tensor parallel ranks add up tensors within layers")
-        return backend
     captures = name in ON_DEVICE and backend.kernels is not TORCH
-    return replace(backend, run_both=SideBySide(device), captures=captures)
+    # On two streams, sums of tensor-parallel ranks could come in another order on each rank.
+    run_both = SideBySide(device) if groups.tp.size == 1 else one_by_one
+    return replace(backend, run_both=run_both, captures=captures)
 
 
 def launched_in_order(backend: LayerBackend) -> LayerBackend:

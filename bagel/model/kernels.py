@@ -55,7 +55,7 @@ class Kernels(Protocol):
 
         qkv [rows, n, (heads + 2 kv_heads) * head_dim] contiguous; norms: weights of q's and k's norm [head_dim];
         rope: rotary factors, each [rows, n or 1, 1, head_dim] float32. Written: q [rows * n, heads, head_dim], and the
-        places slots [rows * n] of kv = (k, v), each [tokens, kv_heads, head_dim].
+        places slots [rows * n] of kv = (k, v), each [tokens, kv_heads, head_dim]. q may have no heads, or k and v none.
         """
         ...
 
@@ -101,7 +101,7 @@ class TorchKernels:
         weight = torch.cat((norms[0].expand(heads, -1), norms[1].expand(kv_heads, -1)))
         turned_q, turned_k = norm_and_rotate(qk.float(), weight, eps, rope).split((heads, kv_heads), dim=-2)
         q.view(turned_q.shape).copy_(turned_q)
-        for cache, new in zip(kv, (turned_k, v), strict=True):
+        for cache, new in zip(kv, (turned_k, v), strict=True) if kv_heads else ():
             # By index, as a row's tokens do not lie together: latents lie between two delimiters.
             cache.index_copy_(0, slots, new.flatten(0, -3).to(cache.dtype))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bagel.errors import ConfigError
 from bagel.model.fp8 import FP8, MULTIPLE, Scaled, scaled_product
+from bagel.model.kernels import Activations
 from bagel.parallel.groups import UNDIVIDED, Group, Groups
 from bagel.parallel.mesh import Rank, Share
 
@@ -47,8 +48,14 @@ class Linear(nn.Linear):
         self.outputs, self.inputs, self.split = outputs, inputs, split
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.some(x, slice(None))
+
+    def some(self, x: Activations, outputs: slice) -> Tensor:
+        """As forward, of these outputs alone."""
+        assert isinstance(x, Tensor)
         # Norms give float32 unless asked otherwise; the weights may be bfloat16.
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        bias = None if self.bias is None else self.bias[outputs]
+        return F.linear(x.to(self.weight.dtype), self.weight[outputs], bias)
 
 
 class SummedLinear(Linear):
@@ -86,7 +93,13 @@ class Fp8Linear(Linear):
 
     def forward(self, x: Scaled) -> Tensor:  # type: ignore[override]
         """x [..., inputs], from `Kernels` -> [..., outputs] bfloat16."""
-        return scaled_product(x, self.weight, self.scale, self.bias)
+        return self.some(x, slice(None))
+
+    def some(self, x: Activations, outputs: slice) -> Tensor:
+        """As forward, of these outputs alone."""
+        assert isinstance(x, Scaled)
+        bias = None if self.bias is None else self.bias[outputs]
+        return scaled_product(x, self.weight[outputs], self.scale[outputs], bias)
 
 
 class Quantization(StrEnum):

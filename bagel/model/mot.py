@@ -10,7 +10,7 @@ LM head by tokens. A fed DiT keeps two rows of the one, whole on every rank, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from bagel.checkpoint.config import LlmConfig
 from bagel.checkpoint.roles import Parts
 from bagel.model.attention import KvShape, KvSlab, Rows
 from bagel.model.backend import LayerBackend
-from bagel.model.kernels import Rope, rope_factors
+from bagel.model.kernels import Activations, Rope, rope_factors
 from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
 from bagel.model.linear import LinearFactory
 from bagel.model.offload import LayerStream
@@ -28,6 +28,9 @@ from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
 
 OnLayer = Callable[[int], None]
+OVERLAPPED_TOKENS = 2048
+"""Tokens from which on tensor-parallel ranks add up one half while they compute the other: of fewer, two launches cost
+more than the sum."""
 GENERATION_SUFFIX = "_moe_gen"
 """What the checkpoint adds to the names of the generation expert's modules."""
 
@@ -40,6 +43,7 @@ class ExpertInput(nn.Module):
         attention, dim, eps = f"{name}.self_attn", config.head_dim, config.rms_norm_eps
         heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads}
         outputs = {f"{attention}.{which}_proj{suffix}": each.times(dim) for which, each in heads.items()}
+        self.head_dim, self.queries_end = dim, heads["q"].times(dim).count
         self.input_layernorm = RMSNorm(f"{name}.input_layernorm{suffix}", config.hidden_size, eps)
         self.qkv_proj = linears.column(outputs, config.hidden_size, bias=True)
         self.qk_norm = HeadNorms((f"{attention}.q_norm{suffix}", f"{attention}.k_norm{suffix}"), dim, eps)
@@ -48,8 +52,26 @@ class ExpertInput(nn.Module):
         self, x: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
     ) -> None:
         """Fill q [rows * n, heads, head_dim], and kv at slots, from x [rows, n, hidden] float32."""
-        qkv = self.qkv_proj(self.input_layernorm(x, backend.kernels, self.qkv_proj.weight.dtype))
-        self.qk_norm(qkv, rope, slots, q, kv, backend.kernels)
+        self.qk_norm(self.qkv_proj(self.normed(x, backend)), rope, slots, q, kv, backend.kernels)
+
+    def normed(self, x: Tensor, backend: LayerBackend) -> Activations:
+        """What `keys_values` and `queries` take, which together do what forward does."""
+        normed: Activations = self.input_layernorm(x, backend.kernels, self.qkv_proj.weight.dtype)
+        return normed
+
+    def keys_values(
+        self, normed: Activations, rope: Rope, slots: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> None:
+        """Fill kv at slots."""
+        projected = self.qkv_proj.some(normed, slice(self.queries_end, None))
+        no_queries = kv[0].new_empty(len(slots), 0, self.head_dim)
+        self.qk_norm(projected, rope, slots, no_queries, kv, backend.kernels)
+
+    def queries(self, normed: Activations, rope: Rope, slots: Tensor, q: Tensor, backend: LayerBackend) -> None:
+        """Fill q."""
+        projected = self.qkv_proj.some(normed, slice(self.queries_end))
+        none = q.new_empty(len(slots), 0, self.head_dim)
+        self.qk_norm(projected, rope, slots, q, (none, none), backend.kernels)
 
 
 class ExpertOutput(nn.Module):
@@ -64,11 +86,33 @@ class ExpertOutput(nn.Module):
 
     def forward(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
         """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
-        taken = backend.kernels.cast(attended.flatten(-2), self.o_proj.weight.dtype)
-        delta = backend.after_attention(self.o_proj(taken).view(x.shape))
-        x, normed = self.post_attention_layernorm(x, delta, backend.kernels, self.mlp.takes)
-        # In place, as this x is the sum that was just made, not the caller's tensor.
-        return x.add_(backend.after_mlp(self.mlp(normed, backend.kernels)))
+        tokens, tp = x.flatten(0, 1), backend.tp
+        if tp.size > 1 and len(tokens) >= OVERLAPPED_TOKENS:
+            return self._in_halves(tokens, attended, backend).view(x.shape)
+        delta = tp.add_up(self._projected(attended, backend))
+        added, normed = self.post_attention_layernorm(tokens, delta, backend.kernels, self.mlp.takes)
+        # In place, as this is the sum that was just made, not the caller's tensor.
+        done: Tensor = added.add_(tp.add_up(self.mlp(normed, backend.kernels)))
+        return done.view(x.shape)
+
+    def _in_halves(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
+        """As forward, of tokens x [n, hidden]: ranks add up one half's results while they compute the other half."""
+        halves = list(zip(x.chunk(2), attended.chunk(2), strict=True))
+        deltas = [backend.tp.begin_add_up(self._projected(each, backend)) for _, each in halves]
+        added, mlps = list[Tensor](), list[Callable[[], Tensor]]()
+        for (half, _), delta in zip(halves, deltas, strict=True):
+            sum_, normed = self.post_attention_layernorm(half, delta(), backend.kernels, self.mlp.takes)
+            added.append(sum_)
+            mlps.append(backend.tp.begin_add_up(self.mlp(normed, backend.kernels)))
+        result = torch.empty_like(x)
+        for part, half, mlp in zip(result.chunk(2), added, mlps, strict=True):
+            torch.add(half, mlp(), out=part)
+        return result
+
+    def _projected(self, attended: Tensor, backend: LayerBackend) -> Tensor:
+        """This rank's part of attention's output projection, [n, hidden]."""
+        projected: Tensor = self.o_proj(backend.kernels.cast(attended.flatten(-2), self.o_proj.weight.dtype))
+        return projected
 
 
 EXPERTS = (("und_input", "und_output"), ("gen_input", "gen_output"))
@@ -99,12 +143,12 @@ class MoTLayer(nn.Module):
         if gen is None:
             self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
             return self.und_output(und, backend.attend(q, *kv, rows), backend), None
-        gen_input, gen_output, gen_kv = self.gen_input, self.gen_output, rows.gen_kv
-        assert gen_input is not None and gen_output is not None and gen_kv is not None
+        gen_output = self.gen_output
+        assert gen_output is not None
         # Of an image the understanding expert has only the two delimiters, a fraction of the generation expert's work.
         _, finish = backend.run_both(
             lambda: self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend),
-            lambda: gen_kv.write(kv, lambda kv, slots: gen_input(gen, rows.gen_rope, slots, q[split:], kv, backend)),
+            lambda: self._latents(gen, rows, q[split:], kv, backend),
         )
         finish()
         # After both experts and all ranks, as each attends to the K/V that the others have written.
@@ -115,15 +159,45 @@ class MoTLayer(nn.Module):
         )
         return both
 
+    def _latents(
+        self, gen: Tensor, rows: Rows, q: Tensor, slab: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> Callable[[], None]:
+        """Fill q of the latents and write their K/V; the function that is returned waits for those of other ranks."""
+        expert, gen_kv, rope = self.gen_input, rows.gen_kv, rows.gen_rope
+        assert expert is not None and gen_kv is not None and rope is not None
+        if gen_kv.group.size == 1:
+            expert(gen, rope, gen_kv.slots, q, slab, backend)
+            return lambda: None
+        # K/V first, so that they are on their way while the queries are computed.
+        normed = expert.normed(gen, backend)
+        finish = gen_kv.write(slab, lambda kv, at: expert.keys_values(normed, rope, at, kv, backend))
+        expert.queries(normed, rope, gen_kv.own_slots, q, backend)
+        return finish
 
-class Layers(nn.ModuleList):
+
+class Layers(nn.Module):
     """The layers of a decoder, in their order.
 
     A module of its own: ranks that divide the weights gather them around its forward and that of each layer
-    (bagel.parallel.hsdp). stream: brings the weights where they lie in the host's memory.
+    (bagel.parallel.hsdp; PyTorch 2.11 takes no ModuleList there). stream: brings the weights where they lie in the
+    host's memory.
     """
 
     stream: LayerStream | None = None
+
+    def __init__(self, layers: Iterable[MoTLayer]) -> None:
+        super().__init__()
+        for i, layer in enumerate(layers):
+            self.add_module(str(i), layer)
+
+    def __iter__(self) -> Iterator[MoTLayer]:
+        return cast(Iterator[MoTLayer], self.children())
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> MoTLayer:
+        return cast(MoTLayer, self._modules[str(index)])
 
     def forward(
         self,

@@ -76,7 +76,7 @@ class TritonKernels:
         rows, n = qkv.shape[:2]
         (heads, dim), kv_heads = q.shape[-2:], kv[0].shape[-2]
         direct, swapped = rope
-        turned, copied = (triton.next_power_of_2(count) for count in (heads + kv_heads, kv_heads))
+        turned, copied = (triton.next_power_of_2(count) for count in (heads + kv_heads, max(1, kv_heads)))
         _rotate[rows * n,](
             qkv,
             *norms,

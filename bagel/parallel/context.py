@@ -48,16 +48,13 @@ class LatentKv:
         return cls(slots.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(), group)
 
     def write(self, kv: Kv, write: WriteKv) -> Callable[[], None]:
-        """Bring the latents' K/V to one layer's slab, kv; the function that is returned ends this.
+        """Bring the latents' K/V of all ranks to one layer's slab, kv; the function that is returned ends this.
 
         Between the two calls the ranks' K/V are on their way: what does not attend to them may be computed then.
         """
-        if self.group.size == 1:
-            write(kv, self.slots)
-            return _done
         # K and V of a token side by side, so that one exchange brings both: V is K's tensor from its second place on.
-        mine = kv[0].new_empty(2 * len(self._own_slots), *kv[0].shape[1:])
-        write((mine, mine[1:]), self._own_slots)
+        mine = kv[0].new_empty(2 * len(self.own_slots), *kv[0].shape[1:])
+        write((mine, mine[1:]), self.own_slots)
         arrived = self.group.begin_gather(mine)
 
         def finish() -> None:
@@ -68,10 +65,6 @@ class LatentKv:
         return finish
 
     @cached_property
-    def _own_slots(self) -> Tensor:
+    def own_slots(self) -> Tensor:
         """Places of K, every other one, in what a rank sends."""
         return torch.arange(0, 2 * len(self.slots) // self.group.size, 2, device=self.slots.device)
-
-
-def _done() -> None:
-    """Nothing is on its way."""

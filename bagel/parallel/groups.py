@@ -37,6 +37,21 @@ class Group:
             dist.all_reduce(x, group=self.handle)
         return x
 
+    def begin_add_up(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to `add_up`; the function that is returned waits for the result, and must be called once.
+
+        On a GPU the device's stream waits, not the host. Nothing may read or write x until then.
+        """
+        if self.size == 1:
+            return lambda: x
+        work = dist.all_reduce(x, group=self.handle, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return x
+
+        return wait
+
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' tensors of one shape, in the order of the ranks: [...] -> [size, ...]."""
         return self.begin_gather(x)()

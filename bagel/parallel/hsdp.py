@@ -20,24 +20,25 @@ from torch.distributed.tensor import DTensor
 from bagel.parallel.groups import Group
 
 
-def shard(layers: nn.ModuleList, others: Iterable[nn.Module], group: Group, device: torch.device) -> None:
+def shard(layers: nn.Module, others: Iterable[nn.Module], group: Group, device: torch.device) -> None:
     """Divide the weights of these modules among the ranks of a group; nothing in a group of one.
 
-    layers: with a forward that runs them in their order; each is a unit. others: units that run outside of it. The
-    parameters may be on the meta device, and get memory with `to_empty`: each rank for its own rows alone.
+    layers: its children are the layers, each of them a unit, and its forward runs them in their order. others: units
+    that run outside of it. The parameters may be on the meta device, and get memory with `to_empty`: each rank for its
+    own rows alone.
     """
     if group.size == 1:
         return
     assert group.handle is not None
     mesh = DeviceMesh.from_group(group.handle, device.type)
-    units: list[nn.Module] = [*layers, *others]
+    units = [*layers.children(), *others]
     # Norms and biases are a thousandth of the weights, and often of another type: whole on every rank.
     small = {each for unit in units for each in unit.parameters() if each.dim() < 2}
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=small)
     # The root: its forward tells fully_shard where a pass begins and ends.
     fully_shard(layers, mesh=mesh, reshard_after_forward=True, ignored_params=small)
-    for layer, following in pairwise(layers):
+    for layer, following in pairwise(layers.children()):
         assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
         layer.set_modules_to_forward_prefetch([following])
 

@@ -144,7 +144,13 @@ def elementwise(kernels: Kernels, dtype: torch.dtype, takes: torch.dtype) -> dic
     )
     slots = torch.randperm(30, generator=generator)[:10].to(device)
     rope = random(rows, n, 1, dim), random(rows, n, 1, dim)
-    kernels.rotate(qkv, (random(dim), random(dim)), 1e-6, rope, q, (k, v), slots)
+    norms = random(dim), random(dim)
+    kernels.rotate(qkv, norms, 1e-6, rope, q, (k, v), slots)
+    # Queries, and keys with values, each by themselves.
+    none, split = q.new_empty(len(slots), 0, dim), heads * dim
+    alone = {name: torch.full_like(each, torch.nan) for name, each in {"q": q, "k": k, "v": v}.items()}
+    kernels.rotate(qkv[..., :split].contiguous(), norms, 1e-6, rope, alone["q"], (none, none), slots)
+    kernels.rotate(qkv[..., split:].contiguous(), norms, 1e-6, rope, none, (alone["k"], alone["v"]), slots)
     taken = {
         "norm": kernels.norm(x, weight, 1e-6, takes),
         "normed": normed,
@@ -152,15 +158,17 @@ def elementwise(kernels: Kernels, dtype: torch.dtype, takes: torch.dtype) -> dic
         "gate": kernels.gate(random(rows, n, 2 * 5000).to(dtype), takes),
         "cast": kernels.cast(delta, takes),
     }
-    return {"added": added, "q": q, "k": k, "v": v, **{name: plain(each) for name, each in taken.items()}}
+    apart = {f"{name} alone": each for name, each in alone.items()}
+    return {"added": added, "q": q, "k": k, "v": v, **apart, **{name: plain(each) for name, each in taken.items()}}
 
 
 @pytest.mark.gpu
 @gpu
 @pytest.mark.parametrize(
     ("dtype", "takes", "near"),
-    # e4m3 has steps of an eighth, and values on the border of two may go either way.
-    [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.bfloat16, 5e-3), (torch.bfloat16, FP8, 0.13)],
+    # PyTorch rounds SiLU, and its product with up once more. e4m3 has steps of an eighth, and values on the border of
+    # two may go either way.
+    [(torch.float32, torch.float32, 1e-6), (torch.bfloat16, torch.bfloat16, 8e-3), (torch.bfloat16, FP8, 0.13)],
 )
 def test_fused_kernels_compute_what_pytorchs_operators_do(dtype: torch.dtype, takes: torch.dtype, near: float) -> None:
     from bagel.model.triton_kernels import TRITON

@@ -18,6 +18,7 @@ from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
 from bagel.engine.sampler import Canvas
 from bagel.engine.step_graphs import StepGraphs
+from bagel.model import mot
 from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.parallel.mesh import Mesh
 from bagel.parity.record import Recorder
@@ -105,16 +106,22 @@ def draw_all(groups: Groups) -> dict[str, Drawn]:
     return {name: draw(engine, case, groups) for name, case in CASES.items()}
 
 
+def draw_in_halves(groups: Groups) -> Drawn:
+    """As tensor-parallel ranks compute many tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mot, "OVERLAPPED_TOKENS", 2)
+        return draw(BagelEngine(load_share(groups)), CASES["three branches"], groups)
+
+
 def load_share(groups: Groups) -> LoadedModel:
     place, dtype = torch.device("cpu"), torch.float32
     return load_role(Checkpoint(MODEL), Role.FULL, dtype=dtype, device=place, groups=groups)
 
 
-def draw_with_graphs(groups: Groups) -> tuple[Drawn, bool]:
+def draw_with_graphs(groups: Groups) -> Drawn:
     with pytest.MonkeyPatch.context() as patch:
-        model = capturing(loaded().model, patch)
-        captures = StepGraphs.over(model, kv_space_of(model, [1]).slab, groups.context) is not None
-        return draw(loaded(), CASES["four pictures"], groups, graphs=True), captures
+        capturing(loaded().model, patch)
+        return draw(loaded(), CASES["four pictures"], groups, graphs=True)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +166,14 @@ def test_context_ranks_have_the_kv_of_whole_rows(
             np.testing.assert_allclose(drawn[name].slab, wanted[name].slab, atol=2e-5, rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("mesh", "captured"), [(Mesh(cfg=2), True), (Mesh(context=2), False)], ids=str)
-def test_each_rank_replays_its_rows(mesh: Mesh, captured: bool, ranks: Ranks, wanted: dict[str, Drawn]) -> None:
-    for drawn, captures in ranks.run(mesh, draw_with_graphs):
-        assert captures is captured
+@pytest.mark.parametrize("mesh", [Mesh(cfg=2), Mesh(context=2)], ids=str)
+def test_each_rank_replays_its_part(mesh: Mesh, ranks: Ranks, wanted: dict[str, Drawn]) -> None:
+    for drawn in ranks.run(mesh, draw_with_graphs):
         for ours, one in zip(drawn.latents, wanted["four pictures"].latents, strict=True):
             np.testing.assert_allclose(ours, one, atol=2e-5, rtol=0)
+
+
+def test_tensor_parallel_ranks_add_up_halves(ranks: Ranks, wanted: dict[str, Drawn]) -> None:
+    first, second = ranks.run(Mesh(tp=2), draw_in_halves)
+    np.testing.assert_allclose(first.latents[0], wanted["three branches"].latents[0], atol=2e-5, rtol=0)
+    assert np.array_equal(first.latents[0], second.latents[0])
