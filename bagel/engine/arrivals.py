@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bagel.engine.commands import LandedPage
-from bagel.engine.host_memory import Staging, pin
+from bagel.engine.host_memory import Staging, pin, unpin
 from bagel.engine.progress import Heartbeat
 from bagel.model.attention import KvSlab
 from bagel.parallel.mesh import Share
@@ -82,6 +82,9 @@ class Arrivals:
     def close(self) -> None:
         """Wait for the job under way, and end."""
         self._thread.shutdown(cancel_futures=True)
+        if self._stream is not None and self._direct:
+            self._stream.synchronize()
+            unpin(self._memory)
 
     def _submit(self, arrival: Arrival, job: Callable[[], None]) -> None:
         def watched() -> None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def pin(memory: Tensor, device: torch.device) -> bool:
-    """Register memory with the driver of a GPU, once and for as long as the process runs; whether it has done so.
+    """Register memory with the driver of a GPU until `unpin`; whether it has done so.
 
     Copies between pinned memory and the device need no processor and hold up nobody. False on a CPU, which has no use
     for it. All of the memory is committed then.
@@ -38,6 +38,12 @@ def pin(memory: Tensor, device: torch.device) -> bool:
     seconds = round(time.perf_counter() - began, 2)
     logger.info("shared memory pinned", extra={"fields": {"bytes": memory.nbytes, "seconds": seconds}})
     return True
+
+
+def unpin(memory: Tensor) -> None:
+    """Take back `pin`, before the memory is unmapped: the driver would copy to what lay there, whatever lies there
+    later. No copy may be under way."""
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 class Staging:

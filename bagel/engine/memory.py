@@ -14,6 +14,10 @@ from bagel.model.bagel import Bagel
 DEFAULT_KV_TOKENS = 131_072
 """Tokens of K/V, contexts and latents, of pictures and texts at once: 7 GiB of the 7B in bfloat16."""
 
+WORKING_BYTES = 9 * 2**29
+"""4.5 GiB: what a GPU is left for computing, where that leaves K/V a quarter of what is free. The largest intermediate
+results of the 7B at 1024 x 1024, and contexts that are kept for other requests."""
+
 _WORDS = ("out of memory", "not enough memory", "allocate memory", "_ALLOC_FAILED")
 """Of CUDA outside of PyTorch's allocator, of a CPU's allocator, of cuBLAS and cuDNN."""
 
@@ -29,7 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def kv_space(model: Bagel, nbytes: int | None) -> SharedSlab:
     """Room for so many bytes of K/V on the model's device, allocated once.
 
-    None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, a quarter of the host's for a CPU.
+    None: DEFAULT_KV_TOKENS, but at most half of a GPU's memory that is free now, and less where that leaves less than
+    WORKING_BYTES; at most a quarter of the host's for a CPU.
     Ranks of one model have the same room, that of the one with the least: what fits is then the same on all of them.
     Raises ConfigError for less than a token, OutOfMemory if the device does not have it.
     """
@@ -62,6 +67,6 @@ def _slab(model: Bagel, tokens: int) -> SharedSlab:
 def _share(device: torch.device) -> int:
     """The most bytes that K/V get by default."""
     if device.type == "cuda":
-        # Of what is free: the weights are loaded already.
-        return torch.cuda.mem_get_info(device)[0] // 2
+        free = torch.cuda.mem_get_info(device)[0]  # the weights are loaded already
+        return max(free // 4, min(free // 2, free - WORKING_BYTES))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4

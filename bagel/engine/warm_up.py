@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from bagel.engine.commands import PlacedContext
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
@@ -34,6 +35,9 @@ BRANCHES: Mapping[ImageSettings, tuple[BranchName, ...]] = {
     ImageSettings(steps=2, cfg_img_scale=1.5): tuple(BranchName),
 }
 """Settings whose first step runs one, two and three rows."""
+PARTS = (1, 2, 4)
+"""Of each side of the default size, the parts that other usual sizes have: 512 and 256 pixels of 1024. Their steps are
+CUDA graphs, which are captured here."""
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +96,22 @@ def _write(texts: TextScheduler) -> None:
 
 
 def _draw(loaded: LoadedModel, space: SharedSlab, diffusion: DiffusionEngine) -> None:
-    """Take a step of a picture of the default size with each number of rows, and decode one."""
+    """Take a step of pictures of the usual sizes with each number of rows, and decode one of the default size."""
     config, device = loaded.model.config, loaded.model.device
     height, width = (side // config.latent_stride for side in config.default_image_size)
     noise = torch.zeros(height * width, config.latent_features)
+    for parts in PARTS:
+        grid = max(1, height // parts), max(1, width // parts)
+        _take_steps(space, diffusion, grid, noise[: grid[0] * grid[1]])
+    diffusion.vae.warm_up(noise.to(device), (height, width))
+
+
+def _take_steps(space: SharedSlab, diffusion: DiffusionEngine, grid: tuple[int, int], noise: Tensor) -> None:
+    """Take a step of a picture of rows x columns latents with each number of rows."""
     bucket = diffusion.bucket(len(noise))
     for settings, branches in BRANCHES.items():
         contexts = {name: ArrivingContext(PlacedContext(name.encode(), 0, 0)) for name in branches}
-        picture = Picture(settings, (height, width), noise, contexts)
+        picture = Picture(settings, grid, noise, contexts)
         if space.needed(picture.kv_tokens(bucket)) > space.size:
             continue  # a request of this size never has room either
         canvas = diffusion.canvas(bucket)
@@ -108,4 +120,3 @@ def _draw(loaded: LoadedModel, space: SharedSlab, diffusion: DiffusionEngine) ->
             canvas.step([drawing])
         finally:
             canvas.remove(drawing)
-    diffusion.vae.warm_up(noise.to(device), (height, width))

@@ -102,7 +102,8 @@ def test_a_model_that_only_draws_reads_nothing(engine: BagelEngine) -> None:
     with Recorder(loaded.model) as record:
         made.warm_up()
     made.close()
-    assert rows_and_latents(record) == [(1, 12), (2, 12), (3, 12)]
+    # Of the default size, half and a quarter of its sides.
+    assert rows_and_latents(record) == [(rows, latents) for latents in (12, 2, 1) for rows in (1, 2, 3)]
 
 
 def test_too_little_memory_names_the_remedy(engine: BagelEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bagel.engine.context import SegmentKv
-from bagel.engine.host_memory import pin
+from bagel.engine.host_memory import pin, unpin
 from bagel.engine.text_scheduler import (
     ChainExtended,
     ContextDone,
@@ -64,7 +64,8 @@ class KvLane:
     def __init__(self, store: KvStore, device: torch.device) -> None:
         self._store, self._device = store, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pinned = pin(torch.frombuffer(store.arena.buffer, dtype=torch.uint8), device)
+        self._memory = torch.frombuffer(store.arena.buffer, dtype=torch.uint8)
+        self._pinned = pin(self._memory, device)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # Around the two that follow.
         self._idle = Condition()
@@ -149,6 +150,8 @@ class KvLane:
         """Stop the thread after what was handed in so far."""
         self._jobs.put(None)
         self._thread.join()
+        if self._pinned:
+            unpin(self._memory)
 
     def _launch(self, sources: Pair, targets: Pair) -> _Copy:
         if self._stream is None:
