@@ -13,7 +13,7 @@ from bagel.errors import BagelError, InvalidRequest, RemoteError, TransferDamage
 from bagel.events import Accepted, DrawingStarted, PrefillDone, Preview, Result, ServiceEvent, StepDone, TextDelta
 from bagel.rpc import convert
 from bagel.rpc.errors import from_rpc_error
-from bagel.rpc.integrity import Digest, Trailing, parsed, trailing_of
+from bagel.rpc.integrity import Digest, Trailing, parsed
 from bagel.v1 import common_pb2, gateway_pb2
 
 GENERATE, DESCRIBE = "/bagel.v1.GatewayService/Generate", "/bagel.v1.GatewayService/DescribeModel"
@@ -61,7 +61,7 @@ class ResponseReader:
     def error(self, error: grpc.RpcError) -> BagelError:
         """What the request failed with; an InvalidRequest says which of several requests it is about."""
         try:
-            self._digest.check(trailing_of(error), self._target, failed=True)
+            self._digest.check_failed(error, self._target)
         except TransferDamaged as damaged:  # the error is that of another request than the one that was sent
             return damaged
         failure = from_rpc_error(error, self._target)

@@ -12,7 +12,7 @@ import grpc.aio
 from bagel.errors import BagelError, KvTimeout, Loading, SourceUnavailable, TransferDamaged
 from bagel.kv.lease_keeper import PeerLessor
 from bagel.rpc.errors import from_rpc_error
-from bagel.rpc.integrity import Digest, trailing_of
+from bagel.rpc.integrity import Digest
 from bagel.telemetry.logs import request_metadata
 from bagel.v1 import kv_pb2
 
@@ -48,7 +48,7 @@ class Source:
                 yield data
         except grpc.aio.AioRpcError as error:
             try:
-                sent.check(trailing_of(error), self.name, failed=True)
+                sent.check_failed(error, self.name)
             except TransferDamaged as damaged:  # the error is about another request, as of a segment that nobody has
                 raise SourceUnavailable(str(damaged)) from error
             raise source_error(error, self.name) from error

@@ -51,12 +51,21 @@ class Digest:
         """What a service sends at the end of the call."""
         return ((KEY, self._hash.digest()),)
 
-    def check(self, trailing: Trailing, peer: str, *, failed: bool = False) -> None:
-        """Raise TransferDamaged unless a call ended with this digest. failed: with an error, which may come without."""
-        told = next((value for key, value in trailing or () if key == KEY), None)
+    def check(self, trailing: Trailing, peer: str) -> None:
+        """Raise TransferDamaged unless a call ended with this digest."""
+        self._compare(_told(trailing), peer)
+
+    def check_failed(self, error: grpc.RpcError, peer: str) -> None:
+        """Raise TransferDamaged if a call ended with an error that is about another request than the one that was sent.
+
+        An error of gRPC or of a proxy has no digest. What is wrong with a request only our services say, with theirs.
+        """
+        told = _told(trailing_of(error))
+        if told is not None or error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+            self._compare(told, peer)
+
+    def _compare(self, told: str | bytes | None, peer: str) -> None:
         if told is None:
-            if failed:
-                return
             raise TransferDamaged(
                 f"{peer} did not say what it received and sent: it is of an older release, or what it said was damaged "
                 "on its way; send the request again, or run the same release on both sides"
@@ -97,6 +106,11 @@ def trailing_of(error: grpc.RpcError) -> Trailing:
     return trailing() if trailing is not None else None
 
 
+def _told(trailing: Trailing) -> str | bytes | None:
+    """The digest that a call ended with, if there is one."""
+    return next((value for key, value in trailing or () if key == KEY), None)
+
+
 def parsed(read: Callable[[bytes], R], data: bytes, peer: str) -> R:
     """An answer as a message; TransferDamaged if it is none."""
     try:
@@ -112,7 +126,12 @@ async def checked_unary(
     sent = request.SerializeToString()
     method: Any = channel.unary_unary(path, request_serializer=None, response_deserializer=None)
     call = method(sent, timeout=timeout)
-    digest, data = Digest(path, sent), await call
+    digest = Digest(path, sent)
+    try:
+        data = await call
+    except grpc.RpcError as error:
+        digest.check_failed(error, peer)
+        raise
     digest.add(data)
     digest.check(await call.trailing_metadata(), peer)
     return parsed(read, data, peer)

@@ -19,7 +19,7 @@ from grpc import aio
 from bagel.errors import RemoteError
 from bagel.prompts import Part, Prompt, TextPart
 from bagel.rpc import alive
-from bagel.rpc.integrity import Digest, parsed, trailing_of
+from bagel.rpc.integrity import Digest, parsed
 from bagel.rpc.structure import varint
 from bagel.rpc.unread import SLOWEST_BYTES_PER_S
 from bagel.v1 import common_pb2
@@ -79,7 +79,7 @@ class Answers(Generic[R]):
                 data = await self._call.read()
         except grpc.RpcError as error:
             # One that is about another request than the one that was sent tells nothing.
-            self.digest.check(trailing_of(error), self._peer, failed=True)
+            self.digest.check_failed(error, self._peer)
             raise
         except TimeoutError:
             raise RemoteError(

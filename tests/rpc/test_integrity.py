@@ -207,6 +207,21 @@ def test_an_error_about_another_request_than_the_one_that_was_sent_is_not_told_a
     asyncio.run(main())
 
 
+def test_a_refusal_that_has_lost_its_digest_is_not_told_as_the_requests_fault() -> None:
+    """As where a frame with headers is lost: names in later ones become others."""
+
+    async def main() -> None:
+        async with deployment() as running:
+            damage = Damage(running.target, None, (b"bagel-digest-bin", b"bagel-digits-bin"))
+            async with damage as address, AsyncClient(address) as client:
+                with pytest.raises(TransferDamaged, match="did not say what it received"):
+                    await client.generate(**{**ASKED, "max_tokens": 0})
+            with pytest.raises(InvalidRequest, match="max_tokens"):
+                await running.client.generate(**{**ASKED, "max_tokens": 0})
+
+    asyncio.run(main())
+
+
 @pytest.mark.slow
 def test_a_connection_whose_peer_understands_nothing_any_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """It still pings, which counts as life; a minute would pass until gRPC's own limit."""
