@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -92,6 +93,23 @@ def test_a_runner_that_dies_while_it_loads_again_fails_the_driver(model: Path) -
         assert health == [True, False]
         with pytest.raises(Loading):
             runner.listen(1, asyncio.Queue())
+
+    driven(model, test)
+
+
+def test_a_runner_that_cannot_even_be_started_again_fails_the_driver(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    async def test(runner: RunnerClient, health: list[bool]) -> None:
+        await runner.loaded()
+        monkeypatch.setattr("multiprocessing.process.BaseProcess.start", no_memory)
+        kill_runner(runner)
+        with pytest.raises(RunnerDied, match=r"could not be loaded again: .*Cannot allocate memory"):
+            await runner.failed
+        await until(lambda: health == [True, False])
 
     driven(model, test)
 

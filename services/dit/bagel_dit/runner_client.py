@@ -168,7 +168,12 @@ class RunnerClient:
         # A new one, as the old one waits for plans that died with the ranks.
         self._scheduler = self._new_scheduler()
         self._spawn(self._on_health(False))
-        self._ranks = self._start()
+        try:
+            self._ranks = self._start()
+        except Exception as error:  # as where the machine has no memory for a process
+            log.error("the runner cannot be started again", exc_info=True)
+            self._ready.set_exception(error)
+            self._give_up(error)
 
     def _give_up(self, why: BaseException) -> None:
         """A first load that fails is raised by `loaded`; a later one ends the service, for its supervisor to start."""

@@ -65,10 +65,17 @@ class ProcessGroup:
         self._on_death: Callable[[str], None] | None = on_death
         self._rendezvous = Rendezvous() if world > 1 else None
         meet = "" if self._rendezvous is None else self._rendezvous.address
-        self._ranks = [
-            _Process(settings, Place(rank, meet), world, partial(self._heard, rank), self._ended)
-            for rank in range(world)
-        ]
+        self._ranks = list[_Process]()
+        try:
+            for rank in range(world):
+                heard = partial(self._heard, rank)
+                self._ranks.append(_Process(settings, Place(rank, meet), world, heard, self._ended))
+        except BaseException:  # as where the machine has no memory for another process
+            self._on_death = None
+            for started in self._ranks:
+                started.kill()
+            self._close()
+            raise
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -157,9 +164,13 @@ class _Process:
         self._process.start()
         # Only the child holds this end now, so its death is an end of file here.
         theirs.close()
-        # Threads, as reading and writing a pipe block, which the event loop must not.
-        for work in (self._send_all, self._receive_all):
-            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
+        try:
+            # Threads, as reading and writing a pipe block, which the event loop must not.
+            for work in (self._send_all, self._receive_all):
+                threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
+        except BaseException:
+            self.kill()
+            raise
 
     @property
     def pid(self) -> int:
