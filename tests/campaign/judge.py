@@ -9,7 +9,7 @@ from PIL import Image
 
 from bagel.images import read_settings
 from tests.campaign.faults import Round
-from tests.campaign.workload import LATE_S, Ask, Outcome
+from tests.campaign.workload import Ask, Outcome
 from tests.helpers import agree
 
 DOCUMENTED = frozenset(
@@ -40,7 +40,7 @@ def verdict(outcome: Outcome, twin: Outcome | None, round_: Round) -> str:
         return ""  # its own network is dead, and REST has no deadline
     if outcome.left and not (ask.leaves or ask.leaves_s):
         return Late(f"no end {outcome.s:.1f} s after it was sent, with a deadline of {ask.deadline_s:g} s")
-    if not outcome.left and outcome.s > ask.deadline_s + LATE_S and not round_.loses(ask):
+    if not outcome.left and outcome.s > ask.ends_s and not round_.loses(ask):
         return Late(f"ended {outcome.s - ask.deadline_s:.1f} s after its deadline: {outcome}")
     if outcome.left:
         return ""

@@ -127,5 +127,8 @@ async def _other_checkpoint(fleet: Fleet, fault: Fault) -> bool:
     data = bytearray(file.read_bytes())
     at = len(data) - 4 * (1 + fault.number % 10000)
     data[at + 2] ^= 0x7F  # within a weight, so that it is another model and a file as good as before
-    await asyncio.to_thread(file.write_bytes, data)
+    # Whole at once: another fault of the round may read it meanwhile.
+    new = file.with_name(f"{file.name}.{fault.number}")
+    await asyncio.to_thread(new.write_bytes, data)
+    new.replace(file)
     return _signal(runner(fleet.services[fault.place].process.pid, fault.number), signal.SIGKILL)

@@ -21,6 +21,8 @@ DEADLINE_S = 14.0
 """Of every request; the services' own limits end what hangs before that."""
 LATE_S = 1.5
 """How much later than its deadline a call may end, on a machine that is busy."""
+LOST_ONE_BY_ONE_S = 10.0
+"""How much longer a request over REST may take: two calls more that are lost, of two silences each."""
 STEPS, TOKENS = 3, 5
 COLOURS, THINGS = ("red", "blue", "green", "grey", "teal"), ("cup", "boat", "cat", "tower", "leaf", "door")
 STAGES = ("accepted", "prefill", "text", "drawing", "step", "picture")
@@ -51,6 +53,14 @@ class Ask:
     def stays(self) -> bool:
         """Whether its client waits for the answer, as long as it may take."""
         return not self.leaves and not self.leaves_s and self.deadline_s >= DEADLINE_S
+
+    @property
+    def ends_s(self) -> float:
+        """When it has ended at the latest, whatever is lost but its client's own connection.
+
+        Over REST there is no deadline: each lost call between services ends after two silences, one after the other.
+        """
+        return self.deadline_s + LATE_S + (0.0 if self.front == "grpc" else LOST_ONE_BY_ONE_S)
 
     @property
     def twin(self) -> Ask:
@@ -145,7 +155,7 @@ async def send(ask: Ask, front: Front) -> Outcome:
     outcome, began = Outcome(ask), time.perf_counter()
     work = _over_grpc(outcome, front) if ask.front == "grpc" else http.request(outcome, front)
     try:
-        limit = ask.leaves_s or (ask.deadline_s + LATE_S + 5.0)
+        limit = ask.leaves_s or (ask.ends_s + 5.0)
         async with asyncio.timeout(limit):
             await work
     except TimeoutError:
