@@ -4,6 +4,7 @@
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
     python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on its own GPU
     python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
+    python -m bench.vllm_gpu --tensor-parallel-size 2   both sides, each on two GPUs
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, only to check the code
 
 Each side runs in a process of its own. The same loop steps both over vLLM's engine core, with equal places, tokens per
@@ -57,7 +58,7 @@ Figures = dict[str, float]
 class Side(ABC):
     """One of the two engines to measure, with a common way to add requests."""
 
-    def __init__(self, tiny: bool) -> None:
+    def __init__(self, tiny: bool, ranks: int) -> None:
         self.tiny, self.words = tiny, random.Random(1)
         self.config: ModelConfig = replace(TINY, max_latent_size=8) if tiny else BAGEL_7B_MOT
         self.ids = Placeholders(1, 2, 3, 4) if tiny else IDS
@@ -69,6 +70,7 @@ class Side(ABC):
             gpu_memory_utilization=0.85,
             max_num_batched_tokens=16_384,
             load_format="dummy",
+            tensor_parallel_size=ranks,
         )
         self.count = 0
 
@@ -96,8 +98,8 @@ class Side(ABC):
 class Plain(Side):
     """vLLM's own Qwen2."""
 
-    def __init__(self, tiny: bool) -> None:
-        super().__init__(tiny)
+    def __init__(self, tiny: bool, ranks: int) -> None:
+        super().__init__(tiny, ranks)
         from bagel_thinker.vllm import core
 
         # The same environment as the Thinker's core, so that only the engines differ.
@@ -137,6 +139,7 @@ class Plain(Side):
                 max_num_batched_tokens=given.max_num_batched_tokens,
                 gpu_memory_utilization=given.gpu_memory_utilization,
                 generation_config="vllm",
+                tensor_parallel_size=ranks,
                 disable_log_stats=True,
                 **more,
             ).create_engine_config()
@@ -160,8 +163,8 @@ class Plain(Side):
 class Ours(Side):
     """The Thinker's core, its store and its sink."""
 
-    def __init__(self, tiny: bool, attention: str | None = None) -> None:
-        super().__init__(tiny)
+    def __init__(self, tiny: bool, ranks: int, attention: str | None = None) -> None:
+        super().__init__(tiny, ranks)
         from bench import vllm_0221
 
         vllm_0221.prepare(attention)
@@ -172,7 +175,7 @@ class Ours(Side):
         self.sink = Sink(self.store.arena, layout, self.on_notice)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text("{}")
-        given = self.sink.open(other_processes=False)
+        given = self.sink.open(other_processes=ranks > 1)
         self.core = Core(self.config, self.settings, self.ids, folder, given)
 
     def on_notice(self, notice: Notice) -> None:
@@ -208,9 +211,10 @@ class Ours(Side):
         first = _until_first(self) - begin
         last = 0.0
         if export:
-            layers = self.store.layout.layers
+            # Each rank tells of its heads of each layer.
+            notices = self.store.layout.layers * self.settings.tensor_parallel_size
             # The copies end after the first token, in the connector's own thread.
-            while any(len(self.landed.get(digest.hex(), ())) < layers for digest, _ in lengths):
+            while any(len(self.landed.get(digest.hex(), ())) < notices for digest, _ in lengths):
                 time.sleep(0.0002)
             last = max(self.landed[digest.hex()][-1] for digest, _ in lengths) - begin
         self.store.release([lease])
@@ -321,7 +325,8 @@ def reported(files: Sequence[Path]) -> dict[str, Figures]:
 def run_side(name: str, options: argparse.Namespace) -> None:
     """Measure one side in this process."""
     begin, file = time.perf_counter(), options.json
-    side = Ours(options.tiny, options.attention) if name == "ours" else Plain(options.tiny)
+    tiny, ranks = options.tiny, options.tensor_parallel_size
+    side = Ours(tiny, ranks, options.attention) if name == "ours" else Plain(tiny, ranks)
     report(name, "start_s", time.perf_counter() - begin, file)
     for figure, value in measure(side):
         report(name, figure, value, file)
@@ -335,6 +340,7 @@ def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "bench.vllm_gpu", "--side", name, "--json", str(file)]
             command += ["--tiny"] if options.tiny else []
             command += ["--attention", options.attention] if options.attention else []
+            command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
             gpus = {"CUDA_VISIBLE_DEVICES": options.gpus[i % len(options.gpus)]} if options.gpus else {}
             child = subprocess.Popen(command, env={**os.environ, **gpus})
             stack.callback(child.kill)
@@ -379,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)"
     )
     parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of each side (1)")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")
     options = parser.parse_args(argv)
