@@ -21,7 +21,8 @@ SMALLEST = 1e-12
 MULTIPLE = 16
 """Inputs and outputs of a product are multiples of this: the hardware reads 16 bytes at once."""
 FAST_ACCUMULATION_ROWS = 1024
-"""Whether tensor cores may keep their sums in fewer digits than float32 has: quicker, less exact (bench/README.md)."""
+"""Tokens from which on tensor cores may keep their sums in fewer digits than float32 has: quicker, less exact
+(bench/README.md). Of fewer nothing is gained, and some products do not exist."""
 AT_ONCE = 2048
 """Rows of a weight that are quantised together: their float32 copies are all the memory that it takes."""
 _LEAST_CAPABILITY = (8, 9)
