@@ -349,7 +349,8 @@ def test_history_is_kept_over_a_reload_and_restores_everything(page: Page) -> No
     page.locator("progress").wait_for()
     assert agree(pixels(page, until_done(page).get_by_alt_text("Edited picture: ")), picture)
     page.get_by_role("button", name="Clear").click()
-    assert page.locator("#history").is_hidden() and page.locator("#welcome").is_visible()
+    page.locator("#history").wait_for(state="hidden")
+    page.locator("#welcome").wait_for()
     page.reload()
     page.wait_for_selector("#examples button")
     assert page.locator("#entries button").count() == 0

@@ -16,7 +16,7 @@ export class History {
     this.urls = new Map();
     this.session = sessionStorage.getItem("bagel-session") ?? crypto.getRandomValues(new Uint32Array(3)).join("-");
     sessionStorage.setItem("bagel-session", this.session);
-    byId("forget").addEventListener("click", () => { this.#forget(); onForget(); });
+    byId("forget").addEventListener("click", () => this.#forget().then(onForget));
   }
 
   /** Read what this tab had before it was loaded again. A browser that keeps nothing keeps it in memory alone. */
@@ -69,9 +69,12 @@ export class History {
     this.onRestore(entry);
   }
 
-  #forget() {
-    for (const entry of this.entries) this.#store("readwrite")?.delete(entry.id);
-    this.entries = [];
+  // Out of sight only once it is deleted: a tab that is loaded again before that would show it again.
+  async #forget() {
+    const forgotten = [...this.entries], store = this.#store("readwrite");
+    for (const entry of forgotten) store?.delete(entry.id);
+    if (store) await committed(store.transaction);
+    this.entries = this.entries.filter((entry) => !forgotten.includes(entry));
     this.current = undefined;
     this.show();
   }
@@ -91,5 +94,12 @@ function done(asked) {
   return new Promise((resolve, reject) => {
     asked.onsuccess = () => resolve(asked.result);
     asked.onerror = () => reject(asked.error);
+  });
+}
+
+function committed(transaction) {
+  return new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = () => reject(transaction.error);
   });
 }
