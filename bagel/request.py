@@ -93,7 +93,7 @@ class TextSettings:
         _finite("top_p", self.top_p, above=0.0, at_most=1.0)
         _whole("top_k", self.top_k, at_least=0, at_most=MAX_FIELD)
         _finite("repetition_penalty", self.repetition_penalty, at_least=lowest, at_most=highest)
-        _whole("max_tokens", self.max_tokens, at_least=1)
+        _whole("max_tokens", self.max_tokens, at_least=1, at_most=MAX_FIELD)
         _kind("do_sample", self.do_sample, bool, "true or false")
         check_stop_tokens(len(self.stop_token_ids))
         for token in self.stop_token_ids:
@@ -252,12 +252,12 @@ def _reply_limit(modality: Modality, given: Mapping[str, Any]) -> int:
     max_think_tokens alone bounds both; with a max_tokens beside it their sum does."""
     limits: dict[str, int] = {name: given[name] for name in _LIMITS if name in given}
     for name, value in limits.items():
-        _whole(name, value, at_least=1)
+        _whole(name, value, at_least=1, at_most=MAX_FIELD)
     think_limit, limit = limits.get("max_think_tokens"), limits.get("max_tokens")
     if limit is None:
         return think_limit or TextSettings.max_tokens
     if given.get("think") and think_limit is not None and not modality.makes_image:
-        return limit + think_limit
+        return min(limit + think_limit, MAX_FIELD)  # far more than any context either way
     return limit
 
 
