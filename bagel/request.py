@@ -93,7 +93,7 @@ class TextSettings:
         _finite("top_p", self.top_p, above=0.0, at_most=1.0)
         _whole("top_k", self.top_k, at_least=0, at_most=MAX_FIELD)
         _finite("repetition_penalty", self.repetition_penalty, at_least=lowest, at_most=highest)
-        _whole("max_tokens", self.max_tokens, at_least=1, at_most=MAX_FIELD)
+        _token_limit("max_tokens", self.max_tokens)
         _kind("do_sample", self.do_sample, bool, "true or false")
         check_stop_tokens(len(self.stop_token_ids))
         for token in self.stop_token_ids:
@@ -252,7 +252,7 @@ def _reply_limit(modality: Modality, given: Mapping[str, Any]) -> int:
     max_think_tokens alone bounds both; with a max_tokens beside it their sum does."""
     limits: dict[str, int] = {name: given[name] for name in _LIMITS if name in given}
     for name, value in limits.items():
-        _whole(name, value, at_least=1, at_most=MAX_FIELD)
+        _token_limit(name, value)
     think_limit, limit = limits.get("max_think_tokens"), limits.get("max_tokens")
     if limit is None:
         return think_limit or TextSettings.max_tokens
@@ -319,6 +319,13 @@ def _kind(name: str, value: object, kind: type | UnionType, wanted: str) -> None
     """Check a value's type; raises InvalidRequest with what it must be."""
     if not isinstance(value, kind):
         raise InvalidRequest(name, f"{name} is {value!r}; it must be {wanted}")
+
+
+def _token_limit(name: str, value: int) -> None:
+    """Check a limit of a text; raises InvalidRequest for one that is no whole number from 1 to MAX_FIELD."""
+    _whole(name, value, at_least=1)
+    if value > MAX_FIELD:
+        raise InvalidRequest(name, f"{name} is {value!r:.80}; the largest number it takes is {MAX_FIELD}")
 
 
 def _whole(name: str, value: int, *, at_least: int, at_most: int | None = None, hint: str = "") -> None:
