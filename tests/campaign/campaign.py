@@ -184,8 +184,14 @@ class Campaign:
                 await asyncio.sleep(0.05)
             if process.poll() is None:
                 found.wrong.append(Late(f"{fault.kind}: {fault.place} has not ended within {ENDS_S:g} s"))
-            elif fault.kind == "drain" and process.returncode != 0:
+            elif fault.kind == "drain" and process.returncode not in (0, *self._killed(found.round, fault.place)):
                 found.wrong.append(f"{fault.place} was told to stop and ended with exit code {process.returncode}")
+
+    @staticmethod
+    def _killed(round_: Round, name: str) -> tuple[int, ...]:
+        """The exit code of a service that another fault may have killed while it shut down."""
+        killed = any(fault.kind == "kill-service" and fault.place == name for fault in round_.faults)
+        return (-signal.SIGKILL,) if killed else ()
 
     async def _serves(self, name: str) -> bool:
         """Whether a stage is ready."""

@@ -131,7 +131,7 @@ class Link:
     async def _pipe(
         self, connection: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, down: bool
     ) -> None:
-        with suppress(OSError, asyncio.IncompleteReadError):
+        try:
             while data := await reader.read(CHUNK):
                 self.passed += len(data)
                 self._news.set()
@@ -144,6 +144,8 @@ class Link:
                     writer.write(data)
                     await writer.drain()
             writer.write_eof()
+        except OSError:  # one end was reset, which the other one is told
+            connection.abort()
 
     def _frame_faults(self, connection: Connection, down: bool) -> list[NetFault]:
         """Those that may hit a frame of this direction; pages come down alone."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ from tests.campaign.plants import PLANTS, plant
 from tests.campaign.proxy import Link, NetFault
 
 LINKS = ["client>gateway/grpc", "client>gateway/http", "dit-0>thinker-0", "gateway>dit-0", "gateway-single>single"]
+AT_ONCE = struct.pack("ii", 1, 0)
+"""Of SO_LINGER: a connection that is closed is reset."""
 
 
 @pytest.mark.parametrize("name", PLANTS)
@@ -81,6 +86,28 @@ def test_what_is_only_slow_arrives_as_it_was_sent(kind: str) -> None:
         assert await reader.readexactly(len(sent)) == sent and all(fault.fired for fault in faults)
         writer.close()
         await writer.wait_closed()
+        await link.close()
+        server.close()
+
+    asyncio.run(main())
+
+
+def test_a_reset_of_one_end_reaches_the_other() -> None:
+    async def main() -> None:
+        async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(1)
+            writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+            writer.transport.abort()
+
+        server = await asyncio.start_server(reset, "127.0.0.1", 0)
+        link = Link("any", f"127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        await link.open()
+        reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+        writer.write(b"?")
+        with suppress(ConnectionResetError):
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+        writer.transport.abort()
         await link.close()
         server.close()
 

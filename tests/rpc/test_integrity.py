@@ -24,7 +24,7 @@ from tests.gateway_stages import deployment
 FRAME_WITHOUT_END = b"\x00\x40\x00\x00\x00\x00\x00\x00\x01"
 """The head of a frame of 16 KiB for a connection's first call: all that follows is taken for its content."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-HEADERS, END_STREAM = 1, 1
+DATA, HEADERS, END_STREAM = 0, 1, 1
 """Of HTTP/2's frames."""
 ASKED: dict[str, Any] = {"prompt": "a cup", "modality": "text2text", "max_tokens": 5}
 
@@ -68,7 +68,7 @@ class Damage:
 
 
 class Losing(Damage):
-    """Keeps frames of calls about a cup to itself: the request, with its end or without, or the answer's end."""
+    """Keeps frames of calls about a cup to itself: the request, with its end or without, the answer's begin or end."""
 
     def __init__(self, target: str, what: str) -> None:
         super().__init__(target, None, None)
@@ -98,8 +98,12 @@ class Losing(Damage):
         is_request = up and stream in self._calls  # what says that there is no more of it, too
         if self._what == "message":
             return is_request and b"a cup" in body
-        is_end = not up and stream in self._calls and head[3] == HEADERS and bool(head[4] & END_STREAM)
-        return is_request if self._what == "request" else is_end
+        if self._what == "request":
+            return is_request
+        is_answer = not up and stream in self._calls
+        if self._what == "begin":
+            return is_answer and head[3] == DATA and not self.lost
+        return is_answer and head[3] == HEADERS and bool(head[4] & END_STREAM)
 
 
 @pytest.mark.slow
@@ -120,6 +124,26 @@ def test_a_call_between_services_that_is_lost_on_a_connection_that_lives_is_give
                         await other.client.generate(**ASKED)
                     assert told.value.grpc_status == "UNAVAILABLE" and losing.lost
                     assert (await other.client.generate(**{**ASKED, "prompt": "a hat"})).text == "so be it"
+
+    asyncio.run(main())
+
+
+def test_a_think_text_whose_context_was_never_named_ends_its_request() -> None:
+    """It waits for the contexts, and its call for it, so that no silence would end it."""
+
+    async def main() -> None:
+        async with deployment("bagel_think") as running:
+            (thinker,), (backend,) = running.thinkers, running.gateway.backends.thinkers
+            thinker.go.clear()  # the first message has a frame of its own
+            losing = Losing(backend.address.target, "begin")
+            async with losing as address, deployment("bagel_think", thinkers_at=[f"thinker-0={address}"]) as other:
+                asking = asyncio.create_task(other.client.generate("a cup", height=16, width=16))
+                while not (losing.lost or asking.done()):
+                    await asyncio.sleep(0.01)
+                thinker.go.set()
+                async with asyncio.timeout(20):
+                    with pytest.raises(TransferDamaged, match="what it said first was lost on its way"):
+                        await asking
 
     asyncio.run(main())
 

@@ -17,6 +17,7 @@ from bagel.errors import (
     IncompleteContext,
     KvTimeout,
     SourceUnavailable,
+    TransferDamaged,
     UnknownSegment,
 )
 from bagel.guidance import needed_branches
@@ -141,6 +142,12 @@ class Staged(Route):
                     if (early or complete) and not build.handed_over.done():
                         build.handed_over.set_result(event.context)
                 case "text":
+                    if not build.length:
+                        # Nobody else would name it, and its digest comes after all texts.
+                        raise TransferDamaged(
+                            f"{self._thinker.name} has written text before it named its context: what it said first "
+                            "was lost on its way; send the request again, and use TLS where this comes again"
+                        )
                     await self._begun.wait()  # for the other contexts, which may have to wait for room
                     self._emit(Event(text=event.text))
                 case "built":

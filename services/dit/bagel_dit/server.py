@@ -219,6 +219,8 @@ class DitServicer(DitServiceServicer):
         here = refs if self._runner.here else {}
         with PageLoader(self.puller.store, here, lambda pages: self._runner.send(LoadPages(work.id, pages))) as loader:
             landing = asyncio.gather(fetching, *(each.land(work.id, refs) for each in elsewhere))
+            # What it fails with once the request has ended is nobody's to take, and would be logged as forgotten.
+            landing.add_done_callback(lambda done: done.cancelled() or done.exception())
             await self._unless_failed(work, landing)
             # Pages that wait for the loop's next turn must come before Begin.
             loader.flush()
