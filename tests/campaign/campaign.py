@@ -184,14 +184,14 @@ class Campaign:
                 await asyncio.sleep(0.05)
             if process.poll() is None:
                 found.wrong.append(Late(f"{fault.kind}: {fault.place} has not ended within {ENDS_S:g} s"))
-            elif fault.kind == "drain" and process.returncode not in (0, *self._killed(found.round, fault.place)):
+            elif fault.kind == "drain" and process.returncode != 0 and not self._ended_otherwise(found.round, fault):
                 found.wrong.append(f"{fault.place} was told to stop and ended with exit code {process.returncode}")
 
     @staticmethod
-    def _killed(round_: Round, name: str) -> tuple[int, ...]:
-        """The exit code of a service that another fault may have killed while it shut down."""
-        killed = any(fault.kind == "kill-service" and fault.place == name for fault in round_.faults)
-        return (-signal.SIGKILL,) if killed else ()
+    def _ended_otherwise(round_: Round, drain: Fault) -> bool:
+        """Whether another fault of the round may have ended the service, or its successor, while it shut down."""
+        others = (*ENDING, "kill-service", "memory")
+        return any(each.kind in others and each.place == drain.place and each is not drain for each in round_.faults)
 
     async def _serves(self, name: str) -> bool:
         """Whether a stage is ready."""
