@@ -90,11 +90,13 @@ class LoadedModel:
         seen: set[int] = set()
         for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
             component, place = name.partition(".")[0], local(tensor).data_ptr()
-            # Layers of weights in the host's memory take turns in the same memory of the device.
+            # Layers whose weights are brought as they are needed take turns in the same memory.
             if place in seen:
                 continue
             seen.add(place)
             sizes[component] = sizes.get(component, 0) + local(tensor).nbytes
+        if (stream := self.model.language_model.layers.stream) is not None and stream.on_device:
+            sizes["language_model"] += stream.kept_bytes
         return sizes
 
 
@@ -148,8 +150,9 @@ def load_role(
     if model.quantization is not None:
         logger.info("quantised", extra={"fields": _quantised(model)})
     if (stream := model.language_model.layers.stream) is not None:
-        moving = {"layers": len(stream.moving), "bytes": stream.host_bytes, "device_bytes": stream.device_bytes}
-        logger.info("weights in the host's memory", extra={"fields": moving})
+        moving = {"layers": len(stream.moving), "bytes": stream.kept_bytes, "device_bytes": stream.device_bytes}
+        where = "divided over ranks that read each other's memory" if stream.on_device else "in the host's memory"
+        logger.info(f"weights {where}", extra={"fields": moving})
     return LoadedModel.of(model, tokenizer, role, checkpoint.fingerprint, max_model_len=max_model_len)
 
 

@@ -70,17 +70,17 @@ def choose_backend(
 
 
 def launched_in_order(backend: LayerBackend) -> LayerBackend:
-    """A backend for ranks that gather weights as they compute: one stream, and no CUDA graphs.
+    """A backend for ranks that gather weights by collectives: one stream, and no CUDA graphs.
 
     The gathered weights lie elsewhere each time, where a captured forward would not look for them.
     """
-    logger.info("no CUDA graphs and no second stream: weights are gathered layer by layer (HSDP)")
+    logger.info("no CUDA graphs and no second stream: weights are gathered layer by layer (HSDP over several hosts)")
     return replace(backend, run_both=one_by_one, captures=False)
 
 
 def launched_one_by_one(backend: LayerBackend) -> LayerBackend:
     """A backend for weights that are brought layer by layer: no CUDA graphs, as the copies are launched in between."""
-    logger.info("no CUDA graphs: weights are copied layer by layer (cpu_offload)")
+    logger.info("no CUDA graphs: weights are copied layer by layer (cpu_offload, or HSDP on one host)")
     return replace(backend, captures=False)
 
 

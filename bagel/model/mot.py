@@ -21,9 +21,9 @@ from bagel.checkpoint.roles import Parts
 from bagel.model.attention import KvShape, KvSlab, Rows
 from bagel.model.backend import LayerBackend
 from bagel.model.kernels import Activations, Rope, rope_factors
+from bagel.model.layer_stream import LayerStream
 from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
 from bagel.model.linear import LinearFactory
-from bagel.model.offload import LayerStream
 from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
 

@@ -26,13 +26,16 @@ from bagel.errors import BagelError, CheckpointError, NotSupported
 from bagel.model.attention_backends import AUTO
 from bagel.model.backend import choose_backend, launched_in_order, launched_one_by_one
 from bagel.model.bagel import Bagel
+from bagel.model.divided import divided_stream
 from bagel.model.fp8 import check_fp8, quantise_into
+from bagel.model.layer_stream import LayerStream
 from bagel.model.linear import Fp8Linear, LinearFactory, Quantization
 from bagel.model.mot import EXPERTS, MoTDecoder
 from bagel.model.naming import Slot, kept, slots
-from bagel.model.offload import LayerStream
+from bagel.model.offload import host_stream
 from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.parallel.hsdp import gather_once, shard
+from bagel.parallel.peer_memory import readable
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +115,16 @@ def _place(
     model: Bagel, device: torch.device | str, attention: str = AUTO, *, eager: bool = False, offload: bool = False
 ) -> Bagel:
     """Give a model memory on a device: all of it, or the part of a rank that shares the weights with others."""
-    decoder, sharing = model.language_model, model.groups.weights
+    decoder, sharing, device = model.language_model, model.groups.weights, torch.device(device)
     tables = _large_tables(decoder)
     # Divided while it has no memory, so that a rank never holds more than its part.
-    shard(decoder.layers, tables, sharing, torch.device(device))
+    if readable(sharing, device):
+        decoder.layers.stream = divided_stream(list(decoder.layers), _experts(model), sharing, device)
+        shard(tables, sharing, device)
+    else:
+        shard(tables, sharing, device, layers=decoder.layers)
     if offload:
-        keep_layers_on_host(model, torch.device(device))
+        keep_layers_on_host(model, device)
         _place_the_rest(model, device)
     else:
         model.to_empty(device=device)
@@ -125,9 +132,11 @@ def _place(
     # `to_empty` leaves it without values, and no file has them.
     decoder.rotary.reset()
     backend = choose_backend(model.device, model.dtype, attention=attention, eager=eager, groups=model.groups)
-    decoder.backend = backend if sharing.size == 1 else launched_in_order(backend)
-    if offload:
-        decoder.backend = launched_one_by_one(decoder.backend)
+    if decoder.layers.stream is not None:
+        backend = launched_one_by_one(backend)
+    elif sharing.size > 1:
+        backend = launched_in_order(backend)
+    decoder.backend = backend
     return model
 
 
@@ -143,10 +152,14 @@ def keep_layers_on_host(model: Bagel, device: torch.device) -> LayerStream:
 
     They keep their values, if they have any; the stream's `move` lets the model compute.
     """
-    decoder = model.language_model
-    experts = EXPERTS if model.role.parts.generation else EXPERTS[:1]
-    decoder.layers.stream = LayerStream(list(decoder.layers), experts, device)
-    return decoder.layers.stream
+    layers = model.language_model.layers
+    layers.stream = host_stream(list(layers), _experts(model), device)
+    return layers.stream
+
+
+def _experts(model: Bagel) -> Sequence[Sequence[str]]:
+    """The modules of each expert in a layer, by their names."""
+    return EXPERTS if model.role.parts.generation else EXPERTS[:1]
 
 
 def _large_tables(decoder: MoTDecoder) -> list[nn.Module]:

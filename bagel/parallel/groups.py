@@ -139,6 +139,8 @@ def join(
     if mesh.size == 1:
         return Groups(rank)
     timeout = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where PyTorch's exchanges of objects, and fully_shard, put what they make
     if init_method.startswith("file:") and sys.platform == "linux":
         # Ranks of one host; otherwise gloo looks up the host's name, which may have no address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

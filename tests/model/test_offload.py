@@ -15,9 +15,10 @@ from bagel.checkpoint.roles import Role
 from bagel.engine.memory import DEFAULT_KV_TOKENS
 from bagel.errors import NotSupported
 from bagel.model.bagel import Bagel
+from bagel.model.layer_stream import LayerStream
 from bagel.model.linear import Quantization
 from bagel.model.mot import MoTLayer
-from bagel.model.offload import LayerStream, kept_layers
+from bagel.model.offload import host_stream, kept_layers
 from bagel.model.weights import empty_model, keep_layers_on_host, load_model, random_model
 from bagel.parallel.groups import Group, Groups
 from tests.model.forwards import FORWARDS
@@ -153,7 +154,7 @@ def test_the_public_model_fits_small_cards(quantization: Quantization | None, mo
     model = empty_model(BAGEL_7B_MOT, Role.FULL, dtype=torch.bfloat16, device="meta", quantization=quantization)
     whole = sum(each.nbytes for each in model.parameters())
     stream = keep_layers_on_host(model, torch.device("meta"))
-    resident = whole - stream.host_bytes + stream.device_bytes
+    resident = whole - stream.kept_bytes + stream.device_bytes
     kv = DEFAULT_KV_TOKENS * model.kv_shape.token_bytes(model.dtype)
     assert resident + kv + WORKING_GIB * GIB <= most * GIB
 
@@ -163,7 +164,7 @@ def test_there_is_memory_for_two_layers_and_no_more(streamed: Bagel) -> None:
     stream = stream_of(streamed)
     places = {each.data_ptr() for layer in stream.moving for each in layer.parameters()}
     assert len(places) == 2 * len(list(stream.moving[0].parameters()))
-    assert stream.host_bytes == len(stream.moving) // 2 * stream.device_bytes
+    assert stream.kept_bytes == len(stream.moving) // 2 * stream.device_bytes
 
 
 # -- where it is refused
@@ -203,7 +204,7 @@ def test_a_gpu_computes_the_same_bits_and_the_host_never_waits() -> None:
 
     with torch.inference_mode():
         wanted = forward(layers)
-        stream = LayerStream(layers, [("part",)], device)
+        stream = host_stream(layers, [("part",)], device)
         stream.move()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
