@@ -6,6 +6,7 @@ exchange through NCCL where the model is on a GPU, through gloo on a CPU.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -179,8 +180,12 @@ def join(
 
 
 def leave() -> None:
-    """Take leave of all groups; nothing in a process that is in none."""
+    """Take leave of all groups; nothing in a process that is in none.
+
+    What captured their exchanges, as the CUDA graphs of a model, must be let go before: NCCL waits until it is.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 

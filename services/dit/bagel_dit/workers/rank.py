@@ -61,6 +61,7 @@ def main(pipe: Pipe, heartbeat: Heartbeat, watch: Watch, settings: RankSettings,
     # From now on only the beats of threads are progress.
     watch.loading = False
     if serve(pipe, engine, settings.config.model):
+        del engine, loaded  # with the graphs that captured the groups' exchanges
         leave()
     else:
         clear(place.rendezvous)  # which the server cannot remove any more
