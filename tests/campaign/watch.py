@@ -126,12 +126,25 @@ def grown(before: Use, now: Use) -> list[str]:
 
 
 def _kinds(pid: int) -> str:
-    """What a process's descriptors are, by kind."""
+    """What a process's descriptors are, by kind; of connections, by their own port and state."""
     kinds: Counter[str] = Counter()
+    connections = _connections(pid)
     for name in os.listdir(f"/proc/{pid}/fd"):
         with suppress(OSError):
-            kinds[os.readlink(f"/proc/{pid}/fd/{name}").partition(":")[0]] += 1
-    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(6))
+            link = os.readlink(f"/proc/{pid}/fd/{name}")
+            kinds[connections.get(link, link.partition(":")[0])] += 1
+    return ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(9))
+
+
+def _connections(pid: int) -> dict[str, str]:
+    """Of TCP sockets: their own port, and their state as Linux numbers it (1 is established, 8 waits to be closed)."""
+    found = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            port, state = int(fields[1].rpartition(":")[2], 16), int(fields[3], 16)
+            found[f"socket:[{fields[9]}]"] = f"port {port} state {state}"
+    return found
 
 
 def orphans(known: set[int], folder: Path) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Iterator
+from contextlib import aclosing
 from io import BytesIO
 from pathlib import Path
 from queue import Queue
@@ -111,6 +113,26 @@ def test_requests_that_are_left_leave_no_connection(at: Deployment) -> None:
         with events_of(at.target, ["a red cube"]) as events:
             assert isinstance(next(events), Accepted)
         assert not still(lambda: [at.target] * connections(at.target))
+
+
+@pytest.mark.skipif(not SOCKETS[0].exists(), reason="no /proc here")
+def test_a_stream_that_is_left_in_asyncio_leaves_no_connection(at: Deployment) -> None:
+    async def leave() -> None:
+        async with AsyncClient(at.target) as client, aclosing(client.stream("a red cube")) as events:
+            assert isinstance(await anext(events), Accepted)
+
+    async def main() -> None:
+        await leave()
+        async with asyncio.timeout(10):
+            while connections(at.target):
+                await asyncio.sleep(0.05)
+
+    at.dits[0].go.clear()
+    gc.disable()  # which would close it, some time or other
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
 
 
 def test_on_event_may_raise(at: Deployment, client: Client) -> None:
