@@ -112,8 +112,8 @@ class AsyncClient(ClientBase[AsyncEvents]):
     async def _events(self, call: Call) -> AsyncEvents:
         responses, reader = self._generate(call)
         try:
-            # Not by `async for`: gRPC's iterator and its call hold each other, so that one that is left early would keep
-            # the connection open until Python collects its garbage.
+            # Not by `async for`: gRPC's iterator and its call hold each other, so one that is left early would keep the
+            # connection open until Python collects its garbage.
             while (response := await responses.read()) is not grpc.aio.EOF:
                 if (event := reader.read(response)) is not None:
                     yield event
