@@ -46,7 +46,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {"use_hsdp": True, "hsdp_shard_size": 2},
 )
 """How the ranks divide the work."""
-STEPS = 12
+STEPS, SEEDS = 12, 4
 ENDS_S = 30.0
 """Seconds after a fault in which the pictures that it hits have ended. A stopped rank is noticed after two."""
 BACK_S = 120.0
@@ -75,21 +75,13 @@ class Served:
 
     def __init__(self, services: Deployment, harm: Harm, ranks: Callable[[], list[int]]) -> None:
         self.services, self._harm, self._ranks = services, harm, ranks
-        self._right: dict[int, Image] = {}
-        self.right(0)
+        # Drawn while nothing happens.
+        self._right = [self._draw(seed) for seed in range(SEEDS)]
         self._processes = len(self._ranks())
-
-    def right(self, seed: int) -> Image:
-        """The picture of a seed, drawn once while nothing happens."""
-        if seed not in self._right:
-            self._right[seed] = self._draw(seed)
-        return self._right[seed]
 
     def round(self, chance: random.Random, tally: Tally) -> str:
         """Lose a rank while two pictures are drawn; what is wrong after that, or nothing."""
-        seeds, after = [chance.randrange(4), chance.randrange(4)], chance.randrange(1, STEPS - 1)
-        for seed in seeds:
-            self.right(seed)
+        seeds, after = [chance.randrange(SEEDS), chance.randrange(SEEDS)], chance.randrange(1, STEPS - 1)
         reached = Event()
 
         def on_event(event: ServiceEvent) -> None:
@@ -114,7 +106,7 @@ class Served:
         return "; ".join(problems) or self._back(chance, tally)
 
     def _back(self, chance: random.Random, tally: Tally) -> str:
-        began, seed = time.monotonic(), chance.randrange(4)
+        began, seed = time.monotonic(), chance.randrange(SEEDS)
         while (end := self._end(seed))[0] != "right":
             if end[1] or time.monotonic() > began + BACK_S:
                 return f"afterwards: {end[1] or 'no picture: ' + end[0]}"
