@@ -154,7 +154,18 @@ def test_whoever_leaves_ends_the_decoding() -> None:
         with pytest.raises(asyncio.CancelledError):
             await reading
         assert worker not in workers_of_this_process()
+        assert await pool.size(SMALL + b"another file") == (80, 50)
+
+    with_pool(test)
+
+
+def test_the_size_of_a_file_that_came_lately_is_known() -> None:
+    async def test(pool: ImagePool) -> None:
         assert await pool.size(SMALL) == (80, 50)
+        for worker in workers_of_this_process():
+            os.kill(worker, signal.SIGSTOP)  # nobody could read it now
+        async with asyncio.timeout(5):
+            assert await pool.size(SMALL) == (80, 50)
 
     with_pool(test)
 
@@ -164,7 +175,7 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
         await pool.size(SMALL)
         [idle] = workers_of_this_process()
         os.kill(idle, signal.SIGKILL)
-        assert await pool.size(SMALL) == (80, 50)
+        assert await pool.size(SMALL + b"another file") == (80, 50)
         reading = asyncio.create_task(resized(pool, encoded(Image.new("RGB", (4000, 4000)), "PNG")))
         await asyncio.sleep(0.1)
         for busy in workers_of_this_process():
