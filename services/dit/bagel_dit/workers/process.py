@@ -17,6 +17,7 @@ from typing import Any
 from bagel.engine.commands import Command
 from bagel.engine.events import Broken
 from bagel.engine.progress import Heartbeat
+from bagel.parallel.left_behind import remove_left_behind
 from bagel.parallel.rendezvous import Rendezvous
 from bagel.telemetry.logs import Log
 from bagel_dit.workers import KvNode, Place, RankSettings
@@ -134,6 +135,8 @@ class ProcessGroup:
             on_death(end.cause if len(self._ranks) == 1 else f"rank {end.rank}: {end.cause}")
 
     def _close(self) -> None:
+        for rank in self._ranks:
+            remove_left_behind(rank.pid)
         if self._rendezvous is not None:
             self._rendezvous.close()
 
