@@ -37,6 +37,7 @@ from bagel.errors import BagelError
 from bagel.events import ServiceEvent, StepDone
 from tests.campaign.watch import children
 from tests.helpers import agree
+from tests.ray_nodes import NODE, patiently
 from tests.shared import MODEL, released
 
 SIZES: tuple[dict[str, Any], ...] = (
@@ -52,7 +53,6 @@ ENDS_S = 30.0
 BACK_S = 120.0
 """Seconds until the next picture is drawn, ranks started again."""
 DOCUMENTED = frozenset({"UNAVAILABLE", "RESOURCE_EXHAUSTED"})
-NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 78 * 2**20, "include_dashboard": False}
 
 
 @dataclass
@@ -223,14 +223,6 @@ def ray_nodes() -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.close()
-
-
-def patiently(start: Callable[[], Any]) -> Any:
-    """Start a node. Ray gives its processes 30 s for it, which may be too little on a machine that runs much else."""
-    for _ in range(2):
-        with suppress(Exception):
-            return start()
-    return start()
 
 
 def ray_ranks() -> list[int]:

@@ -30,6 +30,7 @@ from bagel.request import Modality
 from bagel_dit.workers import RankSettings
 from bagel_dit.workers.messages import LoadFailed, Ready, Report
 from tests.helpers import agree
+from tests.ray_nodes import NODE, patiently
 from tests.shared import MODEL, Borrow, released, stats
 
 pytestmark = [
@@ -39,7 +40,6 @@ pytestmark = [
 ]
 
 LIMIT_S = 120
-NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 78 * 2**20, "include_dashboard": False}
 DRAWN: dict[str, Any] = {"height": 64, "width": 64, "steps": 5, "seed": 7}
 
 
@@ -52,14 +52,6 @@ def cluster() -> Iterator[Cluster]:
         patiently(lambda: cluster.add_node(**NODE))
         yield cluster
         cluster.shutdown()
-
-
-def patiently(start: Callable[[], Any]) -> Any:
-    """Start a node. Ray gives its processes 30 s for it, which may be too little on a machine that runs much else."""
-    for _ in range(2):
-        with suppress(Exception):
-            return start()
-    return start()
 
 
 @pytest.fixture(scope="module")
