@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
@@ -17,6 +18,8 @@ from tests.campaign.watch import children
 MEMORY_MORE = 4 << 20
 """Bytes of address space that a process that runs out of memory may still take."""
 YEAR_S = 365 * 86400
+_ONE_AT_A_TIME: defaultdict[tuple[int, int], asyncio.Lock] = defaultdict(asyncio.Lock)
+"""For a process and one of its limits."""
 
 
 async def happen(fault: Fault, fleet: Fleet) -> bool:
@@ -45,10 +48,10 @@ async def _do(fault: Fault, fleet: Fleet, service: Popen[str]) -> bool:
         case "memory":
             pid = runner(service.pid, fault.number) if fault.number % 2 else service.pid
             size = int(Path(f"/proc/{pid or service.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-            return await _limit(pid, resource.RLIMIT_AS, size + MEMORY_MORE, fault.seconds)
+            return await limit(pid, resource.RLIMIT_AS, size + MEMORY_MORE, fault.seconds)
         case "files":
             count = len(os.listdir(f"/proc/{service.pid}/fd"))
-            return await _limit(service.pid, resource.RLIMIT_NOFILE, count, fault.seconds)
+            return await limit(service.pid, resource.RLIMIT_NOFILE, count, fault.seconds)
         case "clock":
             if fleet.clock.here:
                 fleet.clock.jump(fault.place, (fault.number % 5 - 2 or 3) * (YEAR_S if fault.number % 2 else 3600))
@@ -95,10 +98,18 @@ async def _stop(pid: int, seconds: float) -> bool:
     return True
 
 
-async def _limit(pid: int, what: int, value: int, seconds: float) -> bool:
-    """Set a process's limit for a while."""
+async def limit(pid: int, what: int, value: int, seconds: float) -> bool:
+    """Set a process's limit for a while.
+
+    Two faults set it one after the other: at the same time, the later would restore what the earlier has set.
+    """
     if not pid:
         return False
+    async with _ONE_AT_A_TIME[pid, what]:
+        return await _set_limit(pid, what, value, seconds)
+
+
+async def _set_limit(pid: int, what: int, value: int, seconds: float) -> bool:
     with suppress(OSError):
         soft, hard = resource.prlimit(pid, what)
         resource.prlimit(pid, what, (value if hard < 0 else min(value, hard), hard))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import resource
 import socket
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from tests.campaign.faults import plan
 from tests.campaign.frames import HEAD, PREFACE, PREFIX, Framed
+from tests.campaign.machine import limit
 from tests.campaign.plants import PLANTS, plant
 from tests.campaign.proxy import Link, NetFault
 
@@ -112,3 +116,15 @@ def test_a_reset_of_one_end_reaches_the_other() -> None:
         server.close()
 
     asyncio.run(main())
+
+
+def test_limits_that_overlap_leave_a_process_as_it_was() -> None:
+    async def overlap(pid: int) -> list[bool]:
+        return await asyncio.gather(*(limit(pid, resource.RLIMIT_NOFILE, 20, seconds) for seconds in (0.05, 0.1)))
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        assert asyncio.run(overlap(process.pid)) == [True, True]
+        after = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        process.kill()
+    assert after == before
