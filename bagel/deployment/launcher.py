@@ -26,6 +26,7 @@ from bagel.deployment.gpus import check_device
 from bagel.deployment.process import POLL_S, Logs, Service
 from bagel.deployment.schema import DeployConfig, StageDeploy
 from bagel.deployment.settings import JSON_FLAG
+from bagel.deployment.shared_gpu import leaving_room, measures_shared_gpu
 from bagel.deployment.shared_settings import Listening, OfModel
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.errors import ConfigError, InitTimeout
@@ -132,14 +133,20 @@ class Deployment:
         try:
             addresses: dict[str, str] = {}
             feeds: dict[int, str] = {}
+            stages = [self.config.stage(spec.stage_id) for spec in self.config.spec.stages]
             # One after the other, since a DiT needs the address of its Thinker; loading then runs at the same time.
-            for spec, service in zip(self.config.spec.stages, self._stages, strict=True):
+            for i, (spec, service) in enumerate(zip(self.config.spec.stages, self._stages, strict=True)):
                 if isinstance(service, DitConfig):
                     service = replace(service, sources=tuple(feeds[source] for source in spec.input_sources))
+                later = list(zip(self._stages, stages, strict=True))[i + 1 :]
+                first = measures_shared_gpu(service, stages[i], later)
+                service = leaving_room(service) if first else service
                 title = f"stage {spec.stage_id} ({spec.model_stage})"
-                waiting[service.name] = self._launch(service.name, title, service, self.config.stage(spec.stage_id))
+                waiting[service.name] = self._launch(service.name, title, service, stages[i])
                 addresses[service.name] = waiting[service.name].address(deadline)
                 feeds[spec.stage_id] = f"{service.name}={addresses[service.name]}"
+                if first:
+                    self._until_ready(waiting, addresses, deadline)
             gateway = replace(self._gateway, thinkers=_at(addresses, "thinker"), dits=_at(addresses, "dit"))
             waiting[GATEWAY] = self._launch(GATEWAY, "the gateway", gateway)
             addresses[GATEWAY] = waiting[GATEWAY].address(deadline)
