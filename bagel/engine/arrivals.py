@@ -106,14 +106,21 @@ class Arrivals:
     def _copy(self, arrival: Arrival, pages: Sequence[LandedPage]) -> None:
         if self._stream is not None and arrival.placed is not None:
             self._stream.wait_event(arrival.placed)
+        starts: dict[tuple[int, int], int] = {}
         for page in pages:
             # Page by page, so that `drop` waits for one page at most.
             with arrival.lock:
                 if arrival.over:
                     return
                 start = arrival.place(page.branch) + page.row
+                first = starts.setdefault((page.k_offset, page.rows), start)
                 for tensor, offset in ((self._slab.k, page.k_offset), (self._slab.v, page.v_offset)):
-                    self._copy_rows(tensor[page.layer, start : start + page.rows], offset)
+                    target = tensor[page.layer, start : start + page.rows]
+                    if first == start:
+                        self._copy_rows(target, offset)
+                    else:
+                        # Another branch begins alike, and a device copies its own memory far faster than the host's.
+                        target.copy_(tensor[page.layer, first : first + page.rows])
 
     def _copy_rows(self, target: Tensor, offset: int) -> None:
         """Rows of K or V from shared memory to the slab, [rows, kv_heads, head_dim]."""

@@ -65,6 +65,20 @@ def test_rows_reach_their_places(heads: Share) -> None:
             assert not tensor[:, :5].any() and not tensor[:, 15:].any()
 
 
+def test_branches_that_begin_alike_both_have_their_rows() -> None:
+    places = {BranchName.GEN: 0, BranchName.CFG_TEXT: 12}
+    with arrivals() as (made, slab, kv, _):
+        arrival = made.open(1, places.__getitem__)
+        shared = [page(layer, 0, 6) for layer in range(LAYERS)]
+        own = [page(layer, 6, 4) for layer in range(LAYERS)]
+        made.copy(arrival, [*shared, *own, *(replace(each, branch=BranchName.CFG_TEXT) for each in shared)])
+        copied(made, arrival)
+        for i, tensor in enumerate((slab.k, slab.v)):
+            assert tensor[:, :10].equal(kv[:, i])
+            assert tensor[:, 12:18].equal(kv[:, i, :6])
+            assert not tensor[:, 10:12].any() and not tensor[:, 18:].any()
+
+
 def blocked(made: Arrivals) -> Callable[[], None]:
     """Keep the thread busy until the function is called."""
     reached, go_on = Event(), Event()
