@@ -3,6 +3,7 @@
     python -m bench.vllm_check                          first, check that it is right on this GPU
     python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
     python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on its own GPU
+    python -m bench.vllm_gpu --in-turns                 both start at once on the same GPUs and measure in turns
     python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
     python -m bench.vllm_gpu --tensor-parallel-size 2   both sides, each on two GPUs
     python -m bench.vllm_gpu --tiny                     the same code on a CPU, only to check the code
@@ -15,6 +16,7 @@ figure is written at once, as a line of JSON, to stderr and to the file. bench/R
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -23,8 +25,8 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -48,6 +50,8 @@ from bench.models import TINY
 from bench.vllm_here import check
 
 AT_ONCE = 64
+IN_TURNS = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**34}
+"""What each side takes where both share GPUs: what vLLM measures itself there is both sides' memory."""
 REPEATS = 5
 PROMPT, REPLY = 64, 256
 LENGTHS = (64, 1024, 9000)
@@ -58,7 +62,7 @@ Figures = dict[str, float]
 class Side(ABC):
     """One of the two engines to measure, with a common way to add requests."""
 
-    def __init__(self, tiny: bool, ranks: int) -> None:
+    def __init__(self, tiny: bool, ranks: int, memory: Mapping[str, Any]) -> None:
         self.tiny, self.words = tiny, random.Random(1)
         self.config: ModelConfig = replace(TINY, max_latent_size=8) if tiny else BAGEL_7B_MOT
         self.ids = Placeholders(1, 2, 3, 4) if tiny else IDS
@@ -67,10 +71,10 @@ class Side(ABC):
             dtype="float32" if tiny else "bfloat16",
             max_num_seqs=AT_ONCE,
             max_model_len=16_384,
-            gpu_memory_utilization=0.85,
             max_num_batched_tokens=16_384,
             load_format="dummy",
             tensor_parallel_size=ranks,
+            **{"gpu_memory_utilization": 0.85, **memory},
         )
         self.count = 0
 
@@ -98,8 +102,8 @@ class Side(ABC):
 class Plain(Side):
     """vLLM's own Qwen2."""
 
-    def __init__(self, tiny: bool, ranks: int) -> None:
-        super().__init__(tiny, ranks)
+    def __init__(self, tiny: bool, ranks: int, memory: Mapping[str, Any]) -> None:
+        super().__init__(tiny, ranks, memory)
         from bagel_thinker.vllm import core
 
         # The same environment as the Thinker's core, so that only the engines differ.
@@ -128,7 +132,7 @@ class Plain(Side):
                 "tie_word_embeddings": False,
             }
             (Path(folder) / "config.json").write_text(json.dumps(shape))
-            more = {"kv_cache_memory_bytes": 2**28, "block_size": 32, "enforce_eager": True} if tiny else {}
+            more = {"block_size": 32, "enforce_eager": True} if tiny else {}
             config = EngineArgs(
                 model=folder,
                 skip_tokenizer_init=True,
@@ -138,8 +142,10 @@ class Plain(Side):
                 max_num_seqs=AT_ONCE + 16,
                 max_num_batched_tokens=given.max_num_batched_tokens,
                 gpu_memory_utilization=given.gpu_memory_utilization,
+                kv_cache_memory_bytes=given.kv_cache_memory_bytes,
                 generation_config="vllm",
                 tensor_parallel_size=ranks,
+                kernel_config={"enable_jit_warmup": False},  # as on our side: of speculative decoding alone
                 disable_log_stats=True,
                 **more,
             ).create_engine_config()
@@ -163,8 +169,8 @@ class Plain(Side):
 class Ours(Side):
     """The Thinker's core, its store and its sink."""
 
-    def __init__(self, tiny: bool, ranks: int, attention: str | None = None) -> None:
-        super().__init__(tiny, ranks)
+    def __init__(self, tiny: bool, ranks: int, memory: Mapping[str, Any], attention: str | None = None) -> None:
+        super().__init__(tiny, ranks, memory)
         from bench import vllm_0221
 
         vllm_0221.prepare(attention)
@@ -325,11 +331,29 @@ def reported(files: Sequence[Path]) -> dict[str, Figures]:
 def run_side(name: str, options: argparse.Namespace) -> None:
     """Measure one side in this process."""
     begin, file = time.perf_counter(), options.json
-    tiny, ranks = options.tiny, options.tensor_parallel_size
-    side = Ours(tiny, ranks, options.attention) if name == "ours" else Plain(tiny, ranks)
+    tiny, ranks, memory = options.tiny, options.tensor_parallel_size, IN_TURNS if options.turns else {}
+    if tiny:
+        memory = {"kv_cache_memory_bytes": 2**28}
+    with _turn(options.turns, fcntl.LOCK_SH):
+        side = Ours(tiny, ranks, memory, options.attention) if name == "ours" else Plain(tiny, ranks, memory)
     report(name, "start_s", time.perf_counter() - begin, file)
-    for figure, value in measure(side):
-        report(name, figure, value, file)
+    figures = measure(side)
+    while True:
+        with _turn(options.turns, fcntl.LOCK_EX):
+            if (figure := next(figures, None)) is None:
+                return
+        report(name, *figure, file)
+
+
+@contextmanager
+def _turn(file: Path | None, how: int) -> Iterator[None]:
+    """Hold a lock: shared while a side starts, alone while it measures a figure. Nothing without a file."""
+    if file is None:
+        yield
+        return
+    with file.open("a") as lock:
+        fcntl.flock(lock, how)
+        yield
 
 
 def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
@@ -341,11 +365,12 @@ def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
             command += ["--tiny"] if options.tiny else []
             command += ["--attention", options.attention] if options.attention else []
             command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+            command += ["--turns", str(file.with_name("turns"))] if options.in_turns else []
             gpus = {"CUDA_VISIBLE_DEVICES": options.gpus[i % len(options.gpus)]} if options.gpus else {}
             child = subprocess.Popen(command, env={**os.environ, **gpus})
             stack.callback(child.kill)
             running.append(child)
-            if len(options.gpus) < len(files):
+            if len(options.gpus) < len(files) and not options.in_turns:
                 _wait(running.pop(), name, options.limit_s)
         begin = time.monotonic()
         for child, name in zip(running, files, strict=False):
@@ -384,6 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gpus", nargs="+", default=[], metavar="N", help="a GPU for each side (default: one for both)"
     )
+    parser.add_argument("--in-turns", action="store_true", help="both sides on the same GPUs, measured in turns")
+    parser.add_argument("--turns", type=Path, metavar="FILE", help="of --side: a lock that the other side has too")
     parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of each side (1)")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import OutOfMemoryError
 
 from bagel.checkpoint.config import ModelConfig
-from bagel.engine.segments import Chain
+from bagel.engine.segments import Chain, Segment
 from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.telemetry.logs import Log
@@ -134,6 +134,14 @@ class Core:
                 data_parallel_rank=None,
             )
         )
+
+    def warm_up(self) -> None:
+        """Write a short text, as some kernels are compiled at their first call."""
+        ids = (0,) * 4
+        text = Segment(SegmentKind.TEXT, b"", b"", len(ids), rope=0, next_rope=len(ids), token_ids=ids)
+        self.add("warm-up", Chain((text,)), max_tokens=3, extra={})
+        while self.busy:
+            self.step()
 
     def step(self) -> list[Any]:
         """Run one step; returns vLLM's outputs for the requests that got a token or ended."""

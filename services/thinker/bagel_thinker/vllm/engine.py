@@ -118,7 +118,9 @@ class VllmEngine:
 
     def _make_core(self, checkpoint: Checkpoint) -> Core:
         sink = self._sink.open(other_processes=self._settings.tensor_parallel_size > 1)
-        return Core(checkpoint.config, self._settings, self._ids, checkpoint.folder, sink, self._break)
+        core = Core(checkpoint.config, self._settings, self._ids, checkpoint.folder, sink, self._break)
+        core.warm_up()
+        return core
 
     def _run(self, make: Callable[[], Core], started: Future[None]) -> None:
         try:

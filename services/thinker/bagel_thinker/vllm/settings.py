@@ -174,6 +174,8 @@ def engine_arguments(
             "kv_role": "kv_producer",
             "kv_connector_extra_config": {"sink": dict(sink)},
         },
+        # It compiles kernels of speculative decoding alone, which takes one to two minutes at a first start.
+        "kernel_config": {"enable_jit_warmup": False},
         "disable_log_stats": True,
     }
     if cpu:
