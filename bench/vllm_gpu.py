@@ -50,7 +50,7 @@ from bench.models import TINY
 from bench.vllm_here import check
 
 AT_ONCE = 64
-IN_TURNS = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**34}
+IN_TURNS = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**33}
 """What each side takes where both share GPUs: what vLLM measures itself there is both sides' memory."""
 REPEATS = 5
 PROMPT, REPLY = 64, 256
