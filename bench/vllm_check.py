@@ -135,9 +135,6 @@ def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[
     """vLLM's results, with all cases at once."""
     from bagel_thinker.vllm import settings
     from bagel_thinker.vllm.engine import VllmEngine
-    from bench import vllm_0221
-
-    vllm_0221.prepare(options.attention)
     if options.causal:
         make = settings.hf_config
         settings.hf_config = lambda *given: {**make(*given), "is_mm_prefix_lm": False}
@@ -196,7 +193,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eager", action="store_true", help="no compilation, no CUDA graphs: starts in seconds")
-    parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend, say TRITON_ATTN")
     parser.add_argument("--model", type=Path, default=NANO, metavar="DIR", help="another checkpoint than bagel-nano's")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of vLLM (nano: 1 or 3)")
     parser.add_argument("--causal", action="store_true", help="break it: images are not bidirectional")

@@ -1,7 +1,7 @@
 """Compare the Thinker on vLLM with plain vLLM, in full size with random weights.
 
     python -m bench.vllm_check                          first, check that it is right on this GPU
-    python -m bench.vllm_gpu [--json FILE]              on the supported vLLM, or on 0.22.1 (bench/vllm_0221.py)
+    python -m bench.vllm_gpu [--json FILE]              one side after the other
     python -m bench.vllm_gpu --gpus 0 1                 both sides at the same time, each on its own GPU
     python -m bench.vllm_gpu --in-turns                 both start at once on the same GPUs and measure in turns
     python -m bench.vllm_gpu --side ours --json A       one side; later --merge A B
@@ -169,11 +169,8 @@ class Plain(Side):
 class Ours(Side):
     """The Thinker's core, its store and its sink."""
 
-    def __init__(self, tiny: bool, ranks: int, memory: Mapping[str, Any], attention: str | None = None) -> None:
+    def __init__(self, tiny: bool, ranks: int, memory: Mapping[str, Any]) -> None:
         super().__init__(tiny, ranks, memory)
-        from bench import vllm_0221
-
-        vllm_0221.prepare(attention)
         llm = self.config.llm
         layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, self.settings.dtype)
         self.store = KvStore(layout, b"bench", 2**31 if not tiny else 2**26)
@@ -335,7 +332,7 @@ def run_side(name: str, options: argparse.Namespace) -> None:
     if tiny:
         memory = {"kv_cache_memory_bytes": 2**28}
     with _turn(options.turns, fcntl.LOCK_SH):
-        side = Ours(tiny, ranks, memory, options.attention) if name == "ours" else Plain(tiny, ranks, memory)
+        side = Ours(tiny, ranks, memory) if name == "ours" else Plain(tiny, ranks, memory)
     report(name, "start_s", time.perf_counter() - begin, file)
     figures = measure(side)
     while True:
@@ -363,7 +360,6 @@ def run_sides(files: dict[str, Path], options: argparse.Namespace) -> None:
         for i, (name, file) in enumerate(files.items()):
             command = [sys.executable, "-m", "bench.vllm_gpu", "--side", name, "--json", str(file)]
             command += ["--tiny"] if options.tiny else []
-            command += ["--attention", options.attention] if options.attention else []
             command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
             command += ["--turns", str(file.with_name("turns"))] if options.in_turns else []
             gpus = {"CUDA_VISIBLE_DEVICES": options.gpus[i % len(options.gpus)]} if options.gpus else {}
@@ -411,7 +407,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--in-turns", action="store_true", help="both sides on the same GPUs, measured in turns")
     parser.add_argument("--turns", type=Path, metavar="FILE", help="of --side: a lock that the other side has too")
-    parser.add_argument("--attention", metavar="NAME", help="vLLM's attention backend on our side, say TRITON_ATTN")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of each side (1)")
     parser.add_argument("--limit-s", type=float, default=480, help="seconds for a side (480)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="measure nothing, compare these files")

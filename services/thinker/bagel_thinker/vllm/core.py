@@ -18,6 +18,7 @@ from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.images import image_item
+from bagel_thinker.vllm.positions import write_positions_at_once
 from bagel_thinker.vllm.requests import Placeholders, segment_starts, token_ids
 from bagel_thinker.vllm.settings import VllmSettings, engine_arguments
 
@@ -77,9 +78,13 @@ class Core:
         if settings.quantization is not None:
             self._check_quantised(settings.quantization)
             log.info("quantised", format=settings.quantization, engine="vllm")
+        # Workers tell of exports by notices, so one of them has to answer each step, and not all.
+        self._client.engine_core.model_executor.kv_output_aggregator = None
+        self._client.collective_rpc(write_positions_at_once)
         self.block_size: int = vllm_config.cache_config.block_size
         if vllm_config.scheduler_config.async_scheduling:
             self._client.collective_rpc(_leave_tokens_on_device)
+        self._warm_up()
 
     def _check_quantised(self, name: str) -> None:
         """Raise ConfigError if a layer is not quantised: some of vLLM's methods silently skip layers, or all."""
@@ -135,14 +140,6 @@ class Core:
             )
         )
 
-    def warm_up(self) -> None:
-        """Write a short text, as some kernels are compiled at their first call."""
-        ids = (0,) * 4
-        text = Segment(SegmentKind.TEXT, b"", b"", len(ids), rope=0, next_rope=len(ids), token_ids=ids)
-        self.add("warm-up", Chain((text,)), max_tokens=3, extra={})
-        while self.busy:
-            self.step()
-
     def step(self) -> list[Any]:
         """Run one step; returns vLLM's outputs for the requests that got a token or ended."""
         outputs: list[Any] = self._client.get_output().outputs
@@ -163,6 +160,14 @@ class Core:
 
     def close(self) -> None:
         self._client.shutdown()
+
+    def _warm_up(self) -> None:
+        """Write a short text, as some kernels are compiled at their first call."""
+        ids = (0,) * 4
+        text = Segment(SegmentKind.TEXT, b"", b"", len(ids), rope=0, next_rope=len(ids), token_ids=ids)
+        self.add("warm-up", Chain((text,)), max_tokens=3, extra={})
+        while self.busy:
+            self.step()
 
     def _features(self, chain: Chain) -> list[Any]:
         """The image blocks in vLLM's form. The segment's digest is the key in vLLM's caches."""
@@ -216,9 +221,7 @@ def _leave_tokens_on_device(worker: Any) -> None:
 
 def cached_tokens(output: Any) -> int:
     """The number of prompt tokens that vLLM's cache had, from a request's first output."""
-    stats = getattr(output, "prefill_stats", None)
-    count = stats.num_cached_tokens if stats is not None else getattr(output, "num_cached_tokens", 0)
-    return int(count or 0)
+    return 0 if output.prefill_stats is None else int(output.prefill_stats.num_cached_tokens)
 
 
 def _first_line(error: Exception) -> str:

@@ -118,9 +118,7 @@ class VllmEngine:
 
     def _make_core(self, checkpoint: Checkpoint) -> Core:
         sink = self._sink.open(other_processes=self._settings.tensor_parallel_size > 1)
-        core = Core(checkpoint.config, self._settings, self._ids, checkpoint.folder, sink, self._break)
-        core.warm_up()
-        return core
+        return Core(checkpoint.config, self._settings, self._ids, checkpoint.folder, sink, self._break)
 
     def _run(self, make: Callable[[], Core], started: Future[None]) -> None:
         try:
