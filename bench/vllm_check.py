@@ -135,6 +135,7 @@ def on_vllm(checkpoint: Checkpoint, options: argparse.Namespace, some: Sequence[
     """vLLM's results, with all cases at once."""
     from bagel_thinker.vllm import settings
     from bagel_thinker.vllm.engine import VllmEngine
+
     if options.causal:
         make = settings.hf_config
         settings.hf_config = lambda *given: {**make(*given), "is_mm_prefix_lm": False}
