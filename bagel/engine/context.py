@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bagel.engine.layout import latent_rows, text_rows, vit_rows
+from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.segments import Chain, Segment
 from bagel.images import pixel_digest
 from bagel.kv.digests import SegmentKind
@@ -110,10 +111,13 @@ class SegmentCache:
 
 
 class ContextBuilder:
-    """Computes contexts on one model. segments_computed counts those that no cache had."""
+    """Computes contexts on one model. segments_computed counts those that no cache had.
 
-    def __init__(self, model: Bagel, cache: Cache | None = None) -> None:
-        self.model = model
+    texts: the graphs that compute short texts, where there are any.
+    """
+
+    def __init__(self, model: Bagel, cache: Cache | None = None, texts: PrefillGraphs | None = None) -> None:
+        self.model, self.texts = model, texts
         self.cache: Cache = cache if cache is not None else SegmentCache()
         self.segments_computed = 0
         self._delimiters = model.delimiter_embeddings()
@@ -169,8 +173,18 @@ class ContextBuilder:
             if on_kv is not None:
                 on_kv(segment, layer, slab.k[layer, span], slab.v[layer, span])
 
+        if self._captured(segment, past, slab):
+            for layer in range(self.model.kv_shape.layers):
+                on_layer(layer)
+            return
         und, gen, rows = _INPUTS[segment.kind](self, segment, past)
         self.model.language_model(und, gen, rows, slab, on_layer)
+
+    def _captured(self, segment: Segment, past: int, slab: KvSlab) -> bool:
+        """Whether the segment was a short text, and a graph has computed it."""
+        if self.texts is None or segment.kind is not SegmentKind.TEXT:
+            return False
+        return self.texts.compute(segment.token_ids, past, segment.rope, slab)
 
     def _text(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
         ids = torch.tensor([segment.token_ids], device=self.model.device)

@@ -13,6 +13,7 @@ from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.events import Done, Event, Planned, Prefilled, PromptRead, StepTimed, Text, TextDone
 from bagel.engine.loading import LoadedModel
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
+from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.progress import Heartbeat
 from bagel.engine.sampler import Picture
 from bagel.engine.segments import Chain
@@ -73,7 +74,7 @@ class SingleStage:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner")
         self._timed: list[StepTimed] = []
         self._cache = SegmentCache()
-        self._builder = ContextBuilder(loaded.model, self._cache)
+        self._builder = ContextBuilder(loaded.model, self._cache, PrefillGraphs.over(loaded.model, space))
         self.texts = TextScheduler(
             loaded,
             self._builder,

@@ -53,6 +53,8 @@ def warm_up(
     try:
         if texts is not None:
             _read(loaded)
+            if texts.builder.texts is not None:
+                texts.builder.texts.warm_up()
             _write(texts)
         if diffusion is not None:
             _draw(loaded, space, diffusion)

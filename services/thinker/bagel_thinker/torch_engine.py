@@ -15,6 +15,7 @@ from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.memory import kv_space
+from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import ContextFailed, ContextRequest, TextScheduler
 from bagel.engine.warm_up import warm_up
@@ -116,7 +117,11 @@ class TorchEngine:
         self._space = kv_space(loaded.model, kv_device_bytes)
         self._texts = TextScheduler(
             loaded,
-            ContextBuilder(loaded.model, StoreCache(store, self._lane, loaded.model.device)),
+            ContextBuilder(
+                loaded.model,
+                StoreCache(store, self._lane, loaded.model.device),
+                PrefillGraphs.over(loaded.model, self._space),
+            ),
             self._space,
             max_num_seqs=max_num_seqs,
             on_write=partial(count_step, "text"),
