@@ -53,7 +53,8 @@ class Core:
 
     def step(self) -> list[Any]:
         ended, self._new = self._new, []
-        return [SimpleNamespace(request_id=name, new_token_ids=[self.token], finish_reason="length") for name in ended]
+        made = {"new_token_ids": [self.token], "finish_reason": "length", "prefill_stats": None}
+        return [SimpleNamespace(request_id=name, **made) for name in ended]
 
     def overflows(self) -> int:
         return self.overflowed
