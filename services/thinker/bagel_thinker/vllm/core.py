@@ -18,9 +18,9 @@ from bagel.errors import BagelError, ConfigError
 from bagel.kv.digests import SegmentKind
 from bagel.telemetry.logs import Log
 from bagel_thinker.vllm.images import image_item
-from bagel_thinker.vllm.positions import write_positions_at_once
 from bagel_thinker.vllm.requests import Placeholders, segment_starts, token_ids
 from bagel_thinker.vllm.settings import VllmSettings, engine_arguments
+from bagel_thinker.vllm.text_steps import prepare_texts_at_once
 
 log = Log("bagel.thinker")
 _ENVIRONMENT = {
@@ -80,7 +80,7 @@ class Core:
             log.info("quantised", format=settings.quantization, engine="vllm")
         # Workers tell of exports by notices, so one of them has to answer each step, and not all.
         self._client.engine_core.model_executor.kv_output_aggregator = None
-        self._client.collective_rpc(write_positions_at_once)
+        self._client.collective_rpc(prepare_texts_at_once)
         self.block_size: int = vllm_config.cache_config.block_size
         if vllm_config.scheduler_config.async_scheduling:
             self._client.collective_rpc(_leave_tokens_on_device)
