@@ -166,9 +166,10 @@ class BagelThinker(nn.Module, SupportsMultiModal, SupportsMRoPE):
         logits: Tensor | None = self.language_model.compute_logits(hidden_states)
         if logits is None or self.overflow_id < 0:
             return logits
-        # amax and amin propagate a NaN, so two reductions suffice and no mask as large as the logits is needed. The
-        # count stays on the device: reading it here would make the host wait in every step.
-        overflowed = ~(logits.amax(dim=-1).isfinite() & logits.amin(dim=-1).isfinite())
+        # A NaN becomes the extreme of its row and fails both comparisons, so that no mask as large as the logits is
+        # needed. The count stays on the device: reading it here would make the host wait in every step.
+        lowest, highest = logits.aminmax(dim=-1)
+        overflowed = ~((lowest > float("-inf")) & (highest < float("inf")))
         self.overflows += overflowed.sum()
         logits.masked_fill_(overflowed[:, None], float("-inf"))
         logits[:, self.overflow_id].masked_fill_(overflowed, 0.0)
