@@ -21,6 +21,7 @@ from bagel.images import resize
 from bagel.kv.digests import ROOT, SegmentKind, segment_digest
 from bagel.model.bagel import Bagel
 from bagel.model.vae import Vae
+from bagel.parallel.groups import UNDIVIDED, Groups
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings, PosteriorMode, RenormType
 
@@ -39,12 +40,16 @@ FINGERPRINT = b"bench"
 
 
 def random_segment(model: Bagel, name: str, tokens: int, parent: bytes = ROOT) -> tuple[Segment, SegmentKv]:
-    """A segment of `tokens` tokens with random K/V; its digest is made from `name`."""
-    llm = model.config.llm
+    """A segment of `tokens` tokens with random K/V; its digest is made from `name`.
+
+    A tensor-parallel rank gets its heads of what a whole model gets.
+    """
+    llm, heads = model.config.llm, model.language_model.kv_heads
     shape = (llm.num_hidden_layers, tokens, llm.num_key_value_heads, llm.head_dim)
     k, v = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
     digest = segment_digest(parent, SegmentKind.TEXT, name.encode(), FINGERPRINT)
-    return Segment(SegmentKind.TEXT, parent, digest, tokens, 0, tokens), SegmentKv(k, v)
+    kv = SegmentKv(k[:, :, heads.start : heads.stop], v[:, :, heads.start : heads.stop])
+    return Segment(SegmentKind.TEXT, parent, digest, tokens, 0, tokens), kv
 
 
 def _context(*parts: tuple[Segment, SegmentKv]) -> Context:
@@ -73,14 +78,24 @@ def branch_contexts(model: Bagel, tokens: int, branches: int) -> Contexts:
     return dict(zip(BranchName, contexts[:branches], strict=False))
 
 
-def draw(model: Bagel, side: int, contexts: Contexts, settings: ImageSettings | None = None) -> Canvas:
-    """A canvas with one square picture of `side` pixels, guided by one branch per context."""
+def draw(
+    model: Bagel,
+    side: int,
+    contexts: Contexts,
+    settings: ImageSettings | None = None,
+    groups: Groups = UNDIVIDED,
+) -> Canvas:
+    """A canvas with one square picture of `side` pixels, guided by one branch per context.
+
+    groups: the ranks that compute its steps together.
+    """
     settings = settings or SETTINGS[len(contexts)]
     rows = side // model.config.latent_stride
     noise = initial_noise(0, rows * rows, model.config.latent_features)
-    picture, bucket = Picture(settings, (rows, rows), noise, contexts), latent_bucket(rows * rows)
+    picture, ranks = Picture(settings, (rows, rows), noise, contexts), groups.context.size
+    bucket = -(-latent_bucket(rows * rows) // ranks) * ranks  # each rank of context parallel computes as many
     space = kv_space_of(model, picture.kv_tokens(bucket))
-    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab))
+    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab, groups.context), groups)
     canvas.add(picture)
     return canvas
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bagel.checkpoint.config import LlmConfig, ModelConfig, VaeConfig, VitConfig
 
 MID = ModelConfig(
@@ -31,3 +33,6 @@ TINY = ModelConfig(
     vae=VaeConfig(ch=32, ch_mult=(1, 2, 2, 2)),
 )
 """The shape of the tests' tiny checkpoint, where the overhead of calls exceeds their computation."""
+
+DIVISIBLE = replace(TINY, llm=replace(TINY.llm, num_attention_heads=8))
+"""TINY with heads that two, four and eight tensor-parallel ranks divide."""

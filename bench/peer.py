@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from bagel.checkpoint.config import BAGEL_7B_MOT
 from bagel.client import Client
@@ -76,7 +77,7 @@ def run(
     if not cases:
         raise ConfigError(f"--only {only!r} names no row; the rows are: {'; '.join(case.name for case in FULL)}")
     with ExitStack() as stack:
-        folder = checkpoint or _made(stack, device, tiny=tiny)
+        folder = checkpoint or made(stack, device, tiny=tiny)
         ours = _ours(folder, device, cases)
         theirs, why = _theirs(folder, python, cases)
     note = f"single stage, one request at a time, a new picture for each edit; medians of {RUNS} at the client; {why}"
@@ -104,7 +105,7 @@ def requests(cases: Sequence[Case]) -> list[dict[str, Any]]:
     ]
 
 
-def _made(stack: ExitStack, device: torch.device, *, tiny: bool) -> Path:
+def made(stack: ExitStack, device: torch.device, *, tiny: bool) -> Path:
     """A checkpoint that goes with the stack."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bagel-bench-")))
     began = time.perf_counter()
@@ -123,11 +124,20 @@ def _ours(folder: Path, device: torch.device, cases: Sequence[Case]) -> dict[str
         Deployment(config, folder, device=str(device), logs=nowhere) as services,
         Client(services.address) as client,
     ):
-        for request in requests(cases):
-            began = time.perf_counter()
-            client.generate(**_arguments(request))
-            seconds.setdefault(request["case"], []).append(time.perf_counter() - began)
+        for case, taken, _ in answers(client, cases):
+            seconds.setdefault(case, []).append(taken)
     return seconds
+
+
+def answers(client: Client, cases: Sequence[Case], **options: Any) -> Iterator[tuple[str, float, Image]]:
+    """The case of each request, nothing of a warm-up, its seconds and its picture. options: of all requests."""
+    for request in requests(cases):
+        arguments = _arguments(request)
+        began = time.perf_counter()
+        picture = client.generate(**arguments, **options).image
+        taken = time.perf_counter() - began
+        assert picture is not None
+        yield request["case"], taken, picture
 
 
 def _arguments(request: Mapping[str, Any]) -> dict[str, Any]:
