@@ -86,7 +86,13 @@ def _tables(ranks: Sequence[RankProcess], limit_s: float) -> Iterator[Table]:
                 case None:
                     del running[connection]
                 case reason:
-                    raise RankFailed(f"rank {index}: {reason}")
+                    raise RankFailed(_cause(ranks) or f"rank {index}: {reason}")
+
+
+def _cause(ranks: Sequence[RankProcess]) -> str | None:
+    """The first rank that has ended by itself: exchanges of the others fail because of it."""
+    codes = [process.exitcode for process, _ in ranks]
+    return next((f"rank {index} ended with exit code {code}" for index, code in enumerate(codes) if code), None)
 
 
 def _said(rank: RankProcess) -> Said:
@@ -95,7 +101,7 @@ def _said(rank: RankProcess) -> Said:
         said: Said = connection.recv()
     except EOFError:
         process.join()
-        return f"it ended with exit code {process.exitcode}"
+        return "it ended before its work was done"
     return said
 
 

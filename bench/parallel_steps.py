@@ -45,10 +45,11 @@ def links(lab: RankLab) -> Iterator[Table]:
     group = lab.groups.world
     table = Table("parallel links", "mib: of each rank, in bfloat16; gb_s: bus bandwidth, as NCCL's tests count it")
     given = torch.arange(1.0, group.size + 1, dtype=torch.bfloat16, device=lab.device)[:, None]
-    for what, mib in LINKS:
+    for what, full in LINKS:
+        mib = full if lab.meter.cuda else full / 1024
         reduced = what == "all-reduce"
         exchange, wanted = (group.add_up, given.sum(0)) if reduced else (group.gather, given)
-        x = given[group.index].repeat(mib * (MIB if lab.meter.cuda else 1024) // given.itemsize)
+        x = given[group.index].repeat(int(mib * MIB) // given.itemsize)
         right = lab.all_true(bool((exchange(x.clone()) == wanted).all()))
         x.zero_()  # what is added up again and again
         ms = lab.ms(lambda x=x, exchange=exchange: exchange(x), repeats=20)  # type: ignore[misc]
