@@ -22,9 +22,9 @@ from bench.parallel_lab import RankLab
 from bench.report import Table
 
 EXCHANGE_S = 60.0
-"""Of an exchange that another rank does not come to; parts have longer."""
+"""Of an exchange that another rank does not come to."""
 CPU_LIMIT_S = 400.0
-"""Of each part on a CPU, which other processes may use too."""
+"""Of each part on a CPU, and of its exchanges: other processes may use it too."""
 
 Said = Table | str | None
 """What a rank says: a table, why it cannot go on, or that it is done."""
@@ -136,7 +136,7 @@ def _work(part: Part, index: int, device: str, address: str, connection: Connect
         part.mesh.rank(index),
         place,
         address,
-        timeout_s=EXCHANGE_S,
+        timeout_s=EXCHANGE_S if device == "cuda" else CPU_LIMIT_S,
         vae_ranks=part.vae_ranks,
         weight_ranks=part.weight_ranks,
     )
