@@ -190,6 +190,8 @@ def memory(ranks: Callable[[], list[int]]) -> Harm:
     return harm
 
 
+NO_SPARE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+"""Of the environment: glibc gives memory back at once, so that a limit of what a process has now is met at once."""
 KINDS = {"killed": killed, "stopped": stopped, "memory": memory}
 """And the loss of a node, of another deployment."""
 
@@ -246,6 +248,8 @@ def served(sizes: dict[str, Any], kind: str, folder: Path) -> Iterator[Served]:
         if kind == "node":
             nodes = stack.enter_context(ray_nodes())
             more |= {"worker_backend": "ray", "ray_address": nodes.address}
+        if kind == "memory":
+            more["env"] = NO_SPARE_MEMORY
         start = Deployment(config, MODEL, device="cpu", engine="torch", init_timeout_s=180, **more)
         services = stack.enter_context(start)
         if kind == "node":
