@@ -112,8 +112,9 @@ class Drawing:
         return drawn.picture
 
 
-def meetings() -> set[str]:
-    return {each.name for each in Path(tempfile.gettempdir()).glob("bagel-ranks-*")}
+def meetings(folder: Path) -> list[str]:
+    """Where ranks meet, of the services whose temporary folder this is."""
+    return [each.name for each in folder.glob("bagel-ranks-*")]
 
 
 def runs(pid: int) -> bool:
@@ -132,8 +133,10 @@ def no_memory_left(pid: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_lost_ends_the_request_and_the_group_comes_back() -> None:
-    before = meetings()
+def test_a_rank_that_is_lost_ends_the_request_and_the_group_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     async def test(runner: RunnerClient) -> None:
         drawing = Drawing(runner)
@@ -157,22 +160,25 @@ def test_a_rank_that_is_lost_ends_the_request_and_the_group_comes_back() -> None
             assert await drawing.draws() == wanted
 
     grouped(test)
-    assert meetings() <= before
+    assert not meetings(tmp_path)
 
 
 @pytest.mark.slow
 def test_ranks_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(SERVER)
-    before = meetings()
-    command = [sys.executable, str(tmp_path / "server.py"), str(CHECKPOINT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    command, env = (
+        [sys.executable, str(tmp_path / "server.py"), str(CHECKPOINT)],
+        os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as server:
         assert server.stdout is not None
         pids = json.loads(server.stdout.readline())
+        assert meetings(tmp_path)
         os.kill(pids[0], signal.SIGSTOP)  # the other waits for it in vain
         server.kill()
         os.kill(pids[0], signal.SIGCONT)
     deadline = time.monotonic() + 30
-    while any(map(runs, pids)) or meetings() - before:
+    while any(map(runs, pids)) or meetings(tmp_path):
         assert time.monotonic() < deadline, "ranks outlive their server"
         time.sleep(0.05)
 
