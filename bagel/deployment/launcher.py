@@ -138,14 +138,14 @@ class Deployment:
             for i, (spec, service) in enumerate(zip(self.config.spec.stages, self._stages, strict=True)):
                 if isinstance(service, DitConfig):
                     service = replace(service, sources=tuple(feeds[source] for source in spec.input_sources))
-                later = list(zip(self._stages, stages, strict=True))[i + 1 :]
+                later = list(zip(self._stages[i + 1 :], stages[i + 1 :], strict=True))
                 first = measures_shared_gpu(service, stages[i], later)
                 service = leaving_room(service) if first else service
                 title = f"stage {spec.stage_id} ({spec.model_stage})"
                 waiting[service.name] = self._launch(service.name, title, service, stages[i])
                 addresses[service.name] = waiting[service.name].address(deadline)
                 feeds[spec.stage_id] = f"{service.name}={addresses[service.name]}"
-                if first:
+                if first:  # nothing may load beside it
                     self._until_ready(waiting, addresses, deadline)
             gateway = replace(self._gateway, thinkers=_at(addresses, "thinker"), dits=_at(addresses, "dit"))
             waiting[GATEWAY] = self._launch(GATEWAY, "the gateway", gateway)
