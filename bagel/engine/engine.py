@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -184,12 +185,22 @@ class Engine:
             self._emit(Failed(id_, error))
 
     def _break(self, error: Exception) -> None:
-        """Say that this rank can go on no longer: the others wait for it, or have gone another way."""
-        if not self._broken:
-            self._broken = True
-            logger.error("this rank cannot go on", exc_info=error)
+        """Say that this rank can go on no longer: the others wait for it, or have gone another way.
+
+        Where memory has run out, even that may fail. Then the process ends, which is seen too.
+        """
+        if self._broken:
+            return
+        self._broken = True
+        try:
             what = "out of memory" if is_out_of_memory(error) else type(error).__name__
             self._emit(Broken(f"{what}: {next(iter(str(error).splitlines()), '')}"))
+        except OSError:  # nobody is there to be told
+            raise
+        except Exception:
+            os._exit(1)
+        # Only now, as this may fail in the same way.
+        logger.error("this rank cannot go on", exc_info=error)
 
 
 def _internal(cause: Exception) -> BagelError:

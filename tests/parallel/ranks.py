@@ -60,7 +60,10 @@ class Ranks:
             ready = wait(list(left), LIMIT_S)
             assert ready, f"ranks {sorted(left.values())} of {mesh} hang"
             for connection in (each for each in left if each in ready):
-                error, results[left[connection]] = connection.recv()
+                try:
+                    error, results[left[connection]] = connection.recv()
+                except EOFError:
+                    error = "its process has ended"
                 assert not error, f"rank {left[connection]} of {mesh}:\n{error}"
         return [results[index] for index in range(len(ranks))]
 
