@@ -1,15 +1,15 @@
-"""Write a picture as a PNG, in an eighth of the time that Pillow takes.
+"""Write a picture as a PNG, in a third of the time that Pillow takes.
 
-Each row is what changes from the row above (PNG's filter "up"), compressed by ISA-L's deflate. Pillow tries all five
-filters on each row and compresses with zlib: its files are 5% smaller. https://www.w3.org/TR/png-3/
+Each row is what changes from the row above (PNG's filter "up"), of which zlib looks for runs alone. Pillow tries all
+five filters on each row. https://www.w3.org/TR/png-3/
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 
 import numpy as np
-from isal import isal_zlib
 from PIL.Image import Image
 
 from bagel.images.png import SIGNATURE
@@ -28,10 +28,12 @@ def write_png(image: Image) -> bytes:
     rows[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # modulo 256, as the filter is defined
     header = struct.pack(">2I5B", width, height, _BITS, _RGB, 0, 0, 0)
-    body = isal_zlib.compress(rows, _LEVEL)
+    # Filtered rows have few matches: a search for them takes longer, and makes the file larger.
+    deflate = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+    body = deflate.compress(rows.data) + deflate.flush()
     return b"".join((SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", body), _chunk(b"IEND", b"")))
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
-    checksum = isal_zlib.crc32(body, isal_zlib.crc32(kind))
+    checksum = zlib.crc32(body, zlib.crc32(kind))
     return b"".join((struct.pack(">I", len(body)), kind, body, struct.pack(">I", checksum)))
