@@ -36,7 +36,7 @@ class _Died(Exception):
 
 
 class ImagePool:
-    """At most `workers` processes that read images, started when they are needed.
+    """At most `workers` processes that read images: one from `start` on, more when they are needed.
 
     timeout_s: time for one image, then InvalidImage; wait_s: time to wait for a free worker, then Busy. All calls come
     from one event loop; cancelling a call kills its worker.
@@ -55,6 +55,10 @@ class ImagePool:
         self._closed = False
         self._recent = RecentImages()
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+
+    async def start(self) -> None:
+        """Start a process, so that the first image need not wait for it. BagelError where none can be started."""
+        self._idle.append(await _start())
 
     async def size(self, data: bytes) -> tuple[int, int]:
         """The upright (width, height) of an image file, from its headers; no pixel is decoded.

@@ -25,6 +25,7 @@ async def _serve(config: GatewayConfig) -> None:
     # After everything is made and before anything is served: what is there now stays.
     keep_loaded()
     await gateway.start()
+    await gateway.images.start()
     service.announce(gateway.host, config.listen, gateway.rest.address if gateway.rest is not None else None)
     log.info("configuration", **config.shown(), **gateway.tls.shown())
     if exposes_keys(config):

@@ -27,6 +27,10 @@ class InputImages:
     def __init__(self, pool: ImagePool, max_images: int, max_pixels: int) -> None:
         self._pool, self.max_images, self._max_pixels = pool, max_images, max_pixels
 
+    async def start(self) -> None:
+        """Start what reads images. BagelError where it cannot be started."""
+        await self._pool.start()
+
     async def measured(self, prompt: Prompt) -> Prompt:
         """The prompt with its images' sizes, by their headers; InvalidImage for too many, or too large ones."""
         count = sum(isinstance(part, ImagePart) for part in prompt)

@@ -96,6 +96,16 @@ def test_reads_as_this_process_does() -> None:
     with_pool(test, timeout_s=30.0)
 
 
+def test_the_first_image_finds_a_worker_that_has_started() -> None:
+    async def test(pool: ImagePool) -> None:
+        await pool.start()
+        (started,) = workers_of_this_process()
+        await pool.size(SMALL)
+        assert workers_of_this_process() == [started]
+
+    with_pool(test, workers=2)
+
+
 def test_an_image_that_comes_again_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read, reads = ImagePool._read, list[int]()
 

@@ -65,6 +65,8 @@ async def _serve(config: DitConfig) -> None:
     runner = RunnerClient(RankSettings(config, checkpoint.folder, memory=memory), on_health)
     puller, images = None, serving.image_pool(config, config.batch_timeout_s)
     try:
+        if config.single_stage:
+            await images.start()
         await runner.loaded()
         checkpoint.check_unchanged()
         if arena is not None:

@@ -46,14 +46,16 @@ async def _serve(config: ThinkerConfig) -> None:
     await host.start()
     service.announce(host, config.listen)
     log.info("configuration", **config.shown())
+    images = serving.image_pool(config, config.batch_timeout_s)
     try:
+        await images.start()
         # In a thread, so that the server answers health checks meanwhile.
         engine = await asyncio.to_thread(_load, config, checkpoint)
     except BaseException:
         await host.server.stop(None)
+        await images.close()
         raise
     watching = asyncio.create_task(watch(engine, config.step_timeout_s))
-    images = serving.image_pool(config, config.batch_timeout_s)
     try:
         servicer = _add_servicers(host, engine, images, config)
         keep_loaded()
