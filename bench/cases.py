@@ -95,7 +95,7 @@ def draw(
     picture, ranks = Picture(settings, (rows, rows), noise, contexts), groups.context.size
     bucket = -(-latent_bucket(rows * rows) // ranks) * ranks  # each rank of context parallel computes as many
     space = kv_space_of(model, picture.kv_tokens(bucket))
-    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab, groups.context), groups)
+    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab), groups)
     canvas.add(picture)
     return canvas
 

@@ -72,7 +72,7 @@ class DiffusionEngine:
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
         self._groups = model.groups
-        self._space, self._graphs = space, StepGraphs.over(model, space.slab, model.groups.context)
+        self._space, self._graphs = space, StepGraphs.over(model, space.slab)
         self._arrivals: Arrivals | None = None
         if pages is not None:
             kept = model.language_model.kv_heads

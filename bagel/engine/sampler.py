@@ -25,8 +25,8 @@ from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
 from bagel.model.layers import grid_position_ids
-from bagel.parallel.groups import UNDIVIDED, Groups
-from bagel.parallel.rows import Division
+from bagel.parallel.groups import UNDIVIDED, Group, Groups
+from bagel.parallel.rows import Division, parts_of
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings
 
@@ -182,7 +182,7 @@ class Canvas:
         self.model, self.padded, self._space, self._graphs, self._groups = model, padded, space, graphs, groups
         self.drawings: list[Drawing] = []
         self._delimiters: Tensor = model.delimiter_embeddings()
-        self._layouts: dict[tuple[_Row, ...], _Layout] = {}
+        self._layouts: dict[tuple[tuple[_Row, ...], int], _Layout] = {}
 
     @property
     def slab(self) -> KvSlab:
@@ -232,7 +232,7 @@ class Canvas:
         for start in {row.start for row in drawing.rows.values()}:
             self._space.give(start)
         # Layouts that include it name places that others may get now.
-        self._layouts = {rows: each for rows, each in self._layouts.items() if drawing not in each.drawings}
+        self._layouts = {key: each for key, each in self._layouts.items() if drawing not in each.drawings}
 
     @torch.inference_mode()
     def step(self, active: Sequence[Drawing], on_velocity: OnVelocity | None = None) -> None:
@@ -259,22 +259,34 @@ class Canvas:
                 if name in wanted.get(drawing, frozenset())
             )
         )
-        division = Division.of([row.context.length for row in rows], self._groups.rows)
-        computed = self._compute(tuple(rows[each] for each in division.mine))
+        division = Division.of(_lengths(rows), self._groups.rows)
+        computed = self._compute_together([rows[each] for each in division.mine])
         velocity = dict(zip(rows, division.exchange(computed), strict=True))
         return {
             drawing: {name: velocity[drawing.rows[name]][: drawing.picture.tokens] for name in sorted(names)}
             for drawing, names in wanted.items()
         }
 
-    def _compute(self, rows: tuple[_Row, ...]) -> Tensor:
-        """The velocities of some rows at their pictures' present steps, [rows, padded, features] float32."""
-        layout = self._layout(rows)
+    def _compute_together(self, rows: Sequence[_Row]) -> Tensor:
+        """As `_compute`, by the ranks of context parallel: they divide the rows, and within a part the latents."""
+        context, lengths = self._groups.context, _lengths(rows)
+        if (parts := parts_of(lengths, context.size)) == 1:
+            return self._compute(tuple(rows), context)
+        division = Division.of(lengths, context, parts)
+        mine = tuple(rows[each] for each in division.mine)
+        return torch.stack(division.exchange(self._compute(mine, self._groups.context_parts[parts])))
+
+    def _compute(self, rows: tuple[_Row, ...], context: Group) -> Tensor:
+        """The velocities of some rows at their pictures' present steps, [rows, padded, features] float32.
+
+        context: the ranks that divide their latents.
+        """
+        layout = self._layout(rows, context)
         t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
         x = torch.stack([drawing.x for drawing in layout.drawings])
         inputs = StepInputs(x, t, layout.position_ids, layout.places)
-        if self._graphs is not None and self._graphs.take(len(rows), self.padded):
-            return self._graphs.velocities(inputs)
+        if self._graphs is not None and self._graphs.take(len(rows), self.padded, context):
+            return self._graphs.velocities(inputs, context)
         return row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
 
     def _padded_ids(self, picture: Picture) -> Tensor:
@@ -282,9 +294,10 @@ class Canvas:
         ids[: picture.tokens] = grid_position_ids(*picture.grid, self.model.config.max_latent_size)
         return ids
 
-    def _layout(self, rows: tuple[_Row, ...]) -> _Layout:
+    def _layout(self, rows: tuple[_Row, ...], context: Group) -> _Layout:
         """The layout of a step over these rows; made once, as most steps run the same rows."""
-        if rows not in self._layouts:
+        key = rows, context.size
+        if key not in self._layouts:
             drawings = tuple(row.drawing for row in rows)
             places = (
                 [row.start for row in rows],
@@ -292,13 +305,18 @@ class Canvas:
                 [row.context.rope for row in rows],
                 [drawing.picture.tokens for drawing in drawings],
             )
-            self._layouts[rows] = _Layout(
-                latent_rows(self.model.language_model, *places, self.padded, self._groups.context),
+            self._layouts[key] = _Layout(
+                latent_rows(self.model.language_model, *places, self.padded, context),
                 upload(places, torch.int64, self.model.device),
                 drawings,
                 torch.stack([each.position_ids for each in drawings]),
             )
-        return self._layouts[rows]
+        return self._layouts[key]
+
+
+def _lengths(rows: Sequence[_Row]) -> list[int]:
+    """The tokens of their contexts."""
+    return [row.context.length for row in rows]
 
 
 class StepGate:

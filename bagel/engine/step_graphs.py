@@ -46,34 +46,36 @@ def row_velocities(model: Bagel, delimiters: Tensor, inputs: StepInputs, rows: R
 
 
 class StepGraphs:
-    """The captured steps over one slab, by rows and bucket; each is made when it is first needed."""
+    """The captured steps over one slab, by rows, bucket and ranks; each is made when it is first needed.
 
-    def __init__(self, model: Bagel, slab: KvSlab, context: Group = ALONE) -> None:
-        self.slab, self._context, self._ranks = slab, context, context.size * model.groups.tp.size
+    context: ranks that divide latents; their exchanges of K/V are captured too, as all ranks take the same steps.
+    """
+
+    def __init__(self, model: Bagel, slab: KvSlab) -> None:
+        self.slab = slab
         self._model, self._delimiters, self._maker = model, model.delimiter_embeddings(), GraphMaker(model.device)
-        self._graphs: dict[tuple[int, int], _StepGraph] = {}
+        self._graphs: dict[tuple[int, int, int], _StepGraph] = {}
 
     @classmethod
-    def over(cls, model: Bagel, slab: KvSlab, context: Group = ALONE) -> StepGraphs | None:
-        """The graphs of a slab; None where forwards are not captured.
-
-        context: ranks that divide latents; their exchanges of K/V are captured too, as all ranks take the same steps.
-        """
+    def over(cls, model: Bagel, slab: KvSlab) -> StepGraphs | None:
+        """The graphs of a slab; None where forwards are not captured."""
         if not model.language_model.backend.captures:
             return None
-        return cls(model, slab, context)
+        return cls(model, slab)
 
-    def take(self, rows: int, bucket: int) -> bool:
+    def take(self, rows: int, bucket: int, context: Group = ALONE) -> bool:
         """Whether a step of this shape is to be replayed."""
-        return self._model.language_model.backend.captures and rows * bucket <= MOST_LATENTS * self._ranks
+        ranks = context.size * self._model.groups.tp.size
+        return self._model.language_model.backend.captures and rows * bucket <= MOST_LATENTS * ranks
 
-    def velocities(self, inputs: StepInputs) -> Tensor:
+    def velocities(self, inputs: StepInputs, context: Group = ALONE) -> Tensor:
         """As row_velocities."""
         rows, bucket = inputs.x.shape[:2]
-        graph = self._graphs.pop((rows, bucket), None)
+        key = rows, bucket, context.size
+        graph = self._graphs.pop(key, None)
         if graph is None:
-            graph = _StepGraph(self._model, self._delimiters, self.slab, inputs, self._maker, self._context)
-        self._graphs[rows, bucket] = graph  # the last one is the latest
+            graph = _StepGraph(self._model, self._delimiters, self.slab, inputs, self._maker, context)
+        self._graphs[key] = graph  # the last one is the latest
         if len(self._graphs) > MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         return graph.replay(inputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -101,8 +101,9 @@ ALONE = Group()
 class Groups:
     """A rank's groups. Without torch.distributed, those of a mesh of size one.
 
-    tp: ranks that divide each layer; context: those that divide the latents of each row; rows: those that divide the
-    rows of a step, along data and cfg; world: all. weights: those that divide the weights. vae_decode, vae_encode:
+    tp: ranks that divide each layer; context: those that divide the latents of each row, or the rows and then, by the
+    number of its parts, those of context_parts the latents; rows: those that divide the rows of a step, along data and
+    cfg; world: all. weights: those that divide the weights. vae_decode, vae_encode:
     those that divide the tiles of pictures, by a group for each thread that runs the autoencoder, so that decoding goes
     on beside steps.
     """
@@ -115,6 +116,7 @@ class Groups:
     weights: Group = Group()
     vae_decode: Group = Group()
     vae_encode: Group = Group()
+    context_parts: Mapping[int, Group] = field(default_factory=lambda: {1: ALONE})
 
 
 UNDIVIDED = Groups()
@@ -167,13 +169,19 @@ def join(
         return mine
 
     ranks = [mesh.rank(index) for index in range(mesh.size)]
+    context_parts = {
+        parts: form([each for line in _along(mesh, "context") for each in _divided(line, parts)])
+        for parts in range(1, mesh.context + 1)
+        if mesh.context % parts == 0
+    }
     return Groups(
         rank,
         tp=form(_along(mesh, "tp")),
-        context=form(_along(mesh, "context")),
+        context=context_parts[1],
+        context_parts=context_parts,
         rows=form(_along(mesh, "data", "cfg")),
         world=Group(rank.index, mesh.size, dist.group.WORLD),
-        weights=form([ranks[at : at + weight_ranks] for at in range(0, mesh.size, weight_ranks)]),
+        weights=form(_divided(ranks, mesh.size // weight_ranks)),
         vae_decode=form([ranks[:vae_ranks]]),
         vae_encode=form([ranks[:vae_ranks]]),
     )
@@ -187,6 +195,12 @@ def leave() -> None:
     if dist.is_initialized():
         gc.collect()
         dist.destroy_process_group()
+
+
+def _divided(ranks: Sequence[Rank], parts: int) -> list[Sequence[Rank]]:
+    """Ranks in so many parts, of as many neighbours each."""
+    each = len(ranks) // parts
+    return [ranks[at : at + each] for at in range(0, len(ranks), each)]
 
 
 def _along(mesh: Mesh, *axes: str) -> list[list[Rank]]:

@@ -181,7 +181,7 @@ def _denoise(run: PromptRun, settings: ImageSettings, contexts: dict[BranchName,
     model = run.engine.model
     bucket = padded_latents(tokens, "cuda", model.groups.context.size)
     space = kv_space_of(model, picture.kv_tokens(bucket))
-    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab, model.groups.context), model.groups)
+    canvas = Canvas(model, bucket, space, StepGraphs.over(model, space.slab), model.groups)
     drawing = canvas.add(picture)
     forwards = {name: case.result[f"steps_with_{name}_forward"] for name in ("cfg_text", "cfg_img")}
     if not divided(run.engine):

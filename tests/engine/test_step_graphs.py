@@ -91,7 +91,7 @@ def test_replayed_steps_draw_the_same_pictures(engine: BagelEngine, monkeypatch:
         assert torch.equal(ours, each)
     assert graphs is not None
     shapes = set(graphs._graphs)
-    assert {bucket for _, bucket in shapes} == {40} and len(shapes) > 1
+    assert {bucket for _, bucket, _ in shapes} == {40} and len(shapes) > 1
     assert graphs._maker.captured == len(shapes)  # type: ignore[attr-defined]
 
 
@@ -131,7 +131,7 @@ def test_the_latest_graphs_are_kept(engine: BagelEngine, captured: Bagel, monkey
     names = list(BranchName)
     for count in (1, 2, 1, 3):
         canvas.velocities({drawing: frozenset(names[:count])})
-    assert list(graphs._graphs) == [(1, 16), (3, 16)]
+    assert list(graphs._graphs) == [(1, 16, 1), (3, 16, 1)]
 
 
 def always_guided(one: Picture) -> Picture:
