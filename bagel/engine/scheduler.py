@@ -70,8 +70,6 @@ class Scheduler:
         """The next plan; None if there is nothing to do, or the engine has enough to do."""
         if self._under_way == PLANS_AHEAD or not (self._active or self._reading):
             return None
-        if not self._active and self._under_way:
-            return None  # how much text there is to do is known once the plan under way is done
         self._under_way += 1
         begin, self._planned = tuple(self._planned), {}
         return StepPlan(self._choose(), read=self._reading, begin=begin)

@@ -134,3 +134,15 @@ def test_every_request_ends_and_no_plan_is_too_many(asked: list[Asked], seed: in
     assert not (system.plans or system.events or system.under_way), "plans go on though there is nothing to do"
     for id_, each in system.asked.items():
         assert id_ in system.removed or (each.text <= 0 and each.taken == each.steps)
+
+
+def test_the_next_token_needs_no_round_trip_and_a_text_that_is_over_no_plan() -> None:
+    scheduler = Scheduler()
+    scheduler.observe(Planned(1))
+    plans = [scheduler.plan() for _ in range(PLANS_AHEAD)]
+    assert plans == [StepPlan((), read=True, begin=(1,)), StepPlan((), read=True)] and scheduler.plan() is None
+    scheduler.observe(Stepped(reading=True))
+    assert scheduler.plan() == StepPlan((), read=True)
+    for _ in range(PLANS_AHEAD):
+        scheduler.observe(Stepped(reading=False))
+    assert scheduler.plan() is None
