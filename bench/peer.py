@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -62,6 +63,8 @@ FULL = (
     Case("edit 1024, 50 timesteps", 1024, 50, edit=True),
 )
 SMALL = (Case("text-to-image 64, 4 timesteps", 64, 4), Case("edit 64, 4 timesteps", 64, 4, edit=True))
+ATTENTION = re.compile(r"diffusion attention backend '(\w+)'")
+"""Of the peer's log: without its best attention it would not be what it can be."""
 WARM_UP = 4
 """Timesteps of a first request of each kind, which is not counted."""
 
@@ -173,6 +176,8 @@ def _theirs(folder: Path, python: Path | None, cases: Sequence[Case]) -> tuple[d
             values = json.loads(line.removeprefix(peer_omni.TAG))
             if "version" in values:
                 about = f"vllm-omni {values['version']}, started in {values['start_s']:.0f} s"
+                if attention := ATTENTION.search(done.stdout + done.stderr):
+                    about += f", attention {attention[1]}"
             else:
                 seconds.setdefault(values["case"], []).append(values["seconds"])
     if done.returncode:

@@ -23,12 +23,14 @@ from types import SimpleNamespace
 class Omni:
     def __init__(self, model, deploy_config, log_stats):
         open(deploy_config).close()
+        print("INFO 11-30 09:59:36 [selector.py:87] Resolved diffusion attention backend 'SDPA' for role='self'")
         self.default_sampling_params_list = [SimpleNamespace()]
     def generate(self, prompts, sampling_params_list):
         (prompt,), (params,) = prompts, sampling_params_list
         edit = "multi_modal_data" in prompt
         assert edit == (params.extra_args["cfg_img_scale"] == 1.5) == prompt["prompt"].startswith("<|fim_middle|>")
         assert params.extra_args["cfg_interval"] == [0.4, 1.0] and params.height == params.width == 64
+        assert params.num_inference_steps == 3
         assert not edit or prompt["multi_modal_data"]["image"].size == (64, 64)
         return [SimpleNamespace(images=["a picture"])]
     def close(self):
@@ -71,7 +73,8 @@ def test_both_sides_on_one_checkpoint(
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()][1:]
     assert [row["case"] for row in rows] == [case.name for case in peer.SMALL]
     assert all(row["ours_s"] > 0 and row["ratio"] == row["vllm_omni_s"] / row["ours_s"] for row in rows)
-    assert "vllm-omni 9.9" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "vllm-omni 9.9" in told and "attention SDPA" in told
 
 
 def test_a_peer_that_is_not_there_is_told(tmp_path: Path) -> None:
