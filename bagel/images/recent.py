@@ -63,8 +63,8 @@ class RecentImages:
 async def file_digest(data: bytes) -> bytes:
     """Tells files apart, hostile ones too."""
     if len(data) <= IN_THE_LOOP_BYTES:
-        return hashlib.blake2b(data).digest()
-    return await asyncio.to_thread(lambda: hashlib.blake2b(data).digest())
+        return hashlib.sha256(data).digest()
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
 
 
 def _nbytes(image: PreparedImage) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import grpc
@@ -20,9 +20,9 @@ from grpc import aio
 
 from bagel.errors import TransferDamaged
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """What peers say of themselves in `Describe`. It changes with whatever a peer of the version before would drop or read
-otherwise, so that a result would change. Version 1 did not say, and sent no digests."""
+otherwise, so that a result would change. Version 1 did not say, and sent no digests; those of 2 were BLAKE2b's."""
 KEY = "bagel-digest-bin"
 """The trailing metadata that has the digest."""
 _BYTES = 16
@@ -38,7 +38,8 @@ class Digest:
         """method: its full name, /SERVICE/METHOD: HTTP/2 packs headers by those of calls before, so that a frame that
         is lost may turn it into another's. request: the first message, in pieces."""
         # With the version, so that what a peer of another one says is not taken for right.
-        self._hash = blake2b(digest_size=_BYTES, person=f"bagel wire {WIRE_VERSION}".encode())
+        # SHA-256, as processors have instructions for it: half the time of BLAKE2b.
+        self._hash = sha256(f"bagel wire {WIRE_VERSION}".encode())
         self._add((method.encode(),))
         self._add(request)
 
@@ -49,7 +50,7 @@ class Digest:
     @property
     def metadata(self) -> tuple[tuple[str, bytes], ...]:
         """What a service sends at the end of the call."""
-        return ((KEY, self._hash.digest()),)
+        return ((KEY, self._digest()),)
 
     def check(self, trailing: Trailing, peer: str) -> None:
         """Raise TransferDamaged unless a call ended with this digest."""
@@ -70,11 +71,14 @@ class Digest:
                 f"{peer} did not say what it received and sent: it is of an older release, or what it said was damaged "
                 "on its way; send the request again, or run the same release on both sides"
             )
-        if told != self._hash.digest():
+        if told != self._digest():
             raise TransferDamaged(
                 f"what {peer} received and sent is not what was sent and received here: it was damaged on its way; "
                 "send the request again, and use TLS where this comes again"
             )
+
+    def _digest(self) -> bytes:
+        return self._hash.digest()[:_BYTES]
 
     def _add(self, pieces: Iterable[bytes]) -> None:
         pieces = tuple(pieces)
