@@ -48,7 +48,8 @@ def row_velocities(model: Bagel, delimiters: Tensor, inputs: StepInputs, rows: R
 class StepGraphs:
     """The captured steps over one slab, by rows, bucket and ranks; each is made when it is first needed.
 
-    context: ranks that divide latents; their exchanges of K/V are captured too, as all ranks take the same steps.
+    context: ranks that divide the latents of a step's rows. Their exchanges of K/V are captured too, as all take the
+    same steps.
     """
 
     def __init__(self, model: Bagel, slab: KvSlab) -> None:

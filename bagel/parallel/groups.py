@@ -103,9 +103,8 @@ class Groups:
 
     tp: ranks that divide each layer; context: those that divide the latents of each row, or the rows and then, by the
     number of its parts, those of context_parts the latents; rows: those that divide the rows of a step, along data and
-    cfg; world: all. weights: those that divide the weights. vae_decode, vae_encode:
-    those that divide the tiles of pictures, by a group for each thread that runs the autoencoder, so that decoding goes
-    on beside steps.
+    cfg; world: all. weights: those that divide the weights. vae_decode, vae_encode: those that divide the tiles of
+    pictures, by a group for each thread that runs the autoencoder, so that decoding goes on beside steps.
     """
 
     rank: Rank = field(default_factory=Rank)
