@@ -13,8 +13,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from threading import Condition
 from typing import Any
 
 from PIL import Image
@@ -28,7 +30,7 @@ from bagel.kv.store import KvStore
 from bagel.request import PosteriorMode
 from bagel_thinker.vllm.core import Core
 from bagel_thinker.vllm.requests import Placeholders, segment_starts
-from bagel_thinker.vllm.settings import VllmSettings
+from bagel_thinker.vllm.settings import VllmSettings, hf_config
 from bagel_thinker.vllm.sink import Notice, Sink
 from bench.models import TINY
 
@@ -36,6 +38,8 @@ AT_ONCE = 64
 REPEATS = 5
 PROMPT, REPLY = 64, 256
 LENGTHS = (64, 1024, 9000)
+LANDING_S = 60.0
+"""Until the K/V of an edit must be in the store."""
 IDS = Placeholders(151652, 151653, 151645, 151644)
 
 
@@ -93,24 +97,10 @@ class Plain(Side):
         from vllm.v1.engine.core_client import InprocClient
         from vllm.v1.executor.abstract import Executor
 
-        llm, given = self.config.llm, self.settings
+        given = self.settings
+        # The Thinker's own language model, as vLLM's Qwen2 takes it.
+        shape = hf_config(self.config, given, self.ids)["llm_config"]
         with tempfile.TemporaryDirectory() as folder:
-            shape = {
-                "architectures": ["Qwen2ForCausalLM"],
-                "model_type": "qwen2",
-                "hidden_act": "silu",
-                "hidden_size": llm.hidden_size,
-                "intermediate_size": llm.intermediate_size,
-                "num_hidden_layers": llm.num_hidden_layers,
-                "num_attention_heads": llm.num_attention_heads,
-                "num_key_value_heads": llm.num_key_value_heads,
-                "vocab_size": llm.vocab_size,
-                "max_position_embeddings": 32_768,
-                "rms_norm_eps": llm.rms_norm_eps,
-                "rope_theta": llm.rope_theta,
-                "qk_norm": True,
-                "tie_word_embeddings": False,
-            }
             (Path(folder) / "config.json").write_text(json.dumps(shape))
             more = {"block_size": 32, "enforce_eager": True} if tiny else {}
             config = EngineArgs(
@@ -155,6 +145,7 @@ class Ours(Side):
         layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, self.settings.dtype)
         self.store = KvStore(layout, b"bench", 2**31 if not tiny else 2**26)
         self.landed: dict[str, list[float]] = {}
+        self._landing = Condition()
         self.sink = Sink(self.store.arena, layout, self.on_notice)
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text("{}")
@@ -165,7 +156,9 @@ class Ours(Side):
         if notice.failure:
             raise RuntimeError(notice.failure)
         if notice.digest:
-            self.landed.setdefault(notice.digest, []).append(time.perf_counter())
+            with self._landing:
+                self.landed.setdefault(notice.digest, []).append(time.perf_counter())
+                self._landing.notify()
 
     def add(self, ids: list[int], tokens: int) -> None:
         chain = _chain([_text(ids)])
@@ -196,10 +189,15 @@ class Ours(Side):
         if export:
             # Each rank tells of its heads of each layer.
             notices = self.store.layout.layers * self.settings.tensor_parallel_size
+            digests = [digest.hex() for digest, _ in lengths]
             # The copies end after the first token, in the connector's own thread.
-            while any(len(self.landed.get(digest.hex(), ())) < notices for digest, _ in lengths):
-                time.sleep(0.0002)
-            last = max(self.landed[digest.hex()][-1] for digest, _ in lengths) - begin
+            with self._landing:
+                done = self._landing.wait_for(
+                    lambda: all(len(self.landed.get(each, ())) >= notices for each in digests), LANDING_S
+                )
+            if not done:
+                raise TimeoutError(f"after {LANDING_S:g} s the K/V of an edit are not all in the store")
+            last = max(self.landed[each][-1] for each in digests) - begin
         self.store.release([lease])
         return first, last, chain.length
 
@@ -274,9 +272,9 @@ def measure(side: Side) -> Iterator[tuple[str, float]]:
         run()
         return median(run() for _ in range(repeats))
 
-    yield "decode_tokens_per_s", middle(lambda: decode(side))
+    yield "decode_tokens_per_s", middle(partial(decode, side))
     for length in lengths:
-        yield f"first_token_ms_{length}", middle(lambda length=length: first_token(side, length))  # type: ignore[misc]
+        yield f"first_token_ms_{length}", middle(partial(first_token, side, length))
     if isinstance(side, Ours):
         side.edit(export=True), side.edit(export=False)
         runs = [(side.edit(export=True), side.edit(export=False)) for _ in range(repeats)]
