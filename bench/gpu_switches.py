@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from bagel.checkpoint.roles import Role
 from bagel.model.backend import LayerBackend
+from bagel.model.products import whole_product
 from bagel.model.streams import one_by_one
 from bench import cases
 from bench.lab import Lab
@@ -15,6 +16,7 @@ from bench.report import Table
 SWITCHES: Mapping[str, Callable[[LayerBackend], LayerBackend]] = {
     "nothing": lambda backend: backend,
     "two streams": lambda backend: replace(backend, run_both=one_by_one),
+    "whole waves": lambda backend: replace(backend, product=whole_product),
     "graphs": lambda backend: replace(backend, captures=False),
     "enforce_eager": lambda backend: LayerBackend(backend.attend, attention=backend.attention),
 }

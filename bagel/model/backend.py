@@ -17,6 +17,7 @@ from bagel.model.attention_backends import (
     sdpa,
 )
 from bagel.model.kernels import TORCH, Kernels
+from bagel.model.products import Product, WholeWaves, whole_product
 from bagel.model.streams import RunBoth, SideBySide, one_by_one
 from bagel.parallel.groups import ALONE, UNDIVIDED, Group, Groups
 
@@ -25,17 +26,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerBackend:
-    """The functions that a layer calls besides its matrix products.
+    """The functions that a layer computes with.
 
     attend: attention over a layer's slab, by the name `attention`; kernels: elementwise work.
-    tp: ranks that divide each layer. They add up the outputs of the two row-split products of each expert, which are
-    the attention's output projection and the MLP's down projection.
+    product: each expert's two row-split products: attention's output projection, and the MLP's down projection.
+    tp: ranks that divide each layer. They add up the outputs of these two products.
     run_both: runs the two experts' halves of a layer. Ranks whose collectives must keep their order need one_by_one.
     captures: whether small forwards are captured as CUDA graphs; attention must read its lengths on the device.
     """
 
     attend: AttentionBackend = sdpa
     kernels: Kernels = TORCH
+    product: Product = whole_product
     attention: str = "sdpa"
     tp: Group = ALONE
     run_both: RunBoth = one_by_one
@@ -62,7 +64,8 @@ def choose_backend(
     backend = LayerBackend(BACKENDS[name], attention=name, tp=groups.tp)
     if device.type != "cuda" or eager:
         return backend
-    backend = replace(backend, kernels=_fused_kernels(device, dtype))
+    product = WholeWaves(torch.cuda.get_device_properties(device).multi_processor_count)
+    backend = replace(backend, kernels=_fused_kernels(device, dtype), product=product)
     captures = name in ON_DEVICE and backend.kernels is not TORCH
     # On two streams, sums of tensor-parallel ranks could come in another order on each rank.
     run_both = SideBySide(device) if groups.tp.size == 1 else one_by_one

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel.model.backend import LayerBackend
 from bagel.model.kernels import TORCH, Activations, Kernels, Rope
 from bagel.model.linear import LinearFactory
 from bagel.parallel.mesh import Share
@@ -98,8 +99,9 @@ class GatedMlp(nn.Module):
         """The type of the inputs, as Kernels names it."""
         return self.gate_up_proj.weight.dtype
 
-    def forward(self, x: Activations, kernels: Kernels) -> Tensor:
-        return cast(Tensor, self.down_proj(kernels.gate(self.gate_up_proj(x), self.down_proj.weight.dtype)))
+    def forward(self, x: Activations, backend: LayerBackend) -> Tensor:
+        gated = backend.kernels.gate(self.gate_up_proj(x), self.down_proj.weight.dtype)
+        return backend.product(self.down_proj, gated)
 
 
 class Mlp(nn.Module):

@@ -92,7 +92,7 @@ class ExpertOutput(nn.Module):
         delta = tp.add_up(self._projected(attended, backend))
         added, normed = self.post_attention_layernorm(tokens, delta, backend.kernels, self.mlp.takes)
         # In place, as this is the sum that was just made, not the caller's tensor.
-        done: Tensor = added.add_(tp.add_up(self.mlp(normed, backend.kernels)))
+        done: Tensor = added.add_(tp.add_up(self.mlp(normed, backend)))
         return done.view(x.shape)
 
     def _in_halves(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
@@ -103,7 +103,7 @@ class ExpertOutput(nn.Module):
         for (half, _), delta in zip(halves, deltas, strict=True):
             sum_, normed = self.post_attention_layernorm(half, delta(), backend.kernels, self.mlp.takes)
             added.append(sum_)
-            mlps.append(backend.tp.begin_add_up(self.mlp(normed, backend.kernels)))
+            mlps.append(backend.tp.begin_add_up(self.mlp(normed, backend)))
         result = torch.empty_like(x)
         for part, half, mlp in zip(result.chunk(2), added, mlps, strict=True):
             torch.add(half, mlp(), out=part)
@@ -111,8 +111,7 @@ class ExpertOutput(nn.Module):
 
     def _projected(self, attended: Tensor, backend: LayerBackend) -> Tensor:
         """This rank's part of attention's output projection, [n, hidden]."""
-        projected: Tensor = self.o_proj(backend.kernels.cast(attended.flatten(-2), self.o_proj.weight.dtype))
-        return projected
+        return backend.product(self.o_proj, backend.kernels.cast(attended.flatten(-2), self.o_proj.weight.dtype))
 
 
 EXPERTS = (("und_input", "und_output"), ("gen_input", "gen_output"))
