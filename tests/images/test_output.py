@@ -24,7 +24,7 @@ def test_a_picture_is_a_file_of_its_format(name: str) -> None:
     assert (sizes[0] < sizes[1]) == (name != "PNG")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (64, 48), (300, 2)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (64, 48), (300, 2), (600, 700)])
 def test_a_png_has_the_pictures_pixels_and_is_whole(size: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     data = OutputFormat("PNG").encode(Image.fromarray(noise))
