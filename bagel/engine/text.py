@@ -11,7 +11,7 @@ from torch import Tensor
 from bagel.engine.context import Context
 from bagel.engine.layout import text_rows
 from bagel.engine.noise import text_uniforms
-from bagel.engine.sampling import choose, is_greedy
+from bagel.engine.sampling import Choice, choose, is_greedy
 from bagel.engine.segments import Chain
 from bagel.engine.slab import SharedSlab
 from bagel.engine.text_graphs import DecodeGraphs, Fed, best
@@ -83,11 +83,9 @@ class TextBatch:
         """
         entries = self._entries
         logits, chosen = self._forward()
-        for i, entry in enumerate(entries):
-            # `best` has chosen for greedy texts, all in one call.
-            if not is_greedy(entry.run.settings):
-                uniform = entry.uniforms[len(entry.run.tokens)]
-                chosen[0, i] = choose(logits[i], entry.run.settings, _seen(entry.run), uniform)
+        # `best` has chosen for greedy texts.
+        if rows := [row for row, entry in enumerate(entries) if not is_greedy(entry.run.settings)]:
+            chosen[0, rows] = choose(logits[rows], [_choice(entries[row]) for row in rows])
         # All ranks go on with the same ids, whatever the last bit of their logits is. Contiguous, as NCCL wants it: a
         # graph of more texts than there are gives a part of its tensor.
         chosen = self.model.groups.world.share(chosen.contiguous())
@@ -165,6 +163,9 @@ def prompt_ids(chain: Chain) -> tuple[int, ...]:
     return tuple(token for segment in chain.segments for token in segment.token_ids)
 
 
-def _seen(run: TextRun) -> Sequence[int]:
-    """What the repetition penalty looks at; empty if there is none, which is the common case."""
-    return (*prompt_ids(run.context.chain), *run.tokens) if run.settings.repetition_penalty != 1.0 else ()
+def _choice(entry: _Entry) -> Choice:
+    """How a text's next token is chosen."""
+    run = entry.run
+    # Only a repetition penalty looks at what was seen.
+    seen = (*prompt_ids(run.context.chain), *run.tokens) if run.settings.repetition_penalty != 1.0 else ()
+    return Choice(run.settings, seen, entry.uniforms[len(run.tokens)])

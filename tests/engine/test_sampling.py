@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from bagel.engine.sampling import choose
+from bagel.engine.sampling import Choice, choose
 from bagel.request import MAX_FIELD, MAX_TEMPERATURE, PENALTIES, TextSettings
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 1.5, 0.0, -3.0])
@@ -22,9 +24,14 @@ def sampling(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Te
     return TextSettings(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
 
 
+def chosen(logits: Tensor, settings: TextSettings, seen: Sequence[int], uniform: float) -> Tensor:
+    """The next token of one text, from logits [vocab]."""
+    return choose(logits[None], [Choice(settings, seen, uniform)])[0]
+
+
 def shares(settings: TextSettings, logits: torch.Tensor = LOGITS) -> dict[int, float]:
     """How often each id is chosen over numbers that fill [0, 1) evenly."""
-    counts = Counter(int(choose(logits, settings, (), uniform)) for uniform in EVEN)
+    counts = Counter(int(chosen(logits, settings, (), uniform)) for uniform in EVEN)
     return {token: count / len(EVEN) for token, count in counts.items()}
 
 
@@ -42,13 +49,13 @@ def shares(settings: TextSettings, logits: torch.Tensor = LOGITS) -> dict[int, f
 )
 @pytest.mark.parametrize("uniform", ANY)
 def test_greedy(settings: TextSettings, uniform: float) -> None:
-    assert choose(LOGITS, settings, (), uniform) == BEST
-    assert choose(LOGITS.bfloat16(), settings, (), uniform) == BEST
+    assert chosen(LOGITS, settings, (), uniform) == BEST
+    assert chosen(LOGITS.bfloat16(), settings, (), uniform) == BEST
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-60])
 def test_the_smallest_temperatures_are_greedy_too(temperature: float) -> None:
-    assert choose(LOGITS, sampling(temperature), (), 0.5) == BEST
+    assert chosen(LOGITS, sampling(temperature), (), 0.5) == BEST
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
@@ -67,7 +74,7 @@ def test_rare_tokens_are_chosen_as_exactly_as_likely_ones(rare: int) -> None:
         for inside in (0.02, 0.5, 0.98):
             rarer, own = exact[token + 1 :].sum(), exact[token]
             uniform = 1.0 - float(rarer + own * inside)
-            assert int(choose(logits, sampling(), (), uniform)) == token
+            assert int(chosen(logits, sampling(), (), uniform)) == token
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
@@ -94,8 +101,8 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: set[int]) -> N
 def test_a_choice_is_always_an_allowed_one(logits: list[float], uniform: float) -> None:
     values = torch.tensor(logits)
     probabilities = values.softmax(-1)
-    chosen = choose(values, sampling(top_k=2), (), uniform)
-    assert probabilities[chosen] >= probabilities.topk(min(2, len(logits))).values[-1]
+    token = chosen(values, sampling(top_k=2), (), uniform)
+    assert probabilities[token] >= probabilities.topk(min(2, len(logits))).values[-1]
 
 
 LARGEST = torch.finfo(torch.float32).max
@@ -124,16 +131,16 @@ def test_whatever_the_settings_a_likely_token_is_chosen(
     """Of all that may be asked for nothing leaves float32: the last id, say, is not chosen for want of a number."""
     values = torch.tensor(logits)
     ids = range(len(logits)) if seen else ()
-    chosen = int(choose(values, settings, ids, uniform))
+    token = int(chosen(values, settings, ids, uniform))
     penalty = settings.repetition_penalty if seen else 1.0
     penalised = torch.where(values > 0, values.double() / penalty, values.double() * penalty).clamp(-LARGEST, LARGEST)
     best = float(penalised.max())
     if not settings.do_sample or settings.temperature < 1e-30:
-        assert float(penalised[chosen]) == pytest.approx(best, rel=1e-6, abs=1e-37)
+        assert float(penalised[token]) == pytest.approx(best, rel=1e-6, abs=1e-37)
     elif settings.top_p < 1e-40 or settings.top_k == 1:  # equally likely, as far as float32 can tell
-        assert float(penalised[chosen]) == pytest.approx(best, rel=1e-6, abs=1e-6 * max(settings.temperature, 1.0))
+        assert float(penalised[token]) == pytest.approx(best, rel=1e-6, abs=1e-6 * max(settings.temperature, 1.0))
     else:  # softmax gives nothing to what lies further down
-        assert float(penalised[chosen]) >= best - 110 * settings.temperature - 1e-5 * abs(best)
+        assert float(penalised[token]) >= best - 110 * settings.temperature - 1e-5 * abs(best)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +161,31 @@ def test_whatever_the_settings_a_likely_token_is_chosen(
 )
 def test_repetition_penalty(logits: list[float], seen: list[int], penalty: float, best: int) -> None:
     values = torch.tensor(logits)
-    assert choose(values, TextSettings(repetition_penalty=penalty), seen, 0.5) == best
+    assert chosen(values, TextSettings(repetition_penalty=penalty), seen, 0.5) == best
     assert values.tolist() == pytest.approx(logits)
 
 
 def test_the_penalty_applies_to_sampling_too() -> None:
     settings = TextSettings(do_sample=True, temperature=0.01, repetition_penalty=2.0)
-    assert choose(torch.tensor([2.0, 1.1]), settings, [0], 0.5) == 1
+    assert chosen(torch.tensor([2.0, 1.1]), settings, [0], 0.5) == 1
+
+
+def test_several_texts_are_chosen_as_each_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    settings = [
+        TextSettings(),
+        *(
+            sampling(temperature, top_p, top_k)
+            for temperature in (0.3, 2.0)
+            for top_p in (0.6, 1.0)
+            for top_k in (0, 5)
+        ),
+        TextSettings(repetition_penalty=1.3),
+        TextSettings(do_sample=True, temperature=1.0, repetition_penalty=1.3),
+    ]
+    choices = [Choice(each, (1, 7), number / 40) for number, each in enumerate(settings * 3)]
+    logits = torch.randn(len(choices), 50, generator=generator)
+    alone = [
+        int(chosen(row, each.settings, each.seen, each.uniform)) for row, each in zip(logits, choices, strict=True)
+    ]
+    assert choose(logits, choices).tolist() == alone

@@ -110,27 +110,32 @@ def test_a_step_too_small_for_an_image_is_refused(checkpoint: Checkpoint) -> Non
 
 
 def test_only_what_is_not_the_likeliest_is_chosen_by_our_rule() -> None:
-    import torch
-
     assert choice(TextSettings(), 3, [1]) == {}
     settings = TextSettings(do_sample=True, temperature=1.0, max_tokens=2, stop_token_ids=(5,))
     carried = json.loads(json.dumps(choice(settings, 3, [1])))
     output: list[int] = []
     text = Text.of(carried[KEY], output)
     first, second = text_uniforms(3, 2).tolist()
-    logits = torch.tensor([0.0, 0.0])  # a token each for one half of [0, 1)
-    assert text.next(logits) == int(first >= 0.5)
+    logits = [0.0, 0.0]  # a token each for one half of [0, 1)
+    assert _next(text, logits) == int(first >= 0.5)
     output.append(0)
-    assert text.next(logits) == int(second >= 0.5)
+    assert _next(text, logits) == int(second >= 0.5)
 
 
 def test_the_repetition_penalty_sees_prompt_and_text() -> None:
+    penalised = choice(TextSettings(repetition_penalty=4.0), 0, [0])[KEY]
+    logits = [3.0, 2.0, 1.0]
+    assert _next(Text.of(penalised, []), logits) == 1
+    assert _next(Text.of(penalised, [1]), logits) == 2
+
+
+def _next(text: Text, logits: list[float]) -> int:
+    """A text's next token."""
     import torch
 
-    penalised = choice(TextSettings(repetition_penalty=4.0), 0, [0])[KEY]
-    logits = torch.tensor([3.0, 2.0, 1.0])
-    assert Text.of(penalised, []).next(logits) == 1
-    assert Text.of(penalised, [1]).next(logits) == 2
+    from bagel.engine.sampling import choose
+
+    return int(choose(torch.tensor([logits]), [text.choice]))
 
 
 def test_noise_is_drawn_as_everywhere(checkpoint: Checkpoint, tokenizer: BagelTokenizer) -> None:

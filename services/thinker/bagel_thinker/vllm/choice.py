@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bagel.engine.noise import text_uniforms
-from bagel.engine.sampling import choose
+from bagel.engine.sampling import Choice
 from bagel.request import TextSettings
 
 KEY = "bagel_choice"
@@ -49,11 +49,14 @@ class Text:
         uniforms = text_uniforms(given["seed"], settings.max_tokens).tolist()
         return cls(settings, uniforms, given["seen"], output, [torch.tensor(token) for token in output])
 
-    def next(self, logits: Tensor) -> Tensor:
-        """Choose the next token from logits [vocab]."""
+    @property
+    def choice(self) -> Choice:
+        """How the next token is chosen."""
         at = len(self.output)  # not a counter: a prompt that is split over steps asks several times for its first token
         penalised = self.settings.repetition_penalty != 1.0
         seen = [*self.seen, *(int(token) for token in self.chosen[:at])] if penalised else ()
-        token = choose(logits, self.settings, seen, self.uniforms[at])
-        self.chosen[at:] = [token]
-        return token
+        return Choice(self.settings, seen, self.uniforms[at])
+
+    def take(self, token: Tensor) -> None:
+        """The next token is this one (0-d)."""
+        self.chosen[len(self.output) :] = [token]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
+from bagel.engine.sampling import choose
 from bagel_thinker.vllm.choice import KEY, Text
 
 
@@ -39,8 +40,12 @@ class Chooser(LogitsProcessor):
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits [rows, vocab], changed in place."""
-        for row, text in self._texts.items():
-            token = text.next(logits[row])
-            logits[row] = float("-inf")
-            logits[row, token] = 0.0
+        if not self._texts:
+            return logits
+        rows, texts = list(self._texts), list(self._texts.values())
+        tokens = choose(logits[rows], [text.choice for text in texts])
+        for text, token in zip(texts, tokens, strict=True):
+            text.take(token)
+        ruled_out = torch.full_like(logits[rows], float("-inf"))
+        logits[rows] = ruled_out.scatter_(-1, tokens[:, None], 0.0)
         return logits
