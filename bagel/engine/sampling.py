@@ -73,7 +73,8 @@ def _sampled(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     keep[:, 0] = True  # for the smallest top_p
     at_least = (probabilities * keep).flip(-1).cumsum(-1).flip(-1)
     found = (at_least[:, 1:] >= above * at_least[:, :1]).sum(-1, keepdim=True)
-    return ids.gather(-1, found)[:, 0]
+    drawn: Tensor = ids.gather(-1, found)[:, 0]
+    return drawn
 
 
 def _penalised(logits: Tensor, choice: Choice) -> Tensor:

@@ -35,7 +35,7 @@ def write_png(image: Image) -> bytes:
     rows[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # modulo 256, as the filter is defined
     header = struct.pack(">2I5B", width, height, _BITS, _RGB, 0, 0, 0)
-    body = b"".join(_zlib(memoryview(rows).cast("B")))
+    body = b"".join(_zlib(rows.data.cast("B")))
     return b"".join((SIGNATURE, _chunk(b"IHDR", header), _chunk(b"IDAT", body), _chunk(b"IEND", b"")))
 
 
