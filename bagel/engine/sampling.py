@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bagel.request import TextSettings
 
 _AT_ONCE = 16
 """Texts whose tokens are sampled in one go: 20 MB of float64 a tensor with a vocabulary of 152,064."""
+_BLOCK = 512
+"""Probabilities that are summed up one after the other."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,31 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
 
     Logits that are finite lead to an allowed token, whatever the settings; from others the caller does not go on.
     """
-    rows = [_penalised(row, each) for row, each in zip(logits.float(), choices, strict=True)]
-    ids = {number: rows[number].argmax(-1) for number, each in enumerate(choices) if not each.samples}
-    sampled = [number for number, each in enumerate(choices) if each.samples]
-    for begin in range(0, len(sampled), _AT_ONCE):
-        some = sampled[begin : begin + _AT_ONCE]
-        drawn = _sampled(torch.stack([rows[number] for number in some]), [choices[number] for number in some])
-        ids.update(zip(some, drawn, strict=True))
-    return torch.stack([ids[number] for number in range(len(choices))])
+    penalised = torch.stack([_penalised(row, each) for row, each in zip(logits.float(), choices, strict=True)])
+    if not any(each.samples for each in choices):
+        return penalised.argmax(-1)
+    return draw(penalised, numbers(choices, logits.shape[-1]).to(logits.device))
+
+
+def numbers(choices: Sequence[Choice], vocabulary: int) -> Tensor:
+    """What `draw` needs of choices without a repetition penalty, [5, texts] float64 on the host."""
+    values = [
+        (
+            each.samples,
+            each.settings.temperature if each.samples else 1.0,
+            each.settings.top_p,
+            each.settings.top_k or vocabulary,
+            1.0 - each.uniform,
+        )
+        for each in choices
+    ]
+    return torch.tensor(values, dtype=torch.float64).T.contiguous()
+
+
+def draw(logits: Tensor, of: Tensor) -> Tensor:
+    """As `choose`, from `numbers` on the logits' device, where nothing makes the host wait."""
+    parts = [_drawn(*part) for part in zip(logits.split(_AT_ONCE), of.split(_AT_ONCE, dim=1), strict=True)]
+    return torch.cat(parts)
 
 
 def is_greedy(settings: TextSettings) -> bool:
@@ -52,29 +72,45 @@ def is_greedy(settings: TextSettings) -> bool:
     return not Choice(settings, (), 0.0).samples and settings.repetition_penalty == 1.0
 
 
-def _sampled(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Ids [texts] that the numbers choose from logits [texts, vocab] float32."""
-    vocabulary = logits.shape[-1]
-    values = [
-        (each.settings.temperature, each.settings.top_p, each.settings.top_k or vocabulary, 1.0 - each.uniform)
-        for each in choices
-    ]
-    on_host = torch.tensor(values, dtype=torch.float64)
-    # Pinned, so that the host does not wait for the device.
-    on_host = on_host.pin_memory() if logits.is_cuda else on_host
-    temperature, top_p, top_k, above = on_host.to(logits.device, non_blocking=True).T[..., None]
+def _drawn(logits: Tensor, of: Tensor) -> Tensor:
+    """As `draw`, of a few texts."""
+    samples, temperature, top_p, top_k, above = of[..., None]
     # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
-    scaled, ids = ((logits - logits.amax(-1, keepdim=True)) / temperature.float()).sort(descending=True, stable=True)
+    scaled = (logits.float() - logits.amax(-1, keepdim=True)) / temperature.float()
+    ids = _falling(scaled)
     # In float64, and summed up from the least likely on: beside 1 the rounding of a sum is as large as rare tokens'
     # probabilities, and whatever else is in the batch would choose among them, or cut them off.
-    probabilities = scaled.double().softmax(-1)
-    keep = probabilities.cumsum(-1) - probabilities < top_p
-    keep &= torch.arange(vocabulary, device=logits.device) < top_k
+    probabilities = scaled.gather(-1, ids).double().softmax(-1)
+    keep = _running_sum(probabilities) - probabilities < top_p
+    keep &= torch.arange(logits.shape[-1], device=logits.device) < top_k
     keep[:, 0] = True  # for the smallest top_p
-    at_least = (probabilities * keep).flip(-1).cumsum(-1).flip(-1)
+    at_least = _running_sum((probabilities * keep).flip(-1)).flip(-1)
     found = (at_least[:, 1:] >= above * at_least[:, :1]).sum(-1, keepdim=True)
-    drawn: Tensor = ids.gather(-1, found)[:, 0]
-    return drawn
+    return torch.where(samples > 0, ids.gather(-1, found), logits.argmax(-1, keepdim=True))[:, 0]
+
+
+def _falling(x: Tensor) -> Tensor:
+    """Indices [rows, n] that sort each row of x, which has nothing above 0, from its largest value on; stable."""
+    if not x.is_cuda:
+        return x.sort(descending=True, stable=True).indices
+    # All rows as one sort, as PyTorch sorts few long rows on a GPU one after the other. The bits of numbers of one sign
+    # are in the order of their magnitudes.
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    keys = (rows << 32) | x.abs().view(torch.int32)
+    found = keys.flatten().sort(stable=True).indices.view(x.shape)
+    return found - rows * x.shape[-1]
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """Each row's sums from its first value to each [rows, n]: of blocks, and of the blocks before.
+
+    A GPU computes all blocks at once, and a row as a whole in one multiprocessor.
+    """
+    length = x.shape[-1]
+    blocks = F.pad(x, (0, -length % _BLOCK)).unflatten(-1, (-1, _BLOCK)).cumsum(-1)
+    before = F.pad(blocks[..., :-1, -1].cumsum(-1), (1, 0))
+    sums: Tensor = (blocks + before[..., None]).flatten(-2)[..., :length]
+    return sums
 
 
 def _penalised(logits: Tensor, choice: Choice) -> Tensor:

@@ -82,10 +82,7 @@ class TextBatch:
         A text whose logits are not finite is finished too, with an error: the others go on.
         """
         entries = self._entries
-        logits, chosen = self._forward()
-        # `best` has chosen for greedy texts.
-        if rows := [row for row, entry in enumerate(entries) if not is_greedy(entry.run.settings)]:
-            chosen[0, rows] = choose(logits[rows], [_choice(entries[row]) for row in rows])
+        chosen = self._chosen()
         # All ranks go on with the same ids, whatever the last bit of their logits is. Contiguous, as NCCL wants it: a
         # graph of more texts than there are gives a part of its tensor.
         chosen = self.model.groups.world.share(chosen.contiguous())
@@ -104,6 +101,21 @@ class TextBatch:
         for run in [entry.run for entry in entries if entry.run.finished]:
             self.remove(run)
         return shown
+
+    def _chosen(self) -> Tensor:
+        """The next ids of all texts, and whether their logits are finite: [2, texts] int64."""
+        logits, chosen = self._forward()
+        settings = [entry.run.settings for entry in self._entries]
+        # `best` has chosen for greedy texts.
+        if all(is_greedy(each) for each in settings):
+            return chosen
+        choices = [_choice(entry) for entry in self._entries]
+        penalised = any(each.repetition_penalty != 1.0 for each in settings)
+        if self.model.language_model.backend.captures and not penalised:
+            self._captured().sample(choices)
+        else:
+            chosen[0] = choose(logits, choices)
+        return chosen
 
     def _forward(self) -> tuple[Tensor, Tensor]:
         """Feed each text's last token (the start token first); logits [texts, vocab] and `best` of them."""

@@ -18,4 +18,5 @@ def to_pixels(image: Image.Image) -> Tensor:
 def to_image(decoded: Tensor) -> Image.Image:
     """Decoder output [3, H, W] -> RGB image: clamp(x / 2 + 0.5) * 255, truncated as the reference does."""
     u8 = ((decoded * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
-    return Image.fromarray(u8.permute(1, 2, 0).cpu().numpy())
+    # In the image's order before the copy: Pillow takes 15 ms to reorder 1024 x 1024 pixels, a GPU none.
+    return Image.fromarray(u8.permute(1, 2, 0).contiguous().cpu().numpy())

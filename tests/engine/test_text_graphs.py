@@ -12,12 +12,17 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.context import Context
 from bagel.engine.memory import kv_space
+from bagel.engine.sampling import Choice, choose
 from bagel.engine.text import TextBatch, TextRun
 from bagel.model.tokenizer import BagelTokenizer
 from bagel.model.weights import load_model
 from bagel.request import TextSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+MIXED = [(1.0, 0), (0.7, 0), (1.0, 3), (0.9, 20)]
+"""top_p and top_k of texts."""
 
 
 class Both(TextBatch):
@@ -57,3 +62,19 @@ def test_a_capture_leaves_the_kv_of_other_texts_alone(checkpoint: Checkpoint, to
     batch.add(TextRun(Context(), TextSettings(max_tokens=9), seed=0))
     batch.step()  # the first one of two texts
     assert torch.equal(space.slab.k[:, :1], first)
+
+
+def test_texts_are_sampled_as_without_a_graph(checkpoint: Checkpoint, tokenizer: BagelTokenizer) -> None:
+    model = load_model(checkpoint, Role.FULL, delimiter_ids=(1, 2), dtype=torch.bfloat16, device="cuda")
+    batch = TextBatch(model, tokenizer, kv_space(model, None))
+    asked = [TextSettings(), *(TextSettings(do_sample=True, temperature=1.0, top_p=p, top_k=k) for p, k in MIXED)]
+    for settings in asked:
+        batch.add(TextRun(Context(), settings, seed=0))
+    graphs = batch._captured()
+    for take in range(3):  # the first one captures
+        choices = [Choice(settings, (), (take + 0.5) / 3) for settings in asked]
+        logits, best = graphs.forward([batch._fed(entry) for entry in batch._entries])
+        wanted = choose(logits.cpu(), choices)
+        graphs.sample(choices)
+        assert best[0].tolist() == wanted.tolist()
+        assert best[1].all()
