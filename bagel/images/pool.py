@@ -106,10 +106,11 @@ class ImagePool:
         }
         answer, pixels = await self._read(task, data)
         images: list[Image.Image | None] = []
+        left = memoryview(pixels)
         for size in (answer["vae"], answer["vit"]):  # their pixels follow one another in this order
             nbytes = 0 if size is None else size[0] * size[1] * 3
-            images.append(None if size is None else Image.frombytes("RGB", tuple(size), pixels[:nbytes]))
-            pixels = pixels[nbytes:]
+            images.append(None if size is None else Image.frombytes("RGB", tuple(size), left[:nbytes]))
+            left = left[nbytes:]
         width, height = answer["size"]
         return ResizedImage((width, height), PreparedImage(tuple(answer["resized"]), *images))
 

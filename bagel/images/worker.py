@@ -30,6 +30,8 @@ def main() -> None:
     for name in (signal.SIGINT, signal.SIGTERM):  # meant for the pool's process; its end closes our input
         signal.signal(name, signal.SIG_IGN)
     os.nice(NICENESS)
+    for pipe in (0, 1):
+        frames.widen(pipe)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     bound = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))
