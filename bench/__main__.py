@@ -12,7 +12,8 @@ import torch
 
 from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import attacks, cpu, gpu, load, nano, overhead, parallel, peer, profiler, pull, stages, streaming, threads
+from bench import attacks, cpu, edits, gpu, load, nano, overhead, parallel, peer, profiler, pull, stages, streaming
+from bench import threads as thread_counts
 from bench.report import Table, machine, write_json
 
 
@@ -37,6 +38,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
     parts: dict[str, Callable[[], Iterator[Table]]] = {
         "attacks": lambda: attacks.run(only),
         "cpu": lambda: cpu.run(only, options.repeats),
+        "edits": lambda: edits.run(device, options.repeats, options.checkpoint),
         "gpu": lambda: gpu.run(device, only, tiny=options.tiny),
         "load": lambda: load.run(options.minutes, options.requests),
         "nano": lambda: nano.run(only, options.repeats),
@@ -49,7 +51,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "pull": pull.run,
         "stages": lambda: stages.run(only, options.repeats),
         "streaming": lambda: streaming.run(device, options.repeats, options.checkpoint),
-        "threads": lambda: threads.run(options.repeats),
+        "threads": lambda: thread_counts.run(options.repeats),
     }
     for table in parts[options.part]():
         print(table.render(), flush=True)
@@ -63,11 +65,11 @@ def _device(options: argparse.Namespace) -> torch.device:
     """The device to measure; raises ConfigError if it does not exist."""
     if options.peer_python and options.part != "peer":
         raise ConfigError("--peer-python belongs to python -m bench peer")
-    if options.checkpoint and options.part not in ("parallel", "peer", "streaming"):
-        raise ConfigError("--checkpoint belongs to python -m bench parallel, peer and streaming")
+    if options.checkpoint and options.part not in ("edits", "parallel", "peer", "streaming"):
+        raise ConfigError("--checkpoint belongs to python -m bench edits, parallel, peer and streaming")
     if options.ranks is not None and options.part != "parallel":
         raise ConfigError("--ranks belongs to python -m bench parallel")
-    if options.part == "streaming" and not options.tiny:
+    if options.part in ("edits", "streaming") and not options.tiny:
         return options.device or torch.device("cpu")
     if options.part == "parallel":
         return _device_of_ranks(options)
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = (
         "attacks",
         "cpu",
+        "edits",
         "gpu",
         "load",
         "nano",
@@ -129,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device",
         type=_device_name,
-        help="gpu, peer: cuda (default) or cpu with --tiny; parallel: cuda (default) or cpu; streaming: cpu (default)",
+        help="gpu, peer: cuda (default), or cpu with --tiny; parallel: cuda (default); edits, streaming: cpu (default)",
     )
     parser.add_argument("--tiny", action="store_true", help="gpu, peer: the tiny model, to check the code")
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="parallel, peer, streaming: measure this one")
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="edits, parallel, peer, streaming: this one")
     parser.add_argument("--ranks", type=int, metavar="N", help="parallel: GPUs (default: all; 2 on a CPU)")
     parser.add_argument("--peer-python", type=Path, metavar="PATH", help="peer: a Python that can import vllm_omni")
     return parser
