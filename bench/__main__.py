@@ -12,8 +12,22 @@ import torch
 
 from bagel.arguments import OnceParser
 from bagel.errors import BagelError, ConfigError
-from bench import attacks, cpu, edits, gpu, load, nano, overhead, parallel, peer, profiler, pull, stages, streaming
-from bench import threads as thread_counts
+from bench import (
+    attacks,
+    cpu,
+    edits,
+    gpu,
+    load,
+    nano,
+    overhead,
+    parallel,
+    peer,
+    profiler,
+    pull,
+    stages,
+    streaming,
+    threads,
+)
 from bench.report import Table, machine, write_json
 
 
@@ -51,7 +65,7 @@ def _run(options: argparse.Namespace, device: torch.device) -> int:
         "pull": pull.run,
         "stages": lambda: stages.run(only, options.repeats),
         "streaming": lambda: streaming.run(device, options.repeats, options.checkpoint),
-        "threads": lambda: thread_counts.run(options.repeats),
+        "threads": lambda: threads.run(options.repeats),
     }
     for table in parts[options.part]():
         print(table.render(), flush=True)

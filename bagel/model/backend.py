@@ -17,7 +17,7 @@ from bagel.model.attention_backends import (
     sdpa,
 )
 from bagel.model.kernels import TORCH, Kernels
-from bagel.model.products import Product, WholeWaves, whole_product
+from bagel.model.products import Product, choose_product, whole_product
 from bagel.model.streams import RunBoth, SideBySide, one_by_one
 from bagel.parallel.groups import ALONE, UNDIVIDED, Group, Groups
 
@@ -64,8 +64,7 @@ def choose_backend(
     backend = LayerBackend(BACKENDS[name], attention=name, tp=groups.tp)
     if device.type != "cuda" or eager:
         return backend
-    product = WholeWaves(torch.cuda.get_device_properties(device).multi_processor_count)
-    backend = replace(backend, kernels=_fused_kernels(device, dtype), product=product)
+    backend = replace(backend, kernels=_fused_kernels(device, dtype), product=choose_product(device))
     captures = name in ON_DEVICE and backend.kernels is not TORCH
     # On two streams, sums of tensor-parallel ranks could come in another order on each rank.
     run_both = SideBySide(device) if groups.tp.size == 1 else one_by_one

@@ -12,8 +12,10 @@ from bagel.model.fp8 import Scaled
 from bagel.model.kernels import Activations
 from bagel.model.linear import Linear
 
+HOPPER = 9
+"""The major compute capability of the GPUs that this was measured on."""
 TILE = 128, 256
-"""Tokens and outputs that a multiprocessor of a Hopper GPU computes at a time in cuBLAS's large products."""
+"""Tokens and outputs that a multiprocessor of such a GPU computes at a time in cuBLAS's large products."""
 LEAST_WAVES = 3
 SHORT = 0.5
 """A last wave of tiles on so many of the multiprocessors, or fewer, leaves enough idle for parts to be faster."""
@@ -67,3 +69,9 @@ class WholeWaves:
         if of_rows * columns > of_columns * rows:
             return of_rows * TILE[0], outputs
         return tokens, of_columns * TILE[1]
+
+
+def choose_product(device: torch.device) -> Product:
+    """What is faster on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return WholeWaves(properties.multi_processor_count) if properties.major == HOPPER else whole_product

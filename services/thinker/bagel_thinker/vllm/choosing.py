@@ -46,6 +46,6 @@ class Chooser(LogitsProcessor):
         tokens = choose(logits[rows], [text.choice for text in texts])
         for text, token in zip(texts, tokens, strict=True):
             text.take(token)
-        ruled_out = torch.full_like(logits[rows], float("-inf"))
+        ruled_out = logits.new_full((len(rows), logits.shape[-1]), float("-inf"))
         logits[rows] = ruled_out.scatter_(-1, tokens[:, None], 0.0)
         return logits
