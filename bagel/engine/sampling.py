@@ -63,6 +63,8 @@ def numbers(choices: Sequence[Choice], vocabulary: int) -> Tensor:
 
 def draw(logits: Tensor, of: Tensor) -> Tensor:
     """As `choose`, from `numbers` on the logits' device, where nothing makes the host wait."""
+    if len(logits) <= _AT_ONCE:
+        return _drawn(logits, of)
     parts = [_drawn(*part) for part in zip(logits.split(_AT_ONCE), of.split(_AT_ONCE, dim=1), strict=True)]
     return torch.cat(parts)
 
@@ -80,7 +82,7 @@ def _drawn(logits: Tensor, of: Tensor) -> Tensor:
     ids = _falling(scaled)
     # In float64, and summed up from the least likely on: beside 1 the rounding of a sum is as large as rare tokens'
     # probabilities, and whatever else is in the batch would choose among them, or cut them off.
-    probabilities = scaled.gather(-1, ids).double().softmax(-1)
+    probabilities = scaled.gather(-1, ids).softmax(-1, dtype=torch.float64)
     keep = _running_sum(probabilities) - probabilities < top_p
     keep &= torch.arange(logits.shape[-1], device=logits.device) < top_k
     keep[:, 0] = True  # for the smallest top_p
@@ -102,10 +104,10 @@ def _falling(x: Tensor) -> Tensor:
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """Each row's sums from its first value to each [rows, n]: of blocks, and of the blocks before.
-
-    A GPU computes all blocks at once, and a row as a whole in one multiprocessor.
-    """
+    """Each row's sums from its first value to each [rows, n]."""
+    if not x.is_cuda:
+        return x.cumsum(-1)
+    # Of blocks, which a GPU computes at once, and of the blocks before: a row as a whole has one multiprocessor.
     length = x.shape[-1]
     blocks = F.pad(x, (0, -length % _BLOCK)).unflatten(-1, (-1, _BLOCK)).cumsum(-1)
     before = F.pad(blocks[..., :-1, -1].cumsum(-1), (1, 0))
