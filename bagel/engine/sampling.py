@@ -61,11 +61,11 @@ def numbers(choices: Sequence[Choice], vocabulary: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).T.contiguous()
 
 
-def draw(logits: Tensor, of: Tensor) -> Tensor:
-    """As `choose`, from `numbers` on the logits' device, where nothing makes the host wait."""
+def draw(logits: Tensor, values: Tensor) -> Tensor:
+    """As `choose`, by `numbers` as values on the logits' device, where nothing makes the host wait."""
     if len(logits) <= _AT_ONCE:
-        return _drawn(logits, of)
-    parts = [_drawn(*part) for part in zip(logits.split(_AT_ONCE), of.split(_AT_ONCE, dim=1), strict=True)]
+        return _drawn(logits, values)
+    parts = [_drawn(*part) for part in zip(logits.split(_AT_ONCE), values.split(_AT_ONCE, dim=1), strict=True)]
     return torch.cat(parts)
 
 
@@ -74,9 +74,9 @@ def is_greedy(settings: TextSettings) -> bool:
     return not Choice(settings, (), 0.0).samples and settings.repetition_penalty == 1.0
 
 
-def _drawn(logits: Tensor, of: Tensor) -> Tensor:
+def _drawn(logits: Tensor, values: Tensor) -> Tensor:
     """As `draw`, of a few texts."""
-    samples, temperature, top_p, top_k, above = of[..., None]
+    samples, temperature, top_p, top_k, above = values[..., None]
     # Differences from the largest logit, so that the smallest temperature leaves it at 0 and the rest at -inf.
     scaled = (logits.float() - logits.amax(-1, keepdim=True)) / temperature.float()
     ids = _falling(scaled)

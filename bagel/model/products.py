@@ -38,7 +38,8 @@ class WholeWaves:
 
     cuBLAS gives each multiprocessor one tile at a time. If the last wave of tiles is a short one, most of the device
     waits for it. Then all but the last whole wave and the rest are computed apart, for which cuBLAS takes tiles of
-    other sizes. Each output's sum is computed in the same order either way, so the results are equal to the bit.
+    other sizes. Each output's sum is computed in the same order either way, so the results are equal to the bit: the
+    rest is never so small that cuBLAS would divide its sums.
     """
 
     def __init__(self, multiprocessors: int) -> None:
