@@ -6,7 +6,7 @@ float32: under bfloat16 that keeps the error at about 0.7 of the reference's own
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,20 @@ class RMSNorm(nn.Module):
         return kernels.norm(x, self.weight, self.eps, dtype)
 
 
+class Hidden(NamedTuple):
+    """Hidden states: the sum of x [..., hidden] float32 and delta [..., hidden] (None: nothing).
+
+    The norm that comes next computes the sum, as it reads both in any case: a pass over memory less.
+    """
+
+    x: Tensor
+    delta: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Both, [..., hidden] float32."""
+        return self.x if self.delta is None else self.x + self.delta
+
+
 class AddedRMSNorm(nn.Module):
     """A sum and its RMS norm, which a kernel makes in one pass. name: the checkpoint's."""
 
@@ -39,9 +53,11 @@ class AddedRMSNorm(nn.Module):
         self.name, self.eps = name, eps
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32))
 
-    def forward(self, x: Tensor, delta: Tensor, kernels: Kernels, dtype: torch.dtype) -> tuple[Tensor, Activations]:
-        """x + delta in float32 (a new tensor), and its norm as Kernels.add_norm; x and delta [..., size]."""
-        return kernels.add_norm(x, delta, self.weight, self.eps, dtype)
+    def forward(self, hidden: Hidden, kernels: Kernels, dtype: torch.dtype) -> tuple[Tensor, Activations]:
+        """The sum in float32, and its norm as Kernels.add_norm, both [..., size]."""
+        if hidden.delta is None:
+            return hidden.x, kernels.norm(hidden.x, self.weight, self.eps, dtype)
+        return kernels.add_norm(hidden.x, hidden.delta, self.weight, self.eps, dtype)
 
 
 class HeadNorms(nn.Module):

@@ -22,7 +22,7 @@ from bagel.model.attention import KvShape, KvSlab, Rows
 from bagel.model.backend import LayerBackend
 from bagel.model.kernels import Activations, Rope, rope_factors
 from bagel.model.layer_stream import LayerStream
-from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, RMSNorm, Rotary
+from bagel.model.layers import AddedRMSNorm, GatedMlp, HeadNorms, Hidden, RMSNorm, Rotary
 from bagel.model.linear import LinearFactory
 from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
@@ -36,7 +36,7 @@ GENERATION_SUFFIX = "_moe_gen"
 
 
 class ExpertInput(nn.Module):
-    """The first half of an expert's layer: norm, then queries, keys and values."""
+    """The first half of an expert's layer: the layer before it summed up, norm, then queries, keys and values."""
 
     def __init__(self, linears: LinearFactory, name: str, suffix: str, config: LlmConfig, share: DecoderShare) -> None:
         super().__init__()
@@ -44,20 +44,22 @@ class ExpertInput(nn.Module):
         heads = {"q": share.heads, "k": share.kv_heads, "v": share.kv_heads}
         outputs = {f"{attention}.{which}_proj{suffix}": each.times(dim) for which, each in heads.items()}
         self.head_dim, self.queries_end = dim, heads["q"].times(dim).count
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm{suffix}", config.hidden_size, eps)
+        self.input_layernorm = AddedRMSNorm(f"{name}.input_layernorm{suffix}", config.hidden_size, eps)
         self.qkv_proj = linears.column(outputs, config.hidden_size, bias=True)
         self.qk_norm = HeadNorms((f"{attention}.q_norm{suffix}", f"{attention}.k_norm{suffix}"), dim, eps)
 
     def forward(
-        self, x: Tensor, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
-    ) -> None:
-        """Fill q [rows * n, heads, head_dim], and kv at slots, from x [rows, n, hidden] float32."""
-        self.qk_norm(self.qkv_proj(self.normed(x, backend)), rope, slots, q, kv, backend.kernels)
+        self, hidden: Hidden, rope: Rope, slots: Tensor, q: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> Tensor:
+        """Fill q [rows * n, heads, head_dim], and kv at slots, from [rows, n, hidden]; returns the sum of those."""
+        x, normed = self.normed(hidden, backend)
+        self.qk_norm(self.qkv_proj(normed), rope, slots, q, kv, backend.kernels)
+        return x
 
-    def normed(self, x: Tensor, backend: LayerBackend) -> Activations:
-        """What `keys_values` and `queries` take, which together do what forward does."""
-        normed: Activations = self.input_layernorm(x, backend.kernels, self.qkv_proj.weight.dtype)
-        return normed
+    def normed(self, hidden: Hidden, backend: LayerBackend) -> tuple[Tensor, Activations]:
+        """The sum, and what `keys_values` and `queries` take, which together do what forward does."""
+        summed: tuple[Tensor, Activations] = self.input_layernorm(hidden, backend.kernels, self.qkv_proj.weight.dtype)
+        return summed
 
     def keys_values(
         self, normed: Activations, rope: Rope, slots: Tensor, kv: tuple[Tensor, Tensor], backend: LayerBackend
@@ -75,7 +77,7 @@ class ExpertInput(nn.Module):
 
 
 class ExpertOutput(nn.Module):
-    """The second half of an expert's layer: attention's output projection and the MLP, both added to the input."""
+    """The second half of an expert's layer: attention's output projection and the MLP, each added to its input."""
 
     def __init__(self, linears: LinearFactory, name: str, suffix: str, config: LlmConfig, share: DecoderShare) -> None:
         super().__init__()
@@ -84,16 +86,14 @@ class ExpertOutput(nn.Module):
         self.post_attention_layernorm = AddedRMSNorm(norm, hidden, config.rms_norm_eps)
         self.mlp = GatedMlp(linears, f"{name}.mlp{suffix}", hidden, share.columns)
 
-    def forward(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
-        """Add attention's output [rows * n, heads, head_dim] and the MLP to x [rows, n, hidden]."""
+    def forward(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Hidden:
+        """x [rows, n, hidden] float32 with attention's output [rows * n, heads, head_dim] and the MLP."""
         tokens, tp = x.flatten(0, 1), backend.tp
         if tp.size > 1 and len(tokens) >= OVERLAPPED_TOKENS:
-            return self._in_halves(tokens, attended, backend).view(x.shape)
+            return Hidden(self._in_halves(tokens, attended, backend).view(x.shape))
         delta = tp.add_up(self._projected(attended, backend))
-        added, normed = self.post_attention_layernorm(tokens, delta, backend.kernels, self.mlp.takes)
-        # In place, as this is the sum that was just made, not the caller's tensor.
-        done: Tensor = added.add_(tp.add_up(self.mlp(normed, backend)))
-        return done.view(x.shape)
+        added, normed = self.post_attention_layernorm(Hidden(tokens, delta), backend.kernels, self.mlp.takes)
+        return Hidden(added.view(x.shape), tp.add_up(self.mlp(normed, backend)).view(x.shape))
 
     def _in_halves(self, x: Tensor, attended: Tensor, backend: LayerBackend) -> Tensor:
         """As forward, of tokens x [n, hidden]: ranks add up one half's results while they compute the other half."""
@@ -101,7 +101,7 @@ class ExpertOutput(nn.Module):
         deltas = [backend.tp.begin_add_up(self._projected(each, backend)) for _, each in halves]
         added, mlps = list[Tensor](), list[Callable[[], Tensor]]()
         for (half, _), delta in zip(halves, deltas, strict=True):
-            sum_, normed = self.post_attention_layernorm(half, delta(), backend.kernels, self.mlp.takes)
+            sum_, normed = self.post_attention_layernorm(Hidden(half, delta()), backend.kernels, self.mlp.takes)
             added.append(sum_)
             mlps.append(backend.tp.begin_add_up(self.mlp(normed, backend)))
         result = torch.empty_like(x)
@@ -132,46 +132,45 @@ class MoTLayer(nn.Module):
         self.gen_output = ExpertOutput(linears, name, GENERATION_SUFFIX, config, share) if generation else None
 
     def forward(
-        self, und: Tensor, gen: Tensor | None, rows: Rows, kv: tuple[Tensor, Tensor], backend: LayerBackend
-    ) -> tuple[Tensor, Tensor | None]:
+        self, und: Hidden, gen: Hidden | None, rows: Rows, kv: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> tuple[Hidden, Hidden | None]:
         """und [rows, und, hidden], gen [rows, gen, hidden] or None; writes their K/V to the layer's slab."""
         # One tensor, of which each expert fills its part, so that attention takes it without a copy.
         q = kv[0].new_empty(rows.queries, self.heads, self.head_dim)
         split = rows.count * rows.und
         # Text and ViT tokens are the understanding expert's alone.
         if gen is None:
-            self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
-            return self.und_output(und, backend.attend(q, *kv, rows), backend), None
+            x = self.und_input(und, rows.und_rope, rows.und_slots, q, kv, backend)
+            return self.und_output(x, backend.attend(q, *kv, rows), backend), None
         gen_output = self.gen_output
         assert gen_output is not None
         # Of an image the understanding expert has only the two delimiters, a fraction of the generation expert's work.
-        _, finish = backend.run_both(
+        und_x, (gen_x, finish) = backend.run_both(
             lambda: self.und_input(und, rows.und_rope, rows.und_slots, q[:split], kv, backend),
             lambda: self._latents(gen, rows, q[split:], kv, backend),
         )
         finish()
         # After both experts and all ranks, as each attends to the K/V that the others have written.
         attended = backend.attend(q, *kv, rows)
-        both: tuple[Tensor, Tensor] = backend.run_both(
-            lambda: self.und_output(und, attended[:split], backend),
-            lambda: gen_output(gen, attended[split:], backend),
+        both: tuple[Hidden, Hidden] = backend.run_both(
+            lambda: self.und_output(und_x, attended[:split], backend),
+            lambda: gen_output(gen_x, attended[split:], backend),
         )
         return both
 
     def _latents(
-        self, gen: Tensor, rows: Rows, q: Tensor, slab: tuple[Tensor, Tensor], backend: LayerBackend
-    ) -> Callable[[], None]:
-        """Fill q of the latents and write their K/V; the function that is returned waits for those of other ranks."""
+        self, gen: Hidden, rows: Rows, q: Tensor, slab: tuple[Tensor, Tensor], backend: LayerBackend
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """Fill q of the latents and write their K/V: their sum, and a function that waits for those of other ranks."""
         expert, gen_kv, rope = self.gen_input, rows.gen_kv, rows.gen_rope
         assert expert is not None and gen_kv is not None and rope is not None
         if gen_kv.group.size == 1:
-            expert(gen, rope, gen_kv.slots, q, slab, backend)
-            return lambda: None
+            return expert(gen, rope, gen_kv.slots, q, slab, backend), lambda: None
         # K/V first, so that they are on their way while the queries are computed.
-        normed = expert.normed(gen, backend)
+        x, normed = expert.normed(gen, backend)
         finish = gen_kv.write(slab, lambda kv, at: expert.keys_values(normed, rope, at, kv, backend))
         expert.queries(normed, rope, gen_kv.own_slots, q, backend)
-        return finish
+        return x, finish
 
 
 class Layers(nn.Module):
@@ -209,12 +208,13 @@ class Layers(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """As MoTDecoder's."""
         layers = self if self.stream is None else self.stream.supply(every_expert=gen is not None)
+        texts, latents = Hidden(und), None if gen is None else Hidden(gen)
         for i, layer in enumerate(layers):
-            und, gen = layer(und, gen, rows, slab.layer(i), backend)
+            texts, latents = layer(texts, latents, rows, slab.layer(i), backend)
             # Now, so that this layer's K/V are sent while the next ones are computed.
             if on_layer is not None:
                 on_layer(i)
-        return und, gen
+        return texts.sum(), None if latents is None else latents.sum()
 
 
 class MoTDecoder(nn.Module):

@@ -57,7 +57,8 @@ class Recorder:
 
     def decoder_layer(self, layer: int) -> Tensor:
         """Hidden states after a decoder layer, as decoder_inputs."""
-        return in_order(*self.last(f"decoder.{layer}.out"))
+        und, gen = self.last(f"decoder.{layer}.out")
+        return in_order(und.sum(), None if gen is None else gen.sum())
 
     def decoder_hidden(self) -> Tensor:
         """Hidden states after the last norm, each expert's own, as decoder_inputs."""
