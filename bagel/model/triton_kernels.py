@@ -143,12 +143,14 @@ def _norm(
     token = tl.program_id(0).to(tl.int64) * width
     column = tl.arange(0, BLOCK)
     there = column < width
+    # Before the sum that it need not wait for.
+    factor = tl.load(weight + column, there, 0.0).to(tl.float32)
     value = tl.load(x + token + column, there, 0.0).to(tl.float32)
     if ADD:
         value += tl.load(delta + token + column, there, 0.0).to(tl.float32)
         tl.store(added + token + column, value, there)
     scale = tl.rsqrt(tl.sum(value * value) / width + eps)
-    value = value * scale * tl.load(weight + column, there, 0.0).to(tl.float32)
+    value = value * scale * factor
     if SCALE:
         largest = tl.maximum(tl.max(tl.abs(value)), _SMALLEST)
         tl.store(scales + tl.program_id(0), largest / _LARGEST)
