@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import platform
 import resource
+import sys
 import threading
 from typing import Any
 
@@ -382,6 +383,22 @@ def test_the_allocator_setting_can_be_switched_off(monkeypatch: pytest.MonkeyPat
         assert reuse_freed_memory()
     monkeypatch.setenv("BAGEL_KV_MALLOC", "0")
     assert not reuse_freed_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+def test_memory_that_is_mapped_waits_for_the_kernel_at_no_page() -> None:
+    arena, piece = Arena(32 << 20), bytes(1 << 20)
+
+    def faults_of_writing(begin: int, end: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for at in range(begin, end, len(piece)):
+            arena.slice(at, len(piece))[:] = piece
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = (8 << 20) // resource.getpagesize()
+    assert faults_of_writing(0, 8 << 20) >= pages
+    assert arena.map_now()
+    assert faults_of_writing(8 << 20, 16 << 20) < pages / 10
 
 
 def test_shared_memory_that_the_machine_does_not_give_is_told_in_one_line() -> None:

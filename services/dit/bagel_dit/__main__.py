@@ -70,6 +70,8 @@ async def _serve(config: DitConfig) -> None:
         await runner.loaded()
         checkpoint.check_unchanged()
         if arena is not None:
+            if runner.info.device.startswith("cuda"):  # its ranks have pinned the arena
+                await asyncio.to_thread(arena.map_now)
             puller = _puller(config, arena, checkpoint, runner.info)
             watch_store(lambda: puller.store.stats().as_dict())
             add_kv_blocks(KvBlocksServicer(puller.store), host.methods)

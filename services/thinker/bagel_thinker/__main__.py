@@ -74,7 +74,10 @@ def _load(config: ThinkerConfig, checkpoint: Checkpoint) -> Engine:
     with missing_install_named():
         from bagel_thinker.loading import load_engine
 
-    return load_engine(config, checkpoint)
+    engine = load_engine(config, checkpoint)
+    if engine.info.device.startswith("cuda"):  # the engine, or its ranks in other processes, have pinned the arena
+        engine.store.arena.map_now()
+    return engine
 
 
 def _add_servicers(host: Host, engine: Engine, images: ImagePool, config: ThinkerConfig) -> ThinkerServicer:

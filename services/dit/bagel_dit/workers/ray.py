@@ -177,9 +177,10 @@ class RayGroup:
         info, llm = common_pb2.ModelInfo.FromString(ready.info), Checkpoint(self._settings.folder).config.llm
         if self.nodes:
             layout = KvLayout(llm.num_hidden_layers, llm.num_key_value_heads, llm.head_dim, info.dtype)
+            config, pinned = self._settings.config, info.device.startswith("cuda")
             try:
                 await asyncio.gather(
-                    *(node.serve(self._settings.config, layout, info.kv_fingerprint) for node in self.nodes)
+                    *(node.serve(config, layout, info.kv_fingerprint, pinned=pinned) for node in self.nodes)
                 )
             except BagelError as error:
                 self._refuse(error)

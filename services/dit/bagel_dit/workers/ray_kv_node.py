@@ -32,9 +32,9 @@ class RayKvNode:
         memory: SharedMemory = await self.ask(self.actor.memory.remote(self._heads))
         return memory
 
-    async def serve(self, config: DitConfig, layout: KvLayout, fingerprint: bytes) -> None:
-        """Let it get ready to pull K/V of this layout, the whole model's."""
-        await self.ask(self.actor.serve.remote(config, layout, fingerprint))
+    async def serve(self, config: DitConfig, layout: KvLayout, fingerprint: bytes, *, pinned: bool) -> None:
+        """Let it get ready to pull K/V of this layout, the whole model's. pinned: whether ranks pinned its memory."""
+        await self.ask(self.actor.serve.remote(config, layout, fingerprint, pinned=pinned))
 
     async def stats(self) -> Mapping[str, int]:
         """Counters of its store, by their names in GetStatsResponse."""

@@ -57,8 +57,10 @@ class PageActor:
         self._heads = heads
         return SharedMemory(self._arena.name, self._arena.nbytes, self._heads)
 
-    async def serve(self, config: DitConfig, whole: KvLayout, fingerprint: bytes) -> None:
-        """Get ready to pull. whole: the layout of all heads; fingerprint: of the K/V."""
+    async def serve(self, config: DitConfig, whole: KvLayout, fingerprint: bytes, *, pinned: bool) -> None:
+        """Get ready to pull. whole: the layout of all heads; fingerprint: of the K/V; pinned: the memory, by ranks."""
+        if pinned:
+            await asyncio.to_thread(self._arena.map_now)
         begin, end = self._heads
         layout = KvLayout(whole.layers, end - begin, whole.head_dim, whole.dtype, page_heads=whole.kv_heads)
         store = KvStore(layout, fingerprint, config.kv_cache_bytes, arena=self._arena, flag="--kv-cache-bytes")
