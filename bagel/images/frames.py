@@ -1,4 +1,4 @@
-"""Frames of JSON and bytes between a pool and its workers.
+"""Frames between a pool and its workers: JSON and a file's bytes to a worker, JSON alone back.
 
 No pickle: a worker decodes untrusted files, so the service must not run what a worker sends.
 """
@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import IO, Any
 
 _HEAD = struct.Struct("<IQ")  # bytes of the JSON, bytes of the data
+_ANSWER = struct.Struct("<I")  # bytes of the JSON
 _PIECE = 2**20
 
 
@@ -24,21 +25,21 @@ def widen(pipe: int) -> None:
 
 
 async def send(writer: asyncio.StreamWriter, fields: dict[str, Any], data: bytes) -> None:
-    """Send one frame."""
+    """Send a worker one frame."""
     text = json.dumps(fields).encode()
     writer.write(_HEAD.pack(len(text), len(data)) + text)
-    # In pieces: asyncio copies what the pipe does not take at once, and a whole image would be held twice.
+    # In pieces: asyncio copies what the pipe does not take at once, and a whole file would be held twice.
     for at in range(0, len(data), _PIECE):
         await writer.drain()
         writer.write(memoryview(data)[at : at + _PIECE])
     await writer.drain()
 
 
-async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
-    """Receive the next frame; IncompleteReadError if the other side has ended."""
-    length, nbytes = _HEAD.unpack(await reader.readexactly(_HEAD.size))
+async def receive(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """Receive a worker's next answer; IncompleteReadError if it has ended."""
+    (length,) = _ANSWER.unpack(await reader.readexactly(_ANSWER.size))
     fields: dict[str, Any] = json.loads(await reader.readexactly(length))
-    return fields, await reader.readexactly(nbytes)
+    return fields
 
 
 def read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
@@ -51,10 +52,8 @@ def read(stream: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     return fields, stream.read(nbytes)
 
 
-def write(stream: IO[bytes], fields: dict[str, Any], *pieces: bytes) -> None:
-    """Write a worker's answer as one frame."""
+def write(stream: IO[bytes], fields: dict[str, Any]) -> None:
+    """Write a worker's answer."""
     text = json.dumps(fields).encode()
-    stream.write(_HEAD.pack(len(text), sum(map(len, pieces))) + text)
-    for piece in pieces:
-        stream.write(piece)
+    stream.write(_ANSWER.pack(len(text)) + text)
     stream.flush()

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from bagel.errors import BagelError, Busy, ConfigError, InvalidImage
-from bagel.images import frames
+from bagel.images import frames, pixels_file
+from bagel.images.colour import digest_of_pixels
+from bagel.images.reading import MAX_INPUT_PIXELS
 from bagel.images.recent import RecentImages, file_digest
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
 from bagel.telemetry.logs import Log
 
 _ATTEMPTS = 2
 Values = tuple[int, int, int]
+Size = tuple[int, int]
 _BUFFER_BYTES = 2**20
 MOST_SIZES = 4096
 """Files whose size is kept, the least recently asked for goes first."""
@@ -32,7 +37,15 @@ log = Log("bagel.images")
 
 
 class _Died(Exception):
-    """The worker ended while it read an image."""
+    """The worker ended while it read an image, or does not do what a worker does."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process that reads images. pixels: the descriptor of the file that it writes them to."""
+
+    process: asyncio.subprocess.Process
+    pixels: int
 
 
 class ImagePool:
@@ -51,7 +64,7 @@ class ImagePool:
             )
         self._timeout_s, self._wait_s, self._count = timeout_s, wait_s, workers
         self._places = asyncio.Semaphore(workers)
-        self._idle: list[asyncio.subprocess.Process] = []
+        self._idle: list[_Worker] = []
         self._closed = False
         self._recent = RecentImages()
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
@@ -105,14 +118,14 @@ class ImagePool:
             "for_understanding": for_understanding,
         }
         answer, pixels = await self._read(task, data)
-        images: list[Image.Image | None] = []
-        left = memoryview(pixels)
-        for size in (answer["vae"], answer["vit"]):  # their pixels follow one another in this order
-            nbytes = 0 if size is None else size[0] * size[1] * 3
-            images.append(None if size is None else Image.frombytes("RGB", tuple(size), left[:nbytes]))
-            left = left[nbytes:]
-        width, height = answer["size"]
-        return ResizedImage((width, height), PreparedImage(tuple(answer["resized"]), *images))
+        vae, vit = _sizes(answer)
+        split = _nbytes(vae)  # the pixels for the ViT follow those for the VAE
+        parts = ((vae, memoryview(pixels)[:split]), (vit, memoryview(pixels)[split:]))
+        (vae_image, vae_digest), (vit_image, vit_digest) = await asyncio.gather(
+            *(asyncio.to_thread(_image, size, part) for size, part in parts)
+        )
+        prepared = PreparedImage(tuple(answer["resized"]), vae_image, vit_image, (vae_digest, vit_digest))
+        return ResizedImage(tuple(answer["size"]), prepared)
 
     async def close(self) -> None:
         """Kill the idle workers; a worker that is reading is killed when its call ends."""
@@ -121,7 +134,7 @@ class ImagePool:
             await _kill(self._idle.pop())
 
     async def _read(self, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Give a task to a worker and return its answer; raises InvalidImage with the worker's reason if it refuses."""
+        """Give a task to a worker; its answer and the pixels. Raises InvalidImage with its reason if it refuses."""
         if not data:
             raise InvalidImage("image", "the image is empty (0 bytes); send the bytes of an image file")
         for attempt in range(_ATTEMPTS):
@@ -137,14 +150,13 @@ class ImagePool:
             raise InvalidImage("image", str(answer["refused"]))
         return answer, pixels
 
-    async def _answer(
-        self, worker: asyncio.subprocess.Process, task: dict[str, Any], data: bytes
-    ) -> tuple[dict[str, Any], bytes]:
-        assert worker.stdin is not None and worker.stdout is not None
+    async def _answer(self, worker: _Worker, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        stdin, stdout = worker.process.stdin, worker.process.stdout
+        assert stdin is not None and stdout is not None
         try:
             async with asyncio.timeout(self._timeout_s):
-                await frames.send(worker.stdin, task, data)
-                return await frames.receive(worker.stdout)
+                await frames.send(stdin, task, data)
+                answer = await frames.receive(stdout)
         except TimeoutError:
             log.warning("an image took too long", seconds=self._timeout_s, bytes=len(data))
             raise InvalidImage(
@@ -154,9 +166,14 @@ class ImagePool:
             ) from None
         except (asyncio.IncompleteReadError, ConnectionError):
             raise _Died from None
+        nbytes = sum(map(_nbytes, _sizes(answer)))
+        pixels = pixels_file.read(worker.pixels, nbytes)
+        if len(pixels) < nbytes:
+            raise _Died
+        return answer, pixels
 
     @asynccontextmanager
-    async def _worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def _worker(self) -> AsyncIterator[_Worker]:
         """A worker for one image, killed unless the block ends without an error; Busy if none is free in time."""
         try:
             async with asyncio.timeout(self._wait_s):
@@ -178,37 +195,71 @@ class ImagePool:
             if worker is not None:  # shielded: a cancelled call must not leave its worker running
                 await asyncio.shield(_kill(worker))
 
-    def _take(self) -> asyncio.subprocess.Process | None:
+    def _take(self) -> _Worker | None:
         """An idle worker that is still alive; None if there is none."""
         while self._idle:
-            if (worker := self._idle.pop()).returncode is None:
+            if (worker := self._idle.pop()).process.returncode is None:
                 return worker
+            os.close(worker.pixels)
         return None
 
 
-async def _start() -> asyncio.subprocess.Process:
+async def _start() -> _Worker:
+    pixels = pixels_file.make()
     try:
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "bagel.images.worker",
+            str(pixels),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_BUFFER_BYTES,
+            pass_fds=(pixels,),
         )
-    except OSError as error:
-        raise BagelError(f"no process that reads images can be started: {error.strerror}") from None
+    except BaseException as error:
+        os.close(pixels)
+        if isinstance(error, OSError):
+            raise BagelError(f"no process that reads images can be started: {error.strerror}") from None
+        raise
+    return _Worker(process, pixels)
 
 
-async def _kill(worker: asyncio.subprocess.Process) -> None:
+async def _kill(worker: _Worker) -> None:
     """Kill a worker and wait until it has ended."""
+    os.close(worker.pixels)
+    process = worker.process
     with suppress(ProcessLookupError):
-        worker.kill()
-    await worker.wait()
-    if worker.stdin is not None:
-        worker.stdin.close()
+        process.kill()
+    await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
         with suppress(ConnectionError):
-            await worker.stdin.wait_closed()
+            await process.stdin.wait_closed()
+
+
+def _sizes(answer: dict[str, Any]) -> tuple[Size | None, Size | None]:
+    """The sizes that a worker says the images for the VAE and the ViT have; None for one that there is not."""
+    vae, vit = (None if each is None else (each[0], each[1]) for each in (answer.get("vae"), answer.get("vit")))
+    return vae, vit
+
+
+def _nbytes(size: Size | None) -> int:
+    """Of the pixels of an image. Raises _Died for more than any has."""
+    if size is None:
+        return 0
+    if not 0 < size[0] * size[1] <= MAX_INPUT_PIXELS:
+        raise _Died
+    return 3 * size[0] * size[1]
+
+
+def _image(size: Size | None, pixels: memoryview) -> tuple[Image.Image | None, bytes | None]:
+    """An image and its digest.
+
+    The digest is made here and not by a worker: by it an image finds the K/V of another that has the same, and a worker
+    that a hostile file has taken over could name any.
+    """
+    return (None, None) if size is None else (Image.frombytes("RGB", size, pixels), digest_of_pixels(size, pixels))
 
 
 def _values(transform: ImageTransform) -> Values:

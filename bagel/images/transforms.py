@@ -55,24 +55,26 @@ class PreparedImage:
     """An input image, resized for the model.
 
     size: (width, height) after the first VAE resize, the default size of an edit's picture. vae, vit: the RGB images
-    that the two encoders take; None for an encoder that is not used.
+    that the two encoders take; None for an encoder that is not used. digests: the `pixel_digest` of each, where it is
+    known.
     """
 
     size: tuple[int, int]
     vae: Image.Image | None
     vit: Image.Image | None
+    digests: tuple[bytes | None, bytes | None] = (None, None)
 
     @cached_property
     def vae_digest(self) -> bytes:
         """`pixel_digest` of what the VAE takes."""
         assert self.vae is not None
-        return pixel_digest(self.vae)
+        return self.digests[0] or pixel_digest(self.vae)
 
     @cached_property
     def vit_digest(self) -> bytes:
         """`pixel_digest` of what the ViT takes."""
         assert self.vit is not None
-        return pixel_digest(self.vit)
+        return self.digests[1] or pixel_digest(self.vit)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""`python -m bagel.images.worker` reads image files for a pool, one at a time, until its input ends.
+"""`python -m bagel.images.worker FD` reads image files for a pool, one at a time, until its input ends.
+
+Files come by standard input, pixels go to the file of descriptor FD (`bagel.images.pixels_file`), and what is to be
+said of them to standard output.
 
 It loads nothing but Pillow, limits its memory and lowers its priority. A timer ends it if an image takes too long, even
 when the pool's process has been killed in the meantime.
@@ -14,7 +17,7 @@ import warnings
 from typing import IO, Any
 
 from bagel.errors import InvalidImage
-from bagel.images import frames
+from bagel.images import frames, pixels_file
 from bagel.images.reading import image_size, load_image
 from bagel.images.transforms import ImageTransform, prepare
 
@@ -27,6 +30,7 @@ LATE_S = 5.0
 
 def main() -> None:
     """Answer every frame of standard input on standard output."""
+    pixels = int(sys.argv[1])
     for name in (signal.SIGINT, signal.SIGTERM):  # meant for the pool's process; its end closes our input
         signal.signal(name, signal.SIG_IGN)
     os.nice(NICENESS)
@@ -39,26 +43,25 @@ def main() -> None:
     answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not break the frames
     while (frame := frames.read(sys.stdin.buffer)) is not None:
-        _answer(answers, *frame)
+        _answer(answers, pixels, *frame)
         del frame  # frees its bytes while the worker waits for the next one
 
 
-def _answer(answers: IO[bytes], fields: dict[str, Any], data: bytes) -> None:
+def _answer(answers: IO[bytes], pixels: int, fields: dict[str, Any], data: bytes) -> None:
     signal.setitimer(signal.ITIMER_REAL, fields["seconds"] + LATE_S)  # SIGALRM ends the process
-    pieces: list[bytes] = []
     try:
         if fields["work"] == "size":
             answer: dict[str, Any] = {"size": image_size(data)}
         else:
-            answer, pieces = _resized(fields, data)
+            answer = _resized(fields, data, pixels)
     except InvalidImage as error:
         answer = {"refused": str(error)}
     signal.setitimer(signal.ITIMER_REAL, 0)
-    frames.write(answers, answer, *pieces)
+    frames.write(answers, answer)
 
 
-def _resized(fields: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """Decode and resize an image; returns the sizes, and the pixels for the VAE and the ViT."""
+def _resized(fields: dict[str, Any], data: bytes, pixels: int) -> dict[str, Any]:
+    """Decode and resize an image, and write the pixels for the VAE and the ViT; the sizes of all three."""
     image = load_image(data)
     size = image.size
     prepared = prepare(
@@ -69,8 +72,9 @@ def _resized(fields: dict[str, Any], data: bytes) -> tuple[dict[str, Any], list[
         for_understanding=fields["for_understanding"],
     )
     made = {"vae": prepared.vae, "vit": prepared.vit}
+    pixels_file.write(pixels, (image.tobytes() for image in made.values() if image))
     sizes = {name: None if image is None else image.size for name, image in made.items()}
-    return {"size": size, "resized": prepared.size, **sizes}, [image.tobytes() for image in made.values() if image]
+    return {"size": size, "resized": prepared.size, **sizes}
 
 
 if __name__ == "__main__":

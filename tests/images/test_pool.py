@@ -17,7 +17,7 @@ from PIL import Image
 
 from bagel.arguments import for_command_line
 from bagel.errors import Busy, ConfigError, InvalidImage
-from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, load_image, prepare
+from bagel.images import VAE_TRANSFORM, VIT_TRANSFORM, ResizedImage, frames, load_image, pixels_file, prepare
 from bagel.images.jpeg import MAX_SCANS
 from bagel.images.pool import ImagePool
 from bagel.images.recent import RecentImages
@@ -44,6 +44,7 @@ def bomb() -> bytes:
 
 
 SMALL = encoded(Image.effect_mandelbrot((80, 50), (-2, -1, 1, 1), 30).convert("RGB"), "PNG")
+BIGGER = encoded(Image.effect_mandelbrot((90, 60), (-2, -1, 1, 1), 30).convert("RGB"), "PNG")
 
 
 def with_pool(test: Callable[[ImagePool], Awaitable[None]], workers: int = 1, **limits: float) -> None:
@@ -87,6 +88,8 @@ def test_reads_as_this_process_does() -> None:
             for ours, theirs in ((made.prepared.vae, wanted.vae), (made.prepared.vit, wanted.vit)):
                 assert (ours is None) == (theirs is None)
                 assert ours is None or theirs is None or ours.tobytes() == theirs.tobytes()
+            assert made.prepared.vit_digest == wanted.vit_digest
+            assert not for_generation or made.prepared.vae_digest == wanted.vae_digest
         with pytest.raises(InvalidImage, match="no intact PNG"):
             await pool.size(b"<!DOCTYPE html>")
         with pytest.raises(InvalidImage, match="0 bytes"):
@@ -211,8 +214,56 @@ def test_no_more_workers_than_allowed_and_no_endless_wait() -> None:
     with_pool(test, workers=2, wait_s=0.2)
 
 
+def test_a_file_of_pixels_keeps_no_more_than_it_may() -> None:
+    file = pixels_file.make()
+    try:
+        pixels_file.write(file, (b"abc", b"", b"defg"))
+        assert (pixels_file.read(file, 7), pixels_file.read(file, 9)) == (b"abcdefg", b"abcdefg")
+        assert os.fstat(file).st_size == 7
+        pixels_file.write(file, [bytes(pixels_file.KEPT_BYTES), b"more"])
+        assert pixels_file.read(file, pixels_file.KEPT_BYTES + 4).endswith(b"\0more")
+        assert os.fstat(file).st_size == 0
+    finally:
+        os.close(file)
+
+
+def test_no_descriptor_is_left_when_workers_have_ended() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def test(pool: ImagePool) -> None:
+        await pool.start()
+        await resized(pool, SMALL)
+        [worker] = workers_of_this_process()
+        os.kill(worker, signal.SIGKILL)
+        while workers_of_this_process():
+            await asyncio.sleep(0.01)
+        assert (await resized(pool, BIGGER)).size == (90, 60)
+
+    with_pool(test)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("claimed", [(2**20, 2**20), (0, 10), (8000, 8000)])
+def test_a_worker_that_claims_other_pixels_than_it_has_written_is_no_worker(
+    claimed: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that a hostile file has taken over: the service must not allocate what it says."""
+    told = frames.receive
+
+    async def receive(reader: asyncio.StreamReader) -> dict[str, object]:
+        return {**await told(reader), "vae": claimed, "vit": None}
+
+    monkeypatch.setattr(frames, "receive", receive)
+
+    async def test(pool: ImagePool) -> None:
+        with pytest.raises(InvalidImage, match="ends the process that reads it"):
+            await resized(pool, SMALL)
+
+    with_pool(test)
+
+
 def test_a_worker_ends_with_the_process_that_started_it() -> None:
-    worker = subprocess.Popen([sys.executable, "-m", "bagel.images.worker"], stdin=subprocess.PIPE)
+    worker = subprocess.Popen([sys.executable, "-m", "bagel.images.worker", "1"], stdin=subprocess.PIPE)
     assert worker.stdin is not None
     worker.stdin.close()
     assert worker.wait(LIMIT_S) == 0

@@ -1,0 +1,42 @@
+"""Pixels on their way from a worker to its pool: a file without a name, in memory where the system has such files.
+
+A pipe takes 64 KiB or a mebibyte at a time, for each of which both ends wake up; the pixels of one image are six.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+
+KEPT_BYTES = 16 << 20
+"""That a file keeps for the next image: the largest that the public model reads, for both encoders, has six."""
+
+
+def make() -> int:
+    """A new file; its descriptor, for the caller to close."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("bagel-pixels", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def write(file: int, pieces: Iterable[bytes]) -> None:
+    """Write pieces, one behind the other, from the file's begin on."""
+    at = 0
+    for piece in pieces:
+        left = memoryview(piece)
+        while left:
+            written = os.pwrite(file, left, at)
+            at, left = at + written, left[written:]
+
+
+def read(file: int, nbytes: int) -> bytes:
+    """The first bytes of the file, of which it keeps no more than it may; fewer if it has fewer.
+
+    By a call and not by mapping it: a worker that shortens the file must not be the end of this process.
+    """
+    data = os.pread(file, nbytes, 0)
+    if nbytes > KEPT_BYTES:
+        os.ftruncate(file, 0)
+    return data
