@@ -73,6 +73,12 @@ class RankLab:
         every = self.groups.world.gather(torch.stack(list(velocities.values())))
         return all(torch.equal(each, every[0]) for each in every[1:])
 
+    def slowest(self, ms: float | None) -> float | None:
+        """The longest of the ranks' times for the same work, whose pace all keep; all ask at once."""
+        if ms is None:
+            return None
+        return max(float(each) for each in self.groups.world.gather(torch.tensor([ms], device=self.device)))
+
     def limit(self, limit: float | None) -> float | None:
         """A limit of speed or memory, which counts on GPUs alone."""
         return limit if self.meter.cuda else None

@@ -131,10 +131,13 @@ def _step(lab: RankLab, alone: Canvas, ranks: Canvas, side: int, faults: dict[st
     wanted, ours = velocities(alone), velocities(ranks)
     same, error, most = lab.same_everywhere(ours), distance(ours, wanted), MOST_ERROR[lab.sizes.dtype]
     one_ms, ms = lab.in_turns(cases.first_step(alone), cases.first_step(ranks))
+    slowest_ms = lab.slowest(one_ms)
     times = one_ms and ms and one_ms / ms
     limit = lab.limit(LEAST_TIMES.get((lab.mode, len(wanted)))) if side == lab.large else None
-    speed: Row = {"side": side, "branches": len(wanted), "one_gpu_ms": one_ms, "ms": ms, "times": times}
+    shape: Row = {"side": side, "branches": len(wanted)}
+    speed: Row = {"one_gpu_ms": one_ms, "slowest_ms": slowest_ms, "ms": ms, "times": times}
     checked: Row = {"at_least": limit or "", "error": error, "ranks_equal": "yes" if same else "no"}
     faults = faults | {f"below {limit}": below(times, limit), f"error above {most}": not error <= most}
-    table = Table(f"parallel {lab.mode}", "a step beside one GPU's; error: of velocities, relative to one GPU's")
-    return judged(table, {**speed, **checked}, faults | {"ranks differ": not same})
+    note = "a step beside the first GPU's own; slowest_ms: that of the slowest GPU; error: of velocities, relative"
+    table = Table(f"parallel {lab.mode}", note)
+    return judged(table, {**shape, **speed, **checked}, faults | {"ranks differ": not same})
