@@ -2,7 +2,8 @@
 
 How one picture passes, file by file:
 
-1. server.py         `Generate` checks the message; a single stage reads the request's images in a pool of processes
+1. server.py         `Generate` checks the message (picture_request.py, where it draws from contexts); a single stage
+                     reads the request's images in a pool of processes
 2. bagel/kv/         the puller makes room in the store and fetches the pages that are not there yet
 3. server.py         the request waits for its place (bagel/rpc/admission.py) while pages arrive
 4. page_loader.py    tells the ranks of each page as it becomes ready, which copy it into the slab

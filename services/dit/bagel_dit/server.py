@@ -6,15 +6,15 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpc.aio import ServicerContext
 
-from bagel.checkpoint.limits import check_kv_room, check_side, padded_latents, row_kv_tokens
-from bagel.engine.commands import AddPicture, AddRequest, Begin, LoadPages, PlacedContext
+from bagel.checkpoint.limits import check_kv_room
+from bagel.engine.commands import AddPicture, AddRequest, Begin, LoadPages
 from bagel.engine.events import (
     Begun,
     Done,
@@ -29,22 +29,19 @@ from bagel.engine.events import (
     Text,
     TextDone,
 )
-from bagel.errors import BagelError, Draining, IncompleteContext, InvalidRequest
-from bagel.guidance import needed_branches
+from bagel.errors import BagelError, Draining, InvalidRequest
 from bagel.images.pool import ImagePool
 from bagel.kv.codec import PAGE_VERSION
 from bagel.kv.held import HeldContexts
 from bagel.kv.puller import KvPuller
 from bagel.prompts import BranchName
-from bagel.request import MAX_PARTS, MAX_SEED, Modality, Request
+from bagel.request import Modality, Request
 from bagel.rpc.admission import Admission
 from bagel.rpc.convert import (
     branch_from_wire,
-    image_settings_from_wire,
     modality_from_wire,
     output_from_wire,
     picture_format,
-    picture_limits,
     request_from_wire,
     timings_to_wire,
 )
@@ -58,6 +55,7 @@ from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, dit_pb2, kv_pb2
 from bagel.v1.dit_pb2_grpc import DitServiceServicer
 from bagel_dit.page_loader import PageLoader
+from bagel_dit.picture_request import add_picture, kv_tokens
 from bagel_dit.runner_client import Events, RunnerClient
 from bagel_dit.workers import HeldElsewhere
 
@@ -167,8 +165,8 @@ class DitServicer(DitServiceServicer):
             raise InvalidRequest("work", f"{self.name} is a single stage: it draws whole requests, not from contexts")
         draw = request.draw
         refs = {branch_from_wire(entry.branch): entry.context for entry in draw.contexts}
-        picture = _add_picture(request, refs, work.id, self._runner.info)  # checked before anything is pulled
-        check_kv_room(_kv_tokens(picture, self._runner.info, self._runner.context_ranks), self._runner.kv_tokens)
+        picture = add_picture(request, refs, work.id, self._runner.info)  # checked before anything is pulled
+        check_kv_room(kv_tokens(picture, self._runner.info, self._runner.context_ranks), self._runner.kv_tokens)
         # All requests wait for room first and for a place second, so that two never wait for each other.
         needed = [ref for ref in refs.values() if ref.segments]
         # A request that has begun was accepted, so it waits as long as it takes.
@@ -346,65 +344,6 @@ class DitServicer(DitServiceServicer):
             work.profile = stages_before(work.clock.timings) | dict(drawn.profile)
             seconds = {stage: round(seconds, 4) for stage, seconds in work.profile.items()}
             log.info("diffusion profile", width=drawn.width, height=drawn.height, seconds=seconds)
-
-
-def _add_picture(
-    request: dit_pb2.DitServiceGenerateRequest,
-    refs: Mapping[BranchName, kv_pb2.ContextRef],
-    id_: int,
-    info: common_pb2.ModelInfo,
-) -> AddPicture:
-    """The picture that a request wants; InvalidRequest or IncompleteContext if it cannot be drawn."""
-    settings = image_settings_from_wire(request.draw.image)
-    missing = needed_branches(settings) - refs.keys()
-    if missing:
-        raise IncompleteContext(f"no context for the branch {', '.join(sorted(missing))}; the picture was not drawn")
-    stride, limits = info.latent_stride, picture_limits(info)
-    for name, side in (("height", settings.height), ("width", settings.width)):
-        if side is None:
-            raise InvalidRequest(name, f"the picture has no {name}; a DiT that draws from contexts needs it set")
-        check_side(name, side, limits)
-    assert settings.height is not None and settings.width is not None
-    _check_draw(request, refs.values(), info)
-    return AddPicture(
-        id_,
-        settings,
-        (settings.height // stride, settings.width // stride),
-        request.draw.seed,
-        tuple((1, shape.channels, shape.height, shape.width) for shape in request.draw.posterior_shapes),
-        {
-            branch: PlacedContext(
-                ref.segments[-1].digest if ref.segments else b"",
-                sum(segment.length for segment in ref.segments),
-                ref.next_rope,
-            )
-            for branch, ref in refs.items()
-        },
-        output_from_wire(request),
-    )
-
-
-def _kv_tokens(picture: AddPicture, info: common_pb2.ModelInfo, context_ranks: int) -> int:
-    """Tokens of K/V that a picture takes on the device."""
-    padded = padded_latents(picture.grid[0] * picture.grid[1], info.device, context_ranks)
-    # Branches with equal contexts share a row.
-    lengths = {context.digest: context.length for context in picture.contexts.values()}
-    return sum(row_kv_tokens(length, padded) for length in lengths.values())
-
-
-def _check_draw(
-    request: dit_pb2.DitServiceGenerateRequest, refs: Iterable[kv_pb2.ContextRef], info: common_pb2.ModelInfo
-) -> None:
-    """Raise InvalidRequest for what our gateway never sends."""
-    if request.draw.seed > MAX_SEED:
-        raise InvalidRequest("seed", f"seed is {request.draw.seed}; it must be at most {MAX_SEED}")
-    if any(ref.next_rope > info.max_positions for ref in refs):
-        raise InvalidRequest("contexts", f"a context goes past the last of the model's {info.max_positions} positions")
-    side = info.max_image_size // max(1, info.vae_downsample)
-    for shape in request.draw.posterior_shapes:
-        right = shape.channels == info.latent_channels and 0 < shape.height <= side and 0 < shape.width <= side
-        if not right or len(request.draw.posterior_shapes) > MAX_PARTS:
-            raise InvalidRequest("posterior_shapes", f"[{shape}] is no latent of this model; sides are at most {side}")
 
 
 def _picture(drawn: Drawn | Previewed) -> common_pb2.Picture:
