@@ -66,11 +66,25 @@ def _answers(connections: list[Connection]) -> Iterator[Any]:
             except (EOFError, OSError):
                 raise RunnerDied(f"rank {rank} ended early") from None
             if kind == "error":
-                raise value if isinstance(value, BagelError) else RunnerDied(f"rank {rank} failed: {value}")
+                if isinstance(value, BagelError):
+                    raise value
+                # An exchange fails because the rank that it was with has ended, which is the cause.
+                ready = wait(set(running) - {connection}, 0)
+                ended = next((other for each, other in running.items() if each in ready and _at_end(each)), None)
+                raise RunnerDied(f"rank {rank} failed: {value}" if ended is None else f"rank {ended} ended early")
             if (kind, value) == _END:
                 del running[connection]
             else:
                 yield value
+
+
+def _at_end(connection: Connection) -> bool:
+    """Whether a rank that has something to say, or has ended, has ended."""
+    try:
+        connection.recv()
+    except (EOFError, OSError):
+        return True
+    return False
 
 
 def _main(

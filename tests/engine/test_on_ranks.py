@@ -29,3 +29,11 @@ def test_any_other_error_names_its_rank() -> None:
     theirs.send(("error", "ValueError: no luck"))
     with pytest.raises(RunnerDied, match="rank 1 failed: ValueError: no luck"):
         list(_answers([other, ours]))
+
+
+def test_a_rank_that_has_ended_is_the_cause_of_what_fails_with_it() -> None:
+    (ours, theirs), (other, others) = multiprocessing.Pipe(), multiprocessing.Pipe()
+    theirs.send(("error", "RuntimeError: Connection reset by peer"))
+    others.close()
+    with pytest.raises(RunnerDied, match="rank 1 ended early"):
+        list(_answers([ours, other]))
