@@ -27,7 +27,7 @@ from bagel.v1.kv_pb2_grpc import KvBlocksServiceStub
 
 MODEL = Path(__file__).parent / "golden" / "checkpoint"
 START_S = 180
-AT_REST_WITHIN_S = 5.0
+AT_REST_WITHIN_S = 15.0
 SOCKETS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 ESTABLISHED = "01"
 
