@@ -13,11 +13,14 @@ import tempfile
 from contextlib import suppress
 
 from bagel.errors import ConfigError
+from bagel.telemetry.logs import Log
 
 ALIGNMENT = 64
 """Bytes that each block of an arena begins at a multiple of: a cache line."""
 MADV_POPULATE_WRITE = 23
 """Of madvise(2), which Python's mmap does not name."""
+
+log = Log("bagel.kv")
 
 
 class Arena:
@@ -66,7 +69,13 @@ class Arena:
         except (AttributeError, OSError, TypeError):
             return False
         address, nbytes = ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(self.nbytes)
-        return int(madvise(address, nbytes, MADV_POPULATE_WRITE)) == 0
+        if madvise(address, nbytes, MADV_POPULATE_WRITE) == 0:
+            return True
+        log.warning(
+            "the memory for K/V is mapped as it is used, which delays them",
+            remedy="run on Linux 5.14 or newer, or let it have more memory",
+        )
+        return False
 
     def close(self) -> None:
         """Close the file; the memory stays mapped as long as views of it are alive."""
