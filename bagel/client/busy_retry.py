@@ -54,7 +54,8 @@ class BusyRetry:
             # Where one has just ended, other callers took its place.
             if attempt.begun or (self._running == 1 and self._served == served):
                 raise
-            attempt.refused = busy
+            # Without the frames that it came through: they hold this attempt, and the call with its open connection.
+            attempt.refused, busy.__context__ = busy.with_traceback(None), None
         finally:
             self._running -= 1
             # Only a call that was accepted frees a place when it ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from bagel.rpc.admission import Admission
 from tests.gateway.test_service import hold, red_cube, release, through, until
 from tests.gateway_stages import Deployment
 from tests.rest.test_front import post
+from tests.shared import SOCKETS, connections
 
 WAIT_S = 0.2
 
@@ -47,6 +49,27 @@ def test_a_batch_waits_for_its_own_at_the_dit() -> None:
         await at.settled()
 
     through(work)
+
+
+@pytest.mark.skipif(not SOCKETS[0].exists(), reason="no /proc here")
+def test_a_batch_that_waited_leaves_no_connection() -> None:
+    async def batch(target: str) -> None:
+        async with AsyncClient(target) as client:
+            await client.generate_many(["a red cube", "a blue cube", "a green cube"])
+
+    async def work(at: Deployment) -> None:
+        places(at)
+        before = connections(at.target)
+        await batch(at.target)
+        async with asyncio.timeout(10):
+            while connections(at.target) > before:
+                await asyncio.sleep(0.05)
+
+    gc.disable()  # which would close it, some time or other
+    try:
+        through(work)
+    finally:
+        gc.enable()
 
 
 def test_what_is_refused_was_not_accepted() -> None:
