@@ -17,6 +17,7 @@ import warnings
 from typing import IO, Any
 
 from bagel.errors import InvalidImage
+from bagel.freed_memory import reuse_freed_memory
 from bagel.images import frames, pixels_file
 from bagel.images.reading import image_size, load_image
 from bagel.images.transforms import ImageTransform, prepare
@@ -39,6 +40,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     bound = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))
+    reuse_freed_memory()  # an image takes some mebibytes several times over
     warnings.simplefilter("ignore")  # Pillow warns of odd metadata
     answers: IO[bytes] = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a library that prints must not break the frames

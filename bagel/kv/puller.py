@@ -17,9 +17,9 @@ from bagel.errors import (
     IncompleteContext,
     SourceUnavailable,
 )
+from bagel.freed_memory import reuse_freed_memory
 from bagel.kv.codec import DTYPES, PAGE_VERSION, Page, decode_page, version_misfit
 from bagel.kv.held import HeldContexts
-from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import Claim
 from bagel.kv.source import Source

@@ -11,8 +11,8 @@ import grpc
 import grpc.aio
 
 from bagel.errors import ForeignContext, InvalidRequest
+from bagel.freed_memory import reuse_freed_memory
 from bagel.kv.codec import Parts, encode_page, encode_waiting, version_misfit
-from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PageKey
 from bagel.kv.segment import ReadyPage
 from bagel.kv.source import SERVICE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import platform
 import resource
 import sys
 import threading
@@ -21,7 +20,6 @@ from bagel.errors import UnknownSegment as Unknown
 from bagel.kv.arena import ALIGNMENT, Arena
 from bagel.kv.codec import decode_page, encode_page
 from bagel.kv.first_fit import FirstFit
-from bagel.kv.memory import reuse_freed_memory
 from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
 from bagel.kv.segment import Claim
 from bagel.kv.store import KvStore
@@ -376,13 +374,6 @@ def test_other_bytes_are_no_page(data: bytes) -> None:
         else:
             with pytest.raises(IncompleteContext, match="neither a page nor a sign of life"):
                 decode_page(data)
-
-
-def test_the_allocator_setting_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    if platform.libc_ver()[0] == "glibc":
-        assert reuse_freed_memory()
-    monkeypatch.setenv("BAGEL_KV_MALLOC", "0")
-    assert not reuse_freed_memory()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
