@@ -3,7 +3,8 @@
 reading.py      decodes image files, or reads their size from the headers; jpeg.py and png.py parse the two formats
 colour.py       turns an opened image into upright sRGB
 transforms.py   the resize rule
-pool.py         decodes in worker processes, which run worker.py, talk in frames.py and answer in pixels_file.py
+pool.py         decodes in worker processes (worker_process.py), which run worker.py, talk in frames.py and answer in
+                pixels_file.py
 prompt.py       reads the images of a request with the pool
 output.py       encodes pictures for clients
 embedding.py    puts the settings of a picture into its file, and reads them

@@ -36,9 +36,11 @@ async def send(writer: asyncio.StreamWriter, fields: dict[str, Any], data: bytes
 
 
 async def receive(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """Receive a worker's next answer; IncompleteReadError if it has ended."""
+    """Receive a worker's next answer; IncompleteReadError if it has ended, ValueError for what is none."""
     (length,) = _ANSWER.unpack(await reader.readexactly(_ANSWER.size))
-    fields: dict[str, Any] = json.loads(await reader.readexactly(length))
+    fields = json.loads(await reader.readexactly(length))
+    if not isinstance(fields, dict):
+        raise ValueError("an answer has fields")
     return fields
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
 
 KEPT_BYTES = 16 << 20
 """That a file keeps for the next image: the largest that the public model reads, for both encoders, has six."""
@@ -21,22 +20,23 @@ def make() -> int:
         return os.dup(file.fileno())
 
 
-def write(file: int, pieces: Iterable[bytes]) -> None:
-    """Write pieces, one behind the other, from the file's begin on."""
-    at = 0
-    for piece in pieces:
-        left = memoryview(piece)
-        while left:
-            written = os.pwrite(file, left, at)
-            at, left = at + written, left[written:]
+def write(file: int, pixels: bytes, at: int) -> None:
+    """Write pixels from that byte of the file on."""
+    left = memoryview(pixels)
+    while left:
+        written = os.pwrite(file, left, at)
+        at, left = at + written, left[written:]
 
 
-def read(file: int, nbytes: int) -> bytes:
-    """The first bytes of the file, of which it keeps no more than it may; fewer if it has fewer.
+def read(file: int, nbytes: int, at: int) -> bytes:
+    """So many bytes from that one on; fewer if the file has fewer.
 
     By a call and not by mapping it: a worker that shortens the file must not be the end of this process.
     """
-    data = os.pread(file, nbytes, 0)
-    if nbytes > KEPT_BYTES:
+    return os.pread(file, nbytes, at)
+
+
+def trim(file: int) -> None:
+    """Let a file go back to nothing that has more than it may keep."""
+    if os.fstat(file).st_size > KEPT_BYTES:
         os.ftruncate(file, 0)
-    return data

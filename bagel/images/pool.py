@@ -8,44 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from PIL import Image
 
-from bagel.errors import BagelError, Busy, ConfigError, InvalidImage
-from bagel.images import frames, pixels_file
+from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.images.colour import digest_of_pixels
-from bagel.images.reading import MAX_INPUT_PIXELS
 from bagel.images.recent import RecentImages, file_digest
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
+from bagel.images.worker_process import PARTS, Part, Size, WorkerDied, WorkerProcess
 from bagel.telemetry.logs import Log
 
 _ATTEMPTS = 2
 Values = tuple[int, int, int]
-Size = tuple[int, int]
-_BUFFER_BYTES = 2**20
+Made = tuple[Image.Image | None, bytes | None]
+"""An image for one of the encoders, and its digest."""
+NOTHING: Made = (None, None)
+OnVae = Callable[[ResizedImage], None]
 MOST_SIZES = 4096
 """Files whose size is kept, the least recently asked for goes first."""
 
 log = Log("bagel.images")
-
-
-class _Died(Exception):
-    """The worker ended while it read an image, or does not do what a worker does."""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """A process that reads images. pixels: the descriptor of the file that it writes them to."""
-
-    process: asyncio.subprocess.Process
-    pixels: int
 
 
 class ImagePool:
@@ -64,14 +50,14 @@ class ImagePool:
             )
         self._timeout_s, self._wait_s, self._count = timeout_s, wait_s, workers
         self._places = asyncio.Semaphore(workers)
-        self._idle: list[_Worker] = []
+        self._idle: list[WorkerProcess] = []
         self._closed = False
         self._recent = RecentImages()
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
 
     async def start(self) -> None:
         """Start a process, so that the first image need not wait for it. BagelError where none can be started."""
-        self._idle.append(await _start())
+        self._idle.append(await WorkerProcess.start())
 
     async def size(self, data: bytes) -> tuple[int, int]:
         """The upright (width, height) of an image file, from its headers; no pixel is decoded.
@@ -80,7 +66,7 @@ class ImagePool:
         """
         key = await file_digest(data)
         if key not in self._sizes:
-            answer, _ = await self._read({"work": "size"}, data)
+            answer = await self._read({"work": "size"}, data)
             width, height = answer["size"]
             self._sizes[key] = (width, height)
             if len(self._sizes) > MOST_SIZES:
@@ -96,67 +82,83 @@ class ImagePool:
         *,
         for_generation: bool,
         for_understanding: bool,
+        on_vae: OnVae | None = None,
     ) -> ResizedImage:
-        """Decode and resize an image file as `prepare` does. One that was read lately is not read again."""
+        """Decode and resize an image file as `prepare` does. One that was read lately is not read again.
+
+        on_vae: called with the image as far as the VAE takes it, while it is still resized for the ViT; not for one
+        that need not be read.
+        """
         transforms = _values(vae_transform), _values(vit_transform)
         key = await file_digest(data), transforms, for_generation, for_understanding
         # The contexts of one request want the same image at once.
         async with self._recent.turn(key, self._wait_s):
             if (image := self._recent.get(key)) is None:
-                image = await self._resized(data, transforms, for_generation, for_understanding)
+                task = {
+                    "work": "resize",
+                    "vae_transform": transforms[0],
+                    "vit_transform": transforms[1],
+                    "for_generation": for_generation,
+                    "for_understanding": for_understanding,
+                }
+                image = await self._resized(task, data, on_vae)
                 self._recent.put(key, image)
             return image
 
-    async def _resized(
-        self, data: bytes, transforms: tuple[Values, Values], for_generation: bool, for_understanding: bool
-    ) -> ResizedImage:
-        task = {
-            "work": "resize",
-            "vae_transform": transforms[0],
-            "vit_transform": transforms[1],
-            "for_generation": for_generation,
-            "for_understanding": for_understanding,
-        }
-        answer, pixels = await self._read(task, data)
-        vae, vit = _sizes(answer)
-        split = _nbytes(vae)  # the pixels for the ViT follow those for the VAE
-        parts = ((vae, memoryview(pixels)[:split]), (vit, memoryview(pixels)[split:]))
-        (vae_image, vae_digest), (vit_image, vit_digest) = await asyncio.gather(
-            *(asyncio.to_thread(_image, size, part) for size, part in parts)
-        )
-        prepared = PreparedImage(tuple(answer["resized"]), vae_image, vit_image, (vae_digest, vit_digest))
-        return ResizedImage(tuple(answer["size"]), prepared)
+    async def _resized(self, task: dict[str, Any], data: bytes, on_vae: OnVae | None) -> ResizedImage:
+        making: dict[str, asyncio.Task[Made]] = {}
+
+        async def make(part: Part) -> Made:
+            made = await asyncio.to_thread(_image, part.size, part.pixels)
+            if part.name == "vae" and on_vae is not None:
+                on_vae(_resized_image(part.facts, made, NOTHING))
+            return made
+
+        def on_part(part: Part) -> None:
+            making[part.name] = asyncio.create_task(make(part))
+
+        try:
+            facts = await self._read(task, data, on_part)
+            vae, vit = [await making[name] if name in making else NOTHING for name in PARTS]
+        finally:
+            for each in making.values():
+                each.cancel()
+        return _resized_image(facts, vae, vit)
 
     async def close(self) -> None:
         """Kill the idle workers; a worker that is reading is killed when its call ends."""
         self._closed = True
         while self._idle:
-            await _kill(self._idle.pop())
+            await self._idle.pop().kill()
 
-    async def _read(self, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Give a task to a worker; its answer and the pixels. Raises InvalidImage with its reason if it refuses."""
+    async def _read(
+        self, task: dict[str, Any], data: bytes, on_part: Callable[[Part], None] = lambda part: None
+    ) -> dict[str, Any]:
+        """Give a task to a worker; its last answer. on_part: as of `WorkerProcess.work`, perhaps twice for the same.
+
+        Raises InvalidImage with its reason if it refuses.
+        """
         if not data:
             raise InvalidImage("image", "the image is empty (0 bytes); send the bytes of an image file")
         for attempt in range(_ATTEMPTS):
             try:
                 async with self._worker() as worker:
-                    answer, pixels = await self._answer(worker, {**task, "seconds": self._timeout_s}, data)
+                    answer = await self._answer(worker, {**task, "seconds": self._timeout_s}, data, on_part)
                 break
-            except _Died:  # one retry: the host may have killed it for memory, so the image need not be the cause
+            except WorkerDied:  # one retry: the host may have killed it for memory, so the image need not be the cause
                 log.warning("a process that reads images has died", attempt=attempt + 1)
         else:
             raise InvalidImage("image", "the image ends the process that reads it; save it anew as a PNG or JPEG")
         if "refused" in answer:
             raise InvalidImage("image", str(answer["refused"]))
-        return answer, pixels
+        return answer
 
-    async def _answer(self, worker: _Worker, task: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        stdin, stdout = worker.process.stdin, worker.process.stdout
-        assert stdin is not None and stdout is not None
+    async def _answer(
+        self, worker: WorkerProcess, task: dict[str, Any], data: bytes, on_part: Callable[[Part], None]
+    ) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self._timeout_s):
-                await frames.send(stdin, task, data)
-                answer = await frames.receive(stdout)
+                return await worker.work(task, data, on_part)
         except TimeoutError:
             log.warning("an image took too long", seconds=self._timeout_s, bytes=len(data))
             raise InvalidImage(
@@ -164,16 +166,9 @@ class ImagePool:
                 f"the image takes more than {self._timeout_s:g} s to read, the service's image_timeout; "
                 "save it anew as a plain PNG or JPEG, or scale it down",
             ) from None
-        except (asyncio.IncompleteReadError, ConnectionError):
-            raise _Died from None
-        nbytes = sum(map(_nbytes, _sizes(answer)))
-        pixels = pixels_file.read(worker.pixels, nbytes)
-        if len(pixels) < nbytes:
-            raise _Died
-        return answer, pixels
 
     @asynccontextmanager
-    async def _worker(self) -> AsyncIterator[_Worker]:
+    async def _worker(self) -> AsyncIterator[WorkerProcess]:
         """A worker for one image, killed unless the block ends without an error; Busy if none is free in time."""
         try:
             async with asyncio.timeout(self._wait_s):
@@ -185,7 +180,7 @@ class ImagePool:
             ) from None
         worker = None
         try:
-            worker = self._take() or await _start()
+            worker = self._take() or await WorkerProcess.start()
             yield worker
             if not self._closed:
                 self._idle.append(worker)
@@ -193,73 +188,28 @@ class ImagePool:
         finally:
             self._places.release()
             if worker is not None:  # shielded: a cancelled call must not leave its worker running
-                await asyncio.shield(_kill(worker))
+                await asyncio.shield(worker.kill())
 
-    def _take(self) -> _Worker | None:
+    def _take(self) -> WorkerProcess | None:
         """An idle worker that is still alive; None if there is none."""
         while self._idle:
-            if (worker := self._idle.pop()).process.returncode is None:
+            if (worker := self._idle.pop()).alive:
                 return worker
-            os.close(worker.pixels)
+            worker.forget()
         return None
 
 
-async def _start() -> _Worker:
-    pixels = pixels_file.make()
-    try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "bagel.images.worker",
-            str(pixels),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_BUFFER_BYTES,
-            pass_fds=(pixels,),
-        )
-    except BaseException as error:
-        os.close(pixels)
-        if isinstance(error, OSError):
-            raise BagelError(f"no process that reads images can be started: {error.strerror}") from None
-        raise
-    return _Worker(process, pixels)
-
-
-async def _kill(worker: _Worker) -> None:
-    """Kill a worker and wait until it has ended."""
-    os.close(worker.pixels)
-    process = worker.process
-    with suppress(ProcessLookupError):
-        process.kill()
-    await process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-        with suppress(ConnectionError):
-            await process.stdin.wait_closed()
-
-
-def _sizes(answer: dict[str, Any]) -> tuple[Size | None, Size | None]:
-    """The sizes that a worker says the images for the VAE and the ViT have; None for one that there is not."""
-    vae, vit = (None if each is None else (each[0], each[1]) for each in (answer.get("vae"), answer.get("vit")))
-    return vae, vit
-
-
-def _nbytes(size: Size | None) -> int:
-    """Of the pixels of an image. Raises _Died for more than any has."""
-    if size is None:
-        return 0
-    if not 0 < size[0] * size[1] <= MAX_INPUT_PIXELS:
-        raise _Died
-    return 3 * size[0] * size[1]
-
-
-def _image(size: Size | None, pixels: memoryview) -> tuple[Image.Image | None, bytes | None]:
+def _image(size: Size, pixels: bytes) -> Made:
     """An image and its digest.
 
     The digest is made here and not by a worker: by it an image finds the K/V of another that has the same, and a worker
     that a hostile file has taken over could name any.
     """
-    return (None, None) if size is None else (Image.frombytes("RGB", size, pixels), digest_of_pixels(size, pixels))
+    return Image.frombytes("RGB", size, pixels), digest_of_pixels(size, pixels)
+
+
+def _resized_image(facts: dict[str, Any], vae: Made, vit: Made) -> ResizedImage:
+    return ResizedImage(tuple(facts["size"]), PreparedImage(tuple(facts["resized"]), vae[0], vit[0], (vae[1], vit[1])))
 
 
 def _values(transform: ImageTransform) -> Values:

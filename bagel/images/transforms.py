@@ -6,6 +6,7 @@ The rule is the reference's (ByteDance-Seed/Bagel, data/transforms.py `MaxLongEd
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -126,6 +127,25 @@ def resize(image: Image.Image, transform: ImageTransform) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
+def encoder_images(
+    first: Image.Image,
+    vae_transform: ImageTransform,
+    vit_transform: ImageTransform,
+    *,
+    for_generation: bool,
+    for_understanding: bool,
+) -> Iterator[tuple[str, Image.Image]]:
+    """What the encoders take, "vae" (for_generation) before "vit" (for_understanding), each made when it is asked for.
+
+    first: the image after the VAE's resize, which comes first even if only the ViT sees the image.
+    """
+    if for_generation:
+        # The reference resizes twice; the second time changes nothing with the public transforms, but can with others.
+        yield "vae", resize(first, vae_transform)
+    if for_understanding:
+        yield "vit", resize(first, vit_transform)
+
+
 def prepare(
     image: Image.Image,
     vae_transform: ImageTransform = VAE_TRANSFORM,
@@ -136,12 +156,12 @@ def prepare(
 ) -> PreparedImage:
     """Resize an image as the reference does for the VAE (for_generation) and the ViT (for_understanding).
 
-    The VAE's rule comes first even if only the ViT sees the image. Raises InvalidImage as to_rgb does.
+    Raises InvalidImage as to_rgb does.
     """
     first = resize(to_rgb(image), vae_transform)
-    return PreparedImage(
-        size=first.size,
-        # The reference resizes twice; the second time changes nothing with the public transforms, but can with others.
-        vae=resize(first, vae_transform) if for_generation else None,
-        vit=resize(first, vit_transform) if for_understanding else None,
+    made = dict(
+        encoder_images(
+            first, vae_transform, vit_transform, for_generation=for_generation, for_understanding=for_understanding
+        )
     )
+    return PreparedImage(first.size, made.get("vae"), made.get("vit"))

@@ -1,7 +1,7 @@
 """`python -m bagel.images.worker FD` reads image files for a pool, one at a time, until its input ends.
 
 Files come by standard input, pixels go to the file of descriptor FD (`bagel.images.pixels_file`), and what is to be
-said of them to standard output.
+said of them goes to standard output.
 
 It loads nothing but Pillow, limits its memory and lowers its priority. A timer ends it if an image takes too long, even
 when the pool's process has been killed in the meantime.
@@ -19,8 +19,9 @@ from typing import IO, Any
 from bagel.errors import InvalidImage
 from bagel.freed_memory import reuse_freed_memory
 from bagel.images import frames, pixels_file
+from bagel.images.colour import to_rgb
 from bagel.images.reading import image_size, load_image
-from bagel.images.transforms import ImageTransform, prepare
+from bagel.images.transforms import ImageTransform, encoder_images, resize
 
 MEMORY_BYTES = 4 * 2**30
 """Limit of the address space: several times what the decoding of 64 megapixels takes."""
@@ -55,28 +56,29 @@ def _answer(answers: IO[bytes], pixels: int, fields: dict[str, Any], data: bytes
         if fields["work"] == "size":
             answer: dict[str, Any] = {"size": image_size(data)}
         else:
-            answer = _resized(fields, data, pixels)
+            answer = _resized(answers, pixels, fields, data)
     except InvalidImage as error:
         answer = {"refused": str(error)}
     signal.setitimer(signal.ITIMER_REAL, 0)
     frames.write(answers, answer)
 
 
-def _resized(fields: dict[str, Any], data: bytes, pixels: int) -> dict[str, Any]:
-    """Decode and resize an image, and write the pixels for the VAE and the ViT; the sizes of all three."""
+def _resized(answers: IO[bytes], pixels: int, fields: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Decode and resize an image, and give the pixels for the VAE, then those for the ViT; the last answer.
+
+    Each at once: the VAE's work, which takes longer, need not wait until the ViT's pixels are resized.
+    """
     image = load_image(data)
-    size = image.size
-    prepared = prepare(
-        image,
-        ImageTransform(*fields["vae_transform"]),
-        ImageTransform(*fields["vit_transform"]),
-        for_generation=fields["for_generation"],
-        for_understanding=fields["for_understanding"],
-    )
-    made = {"vae": prepared.vae, "vit": prepared.vit}
-    pixels_file.write(pixels, (image.tobytes() for image in made.values() if image))
-    sizes = {name: None if image is None else image.size for name, image in made.items()}
-    return {"size": size, "resized": prepared.size, **sizes}
+    vae_transform, vit_transform = (ImageTransform(*fields[name]) for name in ("vae_transform", "vit_transform"))
+    first, at = resize(to_rgb(image), vae_transform), 0
+    facts = {"size": image.size, "resized": first.size}
+    purposes = {name: fields[name] for name in ("for_generation", "for_understanding")}
+    for name, part in encoder_images(first, vae_transform, vit_transform, **purposes):
+        made = part.tobytes()
+        pixels_file.write(pixels, made, at)
+        frames.write(answers, {"part": name, "image": part.size, **facts})
+        at += len(made)
+    return facts
 
 
 if __name__ == "__main__":

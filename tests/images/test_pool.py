@@ -23,6 +23,7 @@ from bagel.images.pool import ImagePool
 from bagel.images.recent import RecentImages
 from bagel.images.transforms import PreparedImage
 from bagel.images.worker import MEMORY_BYTES, NICENESS
+from bagel.images.worker_process import Part
 
 pytestmark = pytest.mark.slow  # it waits for real time limits, processes or large pictures
 
@@ -99,6 +100,49 @@ def test_reads_as_this_process_does() -> None:
     with_pool(test, timeout_s=30.0)
 
 
+def test_what_the_vae_takes_comes_before_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, early = frames.receive, list[ResizedImage]()
+
+    async def receive(reader: asyncio.StreamReader) -> dict[str, object]:
+        answer = await told(reader)
+        if answer.get("part") == "vit":  # which waits here until the other has gone its way
+            while not early:
+                await asyncio.sleep(0.01)
+        return answer
+
+    monkeypatch.setattr(frames, "receive", receive)
+
+    async def test(pool: ImagePool) -> None:
+        purposes = {"for_generation": True, "for_understanding": True}
+        whole = await pool.resized(SMALL, VAE_TRANSFORM, VIT_TRANSFORM, **purposes, on_vae=early.append)
+        [first] = early
+        assert first.prepared.vit is None and whole.prepared.vit is not None
+        assert (first.size, first.prepared.size) == (whole.size, whole.prepared.size)
+        assert first.prepared.vae is whole.prepared.vae and first.prepared.vae_digest == whole.prepared.vae_digest
+        await pool.resized(SMALL, VAE_TRANSFORM, VIT_TRANSFORM, **purposes, on_vae=early.append)
+        assert len(early) == 1  # it was not read again
+
+    with_pool(test)
+
+
+@pytest.mark.parametrize("answers", [[{"part": "vae"}] * 2, [{"part": "eye"}], [{"part": ["vae"]}]])
+def test_answers_that_no_worker_gives_are_no_answers(answers: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([each if not isinstance(each, dict) else {"image": (1, 1), **each} for each in answers * 2])
+
+    async def receive(reader: asyncio.StreamReader) -> object:
+        await told(reader)
+        return next(said)
+
+    told = frames.receive
+    monkeypatch.setattr(frames, "receive", receive)
+
+    async def test(pool: ImagePool) -> None:
+        with pytest.raises(InvalidImage, match="ends the process that reads it"):
+            await resized(pool, SMALL)
+
+    with_pool(test)
+
+
 def test_the_first_image_finds_a_worker_that_has_started() -> None:
     async def test(pool: ImagePool) -> None:
         await pool.start()
@@ -112,9 +156,9 @@ def test_the_first_image_finds_a_worker_that_has_started() -> None:
 def test_an_image_that_comes_again_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read, reads = ImagePool._read, list[int]()
 
-    async def counted(pool: ImagePool, task: dict[str, object], data: bytes) -> object:
+    async def counted(pool: ImagePool, task: dict[str, object], data: bytes, on_part: Callable[[Part], None]) -> object:
         reads.append(len(data))
-        return await read(pool, task, data)
+        return await read(pool, task, data, on_part)
 
     monkeypatch.setattr(ImagePool, "_read", counted)
 
@@ -217,11 +261,14 @@ def test_no_more_workers_than_allowed_and_no_endless_wait() -> None:
 def test_a_file_of_pixels_keeps_no_more_than_it_may() -> None:
     file = pixels_file.make()
     try:
-        pixels_file.write(file, (b"abc", b"", b"defg"))
-        assert (pixels_file.read(file, 7), pixels_file.read(file, 9)) == (b"abcdefg", b"abcdefg")
+        for pixels, at in ((b"abc", 0), (b"", 3), (b"defg", 3)):
+            pixels_file.write(file, pixels, at)
+        assert (pixels_file.read(file, 7, 0), pixels_file.read(file, 9, 3)) == (b"abcdefg", b"defg")
+        pixels_file.trim(file)
         assert os.fstat(file).st_size == 7
-        pixels_file.write(file, [bytes(pixels_file.KEPT_BYTES), b"more"])
-        assert pixels_file.read(file, pixels_file.KEPT_BYTES + 4).endswith(b"\0more")
+        pixels_file.write(file, b"more", pixels_file.KEPT_BYTES)
+        assert pixels_file.read(file, 9, pixels_file.KEPT_BYTES - 1) == b"\0more"
+        pixels_file.trim(file)
         assert os.fstat(file).st_size == 0
     finally:
         os.close(file)
@@ -251,7 +298,7 @@ def test_a_worker_that_claims_other_pixels_than_it_has_written_is_no_worker(
     told = frames.receive
 
     async def receive(reader: asyncio.StreamReader) -> dict[str, object]:
-        return {**await told(reader), "vae": claimed, "vit": None}
+        return {**await told(reader), "image": claimed}
 
     monkeypatch.setattr(frames, "receive", receive)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,14 +13,17 @@ from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
-from bagel.engine.text_scheduler import TextScheduler
+from bagel.engine.segments import Segment
+from bagel.engine.text_scheduler import ContextRequest, TextScheduler
 from bagel.errors import BagelError, EngineDied, InvalidImage
-from bagel.images import ImageTransform
+from bagel.images import ImageTransform, ResizedImage
 from bagel.images.pool import ImagePool
+from bagel.kv.digests import SegmentKind
 from bagel.rpc import service
 from bagel.rpc.admission import Admission
 from bagel.rpc.errors import from_rpc_error
@@ -28,6 +32,7 @@ from bagel.v1 import common_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceStub, add_ThinkerServiceServicer_to_server
 from bagel_thinker.server import FEW_BUILDS, MESSAGES_PER_S, ThinkerServicer, pause_s
 from bagel_thinker.torch_engine import TorchEngine
+from tests.helpers import sketch
 
 LIMIT_S = 30
 PLACES = 4
@@ -270,4 +275,82 @@ def test_images_that_are_read_keep_no_text_from_its_place(engine: TorchEngine, m
             told = await asyncio.gather(*many, return_exceptions=True)
         assert all(isinstance(error, InvalidImage) for error in told)
 
+    served(engine, test)
+
+
+def saved(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def edit(image: bytes, *, kv: bool = True) -> thinker_pb2.BuildContextRequest:
+    part = common_pb2.Part(image=common_pb2.ImagePart(data=image, for_generation=True))
+    text = common_pb2.Part(text=common_pb2.TextPart(text="make it blue"))
+    return thinker_pb2.BuildContextRequest(parts=[part, text], send_kv=kv)
+
+
+def test_an_image_to_edit_is_begun_while_it_is_still_resized_for_the_vit(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, encoded = list[SegmentKind](), threading.Event()
+    compute, resized = ContextBuilder._compute, ImagePool.resized
+
+    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
+        computed.append(segment.kind)
+        encoded.set()
+        compute(builder, segment, *rest)
+
+    async def late(pool: ImagePool, *file: Any, on_vae: Any, **purposes: Any) -> ResizedImage:
+        image = await resized(pool, *file, on_vae=on_vae, **purposes)
+        assert on_vae is None or await asyncio.to_thread(encoded.wait, LIMIT_S)
+        return image
+
+    async def test(at: Served) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(ContextBuilder, "_compute", watched)
+            patch.setattr(ImagePool, "resized", late)
+            files = [saved(sketch(112, 80, colour)) for colour in ("crimson", "navy")]
+            for request in (edit(files[0]), edit(files[1], kv=False)):
+                computed.clear()
+                [*_, last] = [event async for event in at.stub.BuildContext(request, timeout=LIMIT_S)]
+                assert computed == [SegmentKind.VAE, SegmentKind.VIT, SegmentKind.TEXT]
+                usage = last.built.usage
+                assert (usage.computed_tokens, usage.reused_tokens) == (usage.prompt_tokens + usage.image_tokens, 0)
+        stats = engine.store.stats()
+        assert stats.stored_bytes == stats.computed_bytes > 0 and stats.computed_segments == 3
+
+    served(engine, test)
+
+
+def test_what_was_begun_of_an_image_is_dropped_with_its_request(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, begun, computed = threading.Event(), threading.Event(), list[Segment]()
+    submit, compute = TorchEngine.submit, ContextBuilder._compute
+
+    def busy() -> None:
+        go.wait(LIMIT_S)
+
+    def begin(engine: TorchEngine, request: ContextRequest) -> None:
+        submit(engine, request)
+        begun.set()
+
+    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
+        computed.append(segment)
+        compute(builder, segment, *rest)
+
+    async def test(at: Served) -> None:
+        request = edit(saved(sketch()))
+        request.parts.add().image.data = b"no image"
+        engine._commands.put(busy)
+        with pytest.raises(InvalidImage):
+            await at.text(request)
+        assert begun.is_set()
+        go.set()
+        assert await at.text(build())
+        assert [segment.kind for segment in computed] == [SegmentKind.TEXT] * len(computed)
+
+    monkeypatch.setattr(TorchEngine, "submit", begin)
+    monkeypatch.setattr(ContextBuilder, "_compute", watched)
     served(engine, test)

@@ -20,9 +20,12 @@ class Engine(Protocol):
     store that a lease has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can
     compute no more.
     pulse: of the thread that computes, which is called NAME-engine.
+    stores_late_leases: whether what is computed goes to the store layer by layer also where its lease came after the
+    request.
     """
 
     name: str
+    stores_late_leases: bool
     store: KvStore
     planner: ChainPlanner
     info: common_pb2.ModelInfo

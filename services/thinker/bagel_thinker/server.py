@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grpc.aio import ServicerContext
@@ -42,6 +43,7 @@ from bagel.telemetry.tracing import record
 from bagel.v1 import common_pb2, kv_pb2, thinker_pb2
 from bagel.v1.thinker_pb2_grpc import ThinkerServiceServicer
 from bagel_thinker.engine import Engine
+from bagel_thinker.head_start import HeadStart
 from bagel_thinker.post import Post
 
 Response = thinker_pb2.BuildContextResponse
@@ -119,10 +121,10 @@ class ThinkerServicer(ThinkerServiceServicer):
         """Build one context; its first event, before anything is computed, is the ContextRef."""
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
-        with self._counted():
+        with self._counted(), self._head_start(request) as head:
             build = _Build(self._post())
             # Before it has a place: reading large images must not keep texts from theirs.
-            chain = await self._chain(request)
+            chain = await self._chain(request, head)
             if request.check_only:
                 return
             if any(part.HasField("image") for part in request.parts):
@@ -132,15 +134,16 @@ class ThinkerServicer(ThinkerServiceServicer):
                 if request.HasField("decode"):
                     build.lap("queue")
                 # Closed with the call, so that its lease does not live until the generator is collected.
-                async with aclosing(self._build(request, chain, build)) as responses:
+                async with aclosing(self._build(request, chain, build, head)) as responses:
                     async for response in responses:
                         yield response
 
     async def _build(
-        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build
+        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, head: HeadStart
     ) -> AsyncGenerator[Response, None]:
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         wanted = self._context_request(request, chain, build, lease)
+        await head.share(wanted)
         finished = False
         keeper = LeaseKeeper(LocalLessor(self.engine.store))
         if lease:  # until the call ends its caller is the holder
@@ -221,19 +224,32 @@ class ThinkerServicer(ThinkerServiceServicer):
         finally:
             self._under_way -= 1
 
-    async def _chain(self, request: thinker_pb2.BuildContextRequest) -> Chain:
-        images = await resized_images(self._images, request.parts, self.engine.info)
+    def _head_start(self, request: thinker_pb2.BuildContextRequest) -> HeadStart:
+        return HeadStart(self.engine, partial(self._chain_of, request), request.seed)
+
+    async def _chain(self, request: thinker_pb2.BuildContextRequest, head: HeadStart) -> Chain:
+        early = self.engine.stores_late_leases and request.send_kv and not request.check_only
+        begin = head.begin if early else None
+        images = await resized_images(self._images, request.parts, self.engine.info, on_first=begin)
         # In a thread, as a long text must not hold up other calls.
         return await asyncio.to_thread(self._plan, request, images)
 
     def _plan(self, request: thinker_pb2.BuildContextRequest, images: Sequence[ResizedImage]) -> Chain:
         """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
-        prompt, planner = prompt_from_wire(request.parts, images), self.engine.planner
-        prepared = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
-        chain = planner.chain(prompt, prepared)
+        chain = self._chain_of(request, request.parts, images)
         written = _settings(request).max_tokens if request.HasField("decode") else 0
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain
+
+    def _chain_of(
+        self,
+        request: thinker_pb2.BuildContextRequest,
+        parts: Sequence[common_pb2.Part],
+        images: Sequence[ResizedImage],
+    ) -> Chain:
+        prompt, planner = prompt_from_wire(parts, images), self.engine.planner
+        prepared = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
+        return planner.chain(prompt, prepared)
 
     def _context_request(
         self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str

@@ -98,6 +98,7 @@ class TorchEngine:
     """The torch engine behind the Engine protocol."""
 
     name = "torch"
+    stores_late_leases = True
 
     def __init__(
         self,

@@ -52,6 +52,7 @@ class VllmEngine:
     """vLLM behind the Engine protocol."""
 
     name = "vllm"
+    stores_late_leases = False  # a request claims what it exports when it begins
 
     def __init__(
         self,
