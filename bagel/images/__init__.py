@@ -5,7 +5,6 @@ colour.py       turns an opened image into upright sRGB
 transforms.py   the resize rule
 pool.py         decodes in worker processes (worker_process.py), which run worker.py, talk in frames.py and answer in
                 pixels_file.py
-prompt.py       reads the images of a request with the pool
 output.py       encodes pictures for clients
 embedding.py    puts the settings of a picture into its file, and reads them
 saving.py       writes pictures to files

@@ -93,7 +93,7 @@ class WorkerProcess:
         """The image that an answer tells of, whose pixels begin there in the file."""
         width, height = answer["image"]
         # Before anything is allocated: a hostile file may have taken the worker over.
-        if not 0 < width * height <= MAX_INPUT_PIXELS:
+        if min(width, height) < 1 or width * height > MAX_INPUT_PIXELS:
             raise WorkerDied
         pixels = pixels_file.read(self.pixels, 3 * width * height, at)
         if len(pixels) < 3 * width * height:

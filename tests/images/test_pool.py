@@ -290,7 +290,7 @@ def test_no_descriptor_is_left_when_workers_have_ended() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("claimed", [(2**20, 2**20), (0, 10), (8000, 8000)])
+@pytest.mark.parametrize("claimed", [(2**20, 2**20), (0, 10), (-1, -1), (8000, 8000)])
 def test_a_worker_that_claims_other_pixels_than_it_has_written_is_no_worker(
     claimed: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
