@@ -20,7 +20,7 @@ from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
 from bagel.engine.segments import Segment
 from bagel.engine.text_scheduler import ContextRequest, TextScheduler
-from bagel.errors import BagelError, EngineDied, InvalidImage
+from bagel.errors import BagelError, EngineDied, InvalidImage, StoreFull
 from bagel.images import ImageTransform, ResizedImage
 from bagel.images.pool import ImagePool
 from bagel.kv.digests import SegmentKind
@@ -320,6 +320,32 @@ def test_an_image_to_edit_is_begun_while_it_is_still_resized_for_the_vit(
         stats = engine.store.stats()
         assert stats.stored_bytes == stats.computed_bytes > 0 and stats.computed_segments == 3
 
+    served(engine, test)
+
+
+def test_where_others_wait_for_room_nothing_is_begun_without_it(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, compute, store = list[Segment](), ContextBuilder._compute, engine.store
+
+    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
+        computed.append(segment)
+        compute(builder, segment, *rest)
+
+    async def test(at: Served) -> None:
+        full = store.lease([(bytes(16), store.capacity_bytes // store.layout.segment_bytes(1))], LIMIT_S)
+        waiting = asyncio.create_task(at.text(build()))
+        while not store._ledger.room_waiters:
+            await asyncio.sleep(0.01)
+        with pytest.raises(StoreFull):
+            await at.text(edit(saved(sketch())))
+        with pytest.raises(StoreFull):
+            await waiting
+        assert not computed
+        store.release([full])
+        assert await at.text(build())
+
+    monkeypatch.setattr(ContextBuilder, "_compute", watched)
     served(engine, test)
 
 

@@ -105,7 +105,7 @@ class ThinkerServicer(ThinkerServiceServicer):
     ) -> None:
         self.engine, self.name, self.admission, self._images = engine, name, admission, images
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
-        self._under_way = 0
+        self._under_way = self._waiting_for_room = 0
         self._builds: set[_Build] = set()
         self._loop_post: Post | None = None
         engine.failed.add_done_callback(self._report_failure)
@@ -228,8 +228,9 @@ class ThinkerServicer(ThinkerServiceServicer):
         return HeadStart(self.engine, partial(self._chain_of, request), request.seed)
 
     async def _chain(self, request: thinker_pb2.BuildContextRequest, head: HeadStart) -> Chain:
-        early = self.engine.stores_late_leases and request.send_kv and not request.check_only
-        begin = head.begin if early else None
+        wanted = self.engine.stores_late_leases and request.send_kv and not request.check_only
+        # Where others wait for room, this one may never get any, and nothing is computed for it before it does.
+        begin = head.begin if wanted and not self._waiting_for_room else None
         images = await resized_images(self._images, request.parts, self.engine.info, on_first=begin)
         # In a thread, as a long text must not hold up other calls.
         return await asyncio.to_thread(self._plan, request, images)
@@ -264,7 +265,12 @@ class ThinkerServicer(ThinkerServiceServicer):
         return ContextRequest(chain, request.seed, emit, settings, append=request.decode.append)
 
     async def _lease(self, chain: Chain, lease_id: str) -> str:
-        return await self.engine.store.lease_in_time(chain.lengths, self.lease_s, lease_id, wait_s=self._room_wait_s)
+        store, wait_s = self.engine.store, self._room_wait_s
+        self._waiting_for_room += 1
+        try:
+            return await store.lease_in_time(chain.lengths, self.lease_s, lease_id, wait_s=wait_s)
+        finally:
+            self._waiting_for_room -= 1
 
     def _ref(self, chain: Chain, lease: str) -> kv_pb2.ContextRef:
         return kv_pb2.ContextRef(
