@@ -55,7 +55,7 @@ def context(lab: Lab) -> Iterator[Table]:
     with lab.model(Role.CONTEXT) as model:
         with lab.track(Role.CONTEXT, f"an image to edit of {side}, {chain.length} tokens"):
             whole = lab.meter.median_ms(cases.build(model, chain), warmup=2, repeats=5)
-        pixels = to_pixels(cases.noise_image(side))[None].to(model.device)
+        pixels = to_pixels(cases.noise_image(side), model.device)[None]
         encoder = lab.meter.median_ms(lambda: _encode(model, pixels), warmup=2, repeats=5)
         table = Table("gpu edit context", "VAE encoder (float32), VAE block, ViT and its block")
         table.add(image=f"{side}x{side}", tokens=chain.length, ms=whole, vae_encoder_ms=encoder)

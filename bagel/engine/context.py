@@ -15,7 +15,7 @@ from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.segments import Chain, Segment
 from bagel.images import pixel_digest
 from bagel.kv.digests import SegmentKind
-from bagel.model.attention import KvSlab, Rows
+from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import latent_patchify
 from bagel.model.layers import grid_position_ids
@@ -187,20 +187,20 @@ class ContextBuilder:
         return self.texts.compute(segment.token_ids, past, segment.rope, slab)
 
     def _text(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
-        ids = torch.tensor([segment.token_ids], device=self.model.device)
+        ids = upload([segment.token_ids], torch.int64, self.model.device)
         rows = text_rows(self.model.language_model, [0], [past], [segment.rope], segment.length)
         return self.model.embed(ids), None, rows
 
     def _vit(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
         assert segment.image is not None
-        patches = vit_patchify(to_pixels(segment.image), self.model.config.vit.patch_size)
+        patches = vit_patchify(to_pixels(segment.image, self.model.device), self.model.config.vit.patch_size)
         start, end = self._delimiters[:, None]
         inputs = torch.cat((start, self.model.embed_vit(patches, *segment.grid), end))
         return inputs[None], None, vit_rows(self.model.language_model, past, segment.rope, len(patches))
 
     def _vae(self, segment: Segment, past: int) -> tuple[Tensor, Tensor, Rows]:
         tokens = latent_patchify(self._latent(segment), self.model.config.latent_patch_size)
-        ids = grid_position_ids(*segment.grid, self.model.config.max_latent_size).to(self.model.device)
+        ids = grid_position_ids(*segment.grid, self.model.config.max_latent_size, self.model.device)
         # Latents of a context are clean, which is time 0. The embedding of 0 is added too.
         clean = torch.zeros(1, device=self.model.device)
         count = len(tokens)
@@ -211,10 +211,10 @@ class ContextBuilder:
         """The clean latent of an image, [z, h, w], sampled with the segment's posterior noise."""
         assert segment.image is not None and segment.posterior is not None
         vae = self.model.autoencoder()
-        mean, logvar = vae.encode(to_pixels(segment.image)[None].to(self.model.device))
+        mean, logvar = vae.encode(to_pixels(segment.image, self.model.device)[None])
         # Drawn on the CPU and moved, as each device's own generator draws other numbers.
         noise = segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image))
-        return vae.sample(mean, logvar, noise.to(mean.device))[0]
+        return vae.sample(mean, logvar, upload(noise, torch.float32, mean.device))[0]
 
 
 _INPUTS = {

@@ -201,7 +201,7 @@ class Canvas:
         # Zeros, as K/V of the padding lie where attention may read ahead and must be finite.
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
         x[: picture.tokens] = picture.noise.to(device)
-        drawing = Drawing(picture, x, self._padded_ids(picture).to(device))
+        drawing = Drawing(picture, x, self._padded_ids(picture))
         distinct = picture.distinct()
         starts = self._place_contexts(list(distinct.values()), picture.kv_tokens(self.padded))
         # From here on nothing is allocated on the device, so nothing fails half-way.
@@ -290,8 +290,9 @@ class Canvas:
         return row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
 
     def _padded_ids(self, picture: Picture) -> Tensor:
-        ids = torch.zeros(self.padded, dtype=torch.int64)
-        ids[: picture.tokens] = grid_position_ids(*picture.grid, self.model.config.max_latent_size)
+        device = self.model.device
+        ids = torch.zeros(self.padded, dtype=torch.int64, device=device)
+        ids[: picture.tokens] = grid_position_ids(*picture.grid, self.model.config.max_latent_size, device)
         return ids
 
     def _layout(self, rows: tuple[_Row, ...], context: Group) -> _Layout:

@@ -149,6 +149,6 @@ class Rows:
 
 
 def upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small list or tensor of the host as a tensor on the device, without waiting for the device."""
+    """A list or tensor of the host as a tensor on the device, without waiting for the device."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

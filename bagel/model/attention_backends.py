@@ -21,6 +21,10 @@ AttentionBackend = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
 
 AUTO = "auto"
 
+MANY_QUERIES = 1024
+"""From which on FlashAttention 3 puts no query heads of one K/V head into one tile. It would choose to for any number,
+which helps a few queries, but costs a step of thousands 1% (bench/README.md). The results are the same."""
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
     """PyTorch's scaled_dot_product_attention, a block of queries at a time: any device, any type."""
@@ -65,7 +69,16 @@ def fa3(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
 
     query_starts, starts, lengths = rows.on_device
     out: Tensor | tuple[Tensor, ...] = flash_attn_varlen_func(
-        q, k, v, query_starts, starts, rows.max_queries, rows.longest, seqused_k=lengths, causal=rows.causal
+        q,
+        k,
+        v,
+        query_starts,
+        starts,
+        rows.max_queries,
+        rows.longest,
+        seqused_k=lengths,
+        causal=rows.causal,
+        pack_gqa=False if rows.max_queries >= MANY_QUERIES else None,
     )
     return out if isinstance(out, Tensor) else out[0]
 

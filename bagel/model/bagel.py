@@ -95,10 +95,10 @@ class Bagel(nn.Module):
         """Patches [rows * columns, patch features] of one image -> LLM inputs [rows * columns, hidden] float32."""
         if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
             raise NotSupported(f"role {self.role} has no ViT; load the model with role understand, context or full")
-        vit_ids = self._grid(rows, columns, self.config.vit.positions_per_side)
-        features = self.connector(self.vit_model(pixel_tokens.to(self.device), vit_ids))
+        vit_ids = grid_position_ids(rows, columns, self.config.vit.positions_per_side, self.device)
+        features = self.connector(self.vit_model(pixel_tokens, vit_ids))
         # Each table has a side of its own, so a place may have another id in each.
-        table_ids = self._grid(rows, columns, self.vit_pos_embed.side)
+        table_ids = grid_position_ids(rows, columns, self.vit_pos_embed.side, self.device)
         return cast(Tensor, features.float() + self.vit_pos_embed(table_ids))
 
     def embed_latents(self, tokens: Tensor, t: Tensor, position_ids: Tensor) -> Tensor:
@@ -124,6 +124,3 @@ class Bagel(nn.Module):
         if self.vae is None:
             raise NotSupported(f"role {self.role} has no autoencoder; use role context, denoise or full")
         return self.vae
-
-    def _grid(self, rows: int, columns: int, side: int) -> Tensor:
-        return grid_position_ids(rows, columns, side).to(self.device)

@@ -145,6 +145,6 @@ class PositionTable(nn.Module):
         return self.pos_embed[position_ids]
 
 
-def grid_position_ids(rows: int, columns: int, side: int) -> Tensor:
+def grid_position_ids(rows: int, columns: int, side: int, device: torch.device) -> Tensor:
     """Ids row * side + column of a rows x columns grid in the corner of a side x side table, row-major, int64."""
-    return (torch.arange(rows)[:, None] * side + torch.arange(columns)).flatten()
+    return (torch.arange(rows, device=device)[:, None] * side + torch.arange(columns, device=device)).flatten()

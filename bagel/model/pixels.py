@@ -7,12 +7,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.model.attention import upload
 
-def to_pixels(image: Image.Image) -> Tensor:
-    """RGB image -> [3, H, W] float32 in [-1, 1]: (u8 / 255 - 0.5) / 0.5, for ViT and VAE alike."""
+_CPU = torch.device("cpu")
+
+
+def to_pixels(image: Image.Image, device: torch.device = _CPU) -> Tensor:
+    """RGB image -> [3, H, W] float32 in [-1, 1] on the device: (u8 / 255 - 0.5) / 0.5, for ViT and VAE alike."""
     # np.array copies: torch needs memory that it may write to, which an image does not give.
-    u8 = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return (u8.permute(2, 0, 1).float() / 255 - 0.5) / 0.5
+    u8 = upload(torch.from_numpy(np.array(image, dtype=np.uint8)), torch.uint8, device)
+    # By a tensor: a GPU would multiply by the reciprocal of a number, which rounds otherwise than a CPU's division.
+    most = torch.full((), 255.0, device=device)
+    return (u8.permute(2, 0, 1).float() / most - 0.5) / 0.5
 
 
 def to_image(decoded: Tensor) -> Image.Image:

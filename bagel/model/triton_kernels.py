@@ -95,8 +95,8 @@ class TritonKernels:
             dim,
             turned,
             copied,
-            triton.next_power_of_2(dim),
-            num_warps=_warps(turned * dim),
+            triton.next_power_of_2(dim // 2),
+            num_warps=_warps(turned * dim // 2),
         )
 
     def gate(self, gate_up: Tensor, dtype: torch.dtype) -> Activations:
@@ -178,33 +178,37 @@ def _rotate(
     DIM: tl.constexpr,
     TURNED: tl.constexpr,
     COPIED: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """One token: all heads of q and k normed and turned; q to its row, k and v to their place in the slab."""
     token = tl.program_id(0)
     slot = tl.load(slots + token)
     source = qkv + token.to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM)
     factor = (token // n).to(tl.int64) * rope_row + (token % n) * rope_token
-    head, d = tl.arange(0, TURNED)[:, None], tl.arange(0, WIDTH)[None, :]
-    opposite = (d + DIM // 2) % DIM
-    inside = (head < HEADS + KV_HEADS) & (d < DIM)
-    x = tl.load(source + head * DIM + d, inside, 0.0).to(tl.float32)
-    other = tl.load(source + head * DIM + opposite, inside, 0.0).to(tl.float32)
-    of_q = head < HEADS
-    weight = tl.where(of_q, tl.load(q_norm + d, d < DIM, 0.0), tl.load(k_norm + d, d < DIM, 0.0))
-    # The partner has its own weight, as the norm comes before the rotation.
-    far = tl.where(of_q, tl.load(q_norm + opposite, d < DIM, 0.0), tl.load(k_norm + opposite, d < DIM, 0.0))
-    scale = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-    cos = tl.load(direct + factor + d, d < DIM, 0.0)
-    sin = tl.load(swapped + factor + d, d < DIM, 0.0)
-    # A value and its partner have one scale, so it may come last.
-    y = (x * weight * cos + other * far * sin) * scale
+    # A head's two halves, each loaded once: a value of one is turned with its partner in the other.
+    head, d = tl.arange(0, TURNED)[:, None], tl.arange(0, HALF)[None, :]
+    here, of_q = d < DIM // 2, head < HEADS
+    far = d + DIM // 2
+    inside = (head < HEADS + KV_HEADS) & here
+    low = tl.load(source + head * DIM + d, inside, 0.0).to(tl.float32)
+    high = tl.load(source + head * DIM + far, inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)[:, None]
+    # Each has its own weight, as the norm comes before the rotation.
+    low *= tl.where(of_q, tl.load(q_norm + d, here, 0.0), tl.load(k_norm + d, here, 0.0))
+    high *= tl.where(of_q, tl.load(q_norm + far, here, 0.0), tl.load(k_norm + far, here, 0.0))
+    # Both have one scale, so it may come last.
+    turned = low * tl.load(direct + factor + d, here, 0.0) + high * tl.load(swapped + factor + d, here, 0.0)
+    turned_far = high * tl.load(direct + factor + far, here, 0.0) + low * tl.load(swapped + factor + far, here, 0.0)
+    turned *= scale
+    turned_far *= scale
     at_q = q + token.to(tl.int64) * (HEADS * DIM) + head * DIM + d
-    tl.store(at_q, y.to(q.dtype.element_ty), inside & of_q)
+    tl.store(at_q, turned.to(q.dtype.element_ty), inside & of_q)
+    tl.store(at_q + DIM // 2, turned_far.to(q.dtype.element_ty), inside & of_q)
     at_k = k + slot * (KV_HEADS * DIM) + (head - HEADS) * DIM + d
-    tl.store(at_k, y.to(k.dtype.element_ty), inside & (head >= HEADS))
+    tl.store(at_k, turned.to(k.dtype.element_ty), inside & (head >= HEADS))
+    tl.store(at_k + DIM // 2, turned_far.to(k.dtype.element_ty), inside & (head >= HEADS))
     # v is copied as it is: only q and k are normed and turned.
-    head = tl.arange(0, COPIED)[:, None]
+    head, d = tl.arange(0, COPIED)[:, None], tl.arange(0, 2 * HALF)[None, :]
     inside = (head < KV_HEADS) & (d < DIM)
     values = tl.load(source + (HEADS + KV_HEADS + head) * DIM + d, inside, 0.0)
     tl.store(v + slot * (KV_HEADS * DIM) + head * DIM + d, values, inside)

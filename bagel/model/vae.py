@@ -40,9 +40,9 @@ class Vae(nn.Module):
     as the reference's bfloat16 does.
     """
 
-    # Weights and inputs keep PyTorch's default layout (channels first). With channels last a CPU convolves a little
-    # faster, but its group norm then adds each group up in float32 one value after the other: the error grows with
-    # the picture, to 1e-4 at 512 x 512 (bench/README.md).
+    # Unless it is fused, weights and inputs keep PyTorch's default layout (channels first). With channels last a CPU
+    # convolves a little faster, but its group norm then adds each group up in float32 one value after the other: the
+    # error grows with the picture, to 1e-4 at 512 x 512 (bench/README.md).
 
     def __init__(self, config: VaeConfig, *, encoder: bool, decoder: bool, tf32: bool = False) -> None:
         super().__init__()
@@ -64,6 +64,7 @@ class Vae(nn.Module):
         )
         # Also where another default type is set, as vLLM does. Not by diffusers' own `to`, which warns of it.
         nn.Module.to(self.autoencoder, torch.float32)
+        self._layout = torch.contiguous_format
         self._decoding: tuple[Tiling, Group] | None = None
         self._encoding: tuple[Tiling, Group] | None = None
         # Dropped while the model has no memory yet, so that a role pays for its half alone.
@@ -71,6 +72,17 @@ class Vae(nn.Module):
             self.autoencoder.encoder = None
         if not decoder:
             self.autoencoder.decoder = None
+
+    def fuse(self) -> None:
+        """Compute each group norm and its SiLU in one kernel, and keep channels last; for a GPU with Triton."""
+        # Imported here, as PyTorch's builds without CUDA bring no Triton.
+        from bagel.model.vae_kernels import fuse
+
+        for network in (self.autoencoder.encoder, self.autoencoder.decoder):
+            if network is not None:
+                fuse(network)
+                network.to(memory_format=torch.channels_last)
+        self._layout = torch.channels_last
 
     def use_tiling(self, decoding: Group = ALONE, encoding: Group = ALONE) -> None:
         """Decode and encode what is above TILE_SIZE in overlapping, blended tiles.
@@ -89,7 +101,7 @@ class Vae(nn.Module):
             tiling, group = self._encoding
             moments = tiling.blend(pixels, group.gather(tiling.share(pixels, self._encoded, group)), group)
         else:
-            moments = self._encoded(pixels.contiguous())
+            moments = self._encoded(pixels)
         mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar
 
@@ -120,27 +132,27 @@ class Vae(nn.Module):
 
     def _encoded(self, pixels: Tensor) -> Tensor:
         """Moments of pixels or of a tile of them."""
-        return _convolve(self.autoencoder.encoder, pixels, tf32=False)
+        return self._convolve(self.autoencoder.encoder, pixels, tf32=False)
 
     def _decoded(self, z: Tensor) -> Tensor:
         """Pixels of latents or of a tile of them."""
-        return _convolve(self.autoencoder.decoder, z, tf32=self._tf32)
+        return self._convolve(self.autoencoder.decoder, z, tf32=self._tf32)
 
     def _unscaled(self, latent: Tensor) -> Tensor:
         """The latent as the decoder takes it."""
-        return (latent / self.config.scale_factor + self.config.shift_factor).contiguous()
+        return latent / self.config.scale_factor + self.config.shift_factor
 
+    def _convolve(self, network: nn.Module, x: Tensor, *, tf32: bool) -> Tensor:
+        """Run a network with convolutions of float32 whose inputs are rounded to TF32 or not.
 
-def _convolve(network: nn.Module, x: Tensor, *, tf32: bool) -> Tensor:
-    """Run a network with convolutions of float32 whose inputs are rounded to TF32 or not.
-
-    PyTorch reads that from a flag of the process when it launches a convolution, so on a GPU one thread launches at a
-    time. No ranks meet meanwhile.
-    """
-    if not x.is_cuda:
-        return cast(Tensor, network(x))
-    with _LAUNCHING, torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-        return cast(Tensor, network(x))
+        PyTorch reads that from a flag of the process when it launches a convolution, so on a GPU one thread launches
+        at a time. No ranks meet meanwhile.
+        """
+        x = x.contiguous(memory_format=self._layout)
+        if not x.is_cuda:
+            return cast(Tensor, network(x))
+        with _LAUNCHING, torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            return cast(Tensor, network(x)).contiguous()
 
 
 def diffusers_name(name: str, levels: int) -> str:

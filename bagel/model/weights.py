@@ -28,6 +28,7 @@ from bagel.model.backend import choose_backend, launched_in_order, launched_one_
 from bagel.model.bagel import Bagel
 from bagel.model.divided import divided_stream
 from bagel.model.fp8 import check_fp8, quantise_into
+from bagel.model.kernels import TORCH
 from bagel.model.layer_stream import LayerStream
 from bagel.model.linear import Fp8Linear, LinearFactory, Quantization
 from bagel.model.mot import EXPERTS, MoTDecoder
@@ -137,6 +138,8 @@ def _place(
     elif sharing.size > 1:
         backend = launched_in_order(backend)
     decoder.backend = backend
+    if backend.kernels is not TORCH and model.vae is not None:
+        model.vae.fuse()
     return model
 
 

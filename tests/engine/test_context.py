@@ -6,12 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
+from bagel.checkpoint.files import Checkpoint
+from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder, SegmentCache
 from bagel.engine.local import BagelEngine
-from bagel.engine.segments import Chain
+from bagel.engine.segments import Chain, ChainPlanner
 from bagel.errors import InvalidImage
 from bagel.images import ImageTransform
 from bagel.kv.digests import SegmentKind
+from bagel.model.pixels import to_pixels
+from bagel.model.tokenizer import BagelTokenizer
+from bagel.model.weights import load_model
 from bagel.prompts import ImagePart, TextPart, expand_cfg_prompts
 from bagel.request import PosteriorMode
 from tests.helpers import sketch, small_images
@@ -130,3 +135,28 @@ def test_a_users_control_words_add_no_tokens(engine: BagelEngine) -> None:
     chain = engine.planner.append_text(Chain(), "end <|im_end|> here")
     ids = chain.segments[0].token_ids
     assert ids.count(engine.tokenizer.eos) == 1 == ids.count(engine.tokenizer.bos)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_host_never_waits_for_what_it_launches(checkpoint: Checkpoint, tokenizer: BagelTokenizer) -> None:
+    """So that a prefill is launched before its K/V are sent, which takes the interpreter from the engine's thread."""
+    model = load_model(checkpoint, Role.CONTEXT, delimiter_ids=(1, 2), dtype=torch.bfloat16, device="cuda")
+    planner = ChainPlanner(model.config, tokenizer, b"k")
+    parts = (TextPart("a"), ImagePart(sketch(), for_generation=True), TextPart("make it snow"))
+    chain = planner.chain(parts, planner.prepare_images(parts, PosteriorMode.CONTENT, seed=0))
+    builder = ContextBuilder(model, SegmentCache(0))
+    builder.build(chain)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        builder.build(chain)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_reads_the_pixels_that_a_cpu_reads() -> None:
+    every = Image.frombytes("RGB", (16, 16), bytes(value for value in range(256) for _ in range(3)))
+    assert torch.equal(to_pixels(every, torch.device("cuda")).cpu(), to_pixels(every))

@@ -283,7 +283,7 @@ def _flat_rope(rope: Callable[[Tensor], Rope], positions: Sequence[Tensor]) -> R
 @cache
 def _square_ids(count: int, side: int, device: torch.device) -> Tensor:
     length = int(count**0.5)
-    return grid_position_ids(length, length, side).to(device)
+    return grid_position_ids(length, length, side, device)
 
 
 @cache

@@ -57,16 +57,18 @@ class ImageEncoder(Bagel):
     def vit_block(self, grid: Tensor, patches: Tensor) -> Tensor:
         """Patches [n, features] of one image, grid (rows, columns) -> [n, hidden] float32."""
         rows, columns = grid.tolist()
-        return self.embed_vit(patches, rows, columns)
+        return self.embed_vit(patches.to(self.device), rows, columns)
 
     def vae_block(self, grid: Tensor, pixels: Tensor, noise: Tensor) -> Tensor:
         """Pixels [3, H, W], posterior noise [1, z, h, w] -> one image's latents as inputs [n, hidden] float32."""
         vae, device = self.autoencoder(), self.device
-        mean, logvar = vae.encode(pixels[None].to(device))
-        latent = vae.sample(mean, logvar, noise.to(device))[0]
+        # Both before anything is computed, as such a copy waits for what is under way.
+        pixels, noise = pixels.to(device), noise.to(device)
+        mean, logvar = vae.encode(pixels[None])
+        latent = vae.sample(mean, logvar, noise)[0]
         tokens = latent_patchify(latent, self.config.latent_patch_size)
         rows, columns = grid.tolist()
-        ids = grid_position_ids(rows, columns, self.config.max_latent_size).to(device)
+        ids = grid_position_ids(rows, columns, self.config.max_latent_size, device)
         return self.embed_latents(tokens[None], torch.zeros(1, device=device), ids)[0]
 
 
