@@ -22,6 +22,12 @@ def mark(device: torch.device) -> Moment:
     return event
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until all work that was launched so far on the present stream is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def seconds_between(begin: Moment, end: Moment) -> float:
     """Seconds from one moment to another, of one device; waits until the latter has come."""
     if isinstance(begin, float) or isinstance(end, float):

@@ -78,6 +78,7 @@ class Engine:
                 # Its contexts were computed here, so no K/V are still to come.
                 draw=lambda id_, picture, output: self._diffusion.add(id_, picture, output, begun=True),
                 bucket=self._diffusion.bucket,
+                profile=profile,
             )
         self._check = DeviceCheck(model, emit, self._drop_caches)
         self._handlers: dict[type, Callable[[Any], None]] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 from bagel.checkpoint.limits import check_kv_room, row_kv_tokens
+from bagel.engine.clock import wait_for
 from bagel.engine.commands import AddRequest
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.events import Done, Event, Planned, Prefilled, PromptRead, StepTimed, Text, TextDone
@@ -49,7 +50,8 @@ class SingleStage:
     """Serves whole requests up to where their pictures are drawn.
 
     emit: receives what happens; fail: a request's error, on any thread; draw: takes a picture on, with its request's
-    id and how it is given out; bucket: the number of latents that a picture of so many is padded to.
+    id and how it is given out; bucket: the number of latents that a picture of so many is padded to; profile: say that
+    contexts are computed once the device is done with them, and not when they are launched.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class SingleStage:
         fail: Callable[[int, Exception], None],
         draw: Callable[[int, Picture, OutputFormat | None], None],
         bucket: Callable[[int], int],
+        profile: bool,
     ) -> None:
         self._loaded, self._space, self._heartbeat = loaded, space, heartbeat
         self._emit, self._fail, self._draw, self._bucket = emit, fail, draw, bucket
+        self._profile = profile
         self._lock = Lock()  # around the two that follow, which the planner's thread changes too
         self._planning: dict[int, Future[None]] = {}
         self._planned: dict[int, tuple[RequestPlan, OutputFormat | None]] = {}
@@ -211,6 +215,7 @@ class SingleStage:
         def emit(event: ContextEvent) -> None:
             match event:
                 case PromptComputed():
+                    self._settle()
                     self._emit(PromptRead(id_))
                     self._emit_prefill(id_, serving)
                 case TextWritten():
@@ -249,6 +254,7 @@ class SingleStage:
         """An answer is over; a picture is drawn from now on."""
         plan = serving.plan
         del self._serving[id_]
+        self._settle()
         self._emit_prefill(id_, serving)
         if not plan.draws:
             self._emit(Done(id_))
@@ -256,6 +262,11 @@ class SingleStage:
         if not plan.writes:
             self._emit(TextDone(id_, "", (), _counts(plan, 0)))
         self._draw(id_, plan_picture(self._loaded.planner, plan, serving.contexts), serving.output)
+
+    def _settle(self) -> None:
+        """Where stages are timed, the next one begins when the device gets to it."""
+        if self._profile:
+            wait_for(self._loaded.model.device)
 
 
 def _counts(plan: RequestPlan, tokens: int) -> dict[str, int]:
