@@ -14,7 +14,8 @@ from bagel.checkpoint.limits import latent_bucket
 from bagel.engine.context import Context, ContextBuilder, SegmentCache, SegmentKv
 from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import Posterior, initial_noise
-from bagel.engine.sampler import Canvas, Picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas
 from bagel.engine.segments import Chain, Segment
 from bagel.engine.step_graphs import StepGraphs
 from bagel.images import resize

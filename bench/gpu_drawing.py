@@ -10,7 +10,8 @@ from PIL.Image import Image
 
 from bagel.checkpoint.roles import Role
 from bagel.engine.context import ContextBuilder
-from bagel.engine.sampler import Canvas, StepGate, decode_picture
+from bagel.engine.decoding import decode_picture
+from bagel.engine.sampler import Canvas, StepGate
 from bagel.engine.segments import Chain
 from bagel.kv.digests import SegmentKind
 from bagel.model.bagel import Bagel

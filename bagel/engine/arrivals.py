@@ -22,18 +22,33 @@ from bagel.prompts import BranchName
 
 @dataclass(eq=False)
 class Arrival:
-    """The K/V of one picture. place: the token of the slab where a branch's context begins.
+    """The K/V of one picture. place: the token of the slab where a branch's context begins; rows: of each layer.
 
     placed: after all that its place was used for before. over: nothing more is copied for it; landed: nothing of it is
-    under way on the device. Both change under the lock.
+    under way on the device. copied: rows of each layer; layers: those from the first on that have all of theirs;
+    reached: after the copies of these. All of these change under the lock.
     """
 
     id: int
     place: Callable[[BranchName], int]
+    rows: int
     placed: torch.cuda.Event | None
+    copied: list[int]
     over: bool = False
     landed: bool = False
+    layers: int = 0
+    reached: torch.cuda.Event | None = None
     lock: Lock = field(default_factory=Lock)
+
+    def count(self, pages: Sequence[LandedPage]) -> bool:
+        """Count pages that are copied; whether they complete a layer that all before it are complete for."""
+        for page in pages:
+            self.copied[page.layer] += page.rows
+        before, self.layers = (
+            self.layers,
+            next((layer for layer, copied in enumerate(self.copied) if copied < self.rows), len(self.copied)),
+        )
+        return self.layers > before
 
 
 class Arrivals:
@@ -44,13 +59,21 @@ class Arrivals:
     """
 
     def __init__(
-        self, slab: KvSlab, memory: Tensor, heads: Share, heartbeat: Heartbeat, fail: Callable[[int, Exception], None]
+        self,
+        slab: KvSlab,
+        memory: Tensor,
+        heads: Share,
+        heartbeat: Heartbeat,
+        fail: Callable[[int, Exception], None],
+        on_layers: Callable[[int], None] = lambda id_: None,
     ) -> None:
         """memory: shared memory, uint8, with rows of all heads; heads: those of them that the slab has.
 
-        fail: receives the error of a picture, on the thread.
+        fail: receives the error of a picture, on the thread; on_layers: is told there of a picture that has more of its
+        first layers than before, but not all.
         """
         self._slab, self._memory, self._heads, self._heartbeat, self._fail = slab, memory, heads, heartbeat, fail
+        self._on_layers = on_layers
         self._device = slab.k.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # On a CPU a plain copy is all there is to do.
@@ -58,10 +81,13 @@ class Arrivals:
         self._staging: Staging | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-arrivals")
 
-    def open(self, id_: int, place: Callable[[BranchName], int]) -> Arrival:
-        """A picture has its place in the slab; call this after whatever was launched to clear it."""
+    def open(self, id_: int, place: Callable[[BranchName], int], rows: int) -> Arrival:
+        """A picture has its place in the slab, and gets so many rows in each layer.
+
+        Call this after whatever was launched to clear the place.
+        """
         placed = torch.cuda.current_stream(self._device).record_event() if self._stream else None
-        return Arrival(id_, place, placed)
+        return Arrival(id_, place, rows, placed, [0] * len(self._slab.k))
 
     def copy(self, arrival: Arrival, pages: Sequence[LandedPage]) -> None:
         """Copy pages to a picture's place, in the background."""
@@ -70,6 +96,13 @@ class Arrivals:
     def finish(self, arrival: Arrival, done: Callable[[], None]) -> None:
         """Call `done` on the thread once all pages so far are in the slab; never if the picture is dropped before."""
         self._submit(arrival, lambda: self._finish(arrival, done))
+
+    def reach(self, arrival: Arrival) -> int:
+        """How many of a picture's first layers all later work on the present stream sees."""
+        with arrival.lock:
+            if arrival.reached is not None:
+                torch.cuda.current_stream(self._device).wait_event(arrival.reached)
+            return arrival.layers
 
     def drop(self, arrival: Arrival) -> None:
         """A picture gives up its place: nothing is written there any more. Waits for the piece that is being copied."""
@@ -121,6 +154,14 @@ class Arrivals:
                     else:
                         # Another branch begins alike, and a device copies its own memory far faster than the host's.
                         target.copy_(tensor[page.layer, first : first + page.rows])
+        with arrival.lock:
+            if not arrival.count(pages):
+                return
+            if self._stream is not None:
+                arrival.reached = self._stream.record_event()
+            more = arrival.layers < len(arrival.copied)
+        if more:
+            self._on_layers(arrival.id)
 
     def _copy_rows(self, target: Tensor, offset: int) -> None:
         """Rows of K or V from shared memory to the slab, [rows, kv_heads, head_dim]."""

@@ -66,6 +66,13 @@ class Begin:
 
 
 @dataclass(frozen=True)
+class Advance:
+    """Compute a picture's first step as far as its K/V are in the slab; nothing if it has begun or is over."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class AddRequest:
     """Serve a whole request: plan it, then read its prompt, write its text and draw its picture.
 
@@ -98,4 +105,4 @@ class Remove:
     id: int
 
 
-Command = AddPicture | LoadPages | Begin | AddRequest | StepPlan | Remove
+Command = AddPicture | LoadPages | Begin | Advance | AddRequest | StepPlan | Remove

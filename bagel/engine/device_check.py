@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 
 from bagel.engine.context import Context
+from bagel.engine.decoding import decode_picture
 from bagel.engine.events import Health
 from bagel.engine.memory import is_out_of_memory, kv_space_of
-from bagel.engine.sampler import Canvas, Picture, decode_picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas
 from bagel.model.bagel import Bagel
 from bagel.prompts import BranchName
 from bagel.request import ImageSettings

@@ -11,19 +11,11 @@ from bagel.checkpoint.limits import padded_latents
 from bagel.engine.arrivals import Arrival, Arrivals
 from bagel.engine.clock import WindowClock
 from bagel.engine.commands import LandedPage
-from bagel.engine.events import Begun, Event, StepTaken, StepTimed
+from bagel.engine.events import Begun, Event, LayersLanded, StepTaken, StepTimed
 from bagel.engine.line import Waiting, WaitingLine
+from bagel.engine.picture import Picture
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import (
-    Canvas,
-    Drawing,
-    OnVelocity,
-    Picture,
-    StepGate,
-    Velocities,
-    clean_estimate,
-    preview_steps,
-)
+from bagel.engine.sampler import Canvas, Drawing, OnVelocity, StepGate, Velocities, clean_estimate, preview_steps
 from bagel.engine.slab import SharedSlab
 from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.vae_worker import EarlyPicture, FinishedPicture, VaeWorker
@@ -61,14 +53,16 @@ class DiffusionEngine:
         pages: Tensor | None = None,
         page_heads: tuple[int, int] | None = None,
         profile: bool = False,
+        early_steps: bool = True,
     ) -> None:
-        """space: holds the pictures' K/V; emit: receives Begun, StepTaken, Previewed and Drawn.
+        """space: holds the pictures' K/V; emit: receives LayersLanded, Begun, StepTaken, Previewed and Drawn.
 
         fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8;
         page_heads: the model's K/V heads whose rows it has, begin and end (None: all); profile: pictures come with the
-        durations of their stages. The ranks of the model's groups draw together.
+        durations of their stages; early_steps: first steps may begin before all K/V are there. The ranks of the model's
+        groups draw together.
         """
-        self._model, self._device, self._profile = model, model.device, profile
+        self._model, self._device, self._profile, self._early_steps = model, model.device, profile, early_steps
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
         self._groups = model.groups
@@ -78,7 +72,7 @@ class DiffusionEngine:
             kept = model.language_model.kv_heads
             begin, end = page_heads or (0, kept.whole)
             heads = Share(kept.start - begin, kept.stop - begin, end - begin)
-            self._arrivals = Arrivals(space.slab, pages, heads, heartbeat, fail)
+            self._arrivals = Arrivals(space.slab, pages, heads, heartbeat, fail, self._on_layers)
         self._canvases: dict[int, Canvas] = {}
         self._active: dict[int, _Active] = {}
         self.vae = VaeWorker(model, heartbeat, emit=emit, fail=fail, is_drawing=self._active.__contains__)
@@ -118,6 +112,21 @@ class DiffusionEngine:
             waiting.pages += pages  # they stay in shared memory until it has begun
         elif (active := self._active.get(id_)) is not None:
             self._copy(active, pages)
+
+    def advance(self, id_: int) -> None:
+        """Compute a picture's first step as far as its K/V are in the slab; nothing if it has begun or is over.
+
+        Nothing either while another picture's is half done, so that no more than one has hidden states.
+        """
+        active = self._active.get(id_)
+        if self._arrivals is None or active is None or active.arrival is None or active.drawing.step:
+            return
+        if any(each.canvas.layers_ahead(each.drawing) for each in self._active.values() if each is not active):
+            return
+        try:
+            active.canvas.advance(active.drawing, self._arrivals.reach(active.arrival))
+        except Exception as error:
+            self._end(id_, error)
 
     def begin(self, id_: int) -> None:
         """All K/V of a picture have arrived; nothing if it has left."""
@@ -186,9 +195,18 @@ class DiffusionEngine:
         canvas = self._canvases.get(bucket) or self.canvas(bucket)
         drawing = canvas.add(picture)  # fails as a whole if memory runs out, and a new canvas goes with it
         self._canvases[bucket] = canvas
-        arrival = None if self._arrivals is None else self._arrivals.open(id_, drawing.place)
+        arrival = None
+        if self._arrivals is not None:
+            rows = sum(context.length for context in picture.distinct().values())
+            arrival = self._arrivals.open(id_, drawing.place, rows)
         active = self._active[id_] = _Active(canvas, drawing, waiting.output, previews, windows, arrival)
         return active
+
+    def _on_layers(self, id_: int) -> None:
+        """On the thread of arrivals: a picture has more of its first layers."""
+        active = self._active.get(id_)
+        if self._early_steps and active is not None and active.canvas.takes_early_step(active.drawing):
+            self._emit(LayersLanded(id_))
 
     def _begin(self, id_: int, active: _Active) -> None:
         """Emit Begun, as soon as the K/V that have arrived are in the slab."""
@@ -198,8 +216,9 @@ class DiffusionEngine:
             self._arrivals.finish(active.arrival, lambda: self._announce(id_, active))
 
     def _announce(self, id_: int, active: _Active) -> None:
-        picture = active.drawing.picture
-        self._emit(Begun(id_, picture.steps, active.canvas.padded, len(picture.distinct())))
+        picture, canvas = active.drawing.picture, active.canvas
+        layers = canvas.layers_ahead(active.drawing)
+        self._emit(Begun(id_, picture.steps, canvas.padded, len(picture.distinct()), layers))
 
     def _copy(self, active: _Active, pages: Sequence[LandedPage]) -> None:
         if self._arrivals is not None and active.arrival is not None and pages:
@@ -211,7 +230,9 @@ class DiffusionEngine:
         for each in active.values():
             if each.windows is not None:
                 each.windows.reach(each.drawing.step)
-        with self._gate.step(len(active)):
+        # One that was computed ahead has no time of its own: it went by between the steps of others.
+        ahead = any(canvas.layers_ahead(each.drawing) for each in active.values())
+        with self._gate.step(None if ahead else len(active)):
             canvas.step([each.drawing for each in active.values()], self._previews(active))
         return [] if self._gate.done is None else [StepTimed("picture", *self._gate.done)]
 

@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from bagel.checkpoint.roles import Role
-from bagel.engine.commands import AddPicture, AddRequest, Begin, Command, LoadPages, Remove, StepPlan
+from bagel.engine.commands import AddPicture, AddRequest, Advance, Begin, Command, LoadPages, Remove, StepPlan
 from bagel.engine.device_check import DeviceCheck
 from bagel.engine.diffusion import DiffusionEngine
 from bagel.engine.events import Broken, Event, Failed, Stepped, StepTimed
 from bagel.engine.loading import LoadedModel
 from bagel.engine.memory import is_out_of_memory, kv_space
 from bagel.engine.noise import initial_noise
+from bagel.engine.picture import ArrivingContext, Picture
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import ArrivingContext, Picture
 from bagel.engine.single_stage import SingleStage
 from bagel.engine.warm_up import warm_up
 from bagel.errors import BagelError, OutOfMemory
@@ -46,11 +46,12 @@ class Engine:
         pages: Tensor | None = None,
         page_heads: tuple[int, int] | None = None,
         heartbeat: Heartbeat | None = None,
+        early_steps: bool = True,
     ) -> None:
         """max_num_seqs: texts decoded at once; kv_device_bytes, profile: as DitConfig has them.
 
-        pages: shared memory that K/V arrive in, uint8; page_heads: as of DiffusionEngine. The ranks of the model's
-        groups compute together, and all get the same commands in the same order.
+        pages: shared memory that K/V arrive in, uint8; page_heads, early_steps: as of DiffusionEngine. The ranks of
+        the model's groups compute together, and all get the same commands in the same order.
         """
         self.loaded, self._emit, self.heartbeat = loaded, emit, heartbeat or Heartbeat()
         model, self._world = loaded.model, loaded.groups.world
@@ -65,6 +66,7 @@ class Engine:
             pages=pages,
             page_heads=page_heads,
             profile=profile,
+            early_steps=early_steps,
         )
         self.single_stage: SingleStage | None = None
         if loaded.role is Role.FULL:
@@ -85,6 +87,7 @@ class Engine:
             AddPicture: self._add_picture,
             LoadPages: lambda command: self._diffusion.load_pages(command.id, command.pages),
             Begin: lambda command: self._diffusion.begin(command.id),
+            Advance: lambda command: self._diffusion.advance(command.id),
             AddRequest: self._add_request,
             StepPlan: self._step,
             Remove: lambda command: self._remove(command.id),

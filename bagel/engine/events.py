@@ -54,13 +54,24 @@ class TextDone:
 
 
 @dataclass(frozen=True)
+class LayersLanded:
+    """K/V of a picture's first layers are in the slab, with others to come: `Advance` computes with them."""
+
+    id: int
+
+
+@dataclass(frozen=True)
 class Begun:
-    """A picture can take steps. bucket: latents a row is padded to; rows: its distinct contexts."""
+    """A picture can take steps. bucket: latents a row is padded to; rows: its distinct contexts.
+
+    layers_ahead: of its first step, computed while its K/V came.
+    """
 
     id: int
     steps: int
     bucket: int
     rows: int
+    layers_ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,4 +158,4 @@ class Broken:
 RequestEvent = (
     Planned | PromptRead | Prefilled | Text | TextDone | Begun | StepTaken | Previewed | Drawn | Done | Failed
 )
-Event = RequestEvent | Stepped | Health | Broken
+Event = RequestEvent | LayersLanded | Stepped | Health | Broken

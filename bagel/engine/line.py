@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from bagel.checkpoint.limits import check_kv_room
 from bagel.engine.commands import LandedPage
-from bagel.engine.sampler import Picture
+from bagel.engine.picture import Picture
 from bagel.engine.slab import SharedSlab
 from bagel.images.output import OutputFormat
 

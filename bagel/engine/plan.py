@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from bagel.checkpoint.limits import check_positions, check_stop_ids, picture_size, text_positions
 from bagel.engine.context import Context
 from bagel.engine.noise import initial_noise
-from bagel.engine.sampler import Picture
+from bagel.engine.picture import Picture
 from bagel.engine.segments import Chain, ChainPlanner, InputImage
 from bagel.errors import InvalidRequest
 from bagel.guidance import needed_branches

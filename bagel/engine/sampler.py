@@ -7,96 +7,28 @@ never waits for the device; it runs at most one step ahead of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bagel.checkpoint.limits import row_kv_tokens
 from bagel.engine.clock import Moment, mark, seconds_between
-from bagel.engine.commands import PlacedContext
+from bagel.engine.early_step import EarlyStep
 from bagel.engine.layout import latent_rows
+from bagel.engine.picture import ContextKv, Picture
 from bagel.engine.slab import SharedSlab
-from bagel.engine.step_graphs import StepGraphs, StepInputs, row_velocities
+from bagel.engine.step_graphs import MOST_LATENTS, StepGraphs, StepInputs, row_velocities
 from bagel.model.attention import KvSlab, Rows, upload
 from bagel.model.bagel import Bagel
-from bagel.model.flow import guide, guided_steps, guiding_branches, latent_unpatchify, timesteps
+from bagel.model.flow import guide, guiding_branches
 from bagel.model.layers import grid_position_ids
-from bagel.parallel.groups import UNDIVIDED, Group, Groups
+from bagel.parallel.groups import ALONE, UNDIVIDED, Group, Groups
 from bagel.parallel.rows import Division, parts_of
 from bagel.prompts import BranchName
-from bagel.request import ImageSettings
 
 Velocities = Mapping[BranchName, Tensor]
-
-
-class ContextKv(Protocol):
-    """A context that a picture is drawn from: engine.context.Context, or one whose K/V arrive later."""
-
-    @property
-    def digest(self) -> bytes: ...
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def rope(self) -> int: ...
-
-    def copy_to(self, slab: KvSlab, start: int) -> None: ...
-
-
-class ArrivingContext:
-    """A context whose K/V are written to the slab page by page, after it has its place there."""
-
-    def __init__(self, placed: PlacedContext) -> None:
-        self.digest, self.length, self.rope = placed.digest, placed.length, placed.rope
-
-    def copy_to(self, slab: KvSlab, start: int) -> None:
-        """Nothing is there yet."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture to draw.
-
-    grid: (rows, columns) of latent tokens; noise: [rows * columns, features] float32, what it starts from;
-    contexts: by branch; every branch that `needed_branches` names must be there.
-    times, deltas, guided: of each Euler step the time where it begins, its length, and whether guidance applies.
-    """
-
-    settings: ImageSettings
-    grid: tuple[int, int]
-    noise: Tensor
-    contexts: Mapping[BranchName, ContextKv]
-    times: list[float] = field(init=False)
-    deltas: list[float] = field(init=False)
-    guided: list[bool] = field(init=False)
-
-    def __post_init__(self) -> None:
-        # N times are N - 1 steps: the last time is where the last step ends.
-        times = timesteps(self.settings.steps, self.settings.timestep_shift)
-        object.__setattr__(self, "times", times[:-1].tolist())
-        object.__setattr__(self, "deltas", (times[:-1] - times[1:]).tolist())
-        object.__setattr__(self, "guided", guided_steps(times[:-1], self.settings.cfg_interval))
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def steps(self) -> int:
-        return len(self.times)
-
-    def distinct(self) -> dict[bytes, ContextKv]:
-        """Its contexts by digest: equal branches share one row."""
-        return {context.digest: context for context in self.contexts.values()}
-
-    def kv_tokens(self, padded: int) -> list[int]:
-        """Tokens of K/V of each row whose latents are padded to so many."""
-        return [row_kv_tokens(context.length, padded) for context in self.distinct().values()]
 
 
 # Compared by identity, as keys of layouts: contexts hold tensors.
@@ -183,6 +115,7 @@ class Canvas:
         self.drawings: list[Drawing] = []
         self._delimiters: Tensor = model.delimiter_embeddings()
         self._layouts: dict[tuple[tuple[_Row, ...], int], _Layout] = {}
+        self._early: dict[Drawing, tuple[tuple[_Row, ...], EarlyStep]] = {}
 
     @property
     def slab(self) -> KvSlab:
@@ -200,7 +133,7 @@ class Canvas:
         device = self.model.device
         # Zeros, as K/V of the padding lie where attention may read ahead and must be finite.
         x = torch.zeros(self.padded, self.model.config.latent_features, device=device)
-        x[: picture.tokens] = picture.noise.to(device)
+        x[: picture.tokens] = upload(picture.noise, torch.float32, device)
         drawing = Drawing(picture, x, self._padded_ids(picture))
         distinct = picture.distinct()
         starts = self._place_contexts(list(distinct.values()), picture.kv_tokens(self.padded))
@@ -228,6 +161,7 @@ class Canvas:
     def remove(self, drawing: Drawing) -> None:
         """Let a picture leave."""
         self.drawings.remove(drawing)
+        self._early.pop(drawing, None)
         # A set, as equal branches share a row, which is given back once.
         for start in {row.start for row in drawing.rows.values()}:
             self._space.give(start)
@@ -250,22 +184,53 @@ class Canvas:
     @torch.inference_mode()
     def velocities(self, wanted: Mapping[Drawing, frozenset[BranchName]]) -> dict[Drawing, dict[BranchName, Tensor]]:
         """Velocities of the given branches of the given pictures at their present step."""
+        velocity = self._computed_ahead(wanted)
         # In the canvas's order, not the caller's, so that the same set of rows finds its layout again.
-        rows = list(
-            dict.fromkeys(
-                row
-                for drawing in self.drawings
-                for name, row in drawing.rows.items()
-                if name in wanted.get(drawing, frozenset())
-            )
-        )
-        division = Division.of(_lengths(rows), self._groups.rows)
-        computed = self._compute_together([rows[each] for each in division.mine])
-        velocity = dict(zip(rows, division.exchange(computed), strict=True))
+        rows = [row for drawing in self.drawings for row in _rows_of(drawing, wanted) if row not in velocity]
+        if rows:
+            division = Division.of(_lengths(rows), self._groups.rows)
+            computed = self._compute_together([rows[each] for each in division.mine])
+            velocity |= zip(rows, division.exchange(computed), strict=True)
         return {
             drawing: {name: velocity[drawing.rows[name]][: drawing.picture.tokens] for name in sorted(names)}
             for drawing, names in wanted.items()
         }
+
+    def takes_early_step(self, drawing: Drawing) -> bool:
+        """Whether `advance` may be called for a picture that has taken no step.
+
+        Not of ranks, which would have to agree how far, nor with weights that come layer by layer for every forward.
+        Small steps are better taken with those of other pictures, or replayed.
+        """
+        rows, streamed = len(_first_rows(drawing)), self.model.language_model.layers.stream is not None
+        return self._groups.world.size == 1 and not streamed and rows * self.padded > MOST_LATENTS
+
+    @torch.inference_mode()
+    def advance(self, drawing: Drawing, layers: int) -> None:
+        """Compute the first so many layers of a picture's first step. Their K/V are in the slab, as `step` needs all.
+
+        The step that follows goes on from there.
+        """
+        if drawing not in self._early:
+            rows = _first_rows(drawing)
+            inputs, layout = self._inputs(rows, ALONE)
+            self._early[drawing] = rows, EarlyStep(self.model, self._delimiters, inputs, layout.rows, self.slab)
+        _, early = self._early[drawing]
+        early.advance(layers)
+
+    def layers_ahead(self, drawing: Drawing) -> int:
+        """Layers of a picture's next step that are launched; from any thread."""
+        begun = self._early.get(drawing)
+        return 0 if begun is None else begun[1].layers
+
+    def _computed_ahead(self, wanted: Iterable[Drawing]) -> dict[_Row, Tensor]:
+        """The velocities of rows whose forward was begun by `advance`, [padded, features] each; ends these."""
+        velocity: dict[_Row, Tensor] = {}
+        for drawing in wanted:
+            if (begun := self._early.pop(drawing, None)) is not None:
+                rows, early = begun
+                velocity |= zip(rows, early.velocities(), strict=True)
+        return velocity
 
     def _compute_together(self, rows: Sequence[_Row]) -> Tensor:
         """As `_compute`, by the ranks of context parallel: they divide the rows, and within a part the latents."""
@@ -281,13 +246,17 @@ class Canvas:
 
         context: the ranks that divide their latents.
         """
-        layout = self._layout(rows, context)
-        t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
-        x = torch.stack([drawing.x for drawing in layout.drawings])
-        inputs = StepInputs(x, t, layout.position_ids, layout.places)
+        inputs, layout = self._inputs(rows, context)
         if self._graphs is not None and self._graphs.take(len(rows), self.padded, context):
             return self._graphs.velocities(inputs, context)
         return row_velocities(self.model, self._delimiters, inputs, layout.rows, self.slab)
+
+    def _inputs(self, rows: tuple[_Row, ...], context: Group) -> tuple[StepInputs, _Layout]:
+        """What the forward of some rows gets at their pictures' present steps."""
+        layout = self._layout(rows, context)
+        t = upload([drawing.time for drawing in layout.drawings], torch.float32, self.model.device)
+        x = torch.stack([drawing.x for drawing in layout.drawings])
+        return StepInputs(x, t, layout.position_ids, layout.places), layout
 
     def _padded_ids(self, picture: Picture) -> Tensor:
         device = self.model.device
@@ -315,6 +284,17 @@ class Canvas:
         return self._layouts[key]
 
 
+def _rows_of(drawing: Drawing, wanted: Mapping[Drawing, frozenset[BranchName]]) -> tuple[_Row, ...]:
+    """The rows of a picture's branches that are wanted, each once, as equal branches share one."""
+    names = wanted.get(drawing, frozenset())
+    return tuple(dict.fromkeys(row for name, row in drawing.rows.items() if name in names))
+
+
+def _first_rows(drawing: Drawing) -> tuple[_Row, ...]:
+    """The rows of a picture's next step."""
+    return _rows_of(drawing, {drawing: drawing.branches()})
+
+
 def _lengths(rows: Sequence[_Row]) -> list[int]:
     """The tokens of their contexts."""
     return [row.context.length for row in rows]
@@ -329,18 +309,26 @@ class StepGate:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before: tuple[int, Moment, Moment] | None = None
+        self._before: tuple[int | None, Moment, Moment] | None = None
         self.done: tuple[int, float] | None = None
 
     @contextmanager
-    def step(self, size: int) -> Iterator[None]:
-        """Around the launch of a step of so many pictures; waits until the one before it is done."""
+    def step(self, size: int | None) -> Iterator[None]:
+        """Around the launch of a step of so many pictures; waits until the one before it is done.
+
+        None: of one whose time says nothing.
+        """
         begin = mark(self._device)
         yield
         now = (size, begin, mark(self._device))
         # A CPU's step is done once its launch returns.
         before, self._before = (self._before, now) if self._device.type == "cuda" else (now, None)
-        self.done = None if before is None else (before[0], seconds_between(*before[1:]))
+        if before is None:
+            self.done = None
+            return
+        size, *moments = before
+        seconds = seconds_between(*moments)  # waits
+        self.done = None if size is None else (size, seconds)
 
 
 def preview_steps(steps: int, previews: int) -> tuple[int, ...]:
@@ -356,29 +344,3 @@ def preview_steps(steps: int, previews: int) -> tuple[int, ...]:
 def clean_estimate(x: Tensor, velocity: Tensor, time: float) -> Tensor:
     """What latents at `time` tend to: x0 = x_t - t v, as x_t = (1 - t) x0 + t noise and v = noise - x0."""
     return x - time * velocity
-
-
-def decode_picture(model: Bagel, latents: Tensor, grid: tuple[int, int], *, quick: bool = False) -> Tensor:
-    """Latent tokens [tokens, features] -> decoder output [3, H, W], not clamped.
-
-    quick: in bfloat16 on a GPU, a fraction of the time; for previews.
-    """
-    with _decoding(quick=quick and latents.is_cuda):
-        return model.autoencoder().decode(_latent(model, latents, grid))[0].float()
-
-
-def help_decode_picture(model: Bagel, latents: Tensor, grid: tuple[int, int], *, quick: bool = False) -> None:
-    """The part of a rank that divides the tiles of a picture with the one that decodes it."""
-    with _decoding(quick=quick and latents.is_cuda):
-        model.autoencoder().help_decode(_latent(model, latents, grid))
-
-
-def _latent(model: Bagel, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Latent tokens as the autoencoder takes them, [1, z, h, w]."""
-    return latent_unpatchify(latents, *grid, model.config.latent_patch_size)[None]
-
-
-@contextmanager
-def _decoding(*, quick: bool) -> Iterator[None]:
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=quick):
-        yield

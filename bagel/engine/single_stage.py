@@ -13,10 +13,10 @@ from bagel.engine.commands import AddRequest
 from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.events import Done, Event, Planned, Prefilled, PromptRead, StepTimed, Text, TextDone
 from bagel.engine.loading import LoadedModel
+from bagel.engine.picture import Picture
 from bagel.engine.plan import RequestPlan, grid, plan_picture, plan_request
 from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import Picture
 from bagel.engine.segments import Chain
 from bagel.engine.slab import SharedSlab
 from bagel.engine.text_scheduler import (

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.engine.clock import Moment, WindowClock, mark, seconds_between
+from bagel.engine.decoding import decode_picture, help_decode_picture
 from bagel.engine.events import Drawn, Event, Previewed
 from bagel.engine.progress import Heartbeat
-from bagel.engine.sampler import Drawing, decode_picture, help_decode_picture
+from bagel.engine.sampler import Drawing
 from bagel.errors import BagelError, NotFinite
 from bagel.images.output import OutputFormat
 from bagel.model.bagel import Bagel

@@ -21,7 +21,7 @@ from bagel.engine.context import Context, ContextBuilder, SegmentCache
 from bagel.engine.diffusion import DiffusionEngine
 from bagel.engine.loading import LoadedModel
 from bagel.engine.memory import is_out_of_memory
-from bagel.engine.sampler import ArrivingContext, Picture
+from bagel.engine.picture import ArrivingContext, Picture
 from bagel.engine.slab import SharedSlab
 from bagel.engine.text import TextRun
 from bagel.engine.text_scheduler import TextScheduler

@@ -101,14 +101,6 @@ class Claim:
         return self.segment.digest
 
 
-@dataclass
-class OpenPages:
-    """Pages of a segment, as (layer, token begin), that somebody still wants; seen: how much of its log was read."""
-
-    pages: set[tuple[int, int]] = field(default_factory=set)
-    seen: int = 0
-
-
 @dataclass(eq=False)
 class Lease:
     """Segments kept until `deadline` of the store's clock."""

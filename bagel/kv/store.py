@@ -17,8 +17,9 @@ from bagel.errors import BagelError, ConfigError, IncompleteContext, StoreFull
 from bagel.kv.arena import ALIGNMENT, Arena
 from bagel.kv.counters import Counters, KvStats
 from bagel.kv.ledger import Ledger
+from bagel.kv.open_pages import OpenPages
 from bagel.kv.pages import KvLayout, PageKey
-from bagel.kv.segment import Claim, OpenPages, ReadyPage, Segment, Waiter, name
+from bagel.kv.segment import Claim, ReadyPage, Segment, Waiter, name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,8 @@ T = TypeVar("T")
 OnPage = Callable[[bytes, int, int, int], None]
 """Called with (digest, layer, token begin, token end)."""
 
+PAGES_AT_ONCE = 4
+"""Pages that a pull is given before it is seen which are ready by then."""
 LOOK_AGAIN_S = 0.5
 """Seconds between two looks at the leases while a caller waits: nothing else runs when a lease lapses."""
 
@@ -252,26 +255,26 @@ class KvStore:
     async def pages(
         self, wanted: Iterable[PageKey], lease_id: str, sign_s: float = math.inf
     ) -> AsyncGenerator[ReadyPage | int, None]:
-        """The pages wanted, each once, in whatever order they become ready. Pins their segments meanwhile.
+        """The pages wanted, each once, as they become ready (OpenPages). Pins their segments meanwhile.
 
         After every sign_s seconds without a page, how many are still to come. Raises a segment's error, or LeaseLapsed
         if the lease runs out while there is something to wait for.
         Close it (`contextlib.aclosing`) if it is left early.
         """
-        open_: dict[Segment, OpenPages] = {}
+        open_ = OpenPages()
         with self._entered():
             for key in wanted:
                 segment = self._ledger.get(key.digest)
                 self._page(segment, key.layer, key.token_begin)
-                open_.setdefault(segment, OpenPages()).pages.add((key.layer, key.token_begin))
-            for segment in open_:
+                open_.want(segment, key.layer, key.token_begin)
+            for segment in open_.segments:
                 segment.pins += 1
         try:
             while True:
                 try:
-                    batch = await self._until(list(open_), lambda: self._news(open_, lease_id), sign_s)
+                    batch = await self._until(open_.segments, lambda: self._news(open_, lease_id), sign_s)
                 except TimeoutError:
-                    yield sum(len(each.pages) for each in open_.values())
+                    yield open_.left
                     continue
                 if not batch:
                     return
@@ -279,7 +282,7 @@ class KvStore:
                     yield page
         finally:
             with self._lock:
-                for segment in open_:
+                for segment in open_.segments:
                     self._ledger.unpin(segment)
 
     def pin(self, digest: bytes) -> Segment:
@@ -323,16 +326,11 @@ class KvStore:
         ranges = self.layout.page_ranges(segment.length)
         return [begin for begin, _ in ranges if (layer, begin) not in segment.ready]
 
-    def _news(self, open_: dict[Segment, OpenPages], lease_id: str) -> list[ReadyPage] | None:
-        """Take the open pages that are ready; [] if no page is open any more, None if the caller must wait."""
-        news = []
-        for segment, each in open_.items():
-            log = segment.alive().log
-            ready = [page for page in log[each.seen :] if page in each.pages]
-            each.seen = len(log)
-            each.pages.difference_update(ready)
-            news += [self._page(segment, *page) for page in ready]
-        if not news and any(each.pages for each in open_.values()):
+    def _news(self, open_: OpenPages, lease_id: str) -> list[ReadyPage] | None:
+        """Take some open pages that are ready; [] if no page is open any more, None if the caller must wait."""
+        open_.look()
+        news = [self._page(*page) for page in open_.take(PAGES_AT_ONCE)]
+        if not news and open_.left:
             self._ledger.lease(lease_id)
             return None
         return news

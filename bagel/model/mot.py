@@ -259,6 +259,14 @@ class MoTDecoder(nn.Module):
         hidden: tuple[Tensor, Tensor | None] = self.layers(und, gen, rows, slab, self.backend, on_layer)
         return hidden
 
+    def some_layers(
+        self, layers: range, und: Hidden, gen: Hidden | None, rows: Rows, slab: KvSlab
+    ) -> tuple[Hidden, Hidden | None]:
+        """The part of `forward` that is these layers, of a decoder whose weights are all here. Nothing is summed up."""
+        for i in layers:
+            und, gen = self.layers[i](und, gen, rows, slab.layer(i), self.backend)
+        return und, gen
+
     def rope(self, position_ids: Tensor) -> Rope:
         """position_ids [rows, n] -> rotary factors, each [rows, n, 1, head_dim] float32."""
         direct, swapped = rope_factors(*self.rotary(position_ids))

@@ -9,10 +9,12 @@ import torch
 
 from bagel.checkpoint.limits import padded_latents
 from bagel.engine.context import Context
+from bagel.engine.decoding import decode_picture
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import initial_noise
-from bagel.engine.sampler import Canvas, Drawing, Picture, Velocities, decode_picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas, Drawing, Velocities
 from bagel.engine.segments import Chain
 from bagel.engine.step_graphs import StepGraphs
 from bagel.engine.text import TextBatch, TextRun, text_kv_tokens

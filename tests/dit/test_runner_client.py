@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 
-from bagel.checkpoint.files import EMA
+from bagel.checkpoint.files import EMA, Checkpoint
 from bagel.deployment.dit_config import DitConfig
+from bagel.engine.commands import Advance, Begin, Command, LoadPages
+from bagel.engine.events import Begun
 from bagel.errors import BagelError, Loading, RunnerDied
+from bagel.kv.arena import Arena
 from bagel_dit.runner_client import RunnerClient
-from bagel_dit.workers import RankSettings
+from bagel_dit.workers import RankSettings, SharedMemory
+from bagel_dit.workers.process import ProcessGroup
 from tests.conftest import GOLDEN
+from tests.engine import test_early_step as early
 
 pytestmark = pytest.mark.slow  # each start of a runner takes seconds
 
@@ -53,16 +58,21 @@ def stop_runner(runner: RunnerClient) -> None:
     os.kill(runner.pids[0], signal.SIGSTOP)
 
 
-def driven(model: Path, test: Callable[[RunnerClient, list[bool]], object]) -> None:
+def driven(
+    model: Path,
+    test: Callable[[RunnerClient, list[bool]], object],
+    memory: SharedMemory | None = None,
+    **more: Any,
+) -> None:
     async def main() -> None:
         health: list[bool] = []
 
         async def on_health(healthy: bool) -> None:
             health.append(healthy)
 
-        config = DitConfig(model=str(model), device="cpu", log_level="ERROR", step_timeout_s=STEP_TIMEOUT_S)
+        config = DitConfig(model=str(model), device="cpu", log_level="ERROR", step_timeout_s=STEP_TIMEOUT_S, **more)
         async with asyncio.timeout(LIMIT_S):
-            runner = RunnerClient(RankSettings(config, model), on_health)
+            runner = RunnerClient(RankSettings(config, model, memory=memory), on_health)
             try:
                 await test(runner, health)  # type: ignore[misc]
             finally:
@@ -178,3 +188,35 @@ def test_a_first_load_that_fails_is_told_as_it_is(model: Path) -> None:
 
     (model / EMA).unlink()
     driven(model, test)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_first_step_is_computed_as_far_as_kv_have_landed(
+    model: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    llm, send, sent = checkpoint.config.llm, ProcessGroup.send, list[Command]()
+    kv = early.memory(llm).numpy()
+    arena = Arena(kv.nbytes)
+    arena.buffer[:] = kv.data
+
+    def watched(group: ProcessGroup, command: Command) -> None:
+        sent.append(command)
+        send(group, command)
+
+    monkeypatch.setattr(ProcessGroup, "send", watched)
+    ahead = 0 if eager else llm.num_hidden_layers - 1
+
+    async def test(runner: RunnerClient, health: list[bool]) -> None:
+        await runner.loaded()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+        runner.listen(1, events)
+        runner.send(early.picture(1))
+        for number in range(llm.num_hidden_layers):
+            runner.send(LoadPages(1, early.layer(llm, number)))
+            while sent.count(Advance(1)) < min(number + 1, ahead):
+                await asyncio.sleep(0.02)
+        runner.send(Begin(1))
+        begun = await events.get()
+        assert isinstance(begun, Begun) and begun.layers_ahead == ahead == sent.count(Advance(1))
+
+    driven(model, test, SharedMemory(arena.name, arena.nbytes), enforce_eager=eager)

@@ -56,7 +56,7 @@ def copied(made: Arrivals, arrival: Arrival) -> None:
 @pytest.mark.parametrize("heads", [ALL, Share(1, 3, HEADS)], ids=["all heads", "a rank's heads"])
 def test_rows_reach_their_places(heads: Share) -> None:
     with arrivals(heads) as (made, slab, kv, _):
-        arrival = made.open(1, lambda branch: 5)
+        arrival = made.open(1, lambda branch: 5, TOKENS)
         made.copy(arrival, [page(layer, 0, 6) for layer in range(LAYERS)])
         made.copy(arrival, [page(layer, 6, 4) for layer in range(LAYERS)])
         copied(made, arrival)
@@ -68,7 +68,7 @@ def test_rows_reach_their_places(heads: Share) -> None:
 def test_branches_that_begin_alike_both_have_their_rows() -> None:
     places = {BranchName.GEN: 0, BranchName.CFG_TEXT: 12}
     with arrivals() as (made, slab, kv, _):
-        arrival = made.open(1, places.__getitem__)
+        arrival = made.open(1, places.__getitem__, TOKENS + 6)
         shared = [page(layer, 0, 6) for layer in range(LAYERS)]
         own = [page(layer, 6, 4) for layer in range(LAYERS)]
         made.copy(arrival, [*shared, *own, *(replace(each, branch=BranchName.CFG_TEXT) for each in shared)])
@@ -87,7 +87,7 @@ def blocked(made: Arrivals) -> Callable[[], None]:
         reached.set()
         go_on.wait(LIMIT_S)
 
-    made.finish(made.open(99, lambda branch: 0), wait)
+    made.finish(made.open(99, lambda branch: 0, TOKENS), wait)
     assert reached.wait(LIMIT_S)
     return go_on.set
 
@@ -95,19 +95,19 @@ def blocked(made: Arrivals) -> Callable[[], None]:
 def test_nothing_is_written_to_a_place_that_was_given_up() -> None:
     with arrivals() as (made, slab, _, failed):
         go_on, calls = blocked(made), list[str]()
-        arrival = made.open(1, lambda branch: 5)
+        arrival = made.open(1, lambda branch: 5, TOKENS)
         made.copy(arrival, [page(0, 0, TOKENS)])
         made.finish(arrival, lambda: calls.append("begun"))
         made.drop(arrival)
         go_on()
-        copied(made, made.open(2, lambda branch: 0))
+        copied(made, made.open(2, lambda branch: 0, TOKENS))
         assert not slab.k.any() and not slab.v.any()
         assert not calls and not failed
 
 
 def test_a_page_that_cannot_be_copied_fails_its_picture_alone() -> None:
     with arrivals() as (made, slab, kv, failed):
-        broken, whole = made.open(1, lambda branch: 0), made.open(2, lambda branch: 10)
+        broken, whole = made.open(1, lambda branch: 0, TOKENS), made.open(2, lambda branch: 10, TOKENS)
         made.copy(broken, [replace(page(0, 0, TOKENS), k_offset=10**9)])
         made.finish(broken, lambda: failed.__setitem__(3, ValueError("it has not landed")))
         made.copy(whole, [page(0, 0, TOKENS)])

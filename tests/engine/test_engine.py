@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bagel.checkpoint.files import Checkpoint
-from bagel.engine import sampler, vae_worker
+from bagel.engine import decoding, vae_worker
 from bagel.engine.local import BagelEngine
 from bagel.errors import InvalidRequest, NotFinite
 from bagel.events import Event, Result, StepDone, TextDelta
@@ -150,7 +150,7 @@ def test_a_picture_that_overflowed_is_an_error_and_not_a_picture(engine: BagelEn
 
 def test_an_overflow_leaves_the_others_their_pictures(engine: BagelEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
-    decode, calls = sampler.decode_picture, []
+    decode, calls = decoding.decode_picture, []
 
     def overflow_first(*args: Any, **options: Any) -> torch.Tensor:
         calls.append(args)

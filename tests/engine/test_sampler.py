@@ -12,7 +12,8 @@ from bagel.engine.context import Context, ContextBuilder
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
 from bagel.engine.noise import initial_noise
-from bagel.engine.sampler import Canvas, Picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas
 from bagel.engine.segments import Chain
 from bagel.guidance import needed_branches
 from bagel.model.bagel import Bagel

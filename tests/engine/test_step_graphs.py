@@ -16,7 +16,8 @@ from bagel.engine import step_graphs
 from bagel.engine.context import Context
 from bagel.engine.local import BagelEngine
 from bagel.engine.memory import kv_space_of
-from bagel.engine.sampler import Canvas, Picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas
 from bagel.engine.step_graphs import StepGraphs
 from bagel.model.attention import Rows
 from bagel.model.attention_backends import sdpa

@@ -272,6 +272,20 @@ def test_pages_arrive_while_the_rest_is_computed() -> None:
     run(test)
 
 
+def test_what_waits_comes_layer_by_layer_whichever_segment_it_is_of() -> None:
+    """A first step computes with a layer once it has all of it; the last segment is computed last, and is short."""
+
+    async def test(pair: Pair) -> None:
+        order: list[int] = []
+        pair.here.subscribe(lambda digest, layer, begin, end: order.append(layer))
+        ref = pair.ref()
+        fill(pair.there)
+        await pair.fetch(ref)
+        assert len(order) == PAGES and order == sorted(order)
+
+    run(test)
+
+
 def test_nothing_is_pulled_twice() -> None:
     async def test(pair: Pair) -> None:
         one, other = pair.ref(), pair.ref(SEGMENTS[0])

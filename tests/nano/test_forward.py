@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bagel.engine.context import Context, ContextBuilder
 from bagel.engine.memory import kv_space_of
-from bagel.engine.sampler import Canvas, Picture
+from bagel.engine.picture import Picture
+from bagel.engine.sampler import Canvas
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text import TextBatch, TextRun, text_kv_tokens
 from bagel.model.bagel import Bagel

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from bagel.deployment.defaults import missing_install_named
-from bagel.engine.commands import Command, Remove
-from bagel.engine.events import Begun, Broken, Health, Planned, RequestEvent, Stepped
+from bagel.engine.commands import Advance, Command, Remove
+from bagel.engine.events import Begun, Broken, Health, LayersLanded, Planned, RequestEvent, Stepped
 from bagel.engine.scheduler import TOKEN_BUDGET, Scheduler
 from bagel.errors import BagelError, Loading, RunnerDied
 from bagel.telemetry.logs import Log
@@ -127,6 +127,9 @@ class RunnerClient:
                 self._spawn(self._on_health(report.healthy))
             case Alive() | Hung() | Broken():
                 pass  # of a process, which its group handles
+            case LayersLanded():
+                if report.id in self._listeners:
+                    self._ranks.send(Advance(report.id))
             case Stepped():
                 for done in report.timed:
                     count_step(done.kind, done.requests, done.seconds)

@@ -223,16 +223,17 @@ class DitServicer(DitServiceServicer):
             # Pages that wait for the loop's next turn must come before Begin.
             loader.flush()
         loader.check()
+        self._runner.send(Begin(work.id))
+        begun = await work.next()
+        assert isinstance(begun, Begun)
         log.info(
             "contexts landed",
             pages=len(loader.times),
             pulled_bytes=work.counts["pulled_bytes"],
             first_page_at=loader.times[0] if loader.times else None,
             last_page_at=loader.times[-1] if loader.times else None,
+            layers_ahead=begun.layers_ahead,
         )
-        self._runner.send(Begin(work.id))
-        begun = await work.next()
-        assert isinstance(begun, Begun)
         held.check()  # only now: until it had begun, the runner read the pages in the store's memory
         for each in elsewhere:
             await each.check()

@@ -116,6 +116,7 @@ def make_engine(pipe: Pipe, heartbeat: Heartbeat, settings: RankSettings, loaded
         pages=None if arena is None else torch.frombuffer(arena.buffer, dtype=torch.uint8),
         page_heads=None if memory is None else memory.heads,
         heartbeat=heartbeat,
+        early_steps=not config.enforce_eager,
     )
 
 
