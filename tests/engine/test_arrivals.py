@@ -30,13 +30,15 @@ ALL = Share.all(HEADS)
 
 
 @contextmanager
-def arrivals(heads: Share = ALL) -> Iterator[tuple[Arrivals, KvSlab, torch.Tensor, dict[int, Exception]]]:
+def arrivals(
+    heads: Share = ALL, on_layers: Callable[[int], None] = lambda id_: None
+) -> Iterator[tuple[Arrivals, KvSlab, torch.Tensor, dict[int, Exception]]]:
     """Copies into a slab of 20 tokens, out of memory with K and V of each layer, [layers, 2, tokens, heads, width]."""
     kv = torch.randn(LAYERS, 2, TOKENS, HEADS, WIDTH)
     shape = KvShape(LAYERS, heads.count, WIDTH)
     slab = KvSlab(shape, 20, dtype=torch.float32, device=torch.device("cpu"))
     failed: dict[int, Exception] = {}
-    made = Arrivals(slab, kv.view(torch.uint8).flatten(), heads, Heartbeat(), failed.__setitem__)
+    made = Arrivals(slab, kv.view(torch.uint8).flatten(), heads, Heartbeat(), failed.__setitem__, on_layers)
     yield made, slab, kv, failed
     made.close()
 
@@ -77,6 +79,27 @@ def test_branches_that_begin_alike_both_have_their_rows() -> None:
             assert tensor[:, :10].equal(kv[:, i])
             assert tensor[:, 12:18].equal(kv[:, i, :6])
             assert not tensor[:, 10:12].any() and not tensor[:, 18:].any()
+
+
+def test_a_layer_is_there_after_those_before_it_and_with_the_rows_of_all_branches() -> None:
+    places = {BranchName.GEN: 0, BranchName.CFG_TEXT: 12}
+    told: list[int] = []
+    with arrivals(on_layers=told.append) as (made, *_):
+        arrival = made.open(1, places.__getitem__, TOKENS + 6)
+
+        def lands(layer: int, branch: BranchName, rows: int) -> int:
+            made.copy(arrival, [replace(page(layer, 0, rows), branch=branch)])
+            after = Event()
+            made._thread.submit(after.set)
+            assert after.wait(LIMIT_S)
+            return made.reach(arrival)
+
+        assert lands(1, BranchName.GEN, TOKENS) == lands(1, BranchName.CFG_TEXT, 6) == 0
+        assert lands(0, BranchName.GEN, TOKENS) == 0 and not told
+        assert lands(0, BranchName.CFG_TEXT, 6) == 2 and told == [1]
+        assert lands(2, BranchName.GEN, TOKENS) == 2
+        assert lands(2, BranchName.CFG_TEXT, 6) == LAYERS
+        assert told == [1]  # of the last layers nobody needs to be told: the picture begins
 
 
 def blocked(made: Arrivals) -> Callable[[], None]:

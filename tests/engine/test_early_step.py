@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from PIL import Image
 from bagel.checkpoint.config import LlmConfig
 from bagel.checkpoint.files import Checkpoint
 from bagel.engine.commands import AddPicture, Advance, Begin, LandedPage, LoadPages, PlacedContext, Remove, StepPlan
+from bagel.engine.early_step import EarlyStep
 from bagel.engine.events import Begun, Drawn, LayersLanded
 from bagel.images.output import OutputFormat
 from bagel.model.mot import MoTLayer
@@ -148,19 +150,6 @@ def test_steps_of_other_pictures_between_two_layers_change_none(llm: LlmConfig, 
         assert np.array_equal(drawn[id_], plain(llm, id_, device))
 
 
-def test_a_layer_waits_for_those_before_it_and_for_all_of_its_rows(llm: LlmConfig) -> None:
-    with driven(memory(llm)) as engine, computed(engine) as numbers:
-        engine.send(picture(1))
-        engine.send(LoadPages(1, layer(llm, 1)))
-        engine.send(LoadPages(1, layer(llm, 0)[:1]))
-        engine.send(Advance(1))
-        assert not numbers
-        engine.send(LoadPages(1, layer(llm, 0)[1:]))
-        engine.until(LayersLanded)
-        engine.send(Advance(1))
-        assert numbers == [0, 1]
-
-
 def test_no_more_than_one_picture_is_computed_ahead(llm: LlmConfig) -> None:
     with driven(memory(llm)) as engine, computed(engine) as numbers:
         engine.send(picture(1))
@@ -171,6 +160,8 @@ def test_no_more_than_one_picture_is_computed_ahead(llm: LlmConfig) -> None:
         engine.send(Remove(1))
         land(engine, llm, 2, [1])
         assert numbers == [0, 0, 1]
+        gc.collect()  # the engines of other tests
+        assert sum(type(each) is EarlyStep for each in gc.get_objects()) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
