@@ -44,10 +44,9 @@ class Arrival:
         """Count pages that are copied; whether they complete a layer that all before it are complete for."""
         for page in pages:
             self.copied[page.layer] += page.rows
-        before, self.layers = (
-            self.layers,
-            next((layer for layer, copied in enumerate(self.copied) if copied < self.rows), len(self.copied)),
-        )
+        before = self.layers
+        while self.layers < len(self.copied) and self.copied[self.layers] == self.rows:
+            self.layers += 1
         return self.layers > before
 
 
