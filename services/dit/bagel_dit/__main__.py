@@ -10,6 +10,7 @@ from bagel.deployment import serving
 from bagel.deployment.defaults import find_model
 from bagel.deployment.dit_config import DitConfig
 from bagel.deployment.gpus import gpu_count
+from bagel.freed_memory import reuse_freed_memory
 from bagel.images.pool import ImagePool
 from bagel.kv.arena import Arena
 from bagel.kv.pages import KvLayout
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(config: DitConfig) -> None:
     service.check_temporary_folder()
+    # Before the first file: images come and pictures go in messages of mebibytes, each of which is copied.
+    reuse_freed_memory()
     # A name on the hub is looked up this once: a runner that is started again is to load the same.
     _, checkpoint = find_model(config.model)
     # Read early, so that errors show before anybody waits for this service.
