@@ -11,6 +11,8 @@ from bagel.telemetry.stages import WINDOW, window_stages
 
 Moment = float | torch.cuda.Event
 """A reading of time.perf_counter on a CPU, whose work is done when the call returns; on a GPU a place in its stream."""
+Piece = tuple[Moment, Moment]
+"""When a piece of work began and ended."""
 
 
 def mark(device: torch.device) -> Moment:

@@ -59,10 +59,12 @@ class DiffusionEngine:
 
         fail: receives the error of a picture, on any thread; pages: shared memory that K/V arrive in, uint8;
         page_heads: the model's K/V heads whose rows it has, begin and end (None: all); profile: pictures come with the
-        durations of their stages; early_steps: first steps may begin before all K/V are there. The ranks of the model's
-        groups draw together.
+        durations of their stages; early_steps: unless profile is set, first steps may begin before all K/V are there.
+        The ranks of the model's groups draw together.
         """
-        self._model, self._device, self._profile, self._early_steps = model, model.device, profile, early_steps
+        self._model, self._device, self._profile = model, model.device, profile
+        # A profile tells the stages apart, so none of them overlap.
+        self._early_steps = early_steps and not profile
         self._emit, self._fail = emit, fail
         self._gate, self._line = StepGate(model.device), WaitingLine(space)
         self._groups = model.groups
@@ -230,9 +232,8 @@ class DiffusionEngine:
         for each in active.values():
             if each.windows is not None:
                 each.windows.reach(each.drawing.step)
-        # One that was computed ahead has no time of its own: it went by between the steps of others.
-        ahead = any(canvas.layers_ahead(each.drawing) for each in active.values())
-        with self._gate.step(None if ahead else len(active)):
+        ahead = [piece for each in active.values() for piece in canvas.pieces_ahead(each.drawing)]
+        with self._gate.step(len(active), ahead):
             canvas.step([each.drawing for each in active.values()], self._previews(active))
         return [] if self._gate.done is None else [StepTimed("picture", *self._gate.done)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bagel.engine.clock import Piece, mark
 from bagel.engine.step_graphs import StepInputs
 from bagel.model.attention import KvSlab, Rows
 from bagel.model.bagel import Bagel
@@ -27,13 +28,18 @@ class EarlyStep:
         self._gen: Hidden | None = Hidden(model.embed_latents(inputs.x, inputs.t, inputs.position_ids))
         self.layers = 0
         """Those that are launched."""
+        self.pieces: list[Piece] = []
+        """When they were computed; what the copies of K/V were waited for is not in it."""
 
     def advance(self, layers: int) -> None:
         """Launch the first so many layers, as far as they are not: work on the present stream sees their K/V."""
-        decoder = self._model.language_model
-        todo = range(self.layers, layers)
+        if layers <= self.layers:
+            return
+        decoder, device = self._model.language_model, self._model.device
+        begin, todo = mark(device), range(self.layers, layers)
         self._und, self._gen = decoder.some_layers(todo, self._und, self._gen, self._rows, self._slab)
-        self.layers = max(self.layers, layers)
+        self.layers = layers
+        self.pieces.append((begin, mark(device)))
 
     def velocities(self) -> Tensor:
         """The velocities of all rows, [rows, bucket, features] float32. All K/V must be there."""

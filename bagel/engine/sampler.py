@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel.engine.clock import Moment, mark, seconds_between
+from bagel.engine.clock import Piece, mark, seconds_between
 from bagel.engine.early_step import EarlyStep
 from bagel.engine.layout import latent_rows
 from bagel.engine.picture import ContextKv, Picture
@@ -223,6 +223,11 @@ class Canvas:
         begun = self._early.get(drawing)
         return 0 if begun is None else begun[1].layers
 
+    def pieces_ahead(self, drawing: Drawing) -> tuple[Piece, ...]:
+        """When these layers were computed."""
+        begun = self._early.get(drawing)
+        return () if begun is None else tuple(begun[1].pieces)
+
     def _computed_ahead(self, wanted: Iterable[Drawing]) -> dict[_Row, Tensor]:
         """The velocities of rows whose forward was begun by `advance`, [padded, features] each; ends these."""
         velocity: dict[_Row, Tensor] = {}
@@ -309,26 +314,21 @@ class StepGate:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before: tuple[int | None, Moment, Moment] | None = None
+        self._before: tuple[int, list[Piece]] | None = None
         self.done: tuple[int, float] | None = None
 
     @contextmanager
-    def step(self, size: int | None) -> Iterator[None]:
+    def step(self, size: int, ahead: Iterable[Piece] = ()) -> Iterator[None]:
         """Around the launch of a step of so many pictures; waits until the one before it is done.
 
-        None: of one whose time says nothing.
+        ahead: pieces of it that were computed before, which its seconds include.
         """
         begin = mark(self._device)
         yield
-        now = (size, begin, mark(self._device))
+        now = size, [*ahead, (begin, mark(self._device))]
         # A CPU's step is done once its launch returns.
         before, self._before = (self._before, now) if self._device.type == "cuda" else (now, None)
-        if before is None:
-            self.done = None
-            return
-        size, *moments = before
-        seconds = seconds_between(*moments)  # waits
-        self.done = None if size is None else (size, seconds)
+        self.done = None if before is None else (before[0], sum(seconds_between(*piece) for piece in before[1]))
 
 
 def preview_steps(steps: int, previews: int) -> tuple[int, ...]:

@@ -75,7 +75,10 @@ class Driven:
 
 @contextmanager
 def driven(
-    pages: torch.Tensor | None = None, device: str = "cpu", kv_device_bytes: int | None = None
+    pages: torch.Tensor | None = None,
+    device: str = "cpu",
+    kv_device_bytes: int | None = None,
+    profile: bool = False,
 ) -> Iterator[Driven]:
     """An engine on the recordings' checkpoint. pages: memory that K/V arrive in, of one that draws from contexts."""
     loaded = load_role(
@@ -85,7 +88,7 @@ def driven(
         device=torch.device(device),
     )
     events: SimpleQueue[Event] = SimpleQueue()
-    engine = Engine(loaded, events.put, max_num_seqs=4, kv_device_bytes=kv_device_bytes, pages=pages)
+    engine = Engine(loaded, events.put, max_num_seqs=4, kv_device_bytes=kv_device_bytes, pages=pages, profile=profile)
     yield Driven(engine, events)
     engine.close()
 

@@ -89,9 +89,7 @@ def test_a_layer_is_there_after_those_before_it_and_with_the_rows_of_all_branche
 
         def lands(layer: int, branch: BranchName, rows: int) -> int:
             made.copy(arrival, [replace(page(layer, 0, rows), branch=branch)])
-            after = Event()
-            made._thread.submit(after.set)
-            assert after.wait(LIMIT_S)
+            copied(made, made.open(2, lambda branch: 0, TOKENS))  # which comes after it
             return made.reach(arrival)
 
         assert lands(1, BranchName.GEN, TOKENS) == lands(1, BranchName.CFG_TEXT, 6) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,7 @@ from bagel.checkpoint.config import LlmConfig
 from bagel.checkpoint.files import Checkpoint
 from bagel.engine.commands import AddPicture, Advance, Begin, LandedPage, LoadPages, PlacedContext, Remove, StepPlan
 from bagel.engine.early_step import EarlyStep
-from bagel.engine.events import Begun, Drawn, LayersLanded
+from bagel.engine.events import Begun, Drawn, LayersLanded, Stepped
 from bagel.images.output import OutputFormat
 from bagel.model.mot import MoTLayer
 from bagel.prompts import BranchName
@@ -28,6 +29,7 @@ ROWS = {BranchName.GEN: 7, BranchName.CFG_TEXT: 4, BranchName.CFG_IMG: 2}
 """Tokens of the contexts."""
 GRID = (26, 27)
 """Latents of a picture whose steps of three rows are not small."""
+PAUSE_S = 0.05
 SETTINGS = ImageSettings(steps=3, cfg_img_scale=1.5)
 DEVICES = [
     "cpu",
@@ -59,14 +61,21 @@ def picture(id_: int, grid: tuple[int, int] = GRID) -> AddPicture:
 
 
 @contextmanager
-def computed(engine: Driven) -> Iterator[list[int]]:
-    """The numbers of the decoder's layers as they are computed."""
+def computed(engine: Driven, pause_s: float = 0.0) -> Iterator[list[int]]:
+    """The numbers of the decoder's layers as they are computed, each of which takes so long at least."""
     numbers: list[int] = []
+
+    def note(number: int) -> None:
+        numbers.append(number)
+        time.sleep(pause_s)
+
     layers = [each for each in engine.engine.loaded.model.modules() if isinstance(each, MoTLayer)]
-    handles = [each.register_forward_hook(lambda *_, i=i: numbers.append(i)) for i, each in enumerate(layers)]
-    yield numbers
-    for handle in handles:
-        handle.remove()
+    handles = [each.register_forward_hook(lambda *_, i=i: note(i)) for i, each in enumerate(layers)]
+    try:
+        yield numbers
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def land(engine: Driven, llm: LlmConfig, id_: int, layers: Sequence[int]) -> None:
@@ -148,6 +157,29 @@ def test_steps_of_other_pictures_between_two_layers_change_none(llm: LlmConfig, 
         drawn = pixels(engine, [1, 2])
     for id_ in (1, 2):
         assert np.array_equal(drawn[id_], plain(llm, id_, device))
+
+
+def test_a_step_is_told_with_the_time_of_its_early_layers(llm: LlmConfig) -> None:
+    early = llm.num_hidden_layers - 1
+    with driven(memory(llm)) as engine:
+        engine.send(picture(1))
+        with computed(engine, pause_s=PAUSE_S):
+            land(engine, llm, 1, range(early))
+        land(engine, llm, 1, [early])
+        begin(engine, 1)
+        engine.send(StepPlan((1,), read=False))
+        stepped = engine.until(Stepped)[-1]
+        assert isinstance(stepped, Stepped)
+        (timed,) = stepped.timed
+        assert timed.requests == 1 and timed.seconds > early * PAUSE_S
+
+
+def test_with_the_profiler_a_first_step_waits_for_all_kv(llm: LlmConfig) -> None:
+    with driven(memory(llm), profile=True) as engine, computed(engine) as numbers:
+        engine.send(picture(1))
+        for number in range(llm.num_hidden_layers):
+            engine.send(LoadPages(1, layer(llm, number)))
+        assert not begin(engine, 1).layers_ahead and not numbers
 
 
 def test_no_more_than_one_picture_is_computed_ahead(llm: LlmConfig) -> None:
