@@ -24,7 +24,7 @@ from bagel.rpc.transport import Host
 from bagel.v1 import dit_pb2, dit_pb2_grpc
 from bagel_dit.server import DitServicer
 from tests.gateway_stages import model
-from tests.kv.test_puller import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, has, run
+from tests.kv.pair import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, has, run
 
 TTL_S = 30.0
 

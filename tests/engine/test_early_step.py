@@ -179,7 +179,9 @@ def test_with_the_profiler_a_first_step_waits_for_all_kv(llm: LlmConfig) -> None
         engine.send(picture(1))
         for number in range(llm.num_hidden_layers):
             engine.send(LoadPages(1, layer(llm, number)))
-        assert not begin(engine, 1).layers_ahead and not numbers
+        engine.send(Begin(1))
+        (begun,) = engine.until(Begun)
+        assert isinstance(begun, Begun) and not begun.layers_ahead and not numbers
 
 
 def test_no_more_than_one_picture_is_computed_ahead(llm: LlmConfig) -> None:

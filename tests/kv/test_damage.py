@@ -16,7 +16,7 @@ from bagel.kv.puller import KvPuller, _Wanted
 from bagel.kv.service import KvBlocksServicer
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
-from tests.kv.test_puller import OURS, Pair, check, fails, fill, run
+from tests.kv.pair import OURS, Pair, check, fails, fill, run
 
 FINGERPRINT = b"fingerprint"
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,7 +11,7 @@ from bagel.errors import SourceUnavailable
 from bagel.kv.pages import KvLayout
 from bagel.kv.puller import KvPuller
 from bagel.kv.store import KvStore
-from tests.kv.test_puller import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, run
+from tests.kv.pair import FINGERPRINT, LAYOUT, SEGMENTS, Pair, fill, run
 
 HALF = KvLayout(LAYOUT.layers, LAYOUT.kv_heads // 2, LAYOUT.head_dim, LAYOUT.dtype, page_heads=LAYOUT.kv_heads)
 

@@ -24,7 +24,7 @@ from bagel.kv.pages import PAGE_BYTES, KvLayout, PageKey
 from bagel.kv.segment import Claim
 from bagel.kv.store import KvStore
 from bagel.v1 import kv_pb2
-from tests.kv.test_puller import has
+from tests.kv.pair import has
 
 LAYOUT = KvLayout(layers=2, kv_heads=2, head_dim=8, dtype="float32")
 A, B, C, D = (bytes((letter,)) * 16 for letter in b"abcd")
