@@ -1,24 +1,25 @@
-"""Building contexts: the K/V of a chain, segment by segment, each computed at most once."""
+"""Building contexts: the K/V of a chain, each of its segments computed at most once."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from bagel.engine.latents import InputLatents
 from bagel.engine.layout import latent_rows, text_rows, vit_rows
 from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.segments import Chain, Segment
-from bagel.images import pixel_digest
 from bagel.kv.digests import SegmentKind
-from bagel.model.attention import KvSlab, Rows, upload
+from bagel.model.attention import KvSlab, upload
 from bagel.model.bagel import Bagel
 from bagel.model.flow import latent_patchify
 from bagel.model.layers import grid_position_ids
+from bagel.model.mot import Block
 from bagel.model.pixels import to_pixels
 from bagel.model.vit import vit_patchify
 
@@ -26,6 +27,8 @@ OnKv = Callable[[Segment, int, Tensor, Tensor], None]
 """Called as soon as a layer of a segment is computed: (segment, layer, k, v), k and v [length, kv_heads, head_dim]."""
 
 DEFAULT_CACHE_BYTES = 2 * 2**30
+JOINED_TOKENS = 1024
+"""Longest text that is computed together with the image before it: a fraction of the image's work."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class ContextBuilder:
     def __init__(self, model: Bagel, cache: Cache | None = None, texts: PrefillGraphs | None = None) -> None:
         self.model, self.texts = model, texts
         self.cache: Cache = cache if cache is not None else SegmentCache()
+        self.latents = InputLatents(model)
         self.segments_computed = 0
         self._delimiters = model.delimiter_embeddings()
 
@@ -136,49 +140,69 @@ class ContextBuilder:
     def steps(
         self, chain: Chain, on_kv: OnKv | None = None, *, with_kv: bool = True
     ) -> Generator[Segment, None, Context]:
-        """As `build`, pausing before each segment that is to be computed, so that other work can go between.
+        """As `build`, pausing before each unit (`units`) that is to be computed, so that other work can go between.
 
         with_kv: False for a context that only has to be in the cache; if it is, it comes without K/V.
         """
         if not with_kv and all(self.cache.has(segment.digest) for segment in chain.segments):
             return Context(chain)
-        known = [self.cache.get(segment.digest) for segment in chain.segments]
+        known = {segment.digest: self.cache.get(segment.digest) for segment in chain.segments}
         # Nothing is allocated for a context that is known as a whole.
-        if all(kv is not None for kv in known):
-            return Context(chain, tuple(kv for kv in known if kv is not None))
+        if all(kv is not None for kv in known.values()):
+            return Context(chain, tuple(kv for kv in known.values() if kv is not None))
         slab = KvSlab(self.model.kv_shape, chain.length, dtype=self.model.dtype, device=self.model.device)
-        kvs, past = [], 0
-        for segment, kv in zip(chain.segments, known, strict=True):
+        past = 0
+        for unit in units(chain.segments):
+            if any(known[segment.digest] is None for segment in unit):
+                yield unit[0]
+                # Another build may have made them meanwhile.
+                known |= {each.digest: known[each.digest] or self.cache.get(each.digest) for each in unit}
+            past = self._fill(unit, past, slab, known, on_kv)
+        return Context(chain, tuple(kv for kv in known.values() if kv is not None))
+
+    def _fill(
+        self,
+        unit: Sequence[Segment],
+        past: int,
+        slab: KvSlab,
+        known: dict[bytes, SegmentKv | None],
+        on_kv: OnKv | None,
+    ) -> int:
+        """Write a unit's K/V to a slab behind `past` tokens, those not known computed and noted; the tokens then."""
+        missing = list[tuple[Segment, slice]]()
+        for segment in unit:
             span = slice(past, past + segment.length)
-            if kv is None:
-                yield segment
-                kv = self.cache.get(segment.digest)  # another build may have made it meanwhile
-            if kv is None:
-                self._compute(segment, past, slab, on_kv)
-                # Copies: a view would keep the whole slab alive for as long as this segment is cached.
-                kv = SegmentKv(slab.k[:, span].clone(), slab.v[:, span].clone())
-                self.cache.put(segment.digest, kv)
+            if (kv := known[segment.digest]) is None:
+                missing.append((segment, span))
             else:
                 slab.k[:, span], slab.v[:, span] = kv.k, kv.v
-            kvs.append(kv)
             past = span.stop
-        return Context(chain, tuple(kvs))
+        if missing:
+            self._compute(missing, slab, on_kv)
+        for segment, span in missing:
+            # Copies: a view would keep the whole slab alive for as long as this segment is cached.
+            made = known[segment.digest] = SegmentKv(slab.k[:, span].clone(), slab.v[:, span].clone())
+            self.cache.put(segment.digest, made)
+        return past
 
-    def _compute(self, segment: Segment, past: int, slab: KvSlab, on_kv: OnKv | None) -> None:
-        """Run one segment through the decoder; its K/V go to the slab behind `past` rows of context."""
-        self.segments_computed += 1
-        span = slice(past, past + segment.length)
+    def _compute(self, segments: Sequence[tuple[Segment, slice]], slab: KvSlab, on_kv: OnKv | None) -> None:
+        """Run segments through the decoder, a layer of all before the next; their K/V go to these tokens of the slab.
 
-        def on_layer(layer: int) -> None:
+        So a layer's K/V are all there while the next one is computed, and a picture's first step can begin with it.
+        """
+        self.segments_computed += len(segments)
+
+        def on_layer(layer: int, at: int) -> None:
+            segment, span = segments[at]
             if on_kv is not None:
                 on_kv(segment, layer, slab.k[layer, span], slab.v[layer, span])
 
-        if self._captured(segment, past, slab):
+        if len(segments) == 1 and self._captured(segments[0][0], segments[0][1].start, slab):
             for layer in range(self.model.kv_shape.layers):
-                on_layer(layer)
+                on_layer(layer, 0)
             return
-        und, gen, rows = _INPUTS[segment.kind](self, segment, past)
-        self.model.language_model(und, gen, rows, slab, on_layer)
+        blocks = [_BLOCKS[segment.kind](self, segment, span.start) for segment, span in segments]
+        self.model.language_model.together(blocks, slab, on_layer)
 
     def _captured(self, segment: Segment, past: int, slab: KvSlab) -> bool:
         """Whether the segment was a short text, and a graph has computed it."""
@@ -186,39 +210,50 @@ class ContextBuilder:
             return False
         return self.texts.compute(segment.token_ids, past, segment.rope, slab)
 
-    def _text(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
+    def _text(self, segment: Segment, past: int) -> Block:
         ids = upload([segment.token_ids], torch.int64, self.model.device)
         rows = text_rows(self.model.language_model, [0], [past], [segment.rope], segment.length)
-        return self.model.embed(ids), None, rows
+        return Block(self.model.embed(ids), None, rows)
 
-    def _vit(self, segment: Segment, past: int) -> tuple[Tensor, None, Rows]:
+    def _vit(self, segment: Segment, past: int) -> Block:
         assert segment.image is not None
         patches = vit_patchify(to_pixels(segment.image, self.model.device), self.model.config.vit.patch_size)
         start, end = self._delimiters[:, None]
         inputs = torch.cat((start, self.model.embed_vit(patches, *segment.grid), end))
-        return inputs[None], None, vit_rows(self.model.language_model, past, segment.rope, len(patches))
+        return Block(inputs[None], None, vit_rows(self.model.language_model, past, segment.rope, len(patches)))
 
-    def _vae(self, segment: Segment, past: int) -> tuple[Tensor, Tensor, Rows]:
-        tokens = latent_patchify(self._latent(segment), self.model.config.latent_patch_size)
+    def _vae(self, segment: Segment, past: int) -> Block:
+        tokens = latent_patchify(self.latents.of(segment), self.model.config.latent_patch_size)
         ids = grid_position_ids(*segment.grid, self.model.config.max_latent_size, self.model.device)
         # Latents of a context are clean, which is time 0. The embedding of 0 is added too.
         clean = torch.zeros(1, device=self.model.device)
         count = len(tokens)
         rows = latent_rows(self.model.language_model, [0], [past], [segment.rope], [count], count)
-        return self._delimiters[None], self.model.embed_latents(tokens[None], clean, ids), rows
-
-    def _latent(self, segment: Segment) -> Tensor:
-        """The clean latent of an image, [z, h, w], sampled with the segment's posterior noise."""
-        assert segment.image is not None and segment.posterior is not None
-        vae = self.model.autoencoder()
-        mean, logvar = vae.encode(to_pixels(segment.image, self.model.device)[None])
-        # Drawn on the CPU and moved, as each device's own generator draws other numbers.
-        noise = segment.posterior.draw(tuple(mean.shape), pixel_digest(segment.image))
-        return vae.sample(mean, logvar, upload(noise, torch.float32, mean.device))[0]
+        return Block(self._delimiters[None], self.model.embed_latents(tokens[None], clean, ids), rows)
 
 
-_INPUTS = {
+_BLOCKS = {
     SegmentKind.TEXT: ContextBuilder._text,
     SegmentKind.VIT: ContextBuilder._vit,
     SegmentKind.VAE: ContextBuilder._vae,
 }
+
+
+def units(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments as they are computed together: an image's VAE and ViT blocks with the text behind it, or one text."""
+    found: list[list[Segment]] = []
+    for segment in segments:
+        if found and _joins(segment, found[-1]):
+            found[-1].append(segment)
+        else:
+            found.append([segment])
+    return found
+
+
+def _joins(segment: Segment, unit: Sequence[Segment]) -> bool:
+    match segment.kind:
+        case SegmentKind.VIT:
+            return unit[-1].kind is SegmentKind.VAE
+        case SegmentKind.TEXT:
+            return unit[0].kind is not SegmentKind.TEXT and segment.length <= JOINED_TOKENS
+    return False

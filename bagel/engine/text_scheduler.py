@@ -1,4 +1,4 @@
-"""Computing contexts and decoding text for many requests, fairly: a segment of one, then a token of every text."""
+"""Computing contexts and decoding text for many requests, fairly: a unit of one, then a token of every text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ChainExtended:
 class ContextDone:
     """A request is complete: its context (with the text appended, if asked for), its text and the visible ids.
 
-    computed: segments that no cache had, digest to length; layer_times: when each layer of them was done, by
+    computed: segments that no cache had, digest to length; layer_times: when the layers of each of them were done, by
     time.monotonic.
     """
 
@@ -64,7 +64,7 @@ class ContextDone:
     text: str
     token_ids: tuple[int, ...]
     computed: Mapping[bytes, int] = field(default_factory=dict)
-    layer_times: Sequence[float] = ()
+    layer_times: Mapping[bytes, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ContextRequest:
     append: bool = False
     with_kv: bool = True
     computed: dict[bytes, int] = field(default_factory=dict, init=False)
-    layer_times: list[float] = field(default_factory=list, init=False)
+    layer_times: dict[bytes, list[float]] = field(default_factory=dict, init=False)
 
 
 @dataclass(eq=False)
@@ -114,7 +114,7 @@ class _Entry:
 class TextScheduler:
     """Works through requests in small units: call `work` as long as there is something `busy`.
 
-    A long text delays a short prompt by one token at most, a long prompt a text by one segment.
+    A long text delays a short prompt by one token at most, a long prompt a text by one unit (an image, or a text).
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class TextScheduler:
                 entry.request.emit(ContextFailed(error))
 
     def work(self) -> None:
-        """Compute one segment of the request whose turn it is, then decode one token of every text.
+        """Compute one unit of the request whose turn it is, then decode one token of every text.
 
         An error of one request ends that request alone; an exception from here concerns the engine as a whole.
         """
@@ -206,7 +206,7 @@ class TextScheduler:
     def _steps(self, request: ContextRequest, chain: Chain) -> Generator[Segment, None, Context]:
         def on_kv(segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
             request.computed[segment.digest] = segment.length
-            request.layer_times.append(time.monotonic())
+            request.layer_times.setdefault(segment.digest, []).append(time.monotonic())
             request.emit(LayerComputed(segment, layer, k, v))
 
         # A text that follows needs them in any case, but no text follows an appended one.
@@ -219,7 +219,7 @@ class TextScheduler:
         except StopIteration as done:
             self._built(entry, done.value)
         else:
-            # At the end of the queue, so that each request computes one segment a turn.
+            # At the end of the queue, so that each request computes one unit a turn.
             self._building.append(entry)
 
     def _built(self, entry: _Entry, context: Context) -> None:

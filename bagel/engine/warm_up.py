@@ -72,10 +72,10 @@ def warm_up(
 
 
 def _read(loaded: LoadedModel) -> None:
-    """Compute a context of a short text and an image of the default size, with the blocks that the role has."""
+    """Compute a context of an image of the default size, with the blocks that the role has, and a short text."""
     height, width = loaded.model.config.default_image_size
     image = ImagePart(Image.new("RGB", (width, height)), for_generation=loaded.role.parts.encoder)
-    prompt: Prompt = (TextPart("a"), image)
+    prompt: Prompt = (image, TextPart("a"))
     images = loaded.planner.prepare_images(prompt, PosteriorMode.MEAN, seed=0)
     # A cache of no bytes keeps nothing of this.
     ContextBuilder(loaded.model, SegmentCache(0)).build(loaded.planner.chain(prompt, images))

@@ -19,7 +19,7 @@ from bagel.errors import Busy, ConfigError, InvalidImage
 from bagel.images.colour import digest_of_pixels
 from bagel.images.recent import RecentImages, file_digest
 from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
-from bagel.images.worker_process import PARTS, Part, Size, WorkerDied, WorkerProcess
+from bagel.images.worker_process import PARTS, Part, WorkerDied, WorkerProcess
 from bagel.telemetry.logs import Log
 
 _ATTEMPTS = 2
@@ -27,7 +27,7 @@ Values = tuple[int, int, int]
 Made = tuple[Image.Image | None, bytes | None]
 """An image for one of the encoders, and its digest."""
 NOTHING: Made = (None, None)
-OnVae = Callable[[ResizedImage], None]
+OnVae = Callable[[Image.Image], None]
 MOST_SIZES = 4096
 """Files whose size is kept, the least recently asked for goes first."""
 
@@ -86,8 +86,8 @@ class ImagePool:
     ) -> ResizedImage:
         """Decode and resize an image file as `prepare` does. One that was read lately is not read again.
 
-        on_vae: called with the image as far as the VAE takes it, while it is still resized for the ViT; not for one
-        that need not be read.
+        on_vae: called with the image that the VAE takes as soon as it is there, while it is still hashed, and resized
+        for the ViT; on a thread of its own, perhaps twice. Not for one that need not be read.
         """
         transforms = _values(vae_transform), _values(vit_transform)
         key = await file_digest(data), transforms, for_generation, for_understanding
@@ -109,10 +109,7 @@ class ImagePool:
         making: dict[str, asyncio.Task[Made]] = {}
 
         async def make(part: Part) -> Made:
-            made = await asyncio.to_thread(_image, part.size, part.pixels)
-            if part.name == "vae" and on_vae is not None:
-                on_vae(_resized_image(part.facts, made, NOTHING))
-            return made
+            return await asyncio.to_thread(_image, part, on_vae if part.name == "vae" else None)
 
         def on_part(part: Part) -> None:
             making[part.name] = asyncio.create_task(make(part))
@@ -123,7 +120,8 @@ class ImagePool:
         finally:
             for each in making.values():
                 each.cancel()
-        return _resized_image(facts, vae, vit)
+        digests = vae[1], vit[1]
+        return ResizedImage(tuple(facts["size"]), PreparedImage(tuple(facts["resized"]), vae[0], vit[0], digests))
 
     async def close(self) -> None:
         """Kill the idle workers; a worker that is reading is killed when its call ends."""
@@ -199,17 +197,16 @@ class ImagePool:
         return None
 
 
-def _image(size: Size, pixels: bytes) -> Made:
-    """An image and its digest.
+def _image(part: Part, on_made: OnVae | None) -> Made:
+    """A part's image and its digest. on_made: called with the image before it is hashed.
 
     The digest is made here and not by a worker: by it an image finds the K/V of another that has the same, and a worker
     that a hostile file has taken over could name any.
     """
-    return Image.frombytes("RGB", size, pixels), digest_of_pixels(size, pixels)
-
-
-def _resized_image(facts: dict[str, Any], vae: Made, vit: Made) -> ResizedImage:
-    return ResizedImage(tuple(facts["size"]), PreparedImage(tuple(facts["resized"]), vae[0], vit[0], (vae[1], vit[1])))
+    image = Image.frombytes("RGB", part.size, part.pixels)
+    if on_made is not None:
+        on_made(image)
+    return image, digest_of_pixels(part.size, part.pixels)
 
 
 def _values(transform: ImageTransform) -> Values:

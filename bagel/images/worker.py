@@ -19,7 +19,6 @@ from typing import IO, Any
 from bagel.errors import InvalidImage
 from bagel.freed_memory import reuse_freed_memory
 from bagel.images import frames, pixels_file
-from bagel.images.colour import to_rgb
 from bagel.images.reading import image_size, load_image
 from bagel.images.transforms import ImageTransform, encoder_images, resize
 
@@ -70,13 +69,13 @@ def _resized(answers: IO[bytes], pixels: int, fields: dict[str, Any], data: byte
     """
     image = load_image(data)
     vae_transform, vit_transform = (ImageTransform(*fields[name]) for name in ("vae_transform", "vit_transform"))
-    first, at = resize(to_rgb(image), vae_transform), 0
+    first, at = resize(image, vae_transform), 0
     facts = {"size": image.size, "resized": first.size}
     purposes = {name: fields[name] for name in ("for_generation", "for_understanding")}
     for name, part in encoder_images(first, vae_transform, vit_transform, **purposes):
         made = part.tobytes()
         pixels_file.write(pixels, made, at)
-        frames.write(answers, {"part": name, "image": part.size, **facts})
+        frames.write(answers, {"part": name, "image": part.size})
         at += len(made)
     return facts
 

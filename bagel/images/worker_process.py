@@ -27,15 +27,11 @@ class WorkerDied(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """An image for one of the encoders as it comes: its name of PARTS, its size, and its RGB bytes row by row.
-
-    facts: what the worker says of the image that it was made from.
-    """
+    """An image for one of the encoders as it comes: its name of PARTS, its size, and its RGB bytes row by row."""
 
     name: str
     size: Size
     pixels: bytes
-    facts: dict[str, Any]
 
 
 @dataclass(eq=False)
@@ -98,7 +94,7 @@ class WorkerProcess:
         pixels = pixels_file.read(self.pixels, 3 * width * height, at)
         if len(pixels) < 3 * width * height:
             raise WorkerDied
-        return Part(answer["part"], (width, height), pixels, answer)
+        return Part(answer["part"], (width, height), pixels)
 
     async def kill(self) -> None:
         """Kill it and wait until it has ended."""

@@ -10,7 +10,8 @@ LM head by tokens. A fed DiT keeps two rows of the one, whole on every rank, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -27,7 +28,7 @@ from bagel.model.linear import LinearFactory
 from bagel.model.vocabulary import LmHead, VocabularyEmbedding
 from bagel.parallel.mesh import DecoderShare
 
-OnLayer = Callable[[int], None]
+OnLayer = Callable[[int, int], None]
 OVERLAPPED_TOKENS = 2048
 """Tokens from which on tensor-parallel ranks add up one half while they compute the other: of fewer, two launches cost
 more than the sum."""
@@ -173,6 +174,15 @@ class MoTLayer(nn.Module):
         return x, finish
 
 
+@dataclass(frozen=True)
+class Block:
+    """Embedded tokens of one forward: und [rows, n, hidden] and gen [rows, n, hidden] or None, both float32."""
+
+    und: Tensor
+    gen: Tensor | None
+    rows: Rows
+
+
 class Layers(nn.Module):
     """The layers of a decoder, in their order.
 
@@ -198,23 +208,18 @@ class Layers(nn.Module):
         return cast(MoTLayer, self._modules[str(index)])
 
     def forward(
-        self,
-        und: Tensor,
-        gen: Tensor | None,
-        rows: Rows,
-        slab: KvSlab,
-        backend: LayerBackend,
-        on_layer: OnLayer | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As MoTDecoder's."""
-        layers = self if self.stream is None else self.stream.supply(every_expert=gen is not None)
-        texts, latents = Hidden(und), None if gen is None else Hidden(gen)
+        self, blocks: Sequence[Block], slab: KvSlab, backend: LayerBackend, on_layer: OnLayer
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """As MoTDecoder.together."""
+        every_expert = any(block.gen is not None for block in blocks)
+        layers = self if self.stream is None else self.stream.supply(every_expert=every_expert)
+        hidden = [(Hidden(block.und), None if block.gen is None else Hidden(block.gen)) for block in blocks]
         for i, layer in enumerate(layers):
-            texts, latents = layer(texts, latents, rows, slab.layer(i), backend)
-            # Now, so that this layer's K/V are sent while the next ones are computed.
-            if on_layer is not None:
-                on_layer(i)
-        return texts.sum(), None if latents is None else latents.sum()
+            for at, block in enumerate(blocks):
+                hidden[at] = layer(*hidden[at], block.rows, slab.layer(i), backend)
+                # Now, so that this layer's K/V are sent while the next ones are computed.
+                on_layer(i, at)
+        return [(und.sum(), None if gen is None else gen.sum()) for und, gen in hidden]
 
 
 class MoTDecoder(nn.Module):
@@ -249,14 +254,22 @@ class MoTDecoder(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def forward(
-        self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab, on_layer: OnLayer | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, und: Tensor, gen: Tensor | None, rows: Rows, slab: KvSlab) -> tuple[Tensor, Tensor | None]:
         """Run all layers on embedded tokens (float32); hidden states before the last norm, in und's and gen's shapes.
 
-        on_layer(i) is called as soon as layer i's K/V are in the slab and its output is computed.
+        The K/V of the tokens are in the slab then.
         """
-        hidden: tuple[Tensor, Tensor | None] = self.layers(und, gen, rows, slab, self.backend, on_layer)
+        return self.together([Block(und, gen, rows)], slab)[0]
+
+    def together(
+        self, blocks: Sequence[Block], slab: KvSlab, on_layer: OnLayer = lambda layer, block: None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """As `forward` of each block in turn, but a layer of all of them before the next layer.
+
+        So a block may attend to those before it. on_layer(layer, block), with the block's number, is called as soon as
+        its K/V of that layer are in the slab and its output is computed.
+        """
+        hidden: list[tuple[Tensor, Tensor | None]] = self.layers(blocks, slab, self.backend, on_layer)
         return hidden
 
     def some_layers(

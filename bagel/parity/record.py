@@ -17,7 +17,8 @@ class Recorder:
 
     Meanwhile no forward is replayed from a CUDA graph, as a replay calls no module.
 
-    Names: `<module>.in`, `<module>.out`, where a module's several inputs or outputs are a tuple.
+    Names: `<module>.in`, `<module>.out`, where a module's several inputs or outputs are a tuple. `decoder` has an entry
+    for each block of tokens: (und, gen, rows, slab), and (und, gen).
     """
 
     def __init__(self, model: Bagel) -> None:
@@ -28,6 +29,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.model.language_model.backend = replace(self._backend, captures=False)
+        self._handles.append(self.model.language_model.layers.register_forward_hook(self._decoder))
         for name, module in _watched(self.model).items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
@@ -43,6 +45,12 @@ class Recorder:
             self.calls.setdefault(f"{name}.out", []).append(outputs)
 
         return hook
+
+    def _decoder(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        blocks, slab = inputs[:2]
+        blocks_in = [(block.und, block.gen, block.rows, slab) for block in blocks]
+        self.calls.setdefault("decoder.in", []).extend(blocks_in)
+        self.calls.setdefault("decoder.out", []).extend(outputs)
 
     def last(self, name: str) -> Any:
         return self.calls[name][-1]
@@ -76,7 +84,6 @@ def in_order(und: Tensor, gen: Tensor | None) -> Tensor:
 
 def _watched(model: Bagel) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module | None] = {
-        "decoder": model.language_model,
         "rotary": model.language_model.rotary,
         "lm_head": model.language_model.lm_head,
         "vit": model.vit_model,

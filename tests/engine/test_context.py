@@ -8,7 +8,7 @@ from PIL import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
-from bagel.engine.context import ContextBuilder, SegmentCache
+from bagel.engine.context import JOINED_TOKENS, ContextBuilder, SegmentCache
 from bagel.engine.local import BagelEngine
 from bagel.engine.segments import Chain, ChainPlanner
 from bagel.errors import InvalidImage
@@ -16,6 +16,7 @@ from bagel.images import ImageTransform
 from bagel.kv.digests import SegmentKind
 from bagel.model.pixels import to_pixels
 from bagel.model.tokenizer import BagelTokenizer
+from bagel.model.vae import Vae
 from bagel.model.weights import load_model
 from bagel.prompts import ImagePart, TextPart, expand_cfg_prompts
 from bagel.request import PosteriorMode
@@ -91,11 +92,53 @@ def test_each_layer_is_handed_over_before_the_next_is_computed(engine: BagelEngi
     for hook in hooks:
         hook.remove()
     layers = range(engine.model.config.llm.num_hidden_layers)
-    assert seen == [(s.kind, i) for s in chain.segments for i in layers]
+    assert seen == [(s.kind, i) for i in layers for s in chain.segments]
     for segment, kv in zip(chain.segments, context.kv, strict=True):
         for i in layers:
             assert pages[segment.digest, i][0].equal(kv.k[i])
             assert pages[segment.digest, i][1].equal(kv.v[i])
+
+
+def test_an_image_is_computed_with_the_text_behind_it_and_other_texts_alone(
+    engine: BagelEngine, builder: ContextBuilder
+) -> None:
+    """What comes between two units waits no longer than for an image and a prompt."""
+    engine = small_images(engine)
+    image = ImagePart(sketch(), for_generation=True)
+    prompt = (TextPart("first"), image, TextPart("snow"), image, TextPart("long " * JOINED_TOKENS), TextPart("last"))
+    chain = engine.planner.chain(prompt, engine.planner.prepare_images(prompt, PosteriorMode.CONTENT, 0))
+    steps, seen = builder.steps(chain, lambda segment, *_: seen.append(segment.kind)), list[SegmentKind]()
+    of_each: list[list[SegmentKind]] = []
+    for _ in steps:
+        of_each.append(list(dict.fromkeys(seen)))
+        seen.clear()
+    of_each.append(list(dict.fromkeys(seen)))
+    text, vae, vit = SegmentKind.TEXT, SegmentKind.VAE, SegmentKind.VIT
+    assert of_each == [[], [text], [vae, vit, text], [vae, vit], [text], [text]]
+
+
+def test_an_image_that_was_encoded_ahead_is_not_encoded_again(
+    engine: BagelEngine, builder: ContextBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = small_images(engine)
+    chain = edit_chain(engine, sketch(), "make it snow")
+    image = chain.segments[0].image
+    assert image is not None
+    wanted = ContextBuilder(engine.model).build(chain)
+    encoded, encode = list[int](), Vae.encode
+
+    def counted(vae: Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(len(pixels))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(Vae, "encode", counted)
+    builder.latents.encode_ahead(image)
+    assert encoded == [1]
+    for ours, whole in zip(builder.build(chain).kv, wanted.kv, strict=True):
+        assert ours.k.equal(whole.k) and ours.v.equal(whole.v)
+    assert encoded == [1]
+    builder.build(edit_chain(engine, sketch(colour="navy"), "make it snow"))
+    assert encoded == [1, 1]
 
 
 def test_going_on_from_a_cached_prefix_gives_the_same_kv(engine: BagelEngine) -> None:

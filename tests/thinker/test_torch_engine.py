@@ -6,24 +6,28 @@ import asyncio
 import io
 import logging
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.deployment.thinker_config import ThinkerConfig
 from bagel.engine.context import ContextBuilder
-from bagel.engine.segments import Segment
-from bagel.engine.text_scheduler import ContextRequest, TextScheduler
-from bagel.errors import BagelError, EngineDied, InvalidImage, StoreFull
-from bagel.images import ImageTransform, ResizedImage
+from bagel.engine.segments import Chain, Segment
+from bagel.engine.text_scheduler import TextScheduler
+from bagel.errors import BagelError, EngineDied, InvalidImage, NotSupported, StoreFull
+from bagel.images import ImageTransform, colour, pool
 from bagel.images.pool import ImagePool
 from bagel.kv.digests import SegmentKind
+from bagel.model.vae import Vae
 from bagel.rpc import service
 from bagel.rpc.admission import Admission
 from bagel.rpc.errors import from_rpc_error
@@ -62,13 +66,13 @@ def test_a_warm_up_runs_on_the_engines_thread_and_leaves_nothing(engine: TorchEn
     )
     loaded.model.config = engine.planner.config = config
     threads: list[str] = []
-    handle = loaded.model.language_model.register_forward_hook(
+    handle = loaded.model.language_model.layers.register_forward_hook(
         lambda *_: threads.append(threading.current_thread().name)
     )
     before = engine.store.stats()
     engine.warm_up()
     handle.remove()
-    assert set(threads) == {"torch-engine"} and len(threads) == 3 + 3  # text and both image blocks; 1, 2 and 4 texts
+    assert set(threads) == {"torch-engine"} and len(threads) == 1 + 3  # an image with its text; 1, 2 and 4 texts
     assert engine._space.taken == 0
     assert engine.store.stats() == before
 
@@ -290,47 +294,78 @@ def edit(image: bytes, *, kv: bool = True) -> thinker_pb2.BuildContextRequest:
     return thinker_pb2.BuildContextRequest(parts=[part, text], send_kv=kv)
 
 
-def test_an_image_to_edit_is_begun_while_it_is_still_resized_for_the_vit(
+class Encoded:
+    """Counts what an engine's VAE encodes, and the segments that it computes together."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.images, self.units, self.began = list[tuple[int, ...]](), list[list[SegmentKind]](), threading.Event()
+        encode, compute = Vae.encode, ContextBuilder._compute
+
+        def encoded(vae: Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            self.images.append(tuple(pixels.shape))
+            self.began.set()
+            return encode(vae, pixels)
+
+        def computed(builder: ContextBuilder, segments: Sequence[tuple[Segment, slice]], *rest: Any) -> None:
+            self.units.append([segment.kind for segment, _ in segments])
+            compute(builder, segments, *rest)
+
+        monkeypatch.setattr(Vae, "encode", encoded)
+        monkeypatch.setattr(ContextBuilder, "_compute", computed)
+
+
+def test_an_image_to_edit_is_encoded_while_it_is_still_hashed_and_resized(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, encoded = list[SegmentKind](), threading.Event()
-    compute, resized = ContextBuilder._compute, ImagePool.resized
+    encoded, digest = Encoded(monkeypatch), colour.digest_of_pixels
 
-    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
-        computed.append(segment.kind)
-        encoded.set()
-        compute(builder, segment, *rest)
-
-    async def late(pool: ImagePool, *file: Any, on_vae: Any, **purposes: Any) -> ResizedImage:
-        image = await resized(pool, *file, on_vae=on_vae, **purposes)
-        assert on_vae is None or await asyncio.to_thread(encoded.wait, LIMIT_S)
-        return image
+    def late(*image: Any) -> bytes:
+        assert encoded.began.wait(LIMIT_S)
+        return digest(*image)
 
     async def test(at: Served) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(ContextBuilder, "_compute", watched)
-            patch.setattr(ImagePool, "resized", late)
-            files = [saved(sketch(112, 80, colour)) for colour in ("crimson", "navy")]
-            for request in (edit(files[0]), edit(files[1], kv=False)):
-                computed.clear()
-                [*_, last] = [event async for event in at.stub.BuildContext(request, timeout=LIMIT_S)]
-                assert computed == [SegmentKind.VAE, SegmentKind.VIT, SegmentKind.TEXT]
-                usage = last.built.usage
-                assert (usage.computed_tokens, usage.reused_tokens) == (usage.prompt_tokens + usage.image_tokens, 0)
+        files = [saved(sketch(112, 80, colour)) for colour in ("crimson", "navy")]
+        for request in (edit(files[0]), edit(files[1], kv=False)):
+            encoded.units.clear()
+            [*_, last] = [event async for event in at.stub.BuildContext(request, timeout=LIMIT_S)]
+            assert encoded.units == [[SegmentKind.VAE, SegmentKind.VIT, SegmentKind.TEXT]]
+            usage = last.built.usage
+            assert (usage.computed_tokens, usage.reused_tokens) == (usage.prompt_tokens + usage.image_tokens, 0)
+        assert len(encoded.images) == 2
         stats = engine.store.stats()
         assert stats.stored_bytes == stats.computed_bytes > 0 and stats.computed_segments == 3
 
+    monkeypatch.setattr(pool, "digest_of_pixels", late)
+    served(engine, test)
+
+
+def test_of_contexts_with_one_image_the_first_to_come_is_computed_first(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the text behind the image, which is computed with it: a picture's first step needs the K/V of both."""
+    encoded, plan = Encoded(monkeypatch), ThinkerServicer._plan
+
+    def slowly(servicer: ThinkerServicer, request: thinker_pb2.BuildContextRequest, *rest: Any) -> Chain:
+        if len(request.parts) == 2:
+            time.sleep(0.2)
+        return plan(servicer, request, *rest)
+
+    async def test(at: Served) -> None:
+        whole = edit(saved(sketch()))
+        without_text = thinker_pb2.BuildContextRequest(parts=whole.parts[:1], send_kv=True)
+        first = asyncio.create_task(at.text(whole))
+        await asyncio.sleep(0.05)
+        assert not await at.text(without_text) and not await first
+        assert encoded.units == [[SegmentKind.VAE, SegmentKind.VIT, SegmentKind.TEXT]]
+
+    monkeypatch.setattr(ThinkerServicer, "_plan", slowly)
     served(engine, test)
 
 
 def test_where_others_wait_for_room_nothing_is_begun_without_it(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, compute, store = list[Segment](), ContextBuilder._compute, engine.store
-
-    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
-        computed.append(segment)
-        compute(builder, segment, *rest)
+    encoded, store = Encoded(monkeypatch), engine.store
 
     async def test(at: Served) -> None:
         full = store.lease([(bytes(16), store.capacity_bytes // store.layout.segment_bytes(1))], LIMIT_S)
@@ -341,30 +376,25 @@ def test_where_others_wait_for_room_nothing_is_begun_without_it(
             await at.text(edit(saved(sketch())))
         with pytest.raises(StoreFull):
             await waiting
-        assert not computed
+        assert not encoded.images and not encoded.units
         store.release([full])
         assert await at.text(build())
 
-    monkeypatch.setattr(ContextBuilder, "_compute", watched)
     served(engine, test)
 
 
-def test_what_was_begun_of_an_image_is_dropped_with_its_request(
+def test_an_image_is_not_encoded_for_a_request_that_has_failed(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, begun, computed = threading.Event(), threading.Event(), list[Segment]()
-    submit, compute = TorchEngine.submit, ContextBuilder._compute
+    go, asked = threading.Event(), threading.Event()
+    encoded, ahead = Encoded(monkeypatch), TorchEngine.encode_ahead
 
     def busy() -> None:
         go.wait(LIMIT_S)
 
-    def begin(engine: TorchEngine, request: ContextRequest) -> None:
-        submit(engine, request)
-        begun.set()
-
-    def watched(builder: ContextBuilder, segment: Segment, *rest: Any) -> None:
-        computed.append(segment)
-        compute(builder, segment, *rest)
+    def begin(engine: TorchEngine, image: Image.Image) -> Future[None]:
+        asked.set()
+        return ahead(engine, image)
 
     async def test(at: Served) -> None:
         request = edit(saved(sketch()))
@@ -372,11 +402,43 @@ def test_what_was_begun_of_an_image_is_dropped_with_its_request(
         engine._commands.put(busy)
         with pytest.raises(InvalidImage):
             await at.text(request)
-        assert begun.is_set()
+        assert asked.is_set()
         go.set()
         assert await at.text(build())
-        assert [segment.kind for segment in computed] == [SegmentKind.TEXT] * len(computed)
+        assert not encoded.images
 
-    monkeypatch.setattr(TorchEngine, "submit", begin)
-    monkeypatch.setattr(ContextBuilder, "_compute", watched)
+    monkeypatch.setattr(TorchEngine, "encode_ahead", begin)
+    served(engine, test)
+
+
+def test_an_image_that_cannot_be_encoded_ahead_fails_its_request_alone(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, asked, ahead = threading.Event(), threading.Event(), TorchEngine.encode_ahead
+
+    def fails(vae: Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotSupported("image", "no VAE here")
+
+    def begin(engine: TorchEngine, image: Image.Image) -> Future[None]:
+        begun = ahead(engine, image)
+        asked.set()
+        return begun
+
+    def busy() -> None:
+        go.wait(LIMIT_S)
+
+    async def test(at: Served) -> None:
+        engine._commands.put(busy)
+        writing = asyncio.create_task(at.text(build()))
+        while engine._commands.empty():
+            await asyncio.sleep(0.01)
+        edited = asyncio.create_task(at.text(edit(saved(sketch()))))
+        assert await asyncio.to_thread(asked.wait, LIMIT_S)
+        go.set()
+        with pytest.raises(NotSupported, match="no VAE here"):
+            await edited
+        assert await writing
+
+    monkeypatch.setattr(Vae, "encode", fails)
+    monkeypatch.setattr(TorchEngine, "encode_ahead", begin)
     served(engine, test)

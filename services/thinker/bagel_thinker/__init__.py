@@ -3,7 +3,7 @@
 How one request passes, file by file:
 
 1. server.py        `BuildContext` takes the message of one context; a pool of processes reads its images
-2. head_start.py    gives an image to edit to the engine as soon as the VAE can take it
+2. head_start.py    lets the engine encode an image to edit as soon as the VAE can take it
    server.py        `_chain` plans it: the segments of the prompt, each with its digest (bagel/engine/segments.py)
 3. server.py        a text waits for its place in the batch (bagel/rpc/admission.py)
 4. bagel/kv/        the store reserves room under a lease if K/V will be pulled; the first event names the context

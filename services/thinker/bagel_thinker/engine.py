@@ -5,6 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Protocol
 
+from PIL.Image import Image
+
 from bagel.engine.segments import ChainPlanner
 from bagel.engine.text_scheduler import ContextRequest
 from bagel.errors import BagelError, EngineDied
@@ -20,17 +22,21 @@ class Engine(Protocol):
     store that a lease has reserved; nothing is stored for the others. failed: gets an EngineDied once the engine can
     compute no more.
     pulse: of the thread that computes, which is called NAME-engine.
-    stores_late_leases: whether what is computed goes to the store layer by layer also where its lease came after the
-    request.
     """
 
     name: str
-    stores_late_leases: bool
     store: KvStore
     planner: ChainPlanner
     info: common_pb2.ModelInfo
     failed: Future[None]
     pulse: Pulse
+
+    def encode_ahead(self, image: Image) -> Future[None] | None:
+        """Encode an image, resized for the VAE, before the request comes whose segment has this very object.
+
+        May be cancelled as long as it has not begun; an error of it is the request's too. None where images are encoded
+        with their request alone. From any thread.
+        """
 
     def submit(self, request: ContextRequest) -> None:
         """Start a request."""

@@ -204,7 +204,7 @@ class Outlet:
         """layers: of a segment. The request's layers that go to the store are timed by when they are there."""
         self._lane, self._layers = lane, layers
         self._emit, self._layer_times = request.emit, request.layer_times
-        self._filling: bytes | None = None
+        self._filling = set[bytes]()
         self._failed: Exception | None = None
         self._lock, self._open = Lock(), 0
 
@@ -221,10 +221,11 @@ class Outlet:
                 # Segments that were known may be on their way to the store too.
                 digests = [segment.digest for segment in event.context.chain.segments]
                 self._follow(event, directly=not self._open and not self._lane.fills(digests))
-            case ContextFailed() if self._filling is not None:
-                # Others may want the segment that this request did not finish.
-                self._lane.release(self._filling)
-                self._filling = None
+            case ContextFailed() if self._filling:
+                # Others may want the segments that this request did not finish.
+                for digest in self._filling:
+                    self._lane.release(digest)
+                self._filling.clear()
                 self._follow(event, directly=False)
             case _:
                 self._follow(event, directly=not self._open)
@@ -250,14 +251,14 @@ class Outlet:
             raise self._failed
         digest = event.segment.digest
         # One claim for all layers of a segment.
-        if event.layer == 0:
-            self._filling = digest if self._lane.claim(digest) else None
-        if self._filling != digest:
+        if event.layer == 0 and self._lane.claim(digest):
+            self._filling.add(digest)
+        if digest not in self._filling:
             return
-        at = len(self._layer_times) - 1
+        times = self._layer_times[digest]
 
         def written(error: Exception | None) -> None:
-            self._layer_times[at] = time.monotonic()
+            times[event.layer] = time.monotonic()
             if error is not None:
                 self._failed = error
             self._count(-1)
@@ -266,7 +267,7 @@ class Outlet:
         self._lane.copy(digest, event.layer, event.k, event.v, written)
         if event.layer + 1 == self._layers:
             self._lane.release(digest)
-            self._filling = None
+            self._filling.discard(digest)
 
     def _count(self, change: int) -> None:
         # Changed by the engine's thread and by the lane's.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from grpc.aio import ServicerContext
@@ -106,6 +105,7 @@ class ThinkerServicer(ThinkerServiceServicer):
         self.engine, self.name, self.admission, self._images = engine, name, admission, images
         self.lease_s, self._room_wait_s, self._draining = lease_s, room_wait_s, draining
         self._under_way = self._waiting_for_room = 0
+        self._planning = asyncio.Lock()
         self._builds: set[_Build] = set()
         self._loop_post: Post | None = None
         engine.failed.add_done_callback(self._report_failure)
@@ -118,10 +118,10 @@ class ThinkerServicer(ThinkerServiceServicer):
     async def BuildContext(
         self, request: thinker_pb2.BuildContextRequest, context: ServicerContext[Any, Any]
     ) -> AsyncIterator[Response]:
-        """Build one context; its first event, before anything is computed, is the ContextRef."""
+        """Build one context; its first event, before it is computed, is the ContextRef."""
         if self._draining.is_set():
             raise Draining(f"{self.name} is shutting down and takes no new requests; try again, or another Thinker")
-        with self._counted(), self._head_start(request) as head:
+        with self._counted(), HeadStart(self.engine) as head:
             build = _Build(self._post())
             # Before it has a place: reading large images must not keep texts from theirs.
             chain = await self._chain(request, head)
@@ -134,16 +134,15 @@ class ThinkerServicer(ThinkerServiceServicer):
                 if request.HasField("decode"):
                     build.lap("queue")
                 # Closed with the call, so that its lease does not live until the generator is collected.
-                async with aclosing(self._build(request, chain, build, head)) as responses:
+                async with aclosing(self._build(request, chain, build)) as responses:
                     async for response in responses:
                         yield response
 
     async def _build(
-        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, head: HeadStart
+        self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build
     ) -> AsyncGenerator[Response, None]:
         lease = await self._lease(chain, request.lease_id) if request.send_kv else ""
         wanted = self._context_request(request, chain, build, lease)
-        await head.share(wanted)
         finished = False
         keeper = LeaseKeeper(LocalLessor(self.engine.store))
         if lease:  # until the call ends its caller is the holder
@@ -152,9 +151,9 @@ class ThinkerServicer(ThinkerServiceServicer):
         renewing = asyncio.create_task(keeper.renew())
         self._builds.add(build)
         try:
-            # Before anything is computed, so that a DiT can pull while it is.
-            yield Response(context=self._ref(chain, lease))
             self.engine.submit(wanted)
+            # Before what the engine says, so that a DiT can pull while it computes.
+            yield Response(context=self._ref(chain, lease))
             while not finished:
                 event = await build.events.get()
                 match event:
@@ -224,33 +223,24 @@ class ThinkerServicer(ThinkerServiceServicer):
         finally:
             self._under_way -= 1
 
-    def _head_start(self, request: thinker_pb2.BuildContextRequest) -> HeadStart:
-        return HeadStart(self.engine, partial(self._chain_of, request), request.seed)
-
     async def _chain(self, request: thinker_pb2.BuildContextRequest, head: HeadStart) -> Chain:
-        wanted = self.engine.stores_late_leases and request.send_kv and not request.check_only
         # Where others wait for room, this one may never get any, and nothing is computed for it before it does.
-        begin = head.begin if wanted and not self._waiting_for_room else None
+        begin = None if request.check_only or self._waiting_for_room else head.begin
         images = await resized_images(self._images, request.parts, self.engine.info, on_first=begin)
-        # In a thread, as a long text must not hold up other calls.
-        return await asyncio.to_thread(self._plan, request, images)
+        # Of contexts with the same image the first to come is planned first, and begins first: a picture's own context
+        # comes before its guidance's, and has the text that is computed together with the image.
+        async with self._planning if images else nullcontext():
+            # In a thread, as a long text must not hold up other calls.
+            return await asyncio.to_thread(self._plan, request, images)
 
     def _plan(self, request: thinker_pb2.BuildContextRequest, images: Sequence[ResizedImage]) -> Chain:
         """The chain of a request's parts; InvalidRequest or InvalidImage if it cannot be built."""
-        chain = self._chain_of(request, request.parts, images)
+        prompt, planner = prompt_from_wire(request.parts, images), self.engine.planner
+        prepared = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
+        chain = planner.chain(prompt, prepared)
         written = _settings(request).max_tokens if request.HasField("decode") else 0
         check_positions(chain.rope, written, self.engine.info.max_positions)
         return chain
-
-    def _chain_of(
-        self,
-        request: thinker_pb2.BuildContextRequest,
-        parts: Sequence[common_pb2.Part],
-        images: Sequence[ResizedImage],
-    ) -> Chain:
-        prompt, planner = prompt_from_wire(parts, images), self.engine.planner
-        prepared = planner.prepare_images(prompt, posterior_from_wire(request.posterior), request.seed)
-        return planner.chain(prompt, prepared)
 
     def _context_request(
         self, request: thinker_pb2.BuildContextRequest, chain: Chain, build: _Build, lease: str
@@ -287,21 +277,22 @@ class ThinkerServicer(ThinkerServiceServicer):
 def _record_segments(done: ContextDone, layers: int) -> None:
     """A span for every segment computed with its layers one by one: from its first layer's K/V to its last's."""
     # Layers are timed by time.monotonic, spans by time.perf_counter.
-    times, ahead = done.layer_times, time.perf_counter() - time.monotonic()
-    if len(times) == layers * len(done.computed):
-        for i, length in enumerate(done.computed.values()):
-            record("prefill", times[i * layers] + ahead, times[(i + 1) * layers - 1] + ahead, tokens=length)
+    ahead = time.perf_counter() - time.monotonic()
+    for digest, times in done.layer_times.items():
+        if digest in done.computed and len(times) == layers:
+            record("prefill", times[0] + ahead, times[-1] + ahead, tokens=done.computed[digest])
 
 
-def _log_built(built: thinker_pb2.ContextBuilt, times: Sequence[float]) -> None:
-    """One line a context. times are those of time.monotonic, which all processes of a machine share."""
+def _log_built(built: thinker_pb2.ContextBuilt, layer_times: Mapping[bytes, Sequence[float]]) -> None:
+    """One line a context. layer_times are those of time.monotonic, which all processes of a machine share."""
+    times = [each for of_segment in layer_times.values() for each in of_segment]
     log.info(
         "context built",
         computed_tokens=built.usage.computed_tokens,
         reused_tokens=built.usage.reused_tokens,
         written_tokens=len(built.token_ids),
-        first_layer_at=times[0] if times else None,
-        last_layer_at=times[-1] if times else None,
+        first_layer_at=min(times, default=None),
+        last_layer_at=max(times, default=None),
         seconds={timing.stage: round(timing.seconds, 4) for timing in built.timings},
     )
 

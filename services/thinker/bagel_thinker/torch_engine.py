@@ -9,6 +9,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 import torch
+from PIL.Image import Image
 
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
@@ -98,7 +99,6 @@ class TorchEngine:
     """The torch engine behind the Engine protocol."""
 
     name = "torch"
-    stores_late_leases = True
 
     def __init__(
         self,
@@ -184,6 +184,23 @@ class TorchEngine:
 
         self._commands.put(work)
         done.result()
+
+    def encode_ahead(self, image: Image) -> Future[None]:
+        """Encode an image before its request comes."""
+        encoded: Future[None] = Future()
+
+        def encode() -> None:
+            if not encoded.set_running_or_notify_cancel():
+                return
+            try:
+                self._texts.builder.latents.encode_ahead(image)
+            except Exception as error:
+                encoded.set_exception(error)
+            else:
+                encoded.set_result(None)
+
+        self._commands.put(encode)
+        return encoded
 
     def submit(self, request: ContextRequest) -> None:
         """Start a request."""

@@ -66,7 +66,7 @@ class Claims:
         if any((notice.layer, rank) not in filling.written for rank in range(ranks)):
             return None
         if (job := request.job) is not None:
-            job.reading.layer_times.append(time.monotonic())
+            job.reading.layer_times.setdefault(filling.digest, []).append(time.monotonic())
         try:
             self._store.mark_layer(filling.digest, notice.layer)
         except UnknownSegment as gone:

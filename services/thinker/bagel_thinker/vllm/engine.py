@@ -11,6 +11,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from PIL.Image import Image
+
 from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.limits import check_positions
 from bagel.engine.loading import kv_layout
@@ -52,7 +54,6 @@ class VllmEngine:
     """vLLM behind the Engine protocol."""
 
     name = "vllm"
-    stores_late_leases = False  # a request claims what it exports when it begins
 
     def __init__(
         self,
@@ -101,6 +102,9 @@ class VllmEngine:
         except BaseException:
             self.close()
             raise
+
+    def encode_ahead(self, image: Image) -> None:
+        """None: vLLM's workers encode the images of a request that they compute."""
 
     def submit(self, reading: ContextRequest) -> None:
         """Start a request; it emits its events on the engine's thread."""
