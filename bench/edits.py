@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -19,7 +21,8 @@ from bagel.client import Client
 from bagel.deployment.deploy_file import load_deploy_config, shipped_deploy_config
 from bagel.deployment.launcher import Deployment
 from bagel.engine.loading import load_role
-from bagel.events import PrefillDone, StepDone
+from bagel.errors import BagelError
+from bagel.events import Accepted, PrefillDone, StepDone
 from bagel.model.device import choose_dtype
 from bagel.pipelines import BAGEL
 from bagel.prompts import ImagePart, TextPart
@@ -32,7 +35,10 @@ from bench.stages import MODEL
 SIDE, SMALL_SIDE = 1024, 480
 """Of the image on a GPU, and on a CPU, where it is the smallest whose steps begin before all K/V are there."""
 LIMIT = 1.15
-"""How much later than of a known image the first step of a new one may be done, as a multiple of its prefill alone."""
+"""When the first step of a new image may begin, as a multiple of its prefill alone; and how much later than that of a
+known one it may be done."""
+LOG_S = 10.0
+"""Longest wait for a line of a service's log."""
 SETTINGS: dict[str, Any] = {"modality": Modality.IMG2IMG, "steps": 3, "cfg_img_scale": 1.5}
 """Three branches, and two Euler steps."""
 
@@ -46,37 +52,51 @@ def run(device: torch.device, repeats: int, checkpoint: Path | None) -> Iterator
     side = SIDE if meter.cuda else SMALL_SIDE
     alone = _prefill_ms(folder, meter, side)
     meter.release()
-    contexts: dict[str, list[float]] = {}
-    steps: dict[str, list[float]] = {}
+    edits: dict[str, list[_Edit]] = {}
     with ExitStack() as stack:
-        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bagel-edits-"))) / "log"
+        logs = stack.enter_context(log.open("w", encoding="utf-8"))
         config = load_deploy_config(shipped_deploy_config(BAGEL.model_type))
         # The exact engine, whose prefill was measured.
-        services = Deployment(config, folder, logs=nowhere, device=str(device), engine="torch")
+        services = Deployment(config, folder, logs=logs, device=str(device), engine="torch")
         client = stack.enter_context(Client(stack.enter_context(services).address))
         for take in range(repeats + 1):
             file = _file(side, take)
             prompts = {"new image": "a", "known image, new prompt": f"b {take}", "all known": f"b {take}"}
             for name, prompt in prompts.items():
-                context, step = _edit(client, prompt, file, launched_ahead=meter.cuda)
+                edit = _edit(client, prompt, file, log, launched_ahead=meter.cuda)
                 if take:  # the first one only warms up
-                    contexts.setdefault(name, []).append(context)
-                    steps.setdefault(name, []).append(step)
-    known = median(steps["all known"])
+                    edits.setdefault(name, []).append(edit)
+    yield _table(side, repeats, alone, edits)
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """Milliseconds from the call on: until the contexts are computed, the first step begins, and is done."""
+
+    contexts: float
+    begins: float
+    done: float
+
+
+def _table(side: int, repeats: int, alone: float | None, edits: dict[str, list[_Edit]]) -> Table:
+    known = median(edit.done for edit in edits["all known"])
     table = Table("edits", f"{side} x {side}, two stages, from the call on; medians of {repeats}; limit {LIMIT:g}")
-    for name, each in steps.items():
-        step = median(each)
+    for name, each in edits.items():
+        begins, done = median(edit.begins for edit in each), median(edit.done for edit in each)
         new = name == "new image"
-        ratio = (step - known) / alone if alone and new else None
+        ratios = (begins / alone, (done - known) / alone) if alone and new else (None, None)
         table.add(
             case=name,
-            contexts_ms=median(contexts[name]),
-            first_step_done_ms=step,
+            contexts_ms=median(edit.contexts for edit in each),
+            first_step_begins_ms=begins,
+            first_step_done_ms=done,
             prefill_alone_ms=alone if new else "",
-            beyond_known=ratio if new else "",
+            begins_of_prefill=ratios[0] if new else "",
+            beyond_known=ratios[1] if new else "",
         )
-        table.failed = table.failed or (ratio is not None and ratio > LIMIT)
-    yield table
+        table.failed = table.failed or any(ratio is not None and ratio > LIMIT for ratio in ratios)
+    return table
 
 
 def _prefill_ms(folder: Path, meter: Meter, side: int) -> float | None:
@@ -98,13 +118,27 @@ def _file(side: int, seed: int) -> bytes:
     return stream.getvalue()
 
 
-def _edit(client: Client, prompt: str, file: bytes, *, launched_ahead: bool) -> tuple[float, float]:
-    """Milliseconds until the contexts of an edit are there, and until its first step is done.
+def _edit(client: Client, prompt: str, file: bytes, log: Path, *, launched_ahead: bool) -> _Edit:
+    """What happens in an edit.
 
     launched_ahead: a step is said to be taken when it is launched and the one before it is done, as on a GPU.
     """
-    began, seen = time.perf_counter(), dict[object, float]()
+    # The clock of the log's times too.
+    began, seen, request = time.monotonic(), dict[object, float](), ""
     for event in client.stream(prompt, image=file, seed=0, **SETTINGS):
         key = ("step", event.step) if isinstance(event, StepDone) else type(event)
-        seen.setdefault(key, 1e3 * (time.perf_counter() - began))
-    return seen[PrefillDone], seen["step", 2 if launched_ahead else 1]
+        seen.setdefault(key, 1e3 * (time.monotonic() - began))
+        request = event.request_id if isinstance(event, Accepted) else request
+    begins = 1e3 * (_first_step_at(log, request) - began)
+    return _Edit(seen[PrefillDone], begins, seen["step", 2 if launched_ahead else 1])
+
+
+def _first_step_at(log: Path, request: str) -> float:
+    """When a request's first step began, by the DiT's log and time.monotonic."""
+    limit = time.monotonic() + LOG_S
+    while time.monotonic() < limit:
+        lines = (line.partition(" | ")[2] for line in log.read_text(encoding="utf-8").splitlines())
+        for told in (json.loads(line) for line in lines if "contexts landed" in line and request in line):
+            return float(told["first_step_at"])
+        time.sleep(0.05)
+    raise BagelError(f"the DiT has not logged when the first step of request {request} began")

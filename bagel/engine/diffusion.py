@@ -123,7 +123,7 @@ class DiffusionEngine:
         active = self._active.get(id_)
         if self._arrivals is None or active is None or active.arrival is None or active.drawing.step:
             return
-        if any(each.canvas.layers_ahead(each.drawing) for each in self._active.values() if each is not active):
+        if any(each.canvas.layers_ahead(each.drawing)[0] for each in self._active.values() if each is not active):
             return
         try:
             active.canvas.advance(active.drawing, self._arrivals.reach(active.arrival))
@@ -207,7 +207,9 @@ class DiffusionEngine:
     def _on_layers(self, id_: int) -> None:
         """On the thread of arrivals: a picture has more of its first layers."""
         active = self._active.get(id_)
-        if self._early_steps and active is not None and active.canvas.takes_early_step(active.drawing):
+        if not self._early_steps or active is None or active.arrival is None:
+            return
+        if active.canvas.takes_early_step(active.drawing, active.arrival.layers):
             self._emit(LayersLanded(id_))
 
     def _begin(self, id_: int, active: _Active) -> None:
@@ -219,8 +221,8 @@ class DiffusionEngine:
 
     def _announce(self, id_: int, active: _Active) -> None:
         picture, canvas = active.drawing.picture, active.canvas
-        layers = canvas.layers_ahead(active.drawing)
-        self._emit(Begun(id_, picture.steps, canvas.padded, len(picture.distinct()), layers))
+        ahead = canvas.layers_ahead(active.drawing)
+        self._emit(Begun(id_, picture.steps, canvas.padded, len(picture.distinct()), *ahead))
 
     def _copy(self, active: _Active, pages: Sequence[LandedPage]) -> None:
         if self._arrivals is not None and active.arrival is not None and pages:

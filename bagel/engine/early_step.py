@@ -6,6 +6,9 @@ is waited for while the device computes the first ones.
 
 from __future__ import annotations
 
+import time
+from math import ceil
+
 from torch import Tensor
 
 from bagel.engine.clock import Piece, mark
@@ -13,6 +16,16 @@ from bagel.engine.step_graphs import StepInputs
 from bagel.model.attention import KvSlab, Rows
 from bagel.model.bagel import Bagel
 from bagel.model.layers import Hidden
+
+LEAST_SHARE = 1 / 3
+"""Of the layers, that a first step waits for. A layer's K/V of a new image take longer to come than a step takes to
+compute it (on an H200 16 ms and 12), so a step that begins now is nowhere short of them, and ends as soon. One that
+began with the first layer would wait for others, and take turns with a prefill that has the same device."""
+
+
+def least_layers(count: int) -> int:
+    """How many of a model's layers must be there for a first step to begin."""
+    return ceil(LEAST_SHARE * count)
 
 
 class EarlyStep:
@@ -26,6 +39,7 @@ class EarlyStep:
         self._model, self._rows, self._slab = model, rows, slab
         self._und = Hidden(delimiters.expand(len(inputs.x), -1, -1))
         self._gen: Hidden | None = Hidden(model.embed_latents(inputs.x, inputs.t, inputs.position_ids))
+        self.began_at = time.monotonic()
         self.layers = 0
         """Those that are launched."""
         self.pieces: list[Piece] = []

@@ -64,7 +64,7 @@ class LayersLanded:
 class Begun:
     """A picture can take steps. bucket: latents a row is padded to; rows: its distinct contexts.
 
-    layers_ahead: of its first step, computed while its K/V came.
+    layers_ahead: of its first step, computed while its K/V came; first_step_at: when that began, by time.monotonic.
     """
 
     id: int
@@ -72,6 +72,7 @@ class Begun:
     bucket: int
     rows: int
     layers_ahead: int = 0
+    first_step_at: float | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bagel.engine.clock import Piece, mark, seconds_between
-from bagel.engine.early_step import EarlyStep
+from bagel.engine.early_step import EarlyStep, least_layers
 from bagel.engine.layout import latent_rows
 from bagel.engine.picture import ContextKv, Picture
 from bagel.engine.slab import SharedSlab
@@ -196,14 +196,16 @@ class Canvas:
             for drawing, names in wanted.items()
         }
 
-    def takes_early_step(self, drawing: Drawing) -> bool:
-        """Whether `advance` may be called for a picture that has taken no step.
+    def takes_early_step(self, drawing: Drawing, layers: int) -> bool:
+        """Whether `advance` may be called for a picture that has taken no step, with so many layers there.
 
         Not of ranks, which would have to agree how far, nor with weights that come layer by layer for every forward.
         Small steps are better taken with those of other pictures, or replayed.
         """
-        rows, streamed = len(_first_rows(drawing)), self.model.language_model.layers.stream is not None
-        return self._groups.world.size == 1 and not streamed and rows * self.padded > MOST_LATENTS
+        of_model = self.model.language_model.layers
+        if self._groups.world.size > 1 or of_model.stream is not None or layers < least_layers(len(of_model)):
+            return False
+        return len(_first_rows(drawing)) * self.padded > MOST_LATENTS
 
     @torch.inference_mode()
     def advance(self, drawing: Drawing, layers: int) -> None:
@@ -218,10 +220,10 @@ class Canvas:
         _, early = self._early[drawing]
         early.advance(layers)
 
-    def layers_ahead(self, drawing: Drawing) -> int:
-        """Layers of a picture's next step that are launched; from any thread."""
+    def layers_ahead(self, drawing: Drawing) -> tuple[int, float | None]:
+        """Layers of a picture's next step that are launched, and since when, by time.monotonic; from any thread."""
         begun = self._early.get(drawing)
-        return 0 if begun is None else begun[1].layers
+        return (0, None) if begun is None else (begun[1].layers, begun[1].began_at)
 
     def pieces_ahead(self, drawing: Drawing) -> tuple[Piece, ...]:
         """When these layers were computed."""

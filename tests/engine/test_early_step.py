@@ -17,7 +17,7 @@ from PIL import Image
 from bagel.checkpoint.config import LlmConfig
 from bagel.checkpoint.files import Checkpoint
 from bagel.engine.commands import AddPicture, Advance, Begin, LandedPage, LoadPages, PlacedContext, Remove, StepPlan
-from bagel.engine.early_step import EarlyStep
+from bagel.engine.early_step import EarlyStep, least_layers
 from bagel.engine.events import Begun, Drawn, LayersLanded, Stepped
 from bagel.images.output import OutputFormat
 from bagel.model.mot import MoTLayer
@@ -82,7 +82,7 @@ def land(engine: Driven, llm: LlmConfig, id_: int, layers: Sequence[int]) -> Non
     """Let layers land one after the other, and carry out what the engine asks for meanwhile."""
     for number in layers:
         engine.send(LoadPages(id_, layer(llm, number)))
-        if number + 1 < llm.num_hidden_layers:
+        if least_layers(llm.num_hidden_layers) <= number + 1 < llm.num_hidden_layers:
             engine.until(LayersLanded)
             engine.send(Advance(id_))
 
@@ -126,15 +126,20 @@ def plain(llm: LlmConfig, id_: int, device: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_each_layer_is_computed_as_soon_as_it_is_there_and_once(llm: LlmConfig, device: str) -> None:
-    count = llm.num_hidden_layers
+def test_from_a_third_of_them_on_each_layer_is_computed_as_soon_as_it_is_there_and_once(
+    llm: LlmConfig, device: str
+) -> None:
+    count, least = llm.num_hidden_layers, 2
     with driven(memory(llm), device) as engine, computed(engine) as numbers:
         engine.send(picture(1))
+        before = time.monotonic()
         for number in range(count - 1):
             land(engine, llm, 1, [number])
-            assert numbers == list(range(number + 1))
+            assert numbers == list(range(number + 1 if number + 1 >= least else 0))
         land(engine, llm, 1, [count - 1])
-        assert begin(engine, 1).layers_ahead == count - 1
+        begun = begin(engine, 1)
+        assert begun.layers_ahead == count - 1
+        assert begun.first_step_at is not None and before < begun.first_step_at < time.monotonic()
         drawn = draw(engine, 1)
         assert numbers == 2 * list(range(count))
     assert np.array_equal(drawn, plain(llm, 1, device))
@@ -147,9 +152,9 @@ def test_steps_of_other_pictures_between_two_layers_change_none(llm: LlmConfig, 
             engine.send(picture(id_))
         land(engine, llm, 1, range(llm.num_hidden_layers))
         begin(engine, 1)
-        land(engine, llm, 2, [0])
+        land(engine, llm, 2, [0, 1])
         engine.send(StepPlan((1,), read=False))
-        land(engine, llm, 2, range(1, llm.num_hidden_layers))
+        land(engine, llm, 2, range(2, llm.num_hidden_layers))
         begin(engine, 2)
         # The second step of the one with the first of the other, which is half done.
         engine.send(StepPlan((1, 2), read=False))
@@ -181,19 +186,19 @@ def test_with_the_profiler_a_first_step_waits_for_all_kv(llm: LlmConfig) -> None
             engine.send(LoadPages(1, layer(llm, number)))
         engine.send(Begin(1))
         (begun,) = engine.until(Begun)
-        assert isinstance(begun, Begun) and not begun.layers_ahead and not numbers
+        assert isinstance(begun, Begun) and not begun.layers_ahead and begun.first_step_at is None and not numbers
 
 
 def test_no_more_than_one_picture_is_computed_ahead(llm: LlmConfig) -> None:
     with driven(memory(llm)) as engine, computed(engine) as numbers:
         engine.send(picture(1))
         engine.send(picture(2))
-        land(engine, llm, 1, [0])
-        land(engine, llm, 2, [0])
-        assert numbers == [0]
+        land(engine, llm, 1, [0, 1])
+        land(engine, llm, 2, [0, 1])
+        assert numbers == [0, 1]
         engine.send(Remove(1))
-        land(engine, llm, 2, [1])
-        assert numbers == [0, 0, 1]
+        land(engine, llm, 2, [2])
+        assert numbers == [0, 1, 0, 1, 2]
         gc.collect()  # the engines of other tests
         assert sum(type(each) is EarlyStep for each in gc.get_objects()) == 1
 
@@ -218,4 +223,4 @@ def test_a_small_picture_waits_for_all_of_its_kv(llm: LlmConfig) -> None:
             engine.send(LoadPages(1, layer(llm, number)))
         engine.send(Begin(1))
         (begun,) = engine.until(Begun)
-        assert isinstance(begun, Begun) and not begun.layers_ahead and not numbers
+        assert isinstance(begun, Begun) and not begun.layers_ahead and begun.first_step_at is None and not numbers

@@ -233,6 +233,8 @@ class DitServicer(DitServiceServicer):
             first_page_at=loader.times[0] if loader.times else None,
             last_page_at=loader.times[-1] if loader.times else None,
             layers_ahead=begun.layers_ahead,
+            # A step that has not begun early can begin now.
+            first_step_at=time.monotonic() if begun.first_step_at is None else begun.first_step_at,
         )
         held.check()  # only now: until it had begun, the runner read the pages in the store's memory
         for each in elsewhere:
