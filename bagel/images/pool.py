@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -22,14 +22,16 @@ from bagel.images.transforms import ImageTransform, PreparedImage, ResizedImage
 from bagel.images.worker_process import PARTS, Part, WorkerDied, WorkerProcess
 from bagel.telemetry.logs import Log
 
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 _ATTEMPTS = 2
 Values = tuple[int, int, int]
 Made = tuple[Image.Image | None, bytes | None]
 """An image for one of the encoders, and its digest."""
 NOTHING: Made = (None, None)
 OnVae = Callable[[Image.Image], None]
-MOST_SIZES = 4096
-"""Files whose size is kept, the least recently asked for goes first."""
+MOST_FILES = 4096
+"""Files that are known by their digests, the least recently noted goes first."""
 
 log = Log("bagel.images")
 
@@ -54,6 +56,7 @@ class ImagePool:
         self._closed = False
         self._recent = RecentImages()
         self._sizes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        self._read_lately: OrderedDict[Hashable, None] = OrderedDict()
 
     async def start(self) -> None:
         """Start a process, so that the first image need not wait for it. BagelError where none can be started."""
@@ -68,9 +71,7 @@ class ImagePool:
         if key not in self._sizes:
             answer = await self._read({"work": "size"}, data)
             width, height = answer["size"]
-            self._sizes[key] = (width, height)
-            if len(self._sizes) > MOST_SIZES:
-                self._sizes.popitem(last=False)
+            _note(self._sizes, key, (width, height))
         self._sizes.move_to_end(key)
         return self._sizes[key]
 
@@ -87,7 +88,8 @@ class ImagePool:
         """Decode and resize an image file as `prepare` does. One that was read lately is not read again.
 
         on_vae: called with the image that the VAE takes as soon as it is there, while it is still hashed, and resized
-        for the ViT; on a thread of its own, perhaps twice. Not for one that need not be read.
+        for the ViT; on a thread of its own, perhaps twice. Not for a file that came lately, even if it is read again:
+        what is made of it may be known by its digest.
         """
         transforms = _values(vae_transform), _values(vit_transform)
         key = await file_digest(data), transforms, for_generation, for_understanding
@@ -101,8 +103,9 @@ class ImagePool:
                     "for_generation": for_generation,
                     "for_understanding": for_understanding,
                 }
-                image = await self._resized(task, data, on_vae)
+                image = await self._resized(task, data, None if key in self._read_lately else on_vae)
                 self._recent.put(key, image)
+                _note(self._read_lately, key, None)
             return image
 
     async def _resized(self, task: dict[str, Any], data: bytes, on_vae: OnVae | None) -> ResizedImage:
@@ -195,6 +198,14 @@ class ImagePool:
                 return worker
             worker.forget()
         return None
+
+
+def _note(files: OrderedDict[K, T], key: K, what: T) -> None:
+    """Keep what is known of a file."""
+    files[key] = what
+    files.move_to_end(key)
+    if len(files) > MOST_FILES:
+        files.popitem(last=False)
 
 
 def _image(part: Part, on_made: OnVae | None) -> Made:

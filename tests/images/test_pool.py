@@ -119,6 +119,9 @@ def test_what_the_vae_takes_comes_before_the_rest(monkeypatch: pytest.MonkeyPatc
         assert first is whole.prepared.vae and whole.prepared.vit is not None
         await pool.resized(SMALL, VAE_TRANSFORM, VIT_TRANSFORM, **purposes, on_vae=early.append)
         assert len(early) == 1  # it was not read again
+        pool._recent = RecentImages()
+        again = await pool.resized(SMALL, VAE_TRANSFORM, VIT_TRANSFORM, **purposes, on_vae=early.append)
+        assert again.prepared.vae is not whole.prepared.vae and len(early) == 1  # its K/V may be known
 
     with_pool(test)
 
