@@ -339,6 +339,20 @@ def test_an_image_to_edit_is_encoded_while_it_is_still_hashed_and_resized(
     served(engine, test)
 
 
+def test_each_layer_of_an_image_shows_that_the_engine_does_not_hang(engine: TorchEngine) -> None:
+    steps: list[object] = []
+    layers = engine._loaded.model.language_model.layers
+    hooks = [layer.register_forward_hook(lambda *_: steps.append(engine.pulse.step)) for layer in layers]
+
+    async def test(at: Served) -> None:
+        assert not await at.text(edit(saved(sketch()), kv=False))
+        assert len(set(steps)) == len(steps) == 3 * len(layers)
+
+    served(engine, test)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_of_contexts_with_one_image_the_first_to_come_is_computed_first(
     engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from bagel.engine.loading import LoadedModel, kv_layout, load_role
 from bagel.engine.memory import kv_space
 from bagel.engine.prefill_graphs import PrefillGraphs
 from bagel.engine.segments import Chain
-from bagel.engine.text_scheduler import ContextFailed, ContextRequest, TextScheduler
+from bagel.engine.text_scheduler import ContextEvent, ContextFailed, ContextRequest, TextScheduler
 from bagel.engine.warm_up import warm_up
 from bagel.errors import Draining, NotFinite, UnknownSegment
 from bagel.kv.store import KvStore
@@ -206,7 +206,14 @@ class TorchEngine:
         """Start a request."""
         # The store is what its caller asks for.
         request.with_kv = False
-        request.emit = Outlet(self._lane, self.store.layout.layers, request).emit
+        outlet = Outlet(self._lane, self.store.layout.layers, request)
+
+        def emit(event: ContextEvent) -> None:
+            # Each layer is progress: all of a large image are one unit of work.
+            self.pulse.beat()
+            outlet.emit(event)
+
+        request.emit = emit
         self._commands.put(lambda: self._start(request))
 
     def cancel(self, request: ContextRequest) -> None:
