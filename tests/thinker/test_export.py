@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
 import pytest
 
-from bagel.checkpoint.files import Checkpoint
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import (
     ContextDone,
@@ -26,13 +25,6 @@ from bagel_thinker.export import KvLane
 from bagel_thinker.torch_engine import TorchEngine
 
 LIMIT_S = 30
-
-
-@pytest.fixture
-def engine(checkpoint: Checkpoint) -> Iterator[TorchEngine]:
-    engine = TorchEngine.load("tiny", checkpoint, device="cpu", dtype="auto", kv_store_bytes=2**24, max_num_seqs=4)
-    yield engine
-    engine.close()
 
 
 class Asked:
