@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,23 @@ from bagel.parallel.mesh import Share
 from bagel.prompts import BranchName
 
 
+class _Twin(NamedTuple):
+    """Rows of a layer that are in the slab from token `source` on, and that another branch has from `target` on."""
+
+    layer: int
+    source: int
+    target: int
+    rows: int
+
+
 @dataclass(eq=False)
 class Arrival:
     """The K/V of one picture. place: the token of the slab where a branch's context begins; rows: of each layer.
 
     placed: after all that its place was used for before. over: nothing more is copied for it; landed: nothing of it is
-    under way on the device. copied: rows of each layer; layers: those from the first on that have all of theirs;
-    reached: after the copies of these. All of these change under the lock.
+    under way on the device. copied: rows of each layer, with those of twins; layers: those from the first on that have
+    all of theirs; reached: after the copies of these out of shared memory; twins: still to be copied. All of these
+    change under the lock.
     """
 
     id: int
@@ -38,6 +48,7 @@ class Arrival:
     landed: bool = False
     layers: int = 0
     reached: torch.cuda.Event | None = None
+    twins: list[_Twin] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
 
     def count(self, pages: Sequence[LandedPage]) -> bool:
@@ -96,11 +107,13 @@ class Arrivals:
         """Call `done` on the thread once all pages so far are in the slab; never if the picture is dropped before."""
         self._submit(arrival, lambda: self._finish(arrival, done))
 
+    @torch.inference_mode()
     def reach(self, arrival: Arrival) -> int:
         """How many of a picture's first layers all later work on the present stream sees."""
         with arrival.lock:
             if arrival.reached is not None:
                 torch.cuda.current_stream(self._device).wait_event(arrival.reached)
+            self._copy_twins(arrival, arrival.layers)
             return arrival.layers
 
     def drop(self, arrival: Arrival) -> None:
@@ -146,13 +159,12 @@ class Arrivals:
                     return
                 start = arrival.place(page.branch) + page.row
                 first = starts.setdefault((page.k_offset, page.rows), start)
+                if first != start:
+                    # Another branch begins alike, and a device copies its own memory far faster than the host's.
+                    arrival.twins.append(_Twin(page.layer, first, start, page.rows))
+                    continue
                 for tensor, offset in ((self._slab.k, page.k_offset), (self._slab.v, page.v_offset)):
-                    target = tensor[page.layer, start : start + page.rows]
-                    if first == start:
-                        self._copy_rows(target, offset)
-                    else:
-                        # Another branch begins alike, and a device copies its own memory far faster than the host's.
-                        target.copy_(tensor[page.layer, first : first + page.rows])
+                    self._copy_rows(tensor[page.layer, start : start + page.rows], offset)
         with arrival.lock:
             if not arrival.count(pages):
                 return
@@ -161,6 +173,18 @@ class Arrivals:
             more = arrival.layers < len(arrival.copied)
         if more:
             self._on_layers(arrival.id)
+
+    def _copy_twins(self, arrival: Arrival, layers: int) -> None:
+        """Launch what is left to copy within the first so many layers, whose rows the present stream sees.
+
+        Not as they land: such a copy runs where a step does, so that with each of them a GPU would leave the work of
+        another process, as a Thinker's that computes the very context, and go back to it.
+        """
+        ready = [twin for twin in arrival.twins if twin.layer < layers]
+        arrival.twins = [twin for twin in arrival.twins if twin.layer >= layers]
+        for layer, source, target, rows in ready:
+            for tensor in (self._slab.k[layer], self._slab.v[layer]):
+                tensor[target : target + rows] = tensor[source : source + rows]
 
     def _copy_rows(self, target: Tensor, offset: int) -> None:
         """Rows of K or V from shared memory to the slab, [rows, kv_heads, head_dim]."""
@@ -178,6 +202,10 @@ class Arrivals:
         self._staging.copy(target, source)
 
     def _finish(self, arrival: Arrival, done: Callable[[], None]) -> None:
+        with arrival.lock:
+            if arrival.over:
+                return
+            self._copy_twins(arrival, len(self._slab.k))
         if self._stream is not None:
             # Blocking, so that the wait takes no processor from the thread that launches steps.
             copied = torch.cuda.Event(blocking=True)

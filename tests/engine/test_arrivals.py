@@ -67,14 +67,19 @@ def test_rows_reach_their_places(heads: Share) -> None:
             assert not tensor[:, :5].any() and not tensor[:, 15:].any()
 
 
-def test_branches_that_begin_alike_both_have_their_rows() -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["by the end", "by its first layers"])
+def test_branches_that_begin_alike_both_have_their_rows(early: bool) -> None:
     places = {BranchName.GEN: 0, BranchName.CFG_TEXT: 12}
     with arrivals() as (made, slab, kv, _):
         arrival = made.open(1, places.__getitem__, TOKENS + 6)
         shared = [page(layer, 0, 6) for layer in range(LAYERS)]
         own = [page(layer, 6, 4) for layer in range(LAYERS)]
         made.copy(arrival, [*shared, *own, *(replace(each, branch=BranchName.CFG_TEXT) for each in shared)])
-        copied(made, arrival)
+        if early:
+            copied(made, made.open(2, lambda branch: 0, TOKENS))  # which comes after it
+            assert made.reach(arrival) == LAYERS
+        else:
+            copied(made, arrival)
         for i, tensor in enumerate((slab.k, slab.v)):
             assert tensor[:, :10].equal(kv[:, i])
             assert tensor[:, 12:18].equal(kv[:, i, :6])

@@ -49,10 +49,16 @@ def memory(llm: LlmConfig) -> torch.Tensor:
 
 
 def layer(llm: LlmConfig, number: int) -> tuple[LandedPage, ...]:
-    """The pages of one layer of all contexts, which begin alike."""
-    half = ROWS[BranchName.GEN] * llm.num_key_value_heads * llm.head_dim * 4
+    """The pages of one layer of all contexts, which begin alike: those of two branches are the same memory."""
+    row = llm.num_key_value_heads * llm.head_dim * 4
+    half = ROWS[BranchName.GEN] * row
     k = number * 2 * half
-    return tuple(LandedPage(branch, number, 0, rows, k, k + half) for branch, rows in ROWS.items())
+    shared = ROWS[BranchName.CFG_TEXT]
+    rest = LandedPage(
+        BranchName.GEN, number, shared, ROWS[BranchName.GEN] - shared, k + shared * row, k + half + shared * row
+    )
+    begins = {BranchName.GEN: shared, BranchName.CFG_TEXT: shared, BranchName.CFG_IMG: ROWS[BranchName.CFG_IMG]}
+    return rest, *(LandedPage(branch, number, 0, rows, k, k + half) for branch, rows in begins.items())
 
 
 def picture(id_: int, grid: tuple[int, int] = GRID) -> AddPicture:
