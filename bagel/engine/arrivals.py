@@ -203,9 +203,8 @@ class Arrivals:
 
     def _finish(self, arrival: Arrival, done: Callable[[], None]) -> None:
         with arrival.lock:
-            if arrival.over:
-                return
-            self._copy_twins(arrival, len(self._slab.k))
+            if not arrival.over:
+                self._copy_twins(arrival, len(self._slab.k))
         if self._stream is not None:
             # Blocking, so that the wait takes no processor from the thread that launches steps.
             copied = torch.cuda.Event(blocking=True)

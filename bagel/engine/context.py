@@ -23,8 +23,9 @@ from bagel.model.mot import Block
 from bagel.model.pixels import to_pixels
 from bagel.model.vit import vit_patchify
 
-OnKv = Callable[[Segment, int, Tensor, Tensor], None]
-"""Called as soon as a layer of a segment is computed: (segment, layer, k, v), k and v [length, kv_heads, head_dim]."""
+OnKv = Callable[[Segment, range, Tensor, Tensor], None]
+"""Called as soon as layers of a segment are computed: (segment, layers, k, v), k and v [layers, length, kv_heads,
+head_dim]. One layer at a time, but all of a text that is one launch (prefill_graphs)."""
 
 DEFAULT_CACHE_BYTES = 2 * 2**30
 JOINED_TOKENS = 1024
@@ -127,7 +128,7 @@ class ContextBuilder:
         self._delimiters = model.delimiter_embeddings()
 
     def build(self, chain: Chain, on_kv: OnKv | None = None) -> Context:
-        """The context of a chain. on_kv sees each layer of each segment that is computed, as it is computed."""
+        """The context of a chain. on_kv sees all layers of each segment that is computed, as they are computed."""
         steps = self.steps(chain, on_kv)
         while True:
             try:
@@ -192,17 +193,16 @@ class ContextBuilder:
         """
         self.segments_computed += len(segments)
 
-        def on_layer(layer: int, at: int) -> None:
+        def computed(layers: range, at: int) -> None:
             segment, span = segments[at]
             if on_kv is not None:
-                on_kv(segment, layer, slab.k[layer, span], slab.v[layer, span])
+                on_kv(segment, layers, *(kv[layers.start : layers.stop, span] for kv in (slab.k, slab.v)))
 
         if len(segments) == 1 and self._captured(segments[0][0], segments[0][1].start, slab):
-            for layer in range(self.model.kv_shape.layers):
-                on_layer(layer, 0)
+            computed(range(self.model.kv_shape.layers), 0)
             return
         blocks = [_BLOCKS[segment.kind](self, segment, span.start) for segment, span in segments]
-        self.model.language_model.together(blocks, slab, on_layer)
+        self.model.language_model.together(blocks, slab, lambda layer, at: computed(range(layer, layer + 1), at))
 
     def _captured(self, segment: Segment, past: int, slab: KvSlab) -> bool:
         """Whether the segment was a short text, and a graph has computed it."""

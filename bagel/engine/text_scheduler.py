@@ -21,11 +21,11 @@ from bagel.request import TextSettings
 
 
 @dataclass(frozen=True)
-class LayerComputed:
-    """One layer of a segment is computed: k and v, each [length, kv_heads, head_dim]."""
+class LayersComputed:
+    """Layers of a segment are computed: k and v, each [layers, length, kv_heads, head_dim]."""
 
     segment: Segment
-    layer: int
+    layers: range
     k: Tensor
     v: Tensor
 
@@ -74,7 +74,7 @@ class ContextFailed:
     error: Exception
 
 
-ContextEvent = LayerComputed | PromptComputed | TextWritten | ChainExtended | ContextDone | ContextFailed
+ContextEvent = LayersComputed | PromptComputed | TextWritten | ChainExtended | ContextDone | ContextFailed
 
 
 @dataclass(eq=False)
@@ -204,10 +204,10 @@ class TextScheduler:
             entry.request.emit(ContextFailed(error))
 
     def _steps(self, request: ContextRequest, chain: Chain) -> Generator[Segment, None, Context]:
-        def on_kv(segment: Segment, layer: int, k: Tensor, v: Tensor) -> None:
+        def on_kv(segment: Segment, layers: range, k: Tensor, v: Tensor) -> None:
             request.computed[segment.digest] = segment.length
-            request.layer_times.setdefault(segment.digest, []).append(time.monotonic())
-            request.emit(LayerComputed(segment, layer, k, v))
+            request.layer_times.setdefault(segment.digest, []).extend([time.monotonic()] * len(layers))
+            request.emit(LayersComputed(segment, layers, k, v))
 
         # A text that follows needs them in any case, but no text follows an appended one.
         follows = request.settings is not None and chain is request.chain

@@ -83,10 +83,11 @@ def test_each_layer_is_handed_over_before_the_next_is_computed(engine: BagelEngi
         for i, layer in enumerate(engine.model.language_model.layers)
     ]
 
-    def on_kv(segment, layer, k, v) -> None:  # type: ignore[no-untyped-def]
+    def on_kv(segment, layers, k, v) -> None:  # type: ignore[no-untyped-def]
+        (layer,) = layers
         assert computed[-1] == layer
         seen.append((segment.kind, layer))
-        pages[segment.digest, layer] = (k.clone(), v.clone())
+        pages[segment.digest, layer] = (k[0].clone(), v[0].clone())
 
     context = builder.build(chain, on_kv)
     for hook in hooks:

@@ -19,7 +19,7 @@ from bagel.engine.text_scheduler import (
     ContextEvent,
     ContextFailed,
     ContextRequest,
-    LayerComputed,
+    LayersComputed,
     TextScheduler,
     TextWritten,
 )
@@ -104,7 +104,7 @@ def test_a_text_that_can_never_have_room_is_refused_at_once(engine: BagelEngine)
     assert not at.busy
 
 
-@pytest.mark.parametrize("failing", [TextWritten, ContextDone, ChainExtended, LayerComputed])
+@pytest.mark.parametrize("failing", [TextWritten, ContextDone, ChainExtended, LayersComputed])
 def test_a_request_whose_receiver_fails_ends_alone(engine: BagelEngine, failing: type) -> None:
     at = scheduler(engine)
     broken = ask(at, "a red cup", append=failing is ChainExtended, failing=failing)

@@ -8,6 +8,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 
 from bagel.engine.segments import Chain
 from bagel.engine.text_scheduler import (
@@ -140,6 +141,24 @@ def test_a_lane_that_hangs_is_no_idle_engine(engine: TorchEngine) -> None:
     assert engine.pulse.step is not None
     go_on()
     engine._lane.wait()
+
+
+def test_layers_that_are_computed_at_once_are_all_stored_but_those_that_are_there(engine: TorchEngine) -> None:
+    lane, digest, layout = KvLane(engine.store, engine._loaded.model.device), b"a" * 16, engine.store.layout
+    engine.store.lease([(digest, 2)], 60)
+    k, v = torch.randn(2, layout.layers, 2, layout.kv_heads, layout.head_dim)
+    there = torch.ones_like(k[1])
+    errors = list[Exception | None]()
+    assert lane.claim(digest)
+    engine.store.write_layer(digest, 1, there, there)
+    lane.copy(digest, range(layout.layers), k, v, errors.append)
+    lane.release(digest)
+    lane.wait()
+    assert errors == [None]
+    k[1] = v[1] = there
+    for stored, computed in zip(engine.store.load(digest), (k, v), strict=True):
+        assert stored.equal(computed)
+    lane.close()
 
 
 def test_unfinished_segments_are_for_others_to_fill(engine: TorchEngine) -> None:

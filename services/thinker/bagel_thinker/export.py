@@ -19,7 +19,7 @@ from bagel.engine.text_scheduler import (
     ContextEvent,
     ContextFailed,
     ContextRequest,
-    LayerComputed,
+    LayersComputed,
 )
 from bagel.errors import UnknownSegment
 from bagel.kv.segment import Claim
@@ -30,20 +30,19 @@ from bagel_thinker.watchdog import Pulse
 log = Log("bagel.thinker")
 
 OnWritten = Callable[[Exception | None], None]
-"""Called on the lane's thread once a layer is in the store, or with the error that kept it out."""
+"""Called on the lane's thread once layers are in the store, or with the error that kept them out."""
 
-
-Pair = tuple[Tensor, Tensor]
-"""K and V of one layer of a segment, each [length, kv_heads, head_dim]."""
+Rows = Sequence[Tensor]
+"""K and V of some layers of a segment, one after the other, each [length, kv_heads, head_dim]."""
 
 
 @dataclass
 class _Copy:
-    """One layer on its way. sources: kept until the copy out of them is done; staged: on the host, to be copied on."""
+    """Layers on their way. sources: kept until the copy out of them is done; staged: on the host, to be copied on."""
 
-    targets: Pair
-    sources: Pair
-    staged: Sequence[Tensor]
+    targets: Rows
+    sources: Rows
+    staged: Rows
     copied: torch.cuda.Event | None
 
     def finish(self) -> None:
@@ -89,17 +88,20 @@ class KvLane:
             self._filling[digest] = claim
         return True
 
-    def copy(self, digest: bytes, layer: int, k: Tensor, v: Tensor, written: OnWritten) -> None:
-        """Copy a layer of a claimed segment, k and v [length, kv_heads, head_dim], and mark it as ready."""
-        if (targets := self._store.layer_rows(digest, layer)) is None:
-            self._put(lambda: written(None))
-            return
-        copy = self._launch((k, v), targets)
+    def copy(self, digest: bytes, layers: range, k: Tensor, v: Tensor, written: OnWritten) -> None:
+        """Copy layers of a claimed segment, k and v [layers, length, kv_heads, head_dim], and mark them as ready."""
+        targets, sources = list[Tensor](), list[Tensor]()
+        for layer, *pair in zip(layers, k, v, strict=True):
+            if (rows := self._store.layer_rows(digest, layer)) is not None:
+                targets += rows
+                sources += pair
+        copy = self._launch(sources, targets)
 
         def job() -> None:
             try:
                 copy.finish()
-                self._store.mark_layer(digest, layer)
+                for layer in layers:
+                    self._store.mark_layer(digest, layer)
             except Exception as error:
                 written(error)
             else:
@@ -128,8 +130,10 @@ class KvLane:
             if error is not None:
                 log.warning("a segment was not stored", digest=digest.hex(), error=repr(error))
 
+        # Each by itself, so that the first ones are sent while the others are copied.
         for layer in range(len(kv.k)):
-            self.copy(digest, layer, kv.k[layer], kv.v[layer], written)
+            one = slice(layer, layer + 1)
+            self.copy(digest, range(layer, layer + 1), kv.k[one], kv.v[one], written)
         self.release(digest)
 
     def after(self, call: Callable[[], None]) -> None:
@@ -153,12 +157,12 @@ class KvLane:
         if self._pinned:
             unpin(self._memory)
 
-    def _launch(self, sources: Pair, targets: Pair) -> _Copy:
+    def _launch(self, sources: Rows, targets: Rows) -> _Copy:
         if self._stream is None:
             return _Copy(targets, sources, sources, None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            staged: Sequence[Tensor] = ()
+            staged: Rows = ()
             if self._pinned:
                 for target, source in zip(targets, sources, strict=True):
                     target.copy_(source, non_blocking=True)
@@ -211,7 +215,7 @@ class Outlet:
     def emit(self, event: ContextEvent) -> None:
         """Take an event from the engine's thread. Raises what the store refused a layer with."""
         match event:
-            case LayerComputed():
+            case LayersComputed():
                 self._write(event)
             case ChainExtended():
                 # Its receiver reserves room before the engine goes on, so it cannot come later.
@@ -246,26 +250,26 @@ class Outlet:
     def _pass_on(self, event: ContextEvent) -> None:
         self._emit(event if self._failed is None else ContextFailed(self._failed))
 
-    def _write(self, event: LayerComputed) -> None:
+    def _write(self, event: LayersComputed) -> None:
         if self._failed is not None:
             raise self._failed
         digest = event.segment.digest
         # One claim for all layers of a segment.
-        if event.layer == 0 and self._lane.claim(digest):
+        if event.layers.start == 0 and self._lane.claim(digest):
             self._filling.add(digest)
         if digest not in self._filling:
             return
         times = self._layer_times[digest]
 
         def written(error: Exception | None) -> None:
-            times[event.layer] = time.monotonic()
+            times[event.layers.start : event.layers.stop] = [time.monotonic()] * len(event.layers)
             if error is not None:
                 self._failed = error
             self._count(-1)
 
         self._count(1)
-        self._lane.copy(digest, event.layer, event.k, event.v, written)
-        if event.layer + 1 == self._layers:
+        self._lane.copy(digest, event.layers, event.k, event.v, written)
+        if event.layers.stop == self._layers:
             self._lane.release(digest)
             self._filling.discard(digest)
 
