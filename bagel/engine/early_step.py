@@ -20,7 +20,7 @@ from bagel.model.layers import Hidden
 LEAST_SHARE = 1 / 3
 """Of the layers, that a first step waits for. A layer's K/V of a new image take longer to come than a step takes to
 compute it (on an H200 16 ms and 12), so a step that begins now is nowhere short of them, and ends as soon. One that
-began with the first layer would wait for others, and take turns with a prefill that has the same device."""
+began with the first layer would only wait for others, and take turns with a prefill that has the same device."""
 
 
 def least_layers(count: int) -> int:
