@@ -10,7 +10,7 @@ from bagel.checkpoint.files import Checkpoint
 from bagel.checkpoint.roles import Role
 from bagel.engine.context import JOINED_TOKENS, ContextBuilder, SegmentCache
 from bagel.engine.local import BagelEngine
-from bagel.engine.segments import Chain, ChainPlanner
+from bagel.engine.segments import Chain, ChainPlanner, Segment
 from bagel.errors import InvalidImage
 from bagel.images import ImageTransform
 from bagel.kv.digests import SegmentKind
@@ -83,7 +83,7 @@ def test_each_layer_is_handed_over_before_the_next_is_computed(engine: BagelEngi
         for i, layer in enumerate(engine.model.language_model.layers)
     ]
 
-    def on_kv(segment, layers, k, v) -> None:  # type: ignore[no-untyped-def]
+    def on_kv(segment: Segment, layers: range, k: torch.Tensor, v: torch.Tensor) -> None:
         (layer,) = layers
         assert computed[-1] == layer
         seen.append((segment.kind, layer))

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bagel.images.pool import ImagePool
@@ -38,8 +39,8 @@ class Served:
         """The text that is written; raises what the call ends with."""
         try:
             events = [event async for event in self.stub.BuildContext(request, timeout=LIMIT_S)]
-        except Exception as error:
-            raise from_rpc_error(error, "thinker") from None  # type: ignore[arg-type]
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, "thinker") from None
         assert isinstance(events[-1], thinker_pb2.BuildContextResponse)
         return events[-1].built.text
 
